@@ -1,0 +1,39 @@
+"""Every error pydetox raises on purpose.
+
+A message is one line that names the thing, what was found and what was expected. The command line prints it
+without a traceback; a traceback therefore always means a bug.
+"""
+
+from __future__ import annotations
+
+
+class PydetoxError(Exception):
+    """Base class of all errors that pydetox raises on purpose."""
+
+
+class UsageError(PydetoxError, ValueError):
+    """An argument or option has a value that cannot be meant (exit code 4 on the command line)."""
+
+
+class CheckpointError(PydetoxError):
+    """A checkpoint cannot be found, read or written."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint asks for something that a harmless one never needs, such as running code on load."""
+
+
+class ArchitectureError(CheckpointError):
+    """The weights do not fit the architecture: missing, extra or misshapen tensors, or NaN in them."""
+
+
+class DataError(PydetoxError):
+    """Images, labels or class names cannot be read, are empty, or do not fit the model."""
+
+
+class OutputError(PydetoxError):
+    """A result cannot be written: no permission, no space, or it would overwrite something."""
+
+
+class NativeLibraryError(PydetoxError):
+    """The native library is missing, was built for something else, or was asked for an absent capability."""
