@@ -1,0 +1,26 @@
+"""Images, class names and prompt templates: everything that enters pydetox besides the checkpoint."""
+
+from __future__ import annotations
+
+from .digits import DIGIT_NAMES, load_digits
+from .image_set import ImageSet
+from .names import (
+    DEFAULT_TEMPLATES,
+    DIGIT_TEMPLATES,
+    Template,
+    fill_template,
+    load_class_names,
+    load_templates,
+)
+
+__all__ = [
+    "DEFAULT_TEMPLATES",
+    "DIGIT_NAMES",
+    "DIGIT_TEMPLATES",
+    "ImageSet",
+    "Template",
+    "fill_template",
+    "load_class_names",
+    "load_digits",
+    "load_templates",
+]

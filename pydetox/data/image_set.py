@@ -1,0 +1,123 @@
+"""`ImageSet`: decoded images with their labels, the only form in which pydetox passes images around."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import DataError
+from .sampling import stratified_order
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size, with labels if they are known. Never empty.
+
+    images: uint8 [N, 3, H, W], 0..255, RGB, before any normalisation, on the CPU.
+    labels: int64 [N], class indices >= 0, or None.
+    class_names: one name per class, label k meaning class_names[k], or None.
+    name: what to call the set in messages and reports.
+
+    Raises DataError when the parts do not fit each other.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    name: str = "images"
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise DataError(
+                f"{self.name}: images are {images.dtype} {list(images.shape)}; expected torch.uint8 [N, 3, H, W]"
+            )
+        if images.shape[0] == 0:
+            raise DataError(f"{self.name}: zero images; expected at least one")
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise DataError(
+                f"{self.name}: images are {images.shape[2]}x{images.shape[3]} pixels; expected a size above 0"
+            )
+        if self.class_names is not None and len(self.class_names) == 0:
+            raise DataError(f"{self.name}: the list of class names is empty")
+        if labels is None:
+            return
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            raise DataError(
+                f"{self.name}: labels are {labels.dtype} {list(labels.shape)}; expected torch.int64 [N]"
+            )
+        if labels.shape[0] != images.shape[0]:
+            raise DataError(f"{self.name}: {images.shape[0]} images but {labels.shape[0]} labels")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0:
+            raise DataError(f"{self.name}: label {low}; expected class indices from 0")
+        if self.class_names is not None and high >= len(self.class_names):
+            raise DataError(
+                f"{self.name}: label {high}, but there are only {len(self.class_names)} class names "
+                f"(labels 0..{len(self.class_names) - 1})"
+            )
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+    def subset(self, indices: Sequence[int] | Tensor | NDArray[np.int64]) -> ImageSet:
+        """Return the images at `indices` (0..N-1, in that order, repeats allowed) as a new set (a copy)."""
+        index = torch.as_tensor(indices)
+        if index.dtype == torch.bool:
+            raise DataError(f"{self.name}: subset takes indices, not a boolean mask")
+        index = index.to(torch.int64).reshape(-1)
+        if index.numel() == 0:
+            raise DataError(f"{self.name}: a subset of zero images; expected at least one index")
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= len(self):
+            wrong = low if low < 0 else high
+            raise DataError(f"{self.name}: index {wrong} is outside 0..{len(self) - 1}")
+        labels = None if self.labels is None else self.labels[index]
+        return ImageSet(self.images[index], labels, self.class_names, self.name)
+
+    def split(self, fractions: Iterable[float], seed: int) -> tuple[ImageSet, ...]:
+        """Split into disjoint random parts with the classes in proportion in each.
+
+        fractions: one share in (0, 1] per part; their sum is at most 1 and what is left over is left out.
+        seed: the same seed gives the same parts on every platform. Each part is in random order, and every prefix of
+        it again holds the classes in proportion. Raises DataError when a part would be empty.
+        """
+        shares = [float(fraction) for fraction in fractions]
+        if not shares or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+            raise DataError(
+                f"{self.name}: fractions {shares}; expected shares in (0, 1] that add up to at most 1"
+            )
+        order = self._stratified_order(seed)
+        ends = [
+            min(len(self), int(np.floor(total * len(self) + 0.5))) for total in np.cumsum(shares)
+        ]
+        parts = []
+        for share, start, end in zip(shares, [0, *ends[:-1]], ends, strict=True):
+            if end <= start:
+                raise DataError(
+                    f"{self.name}: a share of {share:g} of {len(self)} images is no image at all"
+                )
+            parts.append(self.subset(order[start:end]))
+        return tuple(parts)
+
+    def sample(self, n: int, seed: int) -> ImageSet:
+        """Return `n` random images (1..N, without repeats) with the classes in proportion, in random order."""
+        if not 1 <= n <= len(self):
+            raise DataError(
+                f"{self.name}: a sample of {n} images asked for; there are {len(self)} (expected 1..{len(self)})"
+            )
+        return self.subset(self._stratified_order(seed)[:n])
+
+    def _stratified_order(self, seed: int) -> NDArray[np.int64]:
+        labels = None if self.labels is None else self.labels.numpy()
+        return stratified_order(labels, len(self), seed)
