@@ -1,0 +1,14 @@
+#pragma once
+
+// PYDETOX_HD marks a function that host and device share.
+//
+// On the host such a function is always inlined: the CPU kernels are compiled once per instruction
+// set, and an out-of-line copy of an inline function compiled with AVX-512 flags could be the one
+// the linker keeps for everybody.
+#if defined(__CUDACC__)
+#define PYDETOX_HD __host__ __device__ __forceinline__
+#define PYDETOX_UNROLL _Pragma("unroll")
+#else
+#define PYDETOX_HD inline __attribute__((always_inline))
+#define PYDETOX_UNROLL _Pragma("GCC unroll 16")
+#endif

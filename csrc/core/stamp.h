@@ -1,0 +1,150 @@
+#pragma once
+
+// Stamping triggers: what every implementation (CPU, CUDA, emulator) agrees on. No torch, no CUDA
+// header.
+//
+//   m = tanh(w_m)/2 + 1/2,  p = tanh(w_p)/2 + 1/2            mask and pattern from their logits
+//   v = (1 - m) x + m p                                      blend
+//   y = (clip(v, 0, 1) - mean) / std                         the model's normalisation
+//
+// All arithmetic is in the compute type T (the logits' type, float or double) with contraction off,
+// and the sums of the backward pass run in the order that kBatchChunk fixes: every implementation
+// is meant to give the same bits.
+
+#include <cstdint>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/macros.h"
+#include "csrc/core/sigmoid.h"
+
+namespace pydetox {
+
+constexpr int64_t kMaxChannels = 16;  // mean and std travel by value in the parameters
+
+// Sizes and the order of the output's elements.
+//
+// Both layouts are one: the output of one trigger and one image is [groups, C, inner], where a
+// group is a patch of P x P pixels, and plain NCHW is the case of a single patch that covers the
+// image. Patch rows [(H/P)(W/P), C*P*P] have the column order (c, py, px), which is exactly
+// [groups, C, inner] with inner = py * P + px.
+struct StampShape {
+  int64_t triggers;  // K
+  int64_t images;    // B
+  int64_t channels;  // C, at most kMaxChannels
+  int64_t height;    // H
+  int64_t width;     // W
+  int64_t patch;     // P, a divisor of H and W; 0 for NCHW
+
+  PYDETOX_HD int64_t pixels() const { return height * width; }
+  PYDETOX_HD int64_t inner() const { return patch == 0 ? pixels() : patch * patch; }
+  PYDETOX_HD int64_t groups() const { return patch == 0 ? 1 : (height / patch) * (width / patch); }
+  // Pixels that lie next to each other both in the image and in the output.
+  PYDETOX_HD int64_t run() const { return patch == 0 ? pixels() : patch; }
+
+  // Where in its H x W plane the pixel (group, inner) lies.
+  PYDETOX_HD int64_t plane_offset(int64_t group, int64_t inner_index) const {
+    if (patch == 0) return inner_index;
+    const int64_t per_row = width / patch;
+    const int64_t y = (group / per_row) * patch + inner_index / patch;
+    const int64_t x = (group % per_row) * patch + inner_index % patch;
+    return y * width + x;
+  }
+  // Where in the output [K, B, groups, C, inner] an element lies.
+  PYDETOX_HD int64_t output_offset(int64_t k, int64_t b, int64_t group, int64_t channel,
+                                   int64_t inner_index) const {
+    return (((k * images + b) * groups() + group) * channels + channel) * inner() + inner_index;
+  }
+};
+
+struct Normalization {
+  double mean[kMaxChannels];
+  double inverse_std[kMaxChannels];  // 1 / std
+};
+
+// Tensors are contiguous. T is the logits' type: kFloat32 or kFloat64.
+struct StampForwardParams {
+  StampShape shape;
+  Normalization normalization;
+  DType compute_dtype;
+  DType image_dtype;           // any; kUInt8 is scaled by 1/255
+  DType output_dtype;          // kFloat64 where T is; else kFloat32 or kBFloat16
+  const void* images;          // [B, C, H, W]
+  const void* mask_logits;     // T [K, H, W]
+  const void* pattern_logits;  // T [K, C, H, W]
+  void* output;                // [K, B, groups, C, inner]
+};
+
+struct StampBackwardParams {
+  StampShape shape;
+  Normalization normalization;
+  DType compute_dtype;
+  DType image_dtype;
+  DType gradient_dtype;           // as output_dtype above
+  const void* gradient;           // [K, B, groups, C, inner]: d loss / d output
+  const void* images;             // [B, C, H, W]
+  const void* mask_logits;        // T [K, H, W]
+  const void* pattern_logits;     // T [K, C, H, W]
+  void* mask_logits_gradient;     // T [K, H, W], every element written
+  void* pattern_logits_gradient;  // T [K, C, H, W], every element written
+};
+
+// The sums over images run in chunks of kBatchChunk: inside a chunk in T, over b and inside it over
+// c, ascending, from zero; the chunks' sums in double, ascending, from zero. Eight float32 terms
+// lose less than PyTorch's own sums do, and chunks can be computed side by side on a GPU.
+constexpr int64_t kBatchChunk = 8;
+PYDETOX_HD constexpr int64_t batch_chunks(int64_t images) {
+  return (images + kBatchChunk - 1) / kBatchChunk;
+}
+
+// What blending needs of one trigger at one pixel and channel: v = keep * x + add.
+template <class V>
+struct Blend {
+  V keep;  // 1 - m
+  V add;   // m p
+  PYDETOX_HD V operator()(V x) const { return keep * x + add; }
+};
+
+template <class V>
+PYDETOX_HD Blend<V> make_blend(const Sigmoid<V>& mask, const Sigmoid<V>& pattern) {
+  return {mask.complement, mask.value * pattern.value};
+}
+
+// clip(v, 0, 1), where NaN stays NaN, then the model's normalisation.
+template <class V, class T>
+PYDETOX_HD V clip_and_normalize(V blended, T mean, T inverse_std) {
+  const V zero = V{};
+  const V one = V{} + static_cast<T>(1);
+  blended = zero > blended ? zero : blended;
+  blended = one < blended ? one : blended;
+  return (blended - mean) * inverse_std;
+}
+
+// d loss / d v from d loss / d y: clip passes it on the closed interval, as torch.clamp does, and
+// nowhere else.
+template <class V, class T>
+PYDETOX_HD V blend_gradient(V blended, V output_gradient, T inverse_std) {
+  const V zero = V{};
+  const V one = V{} + static_cast<T>(1);
+  const V passed = output_gradient * inverse_std;
+  return (blended >= zero) & (blended <= one) ? passed : zero;
+}
+
+// The terms of the two sums, with g = blend_gradient(...):
+//   d loss / d m = sum over b, c of g (p - x)      d loss / d p = m * sum over b of g
+template <class V>
+PYDETOX_HD V mask_term(V g, V pattern, V x) {
+  return g * (pattern - x);
+}
+
+// From the finished sums (double, rounded to T once) to the gradients of the logits.
+template <class V>
+PYDETOX_HD V mask_logit_gradient(V mask_sum, const Sigmoid<V>& mask) {
+  return mask_sum * mask.derivative();
+}
+template <class V>
+PYDETOX_HD V pattern_logit_gradient(V pattern_sum, const Sigmoid<V>& mask,
+                                    const Sigmoid<V>& pattern) {
+  return pattern_sum * mask.value * pattern.derivative();
+}
+
+}  // namespace pydetox
