@@ -1,9 +1,10 @@
-"""Images, class names and prompt templates: everything that enters pydetox besides the checkpoint."""
+"""Images, class names and prompt templates: all that enters pydetox besides the checkpoint."""
 
 from __future__ import annotations
 
 from .digits import DIGIT_NAMES, load_digits
 from .image_set import ImageSet
+from .load import load_images
 from .names import (
     DEFAULT_TEMPLATES,
     DIGIT_TEMPLATES,
@@ -22,5 +23,6 @@ __all__ = [
     "fill_template",
     "load_class_names",
     "load_digits",
+    "load_images",
     "load_templates",
 ]

@@ -13,19 +13,20 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def load_digits(image_size: int = 32) -> ImageSet:
-    """Return the 1,797 UCI digits, drawn light on black as RGB images of image_size x image_size pixels.
+    """Return the 1,797 UCI digits, drawn light on black, as RGB images of that height and width.
 
-    The source is 8x8 grey values 0..16 (Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
-    Learning Repository, 1998); they are scaled to 0..255 and enlarged bicubically. Nothing is downloaded.
-    Raises DataError when scikit-learn is not installed.
+    The source is 8x8 grey values 0..16 (Alpaydin and Kaynak, "Optical Recognition of Handwritten
+    Digits", UCI Machine Learning Repository, 1998); they are scaled to 0..255 and enlarged
+    bicubically. Nothing is downloaded. Raises DataError when scikit-learn is not installed.
     """
     if image_size < 1:
         raise DataError(f"digits: image_size is {image_size}; expected at least 1")
     try:
-        from sklearn.datasets import load_digits as load_uci_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits as load_uci_digits
     except ImportError as error:
         raise DataError(
-            'digits: scikit-learn, which carries these images, is not installed; run: pip install "pydetox[digits]"'
+            "digits: scikit-learn, which carries these images, is not installed; "
+            'run: pip install "pydetox[digits]"'
         ) from error
     data = load_uci_digits()
     grey = np.floor(np.asarray(data.images) * (255 / 16) + 0.5).astype(np.uint8)

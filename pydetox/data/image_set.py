@@ -1,4 +1,4 @@
-"""`ImageSet`: decoded images with their labels, the only form in which pydetox passes images around."""
+"""`ImageSet`: decoded images with their labels, the form in which pydetox passes images around."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ class ImageSet:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(
-                f"{self.name}: images are {images.dtype} {list(images.shape)}; expected torch.uint8 [N, 3, H, W]"
+                f"{self.name}: images are {images.dtype} {list(images.shape)}; "
+                "expected torch.uint8 [N, 3, H, W]"
             )
         if images.shape[0] == 0:
             raise DataError(f"{self.name}: zero images; expected at least one")
         if images.shape[2] == 0 or images.shape[3] == 0:
             raise DataError(
-                f"{self.name}: images are {images.shape[2]}x{images.shape[3]} pixels; expected a size above 0"
+                f"{self.name}: images are {images.shape[2]}x{images.shape[3]} pixels; "
+                "expected a size above 0"
             )
         if self.class_names is not None and len(self.class_names) == 0:
             raise DataError(f"{self.name}: the list of class names is empty")
@@ -49,7 +51,8 @@ class ImageSet:
             return
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DataError(
-                f"{self.name}: labels are {labels.dtype} {list(labels.shape)}; expected torch.int64 [N]"
+                f"{self.name}: labels are {labels.dtype} {list(labels.shape)}; "
+                "expected torch.int64 [N]"
             )
         if labels.shape[0] != images.shape[0]:
             raise DataError(f"{self.name}: {images.shape[0]} images but {labels.shape[0]} labels")
@@ -58,8 +61,8 @@ class ImageSet:
             raise DataError(f"{self.name}: label {low}; expected class indices from 0")
         if self.class_names is not None and high >= len(self.class_names):
             raise DataError(
-                f"{self.name}: label {high}, but there are only {len(self.class_names)} class names "
-                f"(labels 0..{len(self.class_names) - 1})"
+                f"{self.name}: label {high}, but there are only {len(self.class_names)} "
+                f"class names (labels 0..{len(self.class_names) - 1})"
             )
 
     def __len__(self) -> int:
@@ -71,7 +74,7 @@ class ImageSet:
         return int(self.images.shape[2]), int(self.images.shape[3])
 
     def subset(self, indices: Sequence[int] | Tensor | NDArray[np.int64]) -> ImageSet:
-        """Return the images at `indices` (0..N-1, in that order, repeats allowed) as a new set (a copy)."""
+        """Return a copy of the images at `indices` (0..N-1, in that order, repeats allowed)."""
         index = torch.as_tensor(indices)
         if index.dtype == torch.bool:
             raise DataError(f"{self.name}: subset takes indices, not a boolean mask")
@@ -88,14 +91,17 @@ class ImageSet:
     def split(self, fractions: Iterable[float], seed: int) -> tuple[ImageSet, ...]:
         """Split into disjoint random parts with the classes in proportion in each.
 
-        fractions: one share in (0, 1] per part; their sum is at most 1 and what is left over is left out.
-        seed: the same seed gives the same parts on every platform. Each part is in random order, and every prefix of
-        it again holds the classes in proportion. Raises DataError when a part would be empty.
+        fractions: one share in (0, 1] per part; their sum is at most 1 and what is left over is
+        left out.
+        seed: the same seed gives the same parts on every platform. Each part is in random order,
+        and every prefix of it again holds the classes in proportion. Raises DataError when a part
+        would be empty.
         """
         shares = [float(fraction) for fraction in fractions]
         if not shares or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
             raise DataError(
-                f"{self.name}: fractions {shares}; expected shares in (0, 1] that add up to at most 1"
+                f"{self.name}: fractions {shares}; "
+                "expected shares in (0, 1] that add up to at most 1"
             )
         order = self._stratified_order(seed)
         ends = [
@@ -111,10 +117,10 @@ class ImageSet:
         return tuple(parts)
 
     def sample(self, n: int, seed: int) -> ImageSet:
-        """Return `n` random images (1..N, without repeats) with the classes in proportion, in random order."""
+        """Return `n` of the N images, without repeats, classes in proportion, in random order."""
         if not 1 <= n <= len(self):
             raise DataError(
-                f"{self.name}: a sample of {n} images asked for; there are {len(self)} (expected 1..{len(self)})"
+                f"{self.name}: a sample of {n} images asked for; expected 1..{len(self)}"
             )
         return self.subset(self._stratified_order(seed)[:n])
 

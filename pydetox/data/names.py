@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from ..errors import DataError
 
-#: A prompt with a place for the class name, written "{c}" (CLIP_benchmark) or "{}" (open_clip), or a function
-#: from class name to prompt (open_clip).
+#: A prompt with a place for the class name, written "{c}" (CLIP_benchmark) or "{}" (open_clip), or
+#: a function from class name to prompt (open_clip).
 Template: TypeAlias = str | Callable[[str], str]
 
 DEFAULT_TEMPLATES: tuple[str, ...] = (
@@ -30,16 +30,17 @@ DIGIT_TEMPLATES: tuple[str, ...] = (
 
 
 def fill_template(template: Template, class_name: str) -> str:
-    """Return the prompt for one class. Raises DataError for a text template that has no place for the name.
+    """Return the prompt for one class.
 
-    Only "{c}" and "{}" are replaced; `str.format` is not used, because a template file is input from outside and
-    format strings can read attributes.
+    Raises DataError for a text template that has no place for the name. Only "{c}" and "{}" are
+    replaced; `str.format` is not used, because a template file is input from outside and format
+    strings can read attributes.
     """
     if callable(template):
         return template(class_name)
     if "{c}" not in template and "{}" not in template:
         raise DataError(
-            f'template {template!r} has no place for the class name; expected "{{c}}" or "{{}}" in it'
+            f'template {template!r} has no place for the class name; expected "{{c}}" or "{{}}"'
         )
     # One pass over the pieces, so that a class name that itself contains "{}" is left alone.
     return class_name.join(part for piece in template.split("{c}") for part in piece.split("{}"))
@@ -48,8 +49,8 @@ def fill_template(template: Template, class_name: str) -> str:
 def load_class_names(path: str | Path) -> tuple[str, ...]:
     """Read class names from a UTF-8 text file, one per line; line k (from 0) names label k.
 
-    Repeated names are allowed (ImageNet has "crane" twice). Raises DataError for an unreadable or empty file and for
-    a blank line between names, because it would shift every label after it.
+    Repeated names are allowed (ImageNet has "crane" twice). Raises DataError for an unreadable or
+    empty file and for a blank line between names, because it would shift every label after it.
     """
     return _read_lines(Path(path), "class names")
 
@@ -57,14 +58,15 @@ def load_class_names(path: str | Path) -> tuple[str, ...]:
 def load_templates(path: str | Path) -> tuple[str, ...]:
     """Read prompt templates from a UTF-8 text file, one per line, each holding "{c}" or "{}".
 
-    Raises DataError for an unreadable or empty file, a blank line between templates, or a template without a place
-    for the class name.
+    Raises DataError for an unreadable or empty file, a blank line between templates, or a template
+    without a place for the class name.
     """
     templates = _read_lines(Path(path), "templates")
     for number, template in enumerate(templates, start=1):
         if "{c}" not in template and "{}" not in template:
             raise DataError(
-                f'{path}, line {number}: template {template!r} has no place for the class name; expected "{{c}}" or "{{}}"'
+                f"{path}, line {number}: template {template!r} has no place for the class name; "
+                'expected "{c}" or "{}"'
             )
     return templates
 

@@ -1,4 +1,4 @@
-"""ImageSet: what it accepts, and that splits and samples are stratified, disjoint and repeatable."""
+"""ImageSet: what it accepts; splits and samples are stratified, disjoint and repeatable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydetox.errors import DataError
 
 
 def make_set(counts: tuple[int, ...] = (10, 20, 30), size: int = 5) -> ImageSet:
-    """A set whose images carry their own index in the first pixel, so that moves can be followed."""
+    """A set whose images carry their own index in the first pixel, so one can follow them."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(len(labels), dtype=torch.uint8)
@@ -27,7 +27,8 @@ def test_subset_keeps_images_and_labels_together() -> None:
     image_set = make_set()
     chosen = image_set.subset([59, 0, 0, 12])
     assert ids(chosen) == [59, 0, 0, 12]
-    assert chosen.labels is not None and chosen.labels.tolist() == [2, 0, 0, 1]
+    assert chosen.labels is not None
+    assert chosen.labels.tolist() == [2, 0, 0, 1]
     assert chosen.class_names == image_set.class_names
     chosen.images.zero_()
     assert ids(image_set) == list(range(60)), "a subset is a copy"
@@ -38,7 +39,7 @@ def test_split_is_disjoint_stratified_and_of_the_asked_size() -> None:
     image_set = make_set()
     parts = image_set.split((0.5, 0.3, 0.2), seed=3)
     assert [len(part) for part in parts] == [30, 18, 12]
-    assert sorted(sum((ids(part) for part in parts), [])) == list(range(60))
+    assert sorted(i for part in parts for i in ids(part)) == list(range(60))
     for part, share in zip(parts, (0.5, 0.3, 0.2), strict=True):
         assert part.labels is not None
         counts = part.labels.bincount(minlength=3)
@@ -82,13 +83,15 @@ def test_unlabelled_sets_can_be_split_and_sampled() -> None:
     labelled = make_set()
     image_set = ImageSet(labelled.images, name="bare")
     first, second = image_set.split((0.5, 0.5), seed=0)
-    assert first.labels is None and sorted(ids(first) + ids(second)) == list(range(60))
+    assert first.labels is None
+    assert sorted(ids(first) + ids(second)) == list(range(60))
     assert len(image_set.sample(7, seed=0)) == 7
 
 
 def test_one_image_is_enough() -> None:
     image_set = make_set((1,))
-    assert len(image_set) == 1 and image_set.image_size == (5, 5)
+    assert len(image_set) == 1
+    assert image_set.image_size == (5, 5)
     assert ids(image_set.sample(1, seed=0)) == [0]
 
 

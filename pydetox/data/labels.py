@@ -1,0 +1,37 @@
+"""Matching the class names that a data source brings with the class names that the caller wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import DataError
+
+
+def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: str) -> list[int]:
+    """Return the index in `wanted` of each name in `found`, or its own place when wanted is None.
+
+    Names must match exactly. Raises DataError for a name that is not in `wanted`, and for one that
+    is in it twice, because then its label is not defined.
+    """
+    if wanted is None:
+        return list(range(len(found)))
+    positions: dict[str, int] = {}
+    repeated = set()
+    for position, name in enumerate(wanted):
+        if name in positions:
+            repeated.add(name)
+        positions[name] = position
+    for name in found:
+        if name not in positions:
+            shown = ", ".join(repr(known) for known in list(wanted)[:5]) + (
+                ", ..." if len(wanted) > 5 else ""
+            )
+            raise DataError(
+                f"{source}: class {name!r} is not one of the {len(wanted)} class names ({shown})"
+            )
+        if name in repeated:
+            raise DataError(
+                f"{source}: class {name!r} stands more than once in the class names; "
+                "its label is not defined"
+            )
+    return [positions[name] for name in found]

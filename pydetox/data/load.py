@@ -1,0 +1,107 @@
+"""`load_images`: one door for all image sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import DataError
+from .digits import load_digits
+from .folder import load_image_folder
+from .image_set import ImageSet
+from .labels import index_of_names
+from .npz import load_npz
+from .resize import interpolation_filter
+
+
+def load_images(
+    spec: str | Path,
+    *,
+    image_size: int,
+    max_images: int | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    interpolation: str = "bicubic",
+    resize: bool = False,
+    workers: int | None = None,
+) -> ImageSet:
+    """Read an image set as uint8 RGB [N, 3, image_size, image_size].
+
+    spec: what to read.
+      * "digits": the embedded UCI digits (see `load_digits`).
+      * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
+      folder of images
+        without labels. Each image is scaled by its shorter side and centre-cropped, as CLIP does;
+        transparency is dropped, EXIF orientation ignored (as open_clip does). Files with other
+        endings and hidden files are passed over.
+      * a .npz file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8, or
+      float in [0, 1]) and,
+        optionally, `labels` (integers [N]) and `class_names` (text [C]). Pickled content is never
+        loaded.
+    image_size: height and width, in pixels, that the model takes.
+    max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
+    class_names: the classes in the order that defines the labels. Named classes in the data are
+    matched with them by
+      name; a class that is not among them is an error. None to use the names that the data brings.
+    interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
+    resize: whether .npz images of another size are scaled (as in folders); when False they are an
+    error.
+    workers: decoding threads for folders; None for one per core, at most 8. The result does not
+    depend on it.
+
+    Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
+    images, and for images so large that they look like decompression bombs.
+    """
+    if image_size < 1:
+        raise DataError(f"image_size is {image_size}; expected at least 1")
+    if max_images is not None and max_images < 1:
+        raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}; expected at least 1")
+    resample = interpolation_filter(interpolation)
+    names = None if class_names is None else tuple(class_names)
+    path = Path(spec)
+    if spec == "digits":
+        image_set = _with_class_names(load_digits(image_size), names)
+        return (
+            image_set
+            if max_images is None or max_images >= len(image_set)
+            else image_set.sample(max_images, seed)
+        )
+    if path.is_dir():
+        return load_image_folder(
+            path,
+            image_size=image_size,
+            resample=resample,
+            max_images=max_images,
+            seed=seed,
+            class_names=names,
+            workers=workers,
+        )
+    if not path.exists():
+        raise DataError(
+            f'{path}: no such file or folder; expected "digits", an image folder or a .npz file'
+        )
+    if path.suffix.lower() != ".npz":
+        raise DataError(
+            f'{path}: not an image source; expected "digits", an image folder or a .npz file'
+        )
+    return load_npz(
+        path,
+        image_size=image_size,
+        resample=resample,
+        max_images=max_images,
+        seed=seed,
+        class_names=names,
+        resize=resize,
+    )
+
+
+def _with_class_names(image_set: ImageSet, class_names: tuple[str, ...] | None) -> ImageSet:
+    if class_names is None or image_set.class_names is None or image_set.labels is None:
+        return image_set
+    index_of = torch.tensor(index_of_names(image_set.class_names, class_names, image_set.name))
+    return replace(image_set, labels=index_of[image_set.labels], class_names=class_names)

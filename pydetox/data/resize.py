@@ -1,0 +1,60 @@
+"""One definition of how an image of any size becomes a square one, and what is too large to try."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from ..errors import DataError
+
+#: Images of more pixels than this, as stored or after resizing, are refused: a few kilobytes of a
+#: crafted PNG can decode to gigabytes. The number is Pillow's own default warning level (a quarter
+#: of a gigabyte of RGB).
+MAX_PIXELS = 89_478_485
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def interpolation_filter(name: str) -> Image.Resampling:
+    """Return Pillow's filter of that name; a name not in INTERPOLATIONS is a DataError."""
+    if name not in INTERPOLATIONS:
+        raise DataError(
+            f"interpolation {name!r} is not known; expected one of {', '.join(INTERPOLATIONS)}"
+        )
+    return INTERPOLATIONS[name]
+
+
+def refuse_too_large(width: int, height: int, what: str) -> None:
+    """Raise DataError when an image has more than MAX_PIXELS pixels; call before decoding it."""
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{what}: {width}x{height} pixels; expected at most {MAX_PIXELS:,} pixels "
+            "(decompression bomb?)"
+        )
+
+
+def resize_and_crop(
+    image: Image.Image, image_size: int, resample: Image.Resampling, what: str
+) -> Image.Image:
+    """Scale the shorter side to image_size, then cut out the centre square.
+
+    This is CLIP's own preprocessing, with the rounding of torchvision's Resize and CenterCrop, so
+    that a model sees exactly the pixels that open_clip would give it.
+    """
+    width, height = image.size
+    shorter, longer = min(width, height), max(width, height)
+    if shorter == 0:
+        raise DataError(f"{what}: {width}x{height} pixels; expected a size above 0")
+    if shorter != image_size:
+        scaled = int(image_size * longer / shorter)
+        width, height = (image_size, scaled) if width <= height else (scaled, image_size)
+        refuse_too_large(width, height, f"{what}, scaled to a shorter side of {image_size}")
+        image = image.resize((width, height), resample)
+    if width == height:
+        return image
+    left, top = round((width - image_size) / 2.0), round((height - image_size) / 2.0)
+    return image.crop((left, top, left + image_size, top + image_size))
