@@ -282,6 +282,7 @@ Traffic emulate(const Launch& launch, const Schedule& schedule,
   return here.run();
 }
 
+void fail(const std::string& what) { machine->fail(what); }
 void on_load(const void* address, std::size_t bytes) { machine->access(address, bytes, false); }
 void on_store(const void* address, std::size_t bytes) { machine->access(address, bytes, true); }
 void block_barrier(int line) { machine->block_barrier(line); }

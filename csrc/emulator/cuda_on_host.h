@@ -70,6 +70,7 @@ Traffic emulate(const Launch& launch, const Schedule& schedule,
                 const std::function<void()>& kernel);
 
 // Called from within a kernel. A line names the call site in messages.
+[[noreturn]] void fail(const std::string& what);  // KernelError with kernel, block and thread
 void on_load(const void* address, std::size_t bytes);
 void on_store(const void* address, std::size_t bytes);
 void block_barrier(int line);
@@ -84,8 +85,8 @@ T exchange(unsigned mask, T value, unsigned source, int line) {
   std::memcpy(warp_slots() + lane(), &value, sizeof(T));
   warp_barrier(mask, line);
   if (!(mask >> source & 1u)) {
-    throw KernelError("line " + std::to_string(line) + ": shuffle reads lane " +
-                      std::to_string(source) + ", which is not in its mask");
+    fail("line " + std::to_string(line) + ": shuffle reads lane " + std::to_string(source) +
+         ", which is not in its mask");
   }
   T result;
   std::memcpy(&result, warp_slots() + source, sizeof(T));

@@ -19,8 +19,6 @@ __global__ void block_sum(const float* x, float* out) {
     for (unsigned w = 1; w < blockDim.x / 32; ++w) sum += of_warp[w];
     __stwb(out + blockIdx.x, sum);
   }
-  // The next block's first warp must not overwrite what this one still reads.
-  for (unsigned w = threadIdx.x; w < 32; w += blockDim.x) of_warp[w] = 0;
 }
 
 // out[i] = x[i] of the lane that each kind of shuffle names, one row per kind.
