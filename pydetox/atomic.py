@@ -1,0 +1,215 @@
+"""Writing files and folders so that nobody ever sees half of one.
+
+Everything is written under a temporary name in the same directory (a rename cannot cross file
+systems), flushed to the disk and then renamed. Whatever interrupts that, a full disk or Ctrl-C, the
+temporary name is removed again and what was there before stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from pydetox.errors import OutputError
+
+_REASONS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than this process may write",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a directory",
+    errno.EEXIST: "a part of the path is a file, not a directory",
+    errno.EISDIR: "it is a directory, not a file",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    """Make the one-line :class:`OutputError` for an ``OSError`` met while writing ``path``."""
+    reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
+    return OutputError(f"{os.fspath(path)}: cannot be written: {reason}")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that appears under ``path``, complete, when the block ends.
+
+    Missing parent directories are created. A symbolic link is followed: the file it names is
+    replaced.
+
+    Raises:
+        OutputError: ``path`` exists and ``overwrite`` is false, is not a regular file, or cannot be
+            written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        _refuse_existing_file(path, target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_name(target)
+        # Created with the permissions any new file gets: those of `tempfile` would be private to
+        # this user.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _refuse_existing_file(path, target, overwrite)
+        temporary.replace(target)
+        _fsync_directory(target.parent)
+    except OSError as error:
+        _translate(error, path, temporary)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_file(path: str | os.PathLike[str], data: bytes | str, *, overwrite: bool = True) -> Path:
+    """Write ``data`` (text as UTF-8) to ``path`` atomically; see :func:`atomic_file`."""
+    with atomic_file(path, overwrite=overwrite) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    replaceable: Collection[str] | None = None,
+) -> Iterator[Path]:
+    """Yield an empty temporary directory that becomes ``path``, as a whole, when the block ends.
+
+    Args:
+        path: The directory to create. An empty directory that is already there is taken over.
+        overwrite: Replace a directory that has something in it.
+        replaceable: With ``overwrite``: the only names the old directory may hold. Anything else in
+            it belongs to somebody else, and the directory is not replaced. ``None`` allows any
+            name.
+
+    Raises:
+        OutputError: The directory exists and may not be replaced, or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        _refuse_existing_directory(path, target, overwrite, replaceable)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_name(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        yield temporary
+        _fsync_tree(temporary)
+        _refuse_existing_directory(path, target, overwrite, replaceable)
+        _replace_directory(temporary, target)
+        _fsync_directory(target.parent)
+    except OSError as error:
+        _translate(error, path, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _translate(error: OSError, path: str | os.PathLike[str], temporary: Path) -> NoReturn:
+    # The block inside may also fail to *read* something else: that error names another file and is
+    # left alone.
+    named = error.filename
+    if named is None or os.fsdecode(named).startswith(str(temporary)):
+        raise output_error(path, error) from error
+    raise error
+
+
+def _temporary_name(target: Path) -> Path:
+    # The start of the name is enough to recognise it, and keeps it below the 255 bytes a name may
+    # have.
+    start = os.fsencode(target.name)[:100].decode(errors="ignore")
+    return target.with_name(f".{start}.{secrets.token_hex(6)}.tmp")
+
+
+def _refuse_existing_file(shown: str | os.PathLike[str], target: Path, overwrite: bool) -> None:
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"{os.fspath(shown)}: is a directory, expected the name of a file")
+    if not stat.S_ISREG(mode):
+        # Replacing /dev/null by a file is what "atomic" would mean here.
+        raise OutputError(f"{os.fspath(shown)}: is not a regular file, so it is not replaced")
+    if not overwrite:
+        raise OutputError(f"{os.fspath(shown)}: exists already and is not overwritten")
+
+
+def _refuse_existing_directory(
+    shown: str | os.PathLike[str],
+    target: Path,
+    overwrite: bool,
+    replaceable: Collection[str] | None,
+) -> None:
+    try:
+        found = sorted(entry.name for entry in target.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise OutputError(
+            f"{os.fspath(shown)}: is a file, expected the name of a directory"
+        ) from None
+    if found and not overwrite:
+        raise OutputError(
+            f"{os.fspath(shown)}: exists already, with {len(found)} entries, and is not overwritten"
+        )
+    strange = [] if replaceable is None else [name for name in found if name not in replaceable]
+    if strange:
+        raise OutputError(
+            f"{os.fspath(shown)}: also holds {strange[0]!r} ({len(strange)} such entries), so the "
+            f"directory is not "
+            "replaced as a whole"
+        )
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``; an old ``target`` is moved aside first and deleted last."""
+    try:
+        new.rename(target)  # one atomic step when nothing, or an empty directory, is there
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    old = _temporary_name(target)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _fsync_directory(Path(folder))
+
+
+def _fsync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

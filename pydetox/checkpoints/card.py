@@ -1,0 +1,100 @@
+"""The model card (README.md) of a written checkpoint.
+
+Names and metrics may come from a stranger's file. They are shown as code spans, in which Markdown
+has no meaning, with control characters escaped, so that no link, image or HTML can be smuggled into
+a page that renders the card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from pydetox.checkpoints.provenance import Provenance
+
+_FRONT_MATTER = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+tags:
+- clip
+- pydetox
+---
+"""
+
+
+def code_span(text: object, *, in_table: bool = False) -> str:
+    """``text`` as an inert Markdown code span of one line (CommonMark 0.31, section 6.1)."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    if in_table:
+        shown = shown.replace("|", "\\|")  # the one character that tables see even inside code
+    # Spaces keep backticks at the ends apart from the fence, and an empty span from being no span
+    # at all.
+    padded = shown if shown.strip(" ") and "`" not in shown else f" {shown} "
+    fence = "`" * (longest + 1)
+    return f"{fence}{padded if shown else ' '}{fence}"
+
+
+def model_card(title: str, provenance: Provenance, architecture: Mapping[str, object]) -> str:
+    """Write a model card: what was done, from what, and what it changed.
+
+    Args:
+        title: Name of the checkpoint, usually of its folder.
+        provenance: How it was made.
+        architecture: Its model configuration (open_clip's ``model_cfg``).
+    """
+    coefficient = provenance.scaling_coefficient
+    recipe = [
+        ("Method", provenance.method),
+        ("Source checkpoint", provenance.source_name),
+        ("SHA-256 of the source's weights", provenance.source_sha256),
+        ("Scaling coefficient α", None if coefficient is None else repr(coefficient)),
+        *((f"Seed of {code_span(name)}", n) for name, n in sorted(provenance.seeds.items())),
+        *((code_span(name), _short(value)) for name, value in sorted(provenance.extra.items())),
+        ("pydetox version", provenance.pydetox_version),
+    ]
+    lines = [
+        f"{_FRONT_MATTER}# Model card for {code_span(title)}",
+        "",
+        "Written by pydetox. The same recipe is in the metadata of `open_clip_model.safetensors`.",
+        "",
+        "## Recipe",
+        "",
+        *(f"- {label}: {code_span(value)}" for label, value in recipe if value is not None),
+        "",
+    ]
+    names = sorted({*provenance.before, *provenance.after})
+    if names:
+        lines += ["## Before and after", "", "| metric | before | after |", "|---|---|---|"]
+        for name in names:
+            before, after = (
+                _number(provenance.before.get(name)),
+                _number(provenance.after.get(name)),
+            )
+            lines.append(f"| {code_span(name, in_table=True)} | {before} | {after} |")
+        lines.append("")
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import open_clip",
+        "",
+        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:THIS_FOLDER")',
+        "```",
+        "",
+        "## Architecture",
+        "",
+        code_span(_short(architecture, limit=4000)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _short(value: object, limit: int = 400) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _number(value: object) -> str:
+    return "" if value is None else code_span(value, in_table=True)

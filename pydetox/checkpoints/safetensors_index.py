@@ -1,0 +1,159 @@
+"""Index of a ``.safetensors`` file: length of the header, JSON header, bytes of the tensors.
+
+Format: https://github.com/huggingface/safetensors (README, "Format"). Stricter than the library in
+one place: a name that occurs twice is refused, because two readers may then see two different
+models.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from pydetox.checkpoints.index import (
+    ITEM_SIZES,
+    FileIndex,
+    Span,
+    TensorEntry,
+    WeightsFile,
+    check_extents,
+    quote,
+)
+from pydetox.errors import CheckpointError, UnsafeCheckpointError
+
+#: A ViT-B/32 has 40 KB. Python needs about 50 times the size of a header to parse it.
+MAX_HEADER_BYTES = 4 << 20
+
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+#: Codes to write, by torch's name of the dtype.
+DTYPE_CODES = {name: code for code, name in _DTYPES.items()}
+
+
+def index_safetensors(file: WeightsFile) -> FileIndex:
+    """Index a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: The file is truncated or damaged.
+        UnsafeCheckpointError: Its header is oversized, or names a tensor twice.
+    """
+    prefix = file.read_at(0, 8, "the header length")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise UnsafeCheckpointError(
+            f"claims a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted"
+        )
+    raw = file.read_at(8, length, "the header")
+    header = _parse(raw)
+    metadata = _metadata(header.pop("__metadata__", {}))
+    data = 8 + length
+    entries: dict[str, TensorEntry] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, value in header.items():
+        entry, begin, end = _tensor(name, value)
+        entries[name] = entry
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise CheckpointError(
+                f"tensor {quote(name)}: begins at byte {begin} of the data, expected {position} "
+                f"(no gaps, no overlap)"
+            )
+        position = end
+    if data + position != file.size:
+        raise CheckpointError(
+            f"is truncated or damaged: its header describes {data + position} bytes, but the file "
+            f"has {file.size}"
+        )
+    if not entries:
+        raise CheckpointError("holds no tensors")
+    return FileIndex(
+        format="safetensors",
+        tensors=entries,
+        storages={name: Span(data + begin, end - begin) for begin, end, name in spans},
+        metadata=metadata,
+        parsed={0: prefix + raw},
+    )
+
+
+def _parse(raw: bytes) -> dict[str, object]:
+    try:
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is damaged: its header is not valid JSON ({error})") from None
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
+        raise CheckpointError("is damaged: its header is not a JSON object")
+    return header
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise UnsafeCheckpointError(f"has the name {quote(key)} twice in its header")
+        if any("\ud800" <= character <= "\udfff" for character in key):
+            raise CheckpointError(f"is damaged: the name {quote(key)} in its header is not text")
+        result[key] = value
+    return result
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _metadata(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise CheckpointError("is damaged: its metadata is not a JSON object")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise CheckpointError(f"is damaged: its metadata {quote(key)} is not text")
+    return value
+
+
+def _tensor(name: str, value: object) -> tuple[TensorEntry, int, int]:
+    """Entry and data offsets (first byte, byte after the last) of one tensor of the header."""
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"tensor {quote(name)}: expected dtype, shape and data_offsets in the header"
+        )
+    code = value["dtype"]
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise CheckpointError(f"tensor {quote(name)}: has the unsupported dtype {quote(code)}")
+    label = f"tensor {quote(name)}"
+    shape = check_extents(label, value["shape"], "shape")
+    offsets = check_extents(label, value["data_offsets"], "data_offsets")
+    strides = []
+    count = 1
+    for extent in reversed(shape):
+        strides.append(max(count, 1))
+        count *= extent
+    nbytes = count * ITEM_SIZES[dtype]
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise CheckpointError(
+            f"tensor {quote(name)}: {dtype}{list(shape)} needs {nbytes} bytes, its data_offsets "
+            f"are {list(offsets)}"
+        )
+    return TensorEntry(dtype, shape, tuple(reversed(strides)), name), offsets[0], offsets[1]

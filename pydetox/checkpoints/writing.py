@@ -1,0 +1,176 @@
+"""Writing checkpoints that open_clip, and pydetox, can read back."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from pydetox.atomic import atomic_directory, atomic_file
+from pydetox.checkpoints.architecture import (
+    CONFIG_NAME,
+    Config,
+    check_finite,
+    check_model_config,
+    check_preprocess_config,
+)
+from pydetox.checkpoints.card import model_card
+from pydetox.checkpoints.hub import WEIGHT_NAMES
+from pydetox.checkpoints.index import quote
+from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
+from pydetox.checkpoints.safetensors_index import DTYPE_CODES
+from pydetox.errors import ArchitectureError, UsageError
+
+WEIGHTS_NAME = WEIGHT_NAMES[0]
+CARD_NAME = "README.md"
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    model_config: Config,
+    preprocess_config: Config | None,
+    provenance: Provenance,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint as a folder in open_clip's layout, whole or not at all.
+
+    The folder gets ``open_clip_model.safetensors`` (with the provenance in its metadata),
+    ``open_clip_config.json`` and ``README.md``, a model card. Equal arguments give equal bytes.
+    Read it with :func:`pydetox.checkpoints.load_checkpoint` or
+    ``open_clip.create_model_from_pretrained("local-dir:…")``.
+
+    Args:
+        directory: The folder to create; missing parents are created too.
+        state_dict: Name to tensor, of any device, layout in memory and sharing; each is written as
+            a tensor of its own.
+        model_config: open_clip's ``model_cfg``.
+        preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
+            ``resize_mode``).
+        provenance: How the weights were made.
+        overwrite: Replace the folder if it holds nothing but such a checkpoint.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        ArchitectureError: The configuration is incomplete, or weights are NaN or infinite.
+        UsageError: An entry is no dense tensor, or the provenance is no JSON.
+        OutputError: The folder exists or cannot be written.
+    """
+    check_model_config(model_config)
+    check_preprocess_config(preprocess_config)
+    check_finite(_dense_tensors(state_dict))
+    config: Config = {"model_cfg": model_config}
+    if preprocess_config is not None:
+        config["preprocess_cfg"] = preprocess_config
+    try:
+        config_text = json.dumps(config, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArchitectureError(f"the configuration cannot be written as JSON: {error}") from error
+    metadata = {"format": "pt", METADATA_KEY: provenance.to_json()}
+    target = Path(directory)
+    card = model_card(target.resolve().name, provenance, model_config)
+    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
+    with atomic_directory(target, overwrite=overwrite, replaceable=names) as folder:
+        (folder / CONFIG_NAME).write_text(f"{config_text}\n", encoding="utf-8")
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        with (folder / WEIGHTS_NAME).open("wb") as file:
+            _write_safetensors(file, state_dict, metadata)
+    return target
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the weights alone, as ``.safetensors`` or as the ``.pt`` of open_clip's training.
+
+    The latter is ``{"state_dict": …}``, written by ``torch.save``.
+
+    Args:
+        path: The file; its extension decides the format.
+        state_dict: Name to tensor.
+        metadata: Text to store along, for ``.safetensors`` only.
+        overwrite: Replace an existing file.
+
+    Raises:
+        UsageError: The extension is another one, an entry is no dense tensor, or ``metadata`` is
+            given for a ``.pt``.
+        OutputError: The file exists or cannot be written.
+    """
+    tensors = _dense_tensors(state_dict)
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".safetensors", ".pt"):
+        raise UsageError(f"{os.fspath(path)}: expected a name ending in .safetensors or .pt")
+    if suffix == ".pt" and metadata:
+        raise UsageError(f"{os.fspath(path)}: a .pt file holds no metadata; use .safetensors")
+    with atomic_file(path, overwrite=overwrite) as file:
+        if suffix == ".safetensors":
+            _write_safetensors(file, tensors, metadata or {})
+        else:
+            # Through memory: given the file itself, torch hides the reason of a failed write.
+            buffer = io.BytesIO()
+            own = {
+                name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+            }
+            torch.save({"state_dict": own}, buffer)
+            file.write(buffer.getbuffer())
+    return Path(path)
+
+
+def _dense_tensors(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if not state_dict:
+        raise UsageError("the state dict to be written holds no tensors")
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"entry {quote(name)} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UsageError(f"tensor {quote(name)}: expected a dense tensor with data")
+        if name == "__metadata__" or _code(tensor) is None:
+            raise UsageError(
+                f"tensor {quote(name)}: its name or dtype {tensor.dtype} cannot be stored"
+            )
+    return state_dict
+
+
+def _code(tensor: torch.Tensor) -> str | None:
+    return DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
+
+
+def _write_safetensors(
+    file: BinaryIO, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file; see ``safetensors_index`` for the format.
+
+    The library's own writer puts the metadata in a random order, so that the same model would never
+    hash the same twice.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # Widest elements first: then every tensor is aligned to its own element size.
+    order = sorted(state_dict, key=lambda name: (-state_dict[name].element_size(), name))
+    position = 0
+    for name in order:
+        tensor = state_dict[name]
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _code(tensor),
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    for name in order:
+        dense = state_dict[name].detach().cpu().contiguous()
+        file.write(dense.reshape(-1).view(torch.uint8).numpy().data)

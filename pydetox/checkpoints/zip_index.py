@@ -1,0 +1,175 @@
+"""The members of a zip archive, as far as ``torch.save`` uses zip: stored, never compressed.
+
+Only what torch writes is accepted. Compression (zip bombs), encryption, several disks, overlapping
+or repeated members, names that leave the archive and data hidden before or after it are refused
+before anything is read from a member. Format: PKWARE APPNOTE 6.3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+from pydetox.checkpoints.index import Span, WeightsFile, quote
+from pydetox.errors import CheckpointError, UnsafeCheckpointError
+
+MAX_DIRECTORY_BYTES = 8 << 20
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENCRYPTED = 0x0001
+_SIZES_FOLLOW = 0x0008  # sizes are in a descriptor behind the data; the local header holds zeros
+
+
+def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
+    """List an archive's members.
+
+    Returns:
+        Member name to the span of its data, and the bytes of the directory that say so, by offset.
+
+    Raises:
+        CheckpointError: The archive is truncated, damaged or not of the kind torch writes.
+        UnsafeCheckpointError: It is built to deceive: compressed or overlapping members, paths that
+            escape.
+    """
+    start, size, count, parsed = _find_directory(file)
+    directory = file.read_at(start, size, "the zip directory")
+    parsed[start] = directory
+    members: dict[str, Span] = {}
+    regions: list[tuple[int, int, str]] = []
+    position = 0
+    for _ in range(count):
+        if position + _ENTRY.size > size:
+            raise CheckpointError(f"is damaged: its zip directory ends before entry {len(members)}")
+        fields = _ENTRY.unpack_from(directory, position)
+        signature, _made, _needed, flags, method, _time, _date, crc, packed, unpacked = fields[:10]
+        name_size, extra_size, comment_size, disk, _internal, _external, offset = fields[10:]
+        position += _ENTRY.size
+        tail = position + name_size + extra_size + comment_size
+        if signature != b"PK\x01\x02" or tail > size:
+            raise CheckpointError(f"is damaged: its zip directory is wrong at entry {len(members)}")
+        name = _member_name(directory[position : position + name_size])
+        extra = directory[position + name_size : position + name_size + extra_size]
+        position = tail
+        packed, unpacked, offset = _zip64_sizes(name, extra, packed, unpacked, offset)
+        if method != 0 or packed != unpacked:
+            raise UnsafeCheckpointError(
+                f"record {quote(name)} is compressed ({packed} bytes claim to be {unpacked}); "
+                f"torch stores records "
+                "uncompressed, so this may be a zip bomb"
+            )
+        if flags & _ENCRYPTED or disk != 0:
+            raise CheckpointError(f"record {quote(name)} is encrypted or on another disk")
+        if name in members:
+            raise UnsafeCheckpointError(f"record {quote(name)} is in the zip archive twice")
+        data = _data_offset(file, name, offset, crc, unpacked, parsed)
+        if data + unpacked > start:
+            raise UnsafeCheckpointError(
+                f"record {quote(name)} claims {unpacked} bytes, more than the file has"
+            )
+        members[name] = Span(data, unpacked, crc)
+        regions.append((offset, data + unpacked, name))
+    if position != size:
+        raise CheckpointError(f"is damaged: {size - position} stray bytes in its zip directory")
+    regions.sort()
+    for (_, end, first), (begin, _, second) in itertools.pairwise(regions):
+        if begin < end:
+            raise UnsafeCheckpointError(
+                f"records {quote(first)} and {quote(second)} overlap in the zip archive"
+            )
+    return members, parsed
+
+
+def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]:
+    """Offset, size and number of entries of the central directory."""
+    end_at = file.size - _END.size
+    end = file.read_at(end_at, _END.size, "the end of the zip archive")
+    signature, disk, start_disk, here, count, size, start, comment = _END.unpack(end)
+    if signature != b"PK\x05\x06" or comment:
+        raise CheckpointError("is truncated or damaged: a zip archive without its end record")
+    parsed = {end_at: end}
+    directory_end = end_at
+    locator_at = end_at - _END64_LOCATOR.size
+    locator = (
+        file.read_at(locator_at, _END64_LOCATOR.size, "the zip archive") if locator_at >= 0 else b""
+    )
+    if locator[:4] == b"PK\x06\x07":
+        _, _, end64_at, disks = _END64_LOCATOR.unpack(locator)
+        end64 = file.read_at(end64_at, _END64.size, "the zip64 end record")
+        (signature64, size64, *_, disk, start_disk, here, count, size, start) = _END64.unpack(end64)
+        if signature64 != b"PK\x06\x06" or size64 != _END64.size - 12 or disks > 1:
+            raise CheckpointError("is damaged: its zip64 end record is wrong")
+        if end64_at + _END64.size != locator_at:
+            raise CheckpointError("is damaged: data between the end records of its zip archive")
+        parsed[end64_at] = end64
+        parsed[locator_at] = locator
+        directory_end = end64_at
+    if disk or start_disk or here != count:
+        raise CheckpointError("is damaged: a zip archive in several parts")
+    if start + size != directory_end:
+        raise CheckpointError("is damaged: its zip directory is not where its end record says")
+    if size > MAX_DIRECTORY_BYTES:
+        raise UnsafeCheckpointError(
+            f"has a zip directory of {size} bytes, at most {MAX_DIRECTORY_BYTES} are accepted"
+        )
+    return start, size, count, parsed
+
+
+def _member_name(raw: bytes) -> str:
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"has a record whose name is not text: {quote(raw)}") from None
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise UnsafeCheckpointError(
+            f"record {quote(name)} has a name that is not a plain path inside the archive"
+        )
+    return name
+
+
+def _zip64_sizes(
+    name: str, extra: bytes, packed: int, unpacked: int, offset: int
+) -> tuple[int, int, int]:
+    """Replace what does not fit 32 bits by the zip64 extra field (APPNOTE 4.5.3)."""
+    values = [unpacked, packed, offset]
+    wanted = [i for i, value in enumerate(values) if value == 0xFFFFFFFF]
+    if not wanted:
+        return packed, unpacked, offset
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        position += 4
+        if kind == 0x0001 and 8 * len(wanted) <= length <= len(extra) - position:
+            for i, slot in enumerate(wanted):
+                (values[slot],) = struct.unpack_from("<Q", extra, position + 8 * i)
+            return values[1], values[0], values[2]
+        position += length
+    raise CheckpointError(f"is damaged: record {quote(name)} lacks its zip64 sizes")
+
+
+def _data_offset(
+    file: WeightsFile, name: str, offset: int, crc: int, nbytes: int, parsed: dict[int, bytes]
+) -> int:
+    """Where a member's data begins, after checking its local header against the directory."""
+    local = file.read_at(offset, _LOCAL.size, f"record {quote(name)}")
+    signature, _needed, flags, method, _time, _date, *rest = _LOCAL.unpack(local)
+    local_crc, packed, unpacked, name_size, extra_size = rest
+    header = local + file.read_at(offset + _LOCAL.size, name_size, f"record {quote(name)}")
+    if signature != b"PK\x03\x04" or header[_LOCAL.size :] != name.encode():
+        raise CheckpointError(
+            f"is damaged: record {quote(name)} is not where the zip directory says"
+        )
+    sizes_known = not flags & _SIZES_FOLLOW and 0xFFFFFFFF not in (packed, unpacked)
+    if (
+        method != 0
+        or flags & _ENCRYPTED
+        or (sizes_known and (packed != nbytes or unpacked != nbytes or local_crc != crc))
+    ):
+        raise UnsafeCheckpointError(
+            f"record {quote(name)} is described differently in the zip directory and at its data"
+        )
+    parsed[offset] = header
+    return offset + len(header) + int(extra_size)
