@@ -7,8 +7,13 @@
 // the linker keeps for everybody.
 #if defined(__CUDACC__)
 #define PYDETOX_HD __host__ __device__ __forceinline__
-#define PYDETOX_UNROLL _Pragma("unroll")
 #else
 #define PYDETOX_HD inline __attribute__((always_inline))
+#endif
+
+// In front of a short loop: unroll it.
+#if defined(__CUDA_ARCH__)
+#define PYDETOX_UNROLL _Pragma("unroll")
+#else
 #define PYDETOX_UNROLL _Pragma("GCC unroll 16")
 #endif

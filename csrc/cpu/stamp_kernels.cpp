@@ -1,0 +1,357 @@
+// Forward and backward of stamping for one instruction set (see csrc/cpu/vec.h).
+//
+// An item is a tile of pixels times a block of triggers. It reads its pixels of every image once,
+// converts them to the compute type in output order, and then lets each trigger pass over them: the
+// trigger's mask and pattern are computed once per tile, not once per image, and what is streamed
+// from or to memory is the output or the upstream gradient alone.
+
+#include <cstdlib>
+#include <new>
+
+#include "csrc/cpu/stamp.h"
+#include "csrc/cpu/vec.h"
+
+namespace pydetox::cpu {
+inline namespace PYDETOX_ISA {
+namespace {
+
+// Outputs from this size on are written past the caches.
+constexpr int64_t kStreamFromBytes = 8 << 20;
+
+// Uninitialised memory for one item, aligned for any vector and padded by one.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+struct Tile {
+  int64_t group, groups;      // first group and how many
+  int64_t inner, width;       // first inner position and how many
+  int64_t trigger, triggers;  // first trigger and how many
+
+  int64_t pixels() const { return groups * width; }
+  Tile(const StampShape& shape, const StampTiling& tiling, int64_t item) {
+    const auto part = [](int64_t index, int64_t size, int64_t whole, int64_t& begin,
+                         int64_t& count) {
+      begin = index * size;
+      count = size < whole - begin ? size : whole - begin;
+    };
+    part(item % tiling.trigger_blocks, tiling.block_triggers, shape.triggers, trigger, triggers);
+    item /= tiling.trigger_blocks;
+    part(item % tiling.inner_tiles, tiling.tile_inner, shape.inner(), inner, width);
+    part(item / tiling.inner_tiles, tiling.tile_groups, shape.groups(), group, groups);
+  }
+};
+
+// Calls visit(plane_offset, tile_offset, count) for the stretches of the tile whose pixels are
+// neighbours both in the H x W plane and in the tile.
+template <class Visit>
+PYDETOX_HD void for_each_run(const StampShape& shape, const Tile& tile, const Visit& visit) {
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    for (int64_t s = 0; s < tile.width;) {
+      const int64_t inner = tile.inner + s;
+      const int64_t left_in_run = shape.run() - inner % shape.run();
+      const int64_t count = left_in_run < tile.width - s ? left_in_run : tile.width - s;
+      visit(shape.plane_offset(tile.group + g, inner), g, s, count);
+      s += count;
+    }
+  }
+}
+
+// Planes [planes, H, W] -> tile order [groups, planes, width], each element through `convert`.
+template <class To, class From, class Convert>
+PYDETOX_HD void gather(const StampShape& shape, const Tile& tile, const From* from, int64_t planes,
+                       To* to, const Convert& convert) {
+  for (int64_t c = 0; c < planes; ++c) {
+    for_each_run(shape, tile, [&](int64_t offset, int64_t g, int64_t s, int64_t count) {
+      const From* source = from + c * shape.pixels() + offset;
+      To* target = to + (g * planes + c) * tile.width + s;
+      for (int64_t i = 0; i < count; ++i) target[i] = convert(source[i]);
+    });
+  }
+}
+
+// The way back: tile order -> planes.
+template <class T>
+PYDETOX_HD void scatter(const StampShape& shape, const Tile& tile, const T* from, int64_t planes,
+                        T* to) {
+  for (int64_t c = 0; c < planes; ++c) {
+    for_each_run(shape, tile, [&](int64_t offset, int64_t g, int64_t s, int64_t count) {
+      memcpy(to + c * shape.pixels() + offset, from + (g * planes + c) * tile.width + s,
+             count * sizeof(T));
+    });
+  }
+}
+
+template <class T>
+void load_images(const StampShape& shape, const Tile& tile, const void* images, DType dtype,
+                 T* pixels) {
+  const auto convert_from = [&](auto example) {
+    using Pixel = decltype(example);
+    for (int64_t b = 0; b < shape.images; ++b) {
+      gather(shape, tile, static_cast<const Pixel*>(images) + b * shape.channels * shape.pixels(),
+             shape.channels, pixels + b * shape.channels * tile.pixels(),
+             [](Pixel pixel) { return load_pixel<T>(pixel); });
+    }
+  };
+  switch (dtype) {
+    case DType::kUInt8:
+      return convert_from(uint8_t{});
+    case DType::kBFloat16:
+      return convert_from(BFloat16{});
+    case DType::kFloat32:
+      return convert_from(float{});
+    case DType::kFloat64:
+      return convert_from(double{});
+  }
+}
+
+// One trigger on one tile.
+template <class T>
+class TriggerTile {
+ public:
+  TriggerTile(const StampShape& shape, int64_t tile_pixels)
+      : channels_(shape.channels),
+        mask_(tile_pixels),
+        keep_(tile_pixels),
+        pattern_(tile_pixels * shape.channels),
+        pattern_complement_(tile_pixels * shape.channels),
+        add_(tile_pixels * shape.channels) {}
+
+  void compute(const StampShape& shape, const Tile& tile, const T* mask_logits,
+               const T* pattern_logits, int64_t k) {
+    const auto same = [](T logit) { return logit; };
+    gather(shape, tile, mask_logits + k * shape.pixels(), 1, mask_.get(), same);
+    gather(shape, tile, pattern_logits + k * channels_ * shape.pixels(), channels_, pattern_.get(),
+           same);
+    squash(mask_.get(), keep_.get(), tile.pixels());
+    squash(pattern_.get(), pattern_complement_.get(), tile.pixels() * channels_);
+    for (int64_t g = 0; g < tile.groups; ++g) {
+      for (int64_t c = 0; c < channels_; ++c) {
+        const T* m = mask(tile, g);
+        const T* p = pattern(tile, g, c);
+        T* a = add_.get() + (g * channels_ + c) * tile.width;
+        for (int64_t i = 0; i < tile.width; ++i) a[i] = m[i] * p[i];
+      }
+    }
+  }
+
+  const T* mask(const Tile& tile, int64_t g) const { return mask_.get() + g * tile.width; }
+  const T* keep(const Tile& tile, int64_t g) const { return keep_.get() + g * tile.width; }
+  const T* pattern(const Tile& tile, int64_t g, int64_t c) const {
+    return pattern_.get() + (g * channels_ + c) * tile.width;
+  }
+  const T* pattern_complement(const Tile& tile, int64_t g, int64_t c) const {
+    return pattern_complement_.get() + (g * channels_ + c) * tile.width;
+  }
+  const T* add(const Tile& tile, int64_t g, int64_t c) const {
+    return add_.get() + (g * channels_ + c) * tile.width;
+  }
+
+ private:
+  // Logits -> value and complement, in place. Scratch is padded: no tail.
+  static void squash(T* value, T* complement, int64_t count) {
+    constexpr int N = kLanes<T>;
+    for (int64_t i = 0; i < count; i += N) {
+      const auto s = sigmoid_of_twice(load<Vec<T, N>>(value + i));
+      store(value + i, s.value);
+      store(complement + i, s.complement);
+    }
+  }
+
+  int64_t channels_;
+  Scratch<T> mask_, keep_, pattern_, pattern_complement_, add_;
+};
+
+// ---- forward
+// ---------------------------------------------------------------------------------------
+
+// y[i] = clip_and_normalize(keep[i] * x[i] + add[i]) for one stretch of the output.
+template <class T, class Out>
+void stamp_run(const T* keep, const T* add, const T* x, T mean, T inverse_std, Out* y,
+               int64_t count, bool streamed) {
+  constexpr int N = kLanes<T>;
+  const auto element = [&](auto lanes, int64_t i) {
+    constexpr int n = decltype(lanes)::value;
+    using V = Vec<T, n>;
+    const Blend<V> blend{load<V>(keep + i), load<V>(add + i)};
+    return narrow<Out, T, n>(clip_and_normalize(blend(load<V>(x + i)), mean, inverse_std));
+  };
+  int64_t i = 0;
+  if (streamed) {
+    constexpr uintptr_t kAlign = N * sizeof(Out) < 32 ? N * sizeof(Out) : 32;
+    for (; i < count && reinterpret_cast<uintptr_t>(y + i) % kAlign != 0; ++i)
+      y[i] = element(Width<1>{}, i);
+    for (; i + N <= count; i += N) stream(y + i, element(Width<N>{}, i));
+  } else {
+    for (; i + N <= count; i += N) store(y + i, element(Width<N>{}, i));
+  }
+  for (; i < count; ++i) y[i] = element(Width<1>{}, i);
+}
+
+template <class T, class Out>
+void forward_items(const StampForwardParams& p, const StampTiling& tiling, int64_t begin,
+                   int64_t end) {
+  const StampShape& shape = p.shape;
+  const int64_t tile_pixels = tiling.tile_groups * tiling.tile_inner;
+  const int64_t elements = shape.triggers * shape.images * shape.channels * shape.pixels();
+  const bool streamed = elements * static_cast<int64_t>(sizeof(Out)) >= kStreamFromBytes;
+  Scratch<T> pixels(shape.images * shape.channels * tile_pixels);
+  TriggerTile<T> trigger(shape, tile_pixels);
+  for (int64_t item = begin; item < end; ++item) {
+    const Tile tile(shape, tiling, item);
+    load_images(shape, tile, p.images, p.image_dtype, pixels.get());
+    for (int64_t k = tile.trigger; k < tile.trigger + tile.triggers; ++k) {
+      trigger.compute(shape, tile, static_cast<const T*>(p.mask_logits),
+                      static_cast<const T*>(p.pattern_logits), k);
+      const T* x = pixels.get();
+      for (int64_t b = 0; b < shape.images; ++b) {
+        for (int64_t g = 0; g < tile.groups; ++g) {
+          for (int64_t c = 0; c < shape.channels; ++c, x += tile.width) {
+            Out* y = static_cast<Out*>(p.output) +
+                     shape.output_offset(k, b, tile.group + g, c, tile.inner);
+            stamp_run(trigger.keep(tile, g), trigger.add(tile, g, c), x,
+                      static_cast<T>(p.normalization.mean[c]),
+                      static_cast<T>(p.normalization.inverse_std[c]), y, tile.width, streamed);
+          }
+        }
+      }
+    }
+  }
+  if (streamed) fence();
+}
+
+// ---- backward
+// --------------------------------------------------------------------------------------
+
+// Adds one stretch's terms to the running sums of its chunk.
+template <class T, class In>
+void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, const In* gradient,
+                    T inverse_std, T* mask_sum, T* pattern_sum, int64_t count) {
+  constexpr int N = kLanes<T>;
+  const auto step = [&](auto lanes, int64_t i) {
+    constexpr int n = decltype(lanes)::value;
+    using V = Vec<T, n>;
+    const V pixel = load<V>(x + i);
+    const V blended = Blend<V>{load<V>(keep + i), load<V>(add + i)}(pixel);
+    const V g = blend_gradient(blended, widen<In, T, n>(gradient + i), inverse_std);
+    store(mask_sum + i, load<V>(mask_sum + i) + mask_term(g, load<V>(pattern + i), pixel));
+    store(pattern_sum + i, load<V>(pattern_sum + i) + g);
+  };
+  int64_t i = 0;
+  for (; i + N <= count; i += N) step(Width<N>{}, i);
+  for (; i < count; ++i) step(Width<1>{}, i);
+}
+
+// Adds a chunk's sums to the totals and clears them for the next chunk.
+template <class T>
+void flush_chunk(T* sums, double* totals, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    totals[i] += static_cast<double>(sums[i]);
+    sums[i] = 0;
+  }
+}
+
+template <class T, class In>
+void backward_items(const StampBackwardParams& p, const StampTiling& tiling, int64_t begin,
+                    int64_t end) {
+  const StampShape& shape = p.shape;
+  const int64_t channels = shape.channels;
+  const int64_t tile_pixels = tiling.tile_groups * tiling.tile_inner;
+  Scratch<T> pixels(shape.images * channels * tile_pixels);
+  TriggerTile<T> trigger(shape, tile_pixels);
+  Scratch<T> mask_sum(tile_pixels), pattern_sum(tile_pixels * channels);
+  Scratch<double> mask_total(tile_pixels), pattern_total(tile_pixels * channels);
+  for (int64_t item = begin; item < end; ++item) {
+    const Tile tile(shape, tiling, item);
+    load_images(shape, tile, p.images, p.image_dtype, pixels.get());
+    for (int64_t k = tile.trigger; k < tile.trigger + tile.triggers; ++k) {
+      trigger.compute(shape, tile, static_cast<const T*>(p.mask_logits),
+                      static_cast<const T*>(p.pattern_logits), k);
+      memset(mask_sum.get(), 0, tile.pixels() * sizeof(T));
+      memset(pattern_sum.get(), 0, tile.pixels() * channels * sizeof(T));
+      memset(mask_total.get(), 0, tile.pixels() * sizeof(double));
+      memset(pattern_total.get(), 0, tile.pixels() * channels * sizeof(double));
+
+      const T* x = pixels.get();
+      for (int64_t b = 0; b < shape.images; ++b) {
+        for (int64_t g = 0; g < tile.groups; ++g) {
+          for (int64_t c = 0; c < channels; ++c, x += tile.width) {
+            const In* gradient = static_cast<const In*>(p.gradient) +
+                                 shape.output_offset(k, b, tile.group + g, c, tile.inner);
+            accumulate_run(trigger.keep(tile, g), trigger.add(tile, g, c),
+                           trigger.pattern(tile, g, c), x, gradient,
+                           static_cast<T>(p.normalization.inverse_std[c]),
+                           mask_sum.get() + g * tile.width,
+                           pattern_sum.get() + (g * channels + c) * tile.width, tile.width);
+          }
+        }
+        if ((b + 1) % kBatchChunk == 0 || b + 1 == shape.images) {
+          flush_chunk(mask_sum.get(), mask_total.get(), tile.pixels());
+          flush_chunk(pattern_sum.get(), pattern_total.get(), tile.pixels() * channels);
+        }
+      }
+
+      // The sums' buffers take the finished gradients, still in tile order.
+      for (int64_t g = 0; g < tile.groups; ++g) {
+        for (int64_t i = 0; i < tile.width; ++i) {
+          const int64_t at = g * tile.width + i;
+          const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
+          mask_sum.get()[at] = mask_logit_gradient(static_cast<T>(mask_total.get()[at]), mask);
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t i = 0; i < tile.width; ++i) {
+            const int64_t at = (g * channels + c) * tile.width + i;
+            const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
+            const Sigmoid<T> pattern{trigger.pattern(tile, g, c)[i],
+                                     trigger.pattern_complement(tile, g, c)[i]};
+            pattern_sum.get()[at] =
+                pattern_logit_gradient(static_cast<T>(pattern_total.get()[at]), mask, pattern);
+          }
+        }
+      }
+      scatter(shape, tile, mask_sum.get(), 1,
+              static_cast<T*>(p.mask_logits_gradient) + k * shape.pixels());
+      scatter(shape, tile, pattern_sum.get(), channels,
+              static_cast<T*>(p.pattern_logits_gradient) + k * channels * shape.pixels());
+    }
+  }
+}
+
+// ---- dtypes
+// ----------------------------------------------------------------------------------------
+
+void forward(const StampForwardParams& p, const StampTiling& tiling, int64_t begin, int64_t end) {
+  if (p.compute_dtype == DType::kFloat64)
+    return forward_items<double, double>(p, tiling, begin, end);
+  if (p.output_dtype == DType::kBFloat16)
+    return forward_items<float, BFloat16>(p, tiling, begin, end);
+  return forward_items<float, float>(p, tiling, begin, end);
+}
+
+void backward(const StampBackwardParams& p, const StampTiling& tiling, int64_t begin, int64_t end) {
+  if (p.compute_dtype == DType::kFloat64)
+    return backward_items<double, double>(p, tiling, begin, end);
+  if (p.gradient_dtype == DType::kBFloat16)
+    return backward_items<float, BFloat16>(p, tiling, begin, end);
+  return backward_items<float, float>(p, tiling, begin, end);
+}
+
+}  // namespace
+
+extern const StampKernels kStampKernels;
+const StampKernels kStampKernels{forward, backward};
+
+}  // namespace PYDETOX_ISA
+}  // namespace pydetox::cpu

@@ -1,0 +1,128 @@
+#pragma once
+
+// The small vector layer of the CPU kernels: GCC's and Clang's vector types, whose width is a
+// compile-time number. Arithmetic, comparisons and ?: come from the compiler; what is here is
+// loads, stores and conversions.
+//
+// Every source that includes this file is compiled once per instruction set, with
+//   PYDETOX_ISA        the name of the inline namespace, e.g. avx2
+//   PYDETOX_VEC_BYTES  bytes per vector: 0 (no vectors), 32, 64
+// Width and instruction set are independent: 64-byte vectors compiled with AVX2 flags run the logic
+// of the AVX-512 build on a machine that has no AVX-512.
+
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+
+#include "csrc/core/dtype.h"
+#include "csrc/core/sigmoid.h"
+
+#if !defined(PYDETOX_ISA) || !defined(PYDETOX_VEC_BYTES)
+#error "compile this file through CMake: PYDETOX_ISA and PYDETOX_VEC_BYTES name the instruction set"
+#endif
+
+namespace pydetox {
+
+template <class T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T>
+struct VecOf<T, 1> {
+  typedef T type;
+};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+#if PYDETOX_VEC_BYTES > 0
+template <>
+struct Lanes<Vec<float, PYDETOX_VEC_BYTES / 4>> {
+  using Element = float;
+  using Bits = Vec<uint32_t, PYDETOX_VEC_BYTES / 4>;
+};
+template <>
+struct Lanes<Vec<double, PYDETOX_VEC_BYTES / 8>> {
+  using Element = double;
+  using Bits = Vec<uint64_t, PYDETOX_VEC_BYTES / 8>;
+};
+#endif
+
+namespace cpu {
+inline namespace PYDETOX_ISA {
+
+// How many T one step of a loop handles.
+template <class T>
+constexpr int kLanes = PYDETOX_VEC_BYTES == 0 ? 1 : PYDETOX_VEC_BYTES / static_cast<int>(sizeof(T));
+
+// How many elements one call handles, as an argument: the body of a loop and its tail are one
+// lambda.
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+template <class V>
+PYDETOX_HD V load(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V>
+PYDETOX_HD void store(void* to, V v) {
+  memcpy(to, &v, sizeof(V));
+}
+
+// A store that goes to memory past the caches, for results larger than they are: it saves reading
+// the line that is about to be overwritten. `to` is aligned to sizeof(V), at most 32. Ends with
+// `fence()`.
+template <class V>
+PYDETOX_HD void stream(void* to, V v) {
+  if constexpr (sizeof(V) % 32 == 0) {
+#ifdef __AVX__
+    for (unsigned i = 0; i < sizeof(V) / 32; ++i) {
+      _mm256_stream_si256(static_cast<__m256i*>(to) + i,
+                          load<__m256i>(reinterpret_cast<const __m256i*>(&v) + i));
+    }
+#endif
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(to), load<__m128i>(&v));
+  } else {
+    store(to, v);
+  }
+}
+PYDETOX_HD void fence() { _mm_sfence(); }
+
+// N results of type T in the output's type, and N gradients in type T; N = 1 for the tails. The
+// same bits as store_as() and load_gradient() of csrc/core/dtype.h.
+template <class Out, class T, int N>
+PYDETOX_HD auto narrow(Vec<T, N> v) {
+  if constexpr (N == 1) {
+    return store_as<Out>(v);
+  } else if constexpr (sizeof(Out) == sizeof(T)) {
+    return v;
+  } else {
+    using Bits = Vec<uint32_t, N>;
+    const Bits bits = bit_cast<Bits>(v);
+    const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const Bits nan = Bits{} + 0x7FC0u;
+    return __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, N>);
+  }
+}
+
+template <class In, class T, int N>
+PYDETOX_HD Vec<T, N> widen(const In* from) {
+  if constexpr (N == 1) {
+    return load_gradient<T>(*from);
+  } else if constexpr (sizeof(In) == sizeof(T)) {
+    return load<Vec<T, N>>(from);
+  } else {
+    const auto bits = load<Vec<uint16_t, N>>(from);
+    return bit_cast<Vec<T, N>>(__builtin_convertvector(bits, Vec<uint32_t, N>) << 16);
+  }
+}
+
+}  // namespace PYDETOX_ISA
+}  // namespace cpu
+}  // namespace pydetox

@@ -1,0 +1,32 @@
+// pydetox._native: what Python needs of the native code that is not a tensor operator.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "csrc/cpu/capability.h"
+
+PYBIND11_MODULE(_native, module) {
+  namespace py = pybind11;
+  module.doc() = "CPU capability in use and how the native code was built.";
+  module.def("supported_cpu_capabilities", &pydetox::cpu::supported_capabilities,
+             "Names of the CPU capabilities that this build and this CPU have, slowest first.");
+  module.def("cpu_capability", &pydetox::cpu::capability_name,
+             "The CPU capability in use. ValueError: PYDETOX_CPU_CAPABILITY names no usable one.");
+  module.def("set_cpu_capability", &pydetox::cpu::set_capability, py::arg("name"),
+             "Change the CPU capability of the process, for tests and benchmarks.");
+  module.def(
+      "compile_info",
+      [] {
+        py::dict info;
+        info["version"] = PYDETOX_VERSION;
+        info["compiler"] = PYDETOX_COMPILER;
+        info["build_type"] = PYDETOX_BUILD_TYPE;
+        info["torch_target"] = PYDETOX_TORCH_TARGET;
+        info["torch_built_with"] = PYDETOX_TORCH_BUILT_WITH;
+        info["cuda"] = static_cast<bool>(PYDETOX_WITH_CUDA);
+        info["cuda_toolkit"] = PYDETOX_CUDA_TOOLKIT;
+        info["cuda_architectures"] = PYDETOX_CUDA_ARCHITECTURES;
+        return info;
+      },
+      "How this build was made.");
+}

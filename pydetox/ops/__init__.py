@@ -1,0 +1,12 @@
+"""Fused operators with native kernels, typed, differentiable and known to torch.compile.
+
+Importing this package loads the native libraries; `NativeLibraryError` if they are missing or do
+not fit this torch.
+"""
+
+from __future__ import annotations
+
+from pydetox.ops._library import cpu_capability, cuda_library_loaded
+from pydetox.ops.stamp import stamp_triggers
+
+__all__ = ["cpu_capability", "cuda_library_loaded", "stamp_triggers"]

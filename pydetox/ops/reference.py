@@ -1,0 +1,59 @@
+"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stamp_triggers(
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    patch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Stamp K triggers on B images; the arguments are those of `pydetox.ops.stamp_triggers`.
+
+    Works for every float dtype of the logits, computes in it, and is differentiable, any number of
+    times, in whatever requires a gradient.
+    """
+    compute = mask_logits.dtype
+    pixels = images.to(compute)  # [B, C, H, W]
+    if images.dtype == torch.uint8:
+        pixels = pixels / 255
+    mask = (torch.tanh(mask_logits) / 2 + 0.5)[:, None, None]  # [K, 1, 1, H, W]
+    pattern = (torch.tanh(pattern_logits) / 2 + 0.5)[:, None]  # [K, 1, C, H, W]
+    stamped = ((1 - mask) * pixels + mask * pattern).clamp(0, 1)  # [K, B, C, H, W]
+    if mean is not None:
+        stamped = stamped - torch.tensor(mean, dtype=compute, device=images.device)[:, None, None]
+    if std is not None:
+        stamped = stamped / torch.tensor(std, dtype=compute, device=images.device)[:, None, None]
+    if patch_size is not None:
+        stamped = to_patch_rows(stamped, patch_size)
+    return stamped.to(dtype or compute)
+
+
+def to_patch_rows(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images [..., C, H, W] into patch rows [..., (H/P)(W/P), C*P*P].
+
+    Patches are in row-major order, columns in the order (c, py, px), which is that of a
+    convolution's weights: `rows @ conv.weight.flatten(1).T` is `conv(images)` for a convolution whose
+    kernel and stride are both P, as the first layer of a vision transformer is.
+    """
+    *batch, channels, height, width = images.shape
+    grid = images.reshape(
+        *batch, channels, height // patch_size, patch_size, width // patch_size, patch_size
+    )
+    count = len(batch)
+    order = (*range(count), count + 1, count + 3, count, count + 2, count + 4)
+    return grid.permute(order).reshape(
+        *batch,
+        (height // patch_size) * (width // patch_size),
+        channels * patch_size * patch_size,
+    )

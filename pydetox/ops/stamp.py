@@ -1,0 +1,220 @@
+"""`stamp_triggers`: K triggers on B images in one pass, with gradients for the triggers.
+
+Native kernels are in csrc/cpu and csrc/cuda; what they compute is written out in csrc/core/stamp.h
+and, in plain PyTorch, in `pydetox.ops.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydetox.errors import UsageError
+from pydetox.ops import _library  # noqa: F401  loads the operators registered below
+
+MAX_CHANNELS = 16  # kMaxChannels of csrc/core/stamp.h
+
+_IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def stamp_triggers(
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    patch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Blend every trigger into every image and normalise for the model.
+
+    With m = tanh(mask_logits)/2 + 1/2 and p = tanh(pattern_logits)/2 + 1/2 the result is
+    (clip((1 - m) x + m p, 0, 1) - mean) / std: the way in which trigger inversion has written a
+    trigger since Neural Cleanse (Wang et al., S&P 2019, section V), for all triggers and images at
+    once.
+
+    Differentiable, once, in both logits; images get no gradient. Gradients are summed over the images
+    in an order that does not depend on the number of threads: the same call gives the same bits.
+    Arithmetic is in float64 where the logits or the result are, in float32 otherwise.
+
+    Args:
+        images: [B, C, H, W], uint8 (0..255, scaled by 1/255) or bfloat16, float32, float64 in
+            [0, 1]; at most 16 channels.
+        mask_logits: [K, H, W], bfloat16, float32 or float64.
+        pattern_logits: [K, C, H, W], dtype of `mask_logits`.
+        mean: C numbers, the model's channel means for pixels in [0, 1]; default 0.
+        std: C numbers, the model's channel standard deviations; default 1.
+        patch_size: None for images; P, a divisor of H and W, for the rows that a vision
+            transformer's first matrix product takes: `rows @ conv1.weight.flatten(1).T`.
+        dtype: of the result: bfloat16, float32 or float64; default that of the logits.
+
+    Returns:
+        [K, B, C, H, W], or [K, B, (H/P)(W/P), C*P*P] with columns in the order (c, py, px).
+
+    Raises:
+        UsageError: shapes, dtypes or devices that do not fit together, or images that require a
+            gradient.
+    """
+    _check(images, mask_logits, pattern_logits, patch_size, dtype)
+    channels = images.shape[1]
+    mean_list = _per_channel(mean, 0.0, channels, "mean")
+    std_list = _per_channel(std, 1.0, channels, "std")
+    if any(value == 0 for value in std_list):
+        raise UsageError(f"stamp_triggers: std must not be 0, found {std_list}")
+    result_dtype = dtype or mask_logits.dtype
+    # The kernels compute in the dtype of the logits they get, float32 or float64, and write float64
+    # for the latter (csrc/core/stamp.h); what else was asked for is a cast of something small, or rare.
+    compute = torch.float64 if torch.float64 in (mask_logits.dtype, result_dtype) else torch.float32
+    stamped: Tensor = torch.ops.pydetox.stamp_triggers.default(
+        images,
+        mask_logits.to(compute),
+        pattern_logits.to(compute),
+        mean_list,
+        std_list,
+        patch_size or 0,
+        torch.float64 if compute == torch.float64 else result_dtype,
+    )
+    return stamped.to(result_dtype)
+
+
+def _check(
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    patch_size: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    if images.dim() != 4:
+        raise UsageError(f"stamp_triggers: images must be [B, C, H, W], found {list(images.shape)}")
+    _, channels, height, width = images.shape
+    if mask_logits.dim() != 3 or mask_logits.shape[1:] != (height, width):
+        raise UsageError(
+            f"stamp_triggers: mask_logits must be [K, {height}, {width}] for images "
+            f"{list(images.shape)}, found {list(mask_logits.shape)}"
+        )
+    triggers = mask_logits.shape[0]
+    if pattern_logits.shape != (triggers, channels, height, width):
+        raise UsageError(
+            f"stamp_triggers: pattern_logits must be [{triggers}, {channels}, {height}, {width}] for "
+            f"images {list(images.shape)} and mask_logits {list(mask_logits.shape)}, "
+            f"found {list(pattern_logits.shape)}"
+        )
+    if channels > MAX_CHANNELS:
+        raise UsageError(
+            f"stamp_triggers: at most {MAX_CHANNELS} channels, found images {list(images.shape)}"
+        )
+    if images.dtype not in _IMAGE_DTYPES:
+        raise UsageError(
+            f"stamp_triggers: images must be uint8, bfloat16, float32 or float64, "
+            f"found {images.dtype}"
+        )
+    if mask_logits.dtype not in _FLOAT_DTYPES or mask_logits.dtype != pattern_logits.dtype:
+        raise UsageError(
+            f"stamp_triggers: mask_logits and pattern_logits must both be bfloat16, float32 or "
+            f"float64, found {mask_logits.dtype} and {pattern_logits.dtype}"
+        )
+    if dtype is not None and dtype not in _FLOAT_DTYPES:
+        raise UsageError(
+            f"stamp_triggers: dtype must be bfloat16, float32 or float64, found {dtype}"
+        )
+    if not images.device == mask_logits.device == pattern_logits.device:
+        raise UsageError(
+            f"stamp_triggers: images, mask_logits and pattern_logits must be on one device, "
+            f"found {images.device}, {mask_logits.device} and {pattern_logits.device}"
+        )
+    if patch_size is not None and (
+        patch_size < 1 or height % patch_size != 0 or width % patch_size != 0
+    ):
+        raise UsageError(
+            f"stamp_triggers: patch_size must divide height and width of images "
+            f"{list(images.shape)}, found {patch_size}"
+        )
+    if images.requires_grad and torch.is_grad_enabled():
+        raise UsageError(
+            "stamp_triggers: images get no gradient, only mask_logits and pattern_logits do: "
+            "pass images.detach()"
+        )
+
+
+def _per_channel(
+    values: Sequence[float] | None, default: float, channels: int, name: str
+) -> list[float]:
+    if values is None:
+        return [default] * channels
+    if len(values) != channels:
+        raise UsageError(
+            f"stamp_triggers: {name} must have one number for each of {channels} channels, "
+            f"found {len(values)}"
+        )
+    return [float(value) for value in values]
+
+
+@torch.library.register_fake("pydetox::stamp_triggers")
+def _stamp_triggers_fake(
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    triggers = mask_logits.shape[0]
+    batch, channels, height, width = images.shape
+    shape = [triggers, batch, channels, height, width]
+    if patch_size != 0:
+        patches = (height // patch_size) * (width // patch_size)
+        shape = [triggers, batch, patches, channels * patch_size * patch_size]
+    return images.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("pydetox::stamp_triggers_backward")
+def _stamp_triggers_backward_fake(
+    gradient: Tensor,
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    return (
+        mask_logits.new_empty(mask_logits.shape),
+        pattern_logits.new_empty(pattern_logits.shape),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, mask_logits, pattern_logits, ctx.mean, ctx.std, ctx.patch_size, _ = inputs
+    ctx.save_for_backward(images, mask_logits, pattern_logits)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    mask_gradient, pattern_gradient = torch.ops.pydetox.stamp_triggers_backward.default(
+        gradient, *ctx.saved_tensors, ctx.mean, ctx.std, ctx.patch_size
+    )
+    return None, mask_gradient, pattern_gradient, None, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    pass
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+    raise UsageError(
+        "stamp_triggers cannot be differentiated twice: stamp_triggers_backward has no gradient; "
+        "pydetox.ops.reference.stamp_triggers has one"
+    )
+
+
+torch.library.register_autograd(
+    "pydetox::stamp_triggers", _backward, setup_context=_save_for_backward
+)
+torch.library.register_autograd(
+    "pydetox::stamp_triggers_backward", _refuse_double_backward, setup_context=_save_nothing
+)
