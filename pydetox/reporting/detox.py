@@ -1,0 +1,210 @@
+"""The report of a whole run, from suspicion to repaired model, as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_file
+from .charts import Bar, bar_chart, percent_chart
+from .html import (
+    Html,
+    badge,
+    cards,
+    details,
+    image_strip,
+    page,
+    pairs,
+    section,
+    subsection,
+    table,
+    text,
+)
+from .images import png_data_uri
+from .result import ASR_NOTE, VERDICT_TONES, alpha_series, any_given, is_flagged
+from .values import duration, finite, interval, number, percent
+
+_SCAN_NOTE = (
+    "For every class, the smallest mask that sends clean images there is reconstructed. P-L1 is "
+    "the sum of the mask's values, each in [0, 1], over the number of pixels. A backdoor is a "
+    "class that needs far less than the others, and less than the same architecture needs when "
+    "it is clean."
+)
+_ALPHA_NOTE = (
+    "The trigger vector, scaled by the coefficient α, is subtracted from the weights: too little "
+    "leaves the backdoor, too much costs accuracy."
+)
+
+
+def write_detox_report(path: str | PathLike[str], result: Mapping[str, Any]) -> Path:
+    """Write `result` as a self-contained HTML page to `path`, whole or not at all; return the path.
+
+    result: every part is optional, None or NaN stands for "not known", shares are in [0, 1]:
+      "title", "subtitle": str
+      "summary": [{"label", "value", "tone": "good" | "bad" | "warn" | "neutral"}]
+      "scans": [{"name", "verdict": "clean" | "suspicious" | "backdoored" | "inconclusive", "p_l1",
+        "threshold", "anomaly_index", "score", "target": class name, "class_names": [C],
+        "class_p_l1": [C], "reference_p_l1": [C] of a clean model}]
+      "triggers": [{"caption", "image": uint8 [H, W, 3] or [H, W]}]
+      "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen"}
+      "evaluation": [{"name", "ca", "ca_ci": (low, high), "asr", "asr_ci", "n_clean", "n_attack"}]
+      "provenance": {name: value}
+      "seconds": {step: seconds}
+    All text is escaped. Raises OutputError when the file cannot be written, UsageError for series
+    of different lengths and DataError for an image of another type.
+    """
+    return write_file(path, detox_report(result))
+
+
+def detox_report(result: Mapping[str, Any]) -> str:
+    """Return the HTML page of `write_detox_report`."""
+    return page(
+        str(result.get("title") or "pydetox report"),
+        str(result.get("subtitle") or ""),
+        [
+            cards(result.get("summary") or []),
+            _evaluation(result.get("evaluation") or []),
+            _scans(result.get("scans") or []),
+            _triggers(result.get("triggers") or []),
+            _alpha_search(result.get("alpha_search") or {}),
+            _seconds(result.get("seconds") or {}),
+            _provenance(result.get("provenance") or {}),
+        ],
+    )
+
+
+def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Html:
+    if not rows:
+        return Html("")
+    columns = [
+        ("Clean accuracy (CA)", "ca", "n_clean"),
+        ("Attack success rate (ASR)", "asr", "n_attack"),
+    ]
+    cells = [
+        [text(row.get("name", "")), *(_share(row, key, count) for _, key, count in columns)]
+        for row in rows
+    ]
+    shown = table(["Model", *(name for name, _, _ in columns)], cells, stack=True)
+    return section("Accuracy and attack success", shown, note=ASR_NOTE)
+
+
+def _share(row: Mapping[str, Any], key: str, count: str) -> Html:
+    extra = interval(row.get(f"{key}_ci"))
+    small = [f"[{extra}]"] if extra else []
+    if row.get(count) is not None:
+        small.append(f"n = {row[count]:,}")
+    below = "".join(f'<span class="small">{text(line)}</span>' for line in small)
+    return Html(f"<span>{text(percent(row.get(key)))}{below}</span>")
+
+
+def _scans(scans: Sequence[Mapping[str, Any]]) -> Html:
+    if not scans:
+        return Html("")
+    columns = [
+        (name, key)
+        for name, key in [
+            ("P-L1", "p_l1"),
+            ("Threshold", "threshold"),
+            ("Anomaly index", "anomaly_index"),
+            ("Score", "score"),
+        ]
+        if any_given(scans, key)
+    ]
+    cells = [
+        [
+            text(scan.get("name", "")),
+            _verdict(scan),
+            text(scan.get("target") or "–"),
+            *(text(number(scan.get(key))) for _, key in columns),
+        ]
+        for scan in scans
+    ]
+    headers = ["Model", "Verdict", "Target class", *(name for name, _ in columns)]
+    charted = [scan for scan in scans if scan.get("class_p_l1")]
+    largest = max((v for scan in charted for v in _norms(scan)), default=0.0)
+    charts = [_scan_chart(scan, largest) for scan in charted]
+    shown = table(headers, cells, numeric=3, stack=True)
+    return section("Scans", shown, *charts, note=_SCAN_NOTE)
+
+
+def _verdict(scan: Mapping[str, Any]) -> Html:
+    verdict = str(scan.get("verdict") or "inconclusive")
+    return badge(verdict, VERDICT_TONES.get(verdict, "neutral"))
+
+
+def _norms(scan: Mapping[str, Any]) -> list[float]:
+    """All mask norms that a scan's chart shows."""
+    values = [*scan["class_p_l1"], *(scan.get("reference_p_l1") or []), scan.get("threshold")]
+    return [v for value in values if (v := finite(value)) is not None]
+
+
+def _scan_chart(scan: Mapping[str, Any], largest: float) -> Html:
+    values: Sequence[float | None] = scan["class_p_l1"]
+    names = scan.get("class_names") or [f"class {index}" for index in range(len(values))]
+    references: Sequence[float | None] = scan.get("reference_p_l1") or [None] * len(values)
+    bars = [
+        Bar(str(name), value, reference, is_flagged(scan, index))
+        for index, (name, value, reference) in enumerate(
+            zip(names, values, references, strict=True)
+        )
+    ]
+    name = str(scan.get("name", ""))
+    chart = bar_chart(
+        bars,
+        title=f"Mask norm P-L1 of each class, {name}",
+        x_label="mask norm P-L1 (share of the image)",
+        value_label="this model",
+        reference_label="clean reference",
+        threshold=scan.get("threshold"),
+        maximum=largest,
+    )
+    headers = ["Class", "P-L1", *(["Clean reference"] if scan.get("reference_p_l1") else [])]
+    cells = [
+        [text(b.label), text(number(b.value)), text(number(b.reference))][: len(headers)]
+        for b in bars
+    ]
+    heading = Html(f"{text(name)} {_verdict(scan)}")
+    return subsection(heading, chart, details("The numbers", table(headers, cells)))
+
+
+def _triggers(triggers: Sequence[Mapping[str, Any]]) -> Html:
+    if not triggers:
+        return Html("")
+    images = [(png_data_uri(t["image"]), str(t.get("caption", ""))) for t in triggers]
+    return section("Triggers", image_strip(images), note="Enlarged; each square is one pixel.")
+
+
+def _alpha_search(search: Mapping[str, Any]) -> Html:
+    alpha = list(search.get("alpha") or [])
+    series = alpha_series(search)
+    if not alpha or not series:
+        return Html("")
+    chosen = finite(search.get("chosen"))
+    chart = percent_chart(
+        alpha,
+        series,
+        title="CA and ASR over the scaling coefficient α",
+        x_label="scaling coefficient α",
+        y_label="share of test images (%)",
+        marked=chosen,
+        marked_label="" if chosen is None else f"chosen: α = {number(chosen)}",
+    )
+    cells = [
+        [text(number(a)), *(text(percent(line.values[index])) for line in series)]
+        for index, a in enumerate(alpha)
+    ]
+    numbers = table(["α", *(line.short for line in series)], cells, numeric=0)
+    return section("Search for α", chart, details("The numbers", numbers), note=_ALPHA_NOTE)
+
+
+def _seconds(seconds: Mapping[str, Any]) -> Html:
+    if not seconds:
+        return Html("")
+    cells = [[text(step), text(duration(value))] for step, value in seconds.items()]
+    return section("Time", table(["Step", "Time"], cells))
+
+
+def _provenance(provenance: Mapping[str, Any]) -> Html:
+    return section("Provenance", pairs(provenance)) if provenance else Html("")

@@ -1,0 +1,57 @@
+"""What the HTML and the text report both need to know about a result dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .charts import Series
+
+VERDICT_TONES = {
+    "clean": "good",
+    "suspicious": "warn",
+    "backdoored": "bad",
+    "inconclusive": "neutral",
+}
+
+ASR_NOTE = (
+    "CA: share of clean test images that get their own class. ASR: share of triggered test images "
+    "that are sent to the target class; images of the target class are left out. In brackets: 95% "
+    "Wilson interval."
+)
+
+
+def alpha_series(search: Mapping[str, Any]) -> list[Series]:
+    """Return the lines of an "alpha_search" part: CA first, then one ASR per kind of trigger.
+
+    search["asr"]: shares, with search["asr_kind"] naming the trigger ("recovered", "true"), or a
+    mapping from that name to shares.
+    """
+    series = []
+    if search.get("ca") is not None:
+        series.append(Series("CA: clean accuracy", list(search["ca"]), "CA"))
+    asr = search.get("asr")
+    if isinstance(asr, Mapping):
+        for kind, values in asr.items():
+            label = f"ASR: attack success rate, {kind} trigger"
+            series.append(Series(label, list(values), f"ASR {kind}"))
+    elif asr is not None:
+        kind = search.get("asr_kind")
+        label = "ASR: attack success rate" + (f", {kind} trigger" if kind else "")
+        series.append(Series(label, list(asr), "ASR"))
+    return series
+
+
+def is_flagged(scan: Mapping[str, Any], index: int) -> bool:
+    """Whether class `index` of a scan is the one its verdict points at."""
+    names: Sequence[str] = scan.get("class_names") or []
+    return (
+        scan.get("verdict") in ("backdoored", "suspicious")
+        and index < len(names)
+        and names[index] == scan.get("target")
+    )
+
+
+def any_given(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a column has anything to show."""
+    return any(row.get(key) is not None for row in rows)
