@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def tool(name: str) -> str:
-    """Find a build tool: beside the interpreter (its environment may not be active), then on PATH."""
+    """Find a build tool beside the interpreter (its environment may not be active) or on PATH."""
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
     found = shutil.which(name, path=path)
     if found is None:
@@ -32,7 +32,7 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds the native libraries with CMake and Ninja, in a folder that the next build continues."""
+    """Builds the native libraries with CMake and Ninja; the next build continues in its folder."""
 
     def run(self) -> None:
         in_place = bool(self.inplace or self.editable_mode)

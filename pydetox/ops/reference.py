@@ -43,8 +43,8 @@ def to_patch_rows(images: Tensor, patch_size: int) -> Tensor:
     """Cut images [..., C, H, W] into patch rows [..., (H/P)(W/P), C*P*P].
 
     Patches are in row-major order, columns in the order (c, py, px), which is that of a
-    convolution's weights: `rows @ conv.weight.flatten(1).T` is `conv(images)` for a convolution whose
-    kernel and stride are both P, as the first layer of a vision transformer is.
+    convolution's weights: `rows @ conv.weight.flatten(1).T` is `conv(images)` for a convolution
+    whose kernel and stride are both P, as the first layer of a vision transformer is.
     """
     *batch, channels, height, width = images.shape
     grid = images.reshape(

@@ -35,12 +35,11 @@ def stamp_triggers(
 
     With m = tanh(mask_logits)/2 + 1/2 and p = tanh(pattern_logits)/2 + 1/2 the result is
     (clip((1 - m) x + m p, 0, 1) - mean) / std: the way in which trigger inversion has written a
-    trigger since Neural Cleanse (Wang et al., S&P 2019, section V), for all triggers and images at
-    once.
+    trigger since Neural Cleanse (Wang et al., S&P 2019), for all triggers and images at once.
 
-    Differentiable, once, in both logits; images get no gradient. Gradients are summed over the images
-    in an order that does not depend on the number of threads: the same call gives the same bits.
-    Arithmetic is in float64 where the logits or the result are, in float32 otherwise.
+    Differentiable, once, in both logits; images get no gradient. Gradients are summed over the
+    images in an order that does not depend on the number of threads: the same call gives the same
+    bits. Arithmetic is in float64 where the logits or the result are, in float32 otherwise.
 
     Args:
         images: [B, C, H, W], uint8 (0..255, scaled by 1/255) or bfloat16, float32, float64 in
@@ -68,7 +67,7 @@ def stamp_triggers(
         raise UsageError(f"stamp_triggers: std must not be 0, found {std_list}")
     result_dtype = dtype or mask_logits.dtype
     # The kernels compute in the dtype of the logits they get, float32 or float64, and write float64
-    # for the latter (csrc/core/stamp.h); what else was asked for is a cast of something small, or rare.
+    # for the latter (csrc/core/stamp.h); any other wish is a cast of something small, or rare.
     compute = torch.float64 if torch.float64 in (mask_logits.dtype, result_dtype) else torch.float32
     stamped: Tensor = torch.ops.pydetox.stamp_triggers.default(
         images,
@@ -100,8 +99,8 @@ def _check(
     triggers = mask_logits.shape[0]
     if pattern_logits.shape != (triggers, channels, height, width):
         raise UsageError(
-            f"stamp_triggers: pattern_logits must be [{triggers}, {channels}, {height}, {width}] for "
-            f"images {list(images.shape)} and mask_logits {list(mask_logits.shape)}, "
+            f"stamp_triggers: pattern_logits must be [{triggers}, {channels}, {height}, {width}] "
+            f"for images {list(images.shape)} and mask_logits {list(mask_logits.shape)}, "
             f"found {list(pattern_logits.shape)}"
         )
     if channels > MAX_CHANNELS:
