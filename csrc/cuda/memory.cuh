@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "csrc/core/macros.h"
+
 namespace pydetox::cuda {
 
 template <int kBytes>
@@ -45,7 +47,7 @@ template <int N, class T>
 __device__ __forceinline__ void load(const T* from, T* to) {
   constexpr int kBytes = kAccessBytes<T, N>;
   using Word = typename WordOf<kBytes>::Type;
-#pragma unroll
+  PYDETOX_UNROLL
   for (int i = 0; i < static_cast<int>(N * sizeof(T)) / kBytes; ++i) {
     const Word word = __ldg(reinterpret_cast<const Word*>(from) + i);
     memcpy(reinterpret_cast<char*>(to) + i * kBytes, &word, kBytes);
@@ -56,7 +58,7 @@ template <int N, class T>
 __device__ __forceinline__ void store(T* to, const T* from) {
   constexpr int kBytes = kAccessBytes<T, N>;
   using Word = typename WordOf<kBytes>::Type;
-#pragma unroll
+  PYDETOX_UNROLL
   for (int i = 0; i < static_cast<int>(N * sizeof(T)) / kBytes; ++i) {
     Word word;
     memcpy(&word, reinterpret_cast<const char*>(from) + i * kBytes, kBytes);

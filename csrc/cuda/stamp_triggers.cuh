@@ -3,6 +3,7 @@
 // Kernels that stamp triggers and reduce the gradient of their logits; csrc/core/stamp.h has the
 // maths and the order of the sums. Compiled by nvcc, and by the host compiler for the emulator.
 
+#include <cmath>
 #include <cstdint>
 
 #include "csrc/core/stamp.h"
@@ -10,67 +11,105 @@
 
 namespace pydetox::cuda {
 
+constexpr int kWarpSize = 32;
 constexpr int kForwardThreads = 256;
+constexpr int kImagesPerThread = 16;  // that many outputs for one evaluation of the sigmoids
+constexpr int kMaxBackwardWarps = 8;
+
 // Triggers of a forward thread that has N pixels: that many outputs for one read of a pixel, as far
 // as registers allow.
 template <int N>
 constexpr int kTriggersPerThread = N <= 4 ? 4 : 2;
-constexpr int kImagesPerThread = 16;  // that many outputs for one evaluation of a sigmoid
-constexpr int kWarpSize = 32;
-constexpr int kMaxBackwardWarps = 8;
 
 PYDETOX_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// N pixels of one thread, among the pixels in the order of the output (group, inner). They come in
-// N / Run runs that lie next to each other in every tensor: Run = N where all is aligned, so that a
-// run is one vector access; Run = 1 where it is not, and then neighbouring threads take
-// neighbouring pixels, which keeps accesses coalesced.
+// load_pixel, without the branch to a slow path that a division has on a GPU: one correction step
+// gives exactly x / 255 for all 256 values of x (a test tries them all).
+template <class T, class Image>
+__device__ __forceinline__ T pixel_value(Image pixel) {
+  return load_pixel<T>(pixel);
+}
+template <class T>
+__device__ __forceinline__ T pixel_value(uint8_t pixel) {
+  constexpr T kInverse = static_cast<T>(1) / static_cast<T>(255);
+  const T x = static_cast<T>(pixel);
+  const T quotient = x * kInverse;
+  return fma(fma(-quotient, static_cast<T>(255), x), kInverse, quotient);
+}
+
+// store_as, with the GPU's own rounding to bfloat16 (the same; only a NaN's payload may differ).
+template <class Output, class T>
+__device__ __forceinline__ Output output_value(T value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Output) == sizeof(BFloat16)) {
+    BFloat16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+  }
+#endif
+  return store_as<Output>(value);
+}
+
+// Where a pixel lies, counted in the order of the output (group, inner).
+struct Place {
+  int64_t plane;   // offset in an [H, W] plane
+  int64_t output;  // offset in the output of one image, at channel 0
+};
+__device__ __forceinline__ Place place_of(const StampShape& shape, int64_t pixel) {
+  if (shape.patch == 0) return {pixel, pixel};
+  const int64_t group = pixel / shape.inner();
+  const int64_t inner = pixel - group * shape.inner();
+  return {shape.plane_offset(group, inner), shape.output_offset(0, 0, group, 0, inner)};
+}
+
+// N pixels of one thread, in N / Run runs that are contiguous in every tensor. Run = N where all is
+// aligned: a run is one vector access. Run = 1 elsewhere: then neighbouring threads have
+// neighbouring pixels, which keeps the accesses of a warp together.
 template <int N, int Run>
 struct Pixels {
   static constexpr int kRuns = N / Run;
-  int64_t plane[kRuns];   // offset in an [H, W] plane
-  int64_t output[kRuns];  // offset in an output of one image, at channel 0
+  int64_t plane[kRuns];
+  int64_t output[kRuns];
   bool inside[kRuns];
 
-  // Where in a tile the j-th pixel of a thread lies.
+  // Where in a tile of N * threads pixels the thread's j-th one lies.
   static __device__ __forceinline__ int in_tile(int j, int thread, int threads) {
     return (j / Run * threads + thread) * Run + j % Run;
   }
 
   __device__ __forceinline__ Pixels(const StampShape& shape, int64_t tile_begin, int thread,
                                     int threads) {
-#pragma unroll
+    PYDETOX_UNROLL
     for (int r = 0; r < kRuns; ++r) {
       const int64_t pixel = tile_begin + in_tile(r * Run, thread, threads);
-      const int64_t group = pixel / shape.inner();
-      const int64_t inner = pixel % shape.inner();
       inside[r] = pixel < shape.pixels();
-      plane[r] = shape.plane_offset(group, inner);
-      output[r] = shape.output_offset(0, 0, group, 0, inner);
+      const Place place = place_of(shape, pixel);
+      plane[r] = place.plane;
+      output[r] = place.output;
     }
   }
 
-  // values[j] = base[offset of pixel j]; untouched outside of the image.
+  // values[j] = base[offset of pixel j]; unchanged outside of the image.
   template <class T>
-  __device__ __forceinline__ void load_at(const T* base, const int64_t (&offset)[kRuns],
-                                          T (&values)[N]) const {
-#pragma unroll
+  __device__ __forceinline__ void gather(const T* base, const int64_t (&offset)[kRuns],
+                                         T (&values)[N]) const {
+    PYDETOX_UNROLL
     for (int r = 0; r < kRuns; ++r) {
       if (inside[r]) load<Run>(base + offset[r], values + r * Run);
     }
   }
 
   template <class T>
-  __device__ __forceinline__ void store_output(T* base, const T (&values)[N]) const {
-#pragma unroll
+  __device__ __forceinline__ void scatter(const T (&values)[N], T* base) const {
+    PYDETOX_UNROLL
     for (int r = 0; r < kRuns; ++r) {
       if (inside[r]) store<Run>(base + output[r], values + r * Run);
     }
   }
 };
 
-// One thread: N pixels of one channel, up to kTriggersPerThread triggers whose blends stay in
-// registers, up to kImagesPerThread images.
+// One thread: N pixels of one channel, a few triggers whose blends stay in registers, up to
+// kImagesPerThread images.
 template <class T, class Image, class Output, int N, int Run>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     stamp_forward(const StampForwardParams params) {
@@ -88,28 +127,27 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const int64_t b_begin = block % image_tiles * kImagesPerThread;
   const int64_t b_end =
       b_begin + kImagesPerThread < shape.images ? b_begin + kImagesPerThread : shape.images;
-  const int64_t tile = block / image_tiles;
+  const int64_t tile_begin = block / image_tiles * (kForwardThreads * N);
 
-  const Pixels<N, Run> pixels(shape, tile * kForwardThreads * N, threadIdx.x, kForwardThreads);
+  const Pixels<N, Run> pixels(shape, tile_begin, static_cast<int>(threadIdx.x), kForwardThreads);
   const int64_t plane_size = shape.pixels();
   const int64_t image_size = shape.channels * plane_size;
   const T mean = static_cast<T>(params.normalization.mean[c]);
   const T inverse_std = static_cast<T>(params.normalization.inverse_std[c]);
 
-  Blend<T> blend[kTriggers][N];
-#pragma unroll
+  const auto* mask_logits = static_cast<const T*>(params.mask_logits);
+  const auto* pattern_logits = static_cast<const T*>(params.pattern_logits) + c * plane_size;
+  Blend<T> blends[kTriggers][N] = {};
+  PYDETOX_UNROLL
   for (int t = 0; t < kTriggers; ++t) {
     const int64_t k = k_begin + t;
+    if (k >= shape.triggers) break;
     T mask[N] = {}, pattern[N] = {};
-    if (k < shape.triggers) {
-      const auto* masks = static_cast<const T*>(params.mask_logits);
-      const auto* patterns = static_cast<const T*>(params.pattern_logits);
-      pixels.load_at(masks + k * plane_size, pixels.plane, mask);
-      pixels.load_at(patterns + (k * shape.channels + c) * plane_size, pixels.plane, pattern);
-    }
-#pragma unroll
+    pixels.gather(mask_logits + k * plane_size, pixels.plane, mask);
+    pixels.gather(pattern_logits + k * image_size, pixels.plane, pattern);
+    PYDETOX_UNROLL
     for (int j = 0; j < N; ++j) {
-      blend[t][j] = make_blend(sigmoid_of_twice(mask[j]), sigmoid_of_twice(pattern[j]));
+      blends[t][j] = make_blend(sigmoid_of_twice(mask[j]), sigmoid_of_twice(pattern[j]));
     }
   }
 
@@ -117,20 +155,20 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   auto* output = static_cast<Output*>(params.output) + c * shape.inner();
   for (int64_t b = b_begin; b < b_end; ++b) {
     Image image[N] = {};
-    pixels.load_at(images + b * image_size, pixels.plane, image);
+    pixels.gather(images + b * image_size, pixels.plane, image);
     T x[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = load_pixel<T>(image[j]);
-#pragma unroll
+    PYDETOX_UNROLL
+    for (int j = 0; j < N; ++j) x[j] = pixel_value<T>(image[j]);
+    PYDETOX_UNROLL
     for (int t = 0; t < kTriggers; ++t) {
       const int64_t k = k_begin + t;
       if (k >= shape.triggers) break;
       Output y[N];
-#pragma unroll
+      PYDETOX_UNROLL
       for (int j = 0; j < N; ++j) {
-        y[j] = store_as<Output>(clip_and_normalize(blend[t][j](x[j]), mean, inverse_std));
+        y[j] = output_value<Output>(clip_and_normalize(blends[t][j](x[j]), mean, inverse_std));
       }
-      pixels.store_output(output + (k * shape.images + b) * image_size, y);
+      pixels.scatter(y, output + (k * shape.images + b) * image_size);
     }
   }
 }
@@ -140,19 +178,19 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 template <class T, int N, int Channels>
 struct BackwardShared {
   static constexpr int kTile = N * kWarpSize;
-  static constexpr int kItems = (Channels + 1) * kTile;
-  double sums[kItems];
-  Sigmoid<T> sigmoids[kItems];
-  T partials[kMaxBackwardWarps][kItems];  // as many as the block has warps: see bytes()
+  double sums[Channels + 1][kTile];
+  Sigmoid<T> sigmoids[Channels + 1][kTile];
+  T partials[kMaxBackwardWarps][Channels + 1][kTile];  // one for each warp that the block has
 
   static constexpr int64_t bytes(int warps) {
-    return sizeof(BackwardShared) - (kMaxBackwardWarps - warps) * sizeof(T) * kItems;
+    return static_cast<int64_t>(sizeof(BackwardShared)) -
+           (kMaxBackwardWarps - warps) * static_cast<int64_t>(sizeof(partials[0]));
   }
 };
 
 // One block: a tile of pixels of one trigger, all images and channels. A warp sums one chunk of
-// kBatchChunk images at a time; then every item (row, pixel) has an owner, which adds the chunks'
-// sums in ascending order. Neither the grid nor the number of warps changes a bit.
+// kBatchChunk images at a time; then every pixel's owner adds the chunks' sums in ascending order.
+// Neither the grid nor the number of warps changes a bit.
 //
 // Channels: exactly 3, or kMaxChannels for any number up to that.
 template <class T, class Image, class Gradient, int N, int Run, int Channels>
@@ -161,40 +199,39 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
   using Shared = BackwardShared<T, N, Channels>;
   Shared& shared = *shared_memory<Shared>();
   const StampShape& shape = params.shape;
-  const int channels = Channels == 3 ? 3 : static_cast<int>(shape.channels);
-  const int items = (channels + 1) * Shared::kTile;
+  const int channels = Channels == kMaxChannels ? static_cast<int>(shape.channels) : Channels;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
-  const int warp = thread / kWarpSize, warps = threads / kWarpSize, lane = thread % kWarpSize;
+  const int lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize;
+  const int warps = threads / kWarpSize;
   // Blocks that share an image's pixels run next to each other and find them in the L2 cache.
   const int64_t k = blockIdx.x % shape.triggers;
   const int64_t tile_begin = blockIdx.x / shape.triggers * Shared::kTile;
   const int64_t plane_size = shape.pixels();
   const int64_t image_size = channels * plane_size;
 
-  // Mask or pattern logits of this trigger, and where an item lies in them; -1 outside of the
-  // image.
+  // A pixel of the tile has one owner, who evaluates its sigmoids and finishes its sums.
   const auto* mask_logits = static_cast<const T*>(params.mask_logits) + k * plane_size;
   const auto* pattern_logits = static_cast<const T*>(params.pattern_logits) + k * image_size;
-  const auto offset_of = [&](int item) -> int64_t {
-    const int64_t pixel = tile_begin + item % Shared::kTile;
-    if (pixel >= plane_size) return -1;
-    return shape.plane_offset(pixel / shape.inner(), pixel % shape.inner());
-  };
-  for (int item = thread; item < items; item += threads) {
-    const int64_t offset = offset_of(item);
-    const int row = item / Shared::kTile;
-    T logit{};
-    if (offset >= 0) {
-      load<1>((row == 0 ? mask_logits : pattern_logits + (row - 1) * plane_size) + offset, &logit);
+  for (int t = thread; t < Shared::kTile; t += threads) {
+    const bool inside = tile_begin + t < plane_size;
+    const int64_t offset = place_of(shape, tile_begin + t).plane;
+    PYDETOX_UNROLL
+    for (int row = 0; row <= Channels; ++row) {
+      if (row > channels) break;
+      const T* logits = row == 0 ? mask_logits : pattern_logits + (row - 1) * plane_size;
+      T logit{};
+      if (inside) load<1>(logits + offset, &logit);
+      shared.sums[row][t] = 0;
+      shared.sigmoids[row][t] = sigmoid_of_twice(logit);
     }
-    shared.sums[item] = 0;
-    shared.sigmoids[item] = sigmoid_of_twice(logit);
   }
-  __syncthreads();
+  __syncthreads();  // the sigmoids are there
 
   const Pixels<N, Run> pixels(shape, tile_begin, lane, kWarpSize);
-  const auto* gradient = static_cast<const Gradient*>(params.gradient);
+  const auto* gradient =
+      static_cast<const Gradient*>(params.gradient) + k * shape.images * image_size;
   const auto* images = static_cast<const Image*>(params.images);
   const int64_t chunks = batch_chunks(shape.images);
   for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += warps) {
@@ -204,23 +241,21 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
       const int64_t b_begin = chunk * kBatchChunk;
       const int64_t b_end =
           b_begin + kBatchChunk < shape.images ? b_begin + kBatchChunk : shape.images;
-#pragma unroll 2
       for (int64_t b = b_begin; b < b_end; ++b) {
-#pragma unroll
+        PYDETOX_UNROLL
         for (int c = 0; c < Channels; ++c) {
           if (c >= channels) break;
           Gradient upstream[N] = {};
           Image image[N] = {};
-          pixels.load_at(gradient + (k * shape.images + b) * image_size + c * shape.inner(),
-                         pixels.output, upstream);
-          pixels.load_at(images + b * image_size + c * plane_size, pixels.plane, image);
+          pixels.gather(gradient + b * image_size + c * shape.inner(), pixels.output, upstream);
+          pixels.gather(images + b * image_size + c * plane_size, pixels.plane, image);
           const T inverse_std = static_cast<T>(params.normalization.inverse_std[c]);
-#pragma unroll
+          PYDETOX_UNROLL
           for (int j = 0; j < N; ++j) {
             const int t = pixels.in_tile(j, lane, kWarpSize);
-            const Sigmoid<T> mask = shared.sigmoids[t];
-            const Sigmoid<T> pattern = shared.sigmoids[(c + 1) * Shared::kTile + t];
-            const T x = load_pixel<T>(image[j]);
+            const Sigmoid<T> mask = shared.sigmoids[0][t];
+            const Sigmoid<T> pattern = shared.sigmoids[c + 1][t];
+            const T x = pixel_value<T>(image[j]);
             const T g = blend_gradient(make_blend(mask, pattern)(x), load_gradient<T>(upstream[j]),
                                        inverse_std);
             mask_sum[j] += mask_term(g, pattern.value, x);
@@ -228,41 +263,45 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
           }
         }
       }
-#pragma unroll
+      PYDETOX_UNROLL
       for (int j = 0; j < N; ++j) {
-        T* partial = shared.partials[warp] + pixels.in_tile(j, lane, kWarpSize);
-        partial[0] = mask_sum[j];
-#pragma unroll
+        const int t = pixels.in_tile(j, lane, kWarpSize);
+        shared.partials[warp][0][t] = mask_sum[j];
+        PYDETOX_UNROLL
         for (int c = 0; c < Channels; ++c) {
-          if (c < channels) partial[(c + 1) * Shared::kTile] = pattern_sum[c][j];
+          if (c < channels) shared.partials[warp][c + 1][t] = pattern_sum[c][j];
         }
       }
     }
     __syncthreads();  // the partial sums are there
-    const int active =
-        static_cast<int>(chunks - first_chunk < warps ? chunks - first_chunk : warps);
-    for (int item = thread; item < items; item += threads) {
-      double sum = shared.sums[item];
-      for (int w = 0; w < active; ++w) sum += static_cast<double>(shared.partials[w][item]);
-      shared.sums[item] = sum;
+    const int64_t left = chunks - first_chunk;
+    const int active = left < warps ? static_cast<int>(left) : warps;
+    for (int t = thread; t < Shared::kTile; t += threads) {
+      PYDETOX_UNROLL
+      for (int row = 0; row <= Channels; ++row) {
+        if (row > channels) break;
+        double sum = shared.sums[row][t];
+        for (int w = 0; w < active; ++w) sum += static_cast<double>(shared.partials[w][row][t]);
+        shared.sums[row][t] = sum;
+      }
     }
     __syncthreads();  // the partial sums may be overwritten
   }
 
   auto* mask_gradient = static_cast<T*>(params.mask_logits_gradient) + k * plane_size;
   auto* pattern_gradient = static_cast<T*>(params.pattern_logits_gradient) + k * image_size;
-  for (int item = thread; item < items; item += threads) {
-    const int64_t offset = offset_of(item);
-    if (offset < 0) continue;
-    const int row = item / Shared::kTile;
-    const Sigmoid<T> mask = shared.sigmoids[item % Shared::kTile];
-    const T sum = static_cast<T>(shared.sums[item]);
-    if (row == 0) {
-      const T result = mask_logit_gradient(sum, mask);
-      store<1>(mask_gradient + offset, &result);
-    } else {
-      const T result = pattern_logit_gradient(sum, mask, shared.sigmoids[item]);
-      store<1>(pattern_gradient + (row - 1) * plane_size + offset, &result);
+  for (int t = thread; t < Shared::kTile; t += threads) {
+    if (tile_begin + t >= plane_size) break;
+    const int64_t offset = place_of(shape, tile_begin + t).plane;
+    const Sigmoid<T> mask = shared.sigmoids[0][t];
+    const T mask_result = mask_logit_gradient(static_cast<T>(shared.sums[0][t]), mask);
+    store<1>(mask_gradient + offset, &mask_result);
+    PYDETOX_UNROLL
+    for (int c = 0; c < Channels; ++c) {
+      if (c >= channels) break;
+      const T result = pattern_logit_gradient(static_cast<T>(shared.sums[c + 1][t]), mask,
+                                              shared.sigmoids[c + 1][t]);
+      store<1>(pattern_gradient + c * plane_size + offset, &result);
     }
   }
 }

@@ -20,6 +20,8 @@
 #include <string>
 #include <vector>
 
+#include "csrc/core/macros.h"
+
 namespace pydetox::emulator {
 
 struct Dim3 {
@@ -97,6 +99,10 @@ T exchange(unsigned mask, T value, unsigned source, int line) {
 }  // namespace pydetox::emulator
 
 #define PYDETOX_EMULATOR
+
+// Unrolled, the kernels would only take longer to compile here.
+#undef PYDETOX_UNROLL
+#define PYDETOX_UNROLL
 
 #define __global__
 #define __device__
