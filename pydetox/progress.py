@@ -39,10 +39,10 @@ class _RateColumn(ProgressColumn):
 
 @final
 class Progress:
-    """One step's progress, as a context manager. Nothing is written when stderr is not a terminal.
+    """One step's progress, as a context manager. Nothing is written when stderr is no terminal.
 
     description: what is being done. total: how many units it takes; None when that is not known.
-    console: where to draw; None for the stderr of the moment at which the context is entered.
+    console: where to draw, terminal or not; None for stderr as it is when the context is entered.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         console = self._console or Console(file=sys.stderr)
-        if console.is_terminal:
+        # Not the console's own opinion: FORCE_COLOR makes it take a pipe for a terminal.
+        if self._console is not None or sys.stderr.isatty():
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),

@@ -15,7 +15,30 @@ def terminal() -> tuple[Console, io.StringIO]:
     return Console(file=stream, force_terminal=True, width=100), stream
 
 
-def test_quiet_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_draws_on_stderr_when_that_is_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert list(track([1, 2, 3], "Counting")) == [1, 2, 3]
+    assert "Counting" in stream.getvalue()
+    assert "3/3" in stream.getvalue()
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("force_color", [None, "1"])
+def test_quiet_in_a_pipe(
+    force_color: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if force_color:
+        monkeypatch.setenv("FORCE_COLOR", force_color)
     assert list(track(range(5), "Counting")) == [0, 1, 2, 3, 4]
     with Progress("Working", total=3) as progress:
         progress.update(3)

@@ -22,11 +22,11 @@ _PIPE_WIDTH = 120
 
 
 def print_text(result: Mapping[str, Any]) -> None:
-    """Print `render_text(result)` to stdout, in colour when that is a terminal."""
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_PIPE_WIDTH)
-    _print(console, result)
+    """Print a result as text to stdout; at a terminal in colour and as wide as that is."""
+    if sys.stdout.isatty():
+        _print(Console(file=sys.stdout), result)
+    else:
+        sys.stdout.write(render_text(result))
 
 
 def render_text(result: Mapping[str, Any], *, width: int = _PIPE_WIDTH) -> str:

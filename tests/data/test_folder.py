@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from pydetox.data import load_images
+from pydetox.data.resize import resize_and_crop
 from pydetox.errors import DataError
 
 
@@ -186,6 +187,20 @@ def test_folders_that_make_no_set(tmp_path: Path) -> None:
     picture(8, 8).save(tmp_path / "loose.png")
     with pytest.raises(DataError, match=r"both images \(loose.png\) and folders \(a\)"):
         load_images(tmp_path, image_size=8)
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot list the folder: Permission denied"):
+        load_images(tmp_path, image_size=8)
+
+
+def test_image_without_pixels() -> None:
+    with pytest.raises(DataError, match="empty: 0x5 pixels; expected a size above 0"):
+        resize_and_crop(Image.new("RGB", (0, 5)), 8, Image.Resampling.BICUBIC, "empty")
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
