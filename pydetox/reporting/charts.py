@@ -105,19 +105,13 @@ def bar_chart(
 
     threshold: drawn as a labelled vertical line. maximum: a value the axis reaches at least, to
     make several charts comparable. Of more than MAX_BARS bars, the smallest are shown (a flagged
-    one always) and the axis label says so.
+    one always), in order, and a caption says so.
     """
-    shown = list(bars)
+    shown, caption = list(bars), ""
     if len(bars) > MAX_BARS:
-        ranked = sorted(
-            range(len(bars)),
-            key=lambda i: (
-                not bars[i].flagged,
-                math.inf if (v := finite(bars[i].value)) is None else v,
-            ),
-        )
-        shown = [bars[i] for i in sorted(ranked[:MAX_BARS])]
-        x_label = f"{x_label}; the {MAX_BARS} smallest of {len(bars)}"
+        ranked = sorted(bars, key=lambda bar: (not bar.flagged, _size(bar)))
+        shown = sorted(ranked[:MAX_BARS], key=_size)
+        caption = f"The {MAX_BARS} smallest of {len(bars)}, in order."
 
     def draw(width: int) -> str:
         return _draw_bars(
@@ -129,7 +123,7 @@ def bar_chart(
         entries.append((_box_swatch("bar flagged"), f"{value_label}, flagged"))
     if any(finite(bar.reference) is not None for bar in shown):
         entries.append((_reference_swatch(), reference_label))
-    return _figure(draw, entries)
+    return _figure(draw, entries, caption)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -143,11 +137,20 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def _figure(draw: Callable[[int], str], legend: Sequence[tuple[str, str]]) -> Html:
+def _size(bar: Bar) -> float:
+    value = finite(bar.value)
+    return math.inf if value is None else value
+
+
+def _figure(
+    draw: Callable[[int], str], legend: Sequence[tuple[str, str]], caption: str = ""
+) -> Html:
+    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     entries = "".join(f"<li>{swatch}{text(label)}</li>" for swatch, label in legend)
     return Html(
         f'<figure class="chart">\n<ul class="legend">{entries}</ul>\n'
-        f'<div class="wide">{draw(WIDE)}</div>\n<div class="narrow">{draw(NARROW)}</div>\n</figure>'
+        f'<div class="wide">{draw(WIDE)}</div>\n<div class="narrow">{draw(NARROW)}</div>\n'
+        f"{below}</figure>"
     )
 
 

@@ -181,13 +181,16 @@ def test_charts_with_one_maximum_have_one_scale() -> None:
 def test_of_many_classes_the_smallest_are_shown() -> None:
     bars = [Bar(f"class {i}", None if i == 5 else 1000.0 - i) for i in range(200)]
     bars[3] = Bar("class 3", 997.0, flagged=True)
-    svg = bars_of(bars)[WIDE]
+    chart = bar_chart(bars, title="many", x_label="P-L1", value_label="this model")
+    assert f"The {MAX_BARS} smallest of 200, in order." in "".join(ET.fromstring(chart).itertext())
+    svg = drawings(chart)[WIDE]
     names = [name for name in texts(svg) if name.startswith("class ")]
+    widths = [float(bar.attrib["width"]) for bar in of_class(svg, "rect", "bar")]
+    assert widths == sorted(widths)
     assert len(names) == MAX_BARS
     assert any(name.startswith("class 3") for name in names)
     assert any(name.startswith("class 199") for name in names)
     assert not any(name.startswith("class 100") for name in names)
-    assert f"P-L1; the {MAX_BARS} smallest of 200" in texts(svg)
 
 
 def test_no_result_at_all_still_draws() -> None:
