@@ -92,7 +92,11 @@ class Machine {
     const Dim3& g = launch_.grid;
     std::vector<std::size_t> order(std::size_t{g.x} * g.y * g.z);
     std::iota(order.begin(), order.end(), std::size_t{0});
-    if (schedule_.only_block >= 0) order = {static_cast<std::size_t>(schedule_.only_block)};
+    if (schedule_.only_block) {
+      const std::int64_t only = *schedule_.only_block;
+      order = {only < 0 ? order.size() - static_cast<std::size_t>(-only)
+                        : static_cast<std::size_t>(only)};
+    }
     if (schedule_.seed != 0) std::shuffle(order.begin(), order.end(), random_);
     gridDim = g;
     blockDim = launch_.block;

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -54,8 +55,8 @@ constexpr int kDropAll = -1;
 struct Schedule {
   std::uint64_t seed = 0;           // 0: blocks and threads in order, no preemption
   int dropped_barrier = kDropNone;  // source line of a __syncthreads to leave out, or kDropAll
-  std::int64_t only_block = -1;     // run this block alone, by its index in launch order
-  std::size_t cache_bytes = 0;      // size of the modelled L2; 0: no cache
+  std::optional<std::int64_t> only_block;  // in launch order; negative: from the end
+  std::size_t cache_bytes = 0;             // size of the modelled L2; 0: no cache
 };
 
 struct Traffic {

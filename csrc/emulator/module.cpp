@@ -23,12 +23,12 @@ PYBIND11_MODULE(_emulator, module) {
   py::register_exception<KernelError>(module, "KernelError", PyExc_RuntimeError);
 
   py::class_<Schedule>(module, "Schedule", "In which order blocks and threads run.")
-      .def(py::init([](std::uint64_t seed, int dropped_barrier, std::int64_t only_block,
-                       std::size_t cache_bytes) {
+      .def(py::init([](std::uint64_t seed, int dropped_barrier,
+                       std::optional<std::int64_t> only_block, std::size_t cache_bytes) {
              return Schedule{seed, dropped_barrier, only_block, cache_bytes};
            }),
            py::kw_only(), py::arg("seed") = 0, py::arg("dropped_barrier") = kDropNone,
-           py::arg("only_block") = -1, py::arg("cache_bytes") = 0);
+           py::arg("only_block") = py::none(), py::arg("cache_bytes") = 0);
   module.attr("DROP_ALL_BARRIERS") = kDropAll;
 
   py::class_<Traffic>(module, "Traffic", "What one launch moved through global memory.")
