@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ def load_operator_library(path: Path) -> None:
     if not path.is_file():
         raise NativeLibraryError(f"native library {path} is missing: {_REBUILD}")
     try:
-        torch.ops.load_library(path)
+        operators: Any = torch.ops  # its loader is not typed
+        operators.load_library(path)
     except (OSError, RuntimeError) as error:
         raise NativeLibraryError(
             f"native library {path} does not fit torch {torch.__version__}: {error}: {_REBUILD}"

@@ -153,7 +153,6 @@ def _per_channel(
     return [float(value) for value in values]
 
 
-@torch.library.register_fake("pydetox::stamp_triggers")
 def _stamp_triggers_fake(
     images: Tensor,
     mask_logits: Tensor,
@@ -172,7 +171,6 @@ def _stamp_triggers_fake(
     return images.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("pydetox::stamp_triggers_backward")
 def _stamp_triggers_backward_fake(
     gradient: Tensor,
     images: Tensor,
@@ -211,6 +209,8 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
     )
 
 
+torch.library.register_fake("pydetox::stamp_triggers", _stamp_triggers_fake)
+torch.library.register_fake("pydetox::stamp_triggers_backward", _stamp_triggers_backward_fake)
 torch.library.register_autograd(
     "pydetox::stamp_triggers", _backward, setup_context=_save_for_backward
 )
