@@ -12,7 +12,7 @@
 namespace pydetox::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kForwardThreads = 256;
+constexpr int kForwardThreads = 128;
 constexpr int kImagesPerThread = 16;  // that many outputs for one evaluation of the sigmoids
 constexpr int kMaxBackwardWarps = 8;
 
@@ -111,7 +111,7 @@ struct Pixels {
 // One thread: N pixels of one channel, a few triggers whose blends stay in registers, up to
 // kImagesPerThread images.
 template <class T, class Image, class Output, int N, int Run>
-__global__ void __launch_bounds__(kForwardThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads, 4)
     stamp_forward(const StampForwardParams params) {
   constexpr int kTriggers = kTriggersPerThread<N>;
   const StampShape& shape = params.shape;

@@ -109,8 +109,18 @@ Traffic stamp_backward(const py::array& gradient, const py::array& images,
                 traffic);
 }
 
-// (blocks, threads, shared bytes) of a launch with aligned float32 tensors.
-py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes) {
+DType dtype_named(const std::string& name) {
+  if (name == "uint8") return DType::kUInt8;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw py::value_error("unknown dtype " + name);
+}
+
+// (blocks, threads, shared bytes) of a launch with aligned tensors. sizes: K, B, C, H, W, patch.
+py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes,
+                       const std::string& compute, const std::string& image,
+                       const std::string& output) {
   const StampShape shape{sizes.at(0), sizes.at(1), sizes.at(2),
                          sizes.at(3), sizes.at(4), sizes.at(5)};
   cuda::LaunchShape found{};
@@ -121,12 +131,16 @@ py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes) {
   if (backward) {
     StampBackwardParams params{};
     params.shape = shape;
-    params.compute_dtype = params.image_dtype = params.gradient_dtype = DType::kFloat32;
+    params.compute_dtype = dtype_named(compute);
+    params.image_dtype = dtype_named(image);
+    params.gradient_dtype = dtype_named(output);
     cuda::dispatch_stamp_backward(params, note);
   } else {
     StampForwardParams params{};
     params.shape = shape;
-    params.compute_dtype = params.image_dtype = params.output_dtype = DType::kFloat32;
+    params.compute_dtype = dtype_named(compute);
+    params.image_dtype = dtype_named(image);
+    params.output_dtype = dtype_named(output);
     cuda::dispatch_stamp_forward(params, note);
   }
   return py::make_tuple(found.blocks, found.threads, found.shared_bytes);
@@ -142,7 +156,9 @@ void bind_stamp_triggers(py::module_& module) {
              py::arg("mask_logits"), py::arg("pattern_logits"), py::arg("mask_logits_gradient"),
              py::arg("pattern_logits_gradient"), py::arg("mean"), py::arg("std"),
              py::arg("patch_size"), py::arg("schedule"));
-  module.def("stamp_launch_shape", &launch_shape, py::arg("backward"), py::arg("sizes"));
+  module.def("stamp_launch_shape", &launch_shape, py::arg("backward"), py::arg("sizes"),
+             py::arg("compute") = "float32", py::arg("image") = "uint8",
+             py::arg("output") = "float32");
 }
 
 }  // namespace pydetox::emulator

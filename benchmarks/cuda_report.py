@@ -1,0 +1,199 @@
+"""What the CUDA kernels need of a GPU, found without one.
+
+Compiles csrc/cuda for each architecture and prints, per kernel: registers, spilled bytes, shared
+memory and threads of a block, theoretical occupancy; then the bytes that each launch must move and
+the time that they take at an H100's bandwidth, as a prediction. Needs nvcc and a build with the
+emulator, which knows the launch shapes. Exits with 1 if a kernel spills registers.
+
+    python benchmarks/cuda_report.py [--arch 80 --arch 90]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydetox import _emulator
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++17", "-O3", "-fmad=false"]  # those of CMakeLists.txt that change code
+H100_BYTES_PER_SECOND = 3.35e12  # SXM5, NVIDIA's data sheet
+DTYPES = {
+    "unsigned char": "uint8",
+    "pydetox::BFloat16": "bfloat16",
+    "float": "float32",
+    "double": "float64",
+}
+DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4, "float64": 8}
+# K, B, C, H, W of the benchmarks.
+PROBLEMS = [(8, 16, 3, 224, 224), (64, 16, 3, 64, 64)]
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one streaming multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
+
+    shared_bytes: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65_536
+    register_unit: int = 256  # registers are given to a warp in units of this
+    warp_unit: int = 4  # and warps to a block in multiples of the scheduler count
+    reserved_shared_bytes: int = 1024  # of each block, for the system
+
+    def occupancy(self, threads: int, registers: int, shared_bytes: int) -> float:
+        """Resident warps over the most there can be, for blocks of this kind."""
+        warps = -(-threads // 32)
+        per_warp = -(-registers * 32 // self.register_unit) * self.register_unit
+        by_registers = self.registers // per_warp // self.warp_unit * self.warp_unit // warps
+        shared = -(-(shared_bytes + self.reserved_shared_bytes) // 128) * 128
+        blocks = min(self.blocks, self.warps // warps, by_registers, self.shared_bytes // shared)
+        return blocks * warps / self.warps
+
+
+MULTIPROCESSORS = {"80": Multiprocessor(164 * 1024), "90": Multiprocessor(228 * 1024)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel; types and numbers are its template arguments."""
+
+    arch: str
+    name: str
+    types: tuple[str, str, str]  # compute, image, output or its gradient
+    pixels: int
+    run: int
+    channels: int  # 0: does not matter
+    registers: int
+    spilled_bytes: int
+
+    def launch(self) -> tuple[int, int]:
+        """Threads and shared bytes of a block, at a batch of 16 images."""
+        channels = {3: 3, 0: 3}.get(self.channels, 4)
+        patch = 0 if self.run > 1 else 1  # patches of one pixel leave no run for vectors
+        sizes = [1, 16, channels, 64, 64, patch]
+        _, threads, shared = _emulator.stamp_launch_shape(
+            self.name == "stamp_backward", sizes, *self.types
+        )
+        return threads, shared
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    for candidate in (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"):
+        path = candidate and shutil.which(candidate)
+        if path:
+            return path
+    sys.exit("cuda_report: no nvcc in CUDACXX, in CUDA_HOME or on PATH")
+
+
+def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
+    """Compiles every .cu file and reads what ptxas says about each kernel."""
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [nvcc, *FLAGS, f"-I{ROOT}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+            result = subprocess.run(
+                [*command, str(source), "-o", f"{folder}/out.cubin"],
+                capture_output=True,
+                text=True,
+            )
+        if result.returncode != 0:
+            sys.exit(f"cuda_report: nvcc failed on {source.name}:\n{result.stderr}")
+        log = subprocess.run(
+            ["c++filt"], input=result.stdout + result.stderr, capture_output=True, text=True
+        ).stdout
+        pattern = re.compile(
+            r"Function properties for void pydetox::cuda::(\w+)<([^>]*)>.*?"
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            re.DOTALL,
+        )
+        for name, arguments, stores, loads, registers in pattern.findall(log):
+            compute, image, output, *numbers = [a.strip() for a in arguments.split(",")]
+            pixels, run, *channels = [int(n) for n in numbers]
+            yield Kernel(
+                arch,
+                name,
+                (DTYPES[compute], DTYPES[image], DTYPES[output]),
+                pixels,
+                run,
+                channels[0] if channels else 0,
+                int(registers),
+                int(stores) + int(loads),
+            )
+
+
+def print_kernels(kernels: list[Kernel]) -> None:
+    print(
+        "| kernel | compute | images | output | pixels | channels | sm | registers | spilled "
+        "| threads | shared | occupancy |"
+    )
+    print("|---" * 12 + "|")
+    for kernel in kernels:
+        threads, shared = kernel.launch()
+        occupancy = MULTIPROCESSORS[kernel.arch].occupancy(threads, kernel.registers, shared)
+        pixels = f"{kernel.pixels} {'vector' if kernel.run > 1 else 'scalar'}"
+        channels = {0: "any", 3: "3"}.get(kernel.channels, f"≤ {kernel.channels}")
+        cells = [
+            kernel.name,
+            *kernel.types,
+            pixels,
+            channels,
+            kernel.arch,
+            kernel.registers,
+            kernel.spilled_bytes,
+            threads,
+            shared,
+            f"{occupancy:.0%}",
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def print_traffic() -> None:
+    print("| kernel | K×B×C×H×W | images | output | must move | predicted on H100, not measured |")
+    print("|---" * 6 + "|")
+    for k, b, c, h, w in PROBLEMS:
+        for image, output in (("uint8", "float32"), ("uint8", "bfloat16"), ("float32", "float32")):
+            images = b * c * h * w * DTYPE_BYTES[image]
+            outputs = k * b * c * h * w * DTYPE_BYTES[output]
+            logits = k * (1 + c) * h * w * DTYPE_BYTES["float32"]
+            for kernel, factor in (("stamp_forward", 1), ("stamp_backward", 2)):
+                total = images + outputs + factor * logits
+                microseconds = total / H100_BYTES_PER_SECOND * 1e6
+                print(
+                    f"| {kernel} | {k}×{b}×{c}×{h}×{w} | {image} | {output} "
+                    f"| {total / 1e6:.1f} MB | {microseconds:.1f} µs |"
+                )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=sorted(MULTIPROCESSORS))
+    arguments = parser.parse_args()
+    nvcc = find_nvcc()
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    print(version.strip().splitlines()[-2], " ".join(FLAGS), end="\n\n")
+    kernels = [
+        kernel
+        for arch in arguments.arch or sorted(MULTIPROCESSORS)
+        for kernel in compile_kernels(nvcc, arch)
+    ]
+    if not kernels:
+        sys.exit("cuda_report: ptxas named no kernel")
+    print_kernels(kernels)
+    print()
+    print_traffic()
+    spilling = [kernel for kernel in kernels if kernel.spilled_bytes > 0]
+    print(f"\n{len(kernels)} kernels, {len(spilling)} spill registers")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
