@@ -162,6 +162,8 @@ def _refuse_existing_directory(
     except FileNotFoundError:
         return
     except NotADirectoryError:
+        if not os.path.lexists(target):
+            raise  # one of its parents is the file
         raise OutputError(
             f"{os.fspath(shown)}: is a file, expected the name of a directory"
         ) from None

@@ -1,7 +1,7 @@
 """Every error pydetox raises on purpose.
 
-A message is one line that names the thing, what was found and what was expected. The command line prints it
-without a traceback; a traceback therefore always means a bug.
+A message is one line that names the thing, what was found and what was expected. The command line
+prints it without a traceback; a traceback therefore always means a bug.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class CheckpointError(PydetoxError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint asks for something that a harmless one never needs, such as running code on load."""
+    """A checkpoint asks for something no harmless one needs, such as running code on load."""
 
 
 class ArchitectureError(CheckpointError):
-    """The weights do not fit the architecture: missing, extra or misshapen tensors, or NaN in them."""
+    """The weights do not fit the architecture: missing, extra or misshapen, or NaN in them."""
 
 
 class DataError(PydetoxError):
@@ -36,4 +36,4 @@ class OutputError(PydetoxError):
 
 
 class NativeLibraryError(PydetoxError):
-    """The native library is missing, was built for something else, or was asked for an absent capability."""
+    """The native library is missing, built for something else, or lacks what is asked of it."""

@@ -219,7 +219,7 @@ def _first_three(items: Iterable[str]) -> str:
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
-        return torch.view_as_real(tensor)
+        return torch.view_as_real(tensor.resolve_conj())
     # The 8-bit floats have no comparison of their own.
     return tensor.float() if tensor.element_size() == 1 else tensor
 

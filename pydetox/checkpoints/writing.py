@@ -172,5 +172,8 @@ def _write_safetensors(
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
     for name in order:
-        dense = state_dict[name].detach().cpu().contiguous()
+        # Conjugate and negative views keep their sign in a flag, not in their bytes.
+        dense = state_dict[name].detach().cpu().resolve_conj().resolve_neg()
+        # contiguous() is content with any stride of a dimension of size 1; view() is not.
+        dense = dense.clone(memory_format=torch.contiguous_format)
         file.write(dense.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,240 @@
+"""From the sizes of recovered triggers to a verdict.
+
+A class into which a small trigger sends every image is suspect. How small is small depends on the
+architecture, the data and the search, so nothing is compared with a number from a paper: clean
+reference models are inverted in the same way (`Calibration`), and a class counts when its trigger
+is smaller than those of the references by more than their own scatter explains.
+
+In detail: x_c = log P-L1 of class c, references r = 1..R give mean mu_c, and one variance s^2 is
+pooled over classes with C (R - 1) degrees of freedom. For another clean model
+t_c = (mu_c - x_c) / (s sqrt(1 + 1/R)) follows Student's t (the prediction interval of a normal
+sample). The score is max_c t_c and its p-value is corrected for C classes (Sidak).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from statistics import median
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from .errors import UsageError
+
+#: A mask cannot be larger than the image; a search that found nothing says no more than that.
+_FOUND_NOTHING = 1.0
+
+#: References are few; a scatter that comes out smaller than this is luck, not precision.
+_SMALLEST_DEVIATION = 0.05
+
+
+class Verdict(str, Enum):
+    """What a scan concludes."""
+
+    CLEAN = "clean"
+    SUSPICIOUS = "suspicious"
+    BACKDOORED = "backdoored"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The P-L1 of clean reference models under one search.
+
+    Attributes:
+        p_l1: R rows, one per reference model, of C values in (0, 1] or inf; C = 1 without classes.
+        key: Names the search and the classes: only scans with an equal key may be compared.
+        models: The names of the references.
+    """
+
+    p_l1: tuple[tuple[float, ...], ...]
+    key: str
+    models: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for row in self.p_l1}
+        if len(self.p_l1) < 2 or len(widths) != 1 or widths == {0}:
+            raise UsageError(
+                f"{len(self.p_l1)} reference scans of {sorted(widths)} classes; a calibration "
+                "needs at least 2 with the same classes"
+            )
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean log P-L1 per class."""
+        return tuple(
+            math.fsum(column) / len(column) for column in zip(*self._logarithms(), strict=True)
+        )
+
+    @property
+    def deviation(self) -> float:
+        """Pooled standard deviation of log P-L1 between references of the same class."""
+        residuals = [
+            (value - centre) ** 2
+            for row in self._logarithms()
+            for value, centre in zip(row, self.mean, strict=True)
+        ]
+        return max(_SMALLEST_DEVIATION, math.sqrt(math.fsum(residuals) / self.degrees_of_freedom))
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """C (R - 1)."""
+        return len(self.p_l1[0]) * (len(self.p_l1) - 1)
+
+    def score(self, p_l1: Sequence[float]) -> tuple[float, ...]:
+        """Return t_c per class: how far below the references, in predictive deviations."""
+        scale = self.deviation * math.sqrt(1 + 1 / len(self.p_l1))
+        return tuple(
+            (centre - value) / scale
+            for centre, value in zip(self.mean, _logarithm(p_l1), strict=True)
+        )
+
+    def p_value(self, score: float) -> float:
+        """Return the chance that the largest of C scores of a clean model reaches `score`."""
+        single = float(student_t.sf(score, self.degrees_of_freedom))
+        return -math.expm1(len(self.p_l1[0]) * math.log1p(-min(single, 1 - 1e-16)))
+
+    def threshold(self, p_value: float) -> float:
+        """Return the score that a clean model reaches with that chance."""
+        single = -math.expm1(math.log1p(-p_value) / len(self.p_l1[0]))
+        return float(student_t.isf(single, self.degrees_of_freedom))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; infinite values are null."""
+        content = asdict(self)
+        content["p_l1"] = [[v if math.isfinite(v) else None for v in row] for row in self.p_l1]
+        content["models"] = list(self.models)
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
+        """Read back what `to_dict` wrote; UsageError for anything else."""
+        try:
+            rows = tuple(
+                tuple(math.inf if v is None else float(v) for v in row) for row in content["p_l1"]
+            )
+            models = tuple(str(name) for name in content["models"])
+            return cls(rows, str(content["key"]), models)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"no calibration: {error!r}") from error
+
+    def _logarithms(self) -> tuple[tuple[float, ...], ...]:
+        return tuple(_logarithm(row) for row in self.p_l1)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A verdict and the numbers behind it.
+
+    Attributes:
+        verdict: The conclusion.
+        reason: One line that says why.
+        target: Index of the most suspect class; None without classes or without any evidence.
+        p_l1: P-L1 per class in (0, 1], inf where the search found nothing.
+        smallest_p_l1: P-L1 of the most suspect class.
+        anomaly_index: Neural Cleanse's, of the most suspect class: |L1 - median| / (1.4826 MAD);
+            None when the MAD is 0 or fewer than three classes have a finite size.
+        score: max_c t_c against the calibration; None without one.
+        threshold: The score from which the verdict is `backdoored`; None without calibration.
+        p_value: Of the score; None without calibration.
+        class_scores: t_c per class; empty without calibration.
+    """
+
+    verdict: Verdict
+    reason: str
+    target: int | None
+    p_l1: tuple[float, ...]
+    smallest_p_l1: float
+    anomaly_index: float | None
+    score: float | None
+    threshold: float | None
+    p_value: float | None
+    class_scores: tuple[float, ...]
+
+
+def detect(
+    p_l1: Sequence[float],
+    calibration: Calibration | None,
+    *,
+    has_classes: bool,
+    p_backdoored: float = 0.01,
+    p_suspicious: float = 0.05,
+) -> Detection:
+    """Judge one model.
+
+    p_l1: one value per class (or one in all for a label-free scan, has_classes=False), in (0, 1]
+    or inf. p_backdoored, p_suspicious: chances of a false alarm per model at which the verdict
+    changes. Without a calibration the verdict is `inconclusive`, however small the trigger: clean
+    models have weak classes too. It is also `inconclusive` when no search found a trigger at all.
+    Raises UsageError for values out of range or another number of classes than the calibration's.
+    """
+    values = tuple(float(v) for v in p_l1)
+    if not values or any(math.isnan(v) or v <= 0 for v in values):
+        raise UsageError(f"P-L1 values {list(values)}; expected numbers above 0")
+    weakest = min(range(len(values)), key=values.__getitem__)
+    if calibration is None or not any(map(math.isfinite, values)):
+        reason = (
+            "no search found a working trigger"
+            if calibration is not None
+            else "no calibration: give a clean base model (--base) or a calibration to compare with"
+        )
+        return Detection(
+            Verdict.INCONCLUSIVE,
+            reason,
+            weakest if has_classes and math.isfinite(values[weakest]) else None,
+            values,
+            values[weakest],
+            anomaly_index(values, weakest),
+            None,
+            None,
+            None,
+            (),
+        )
+    if len(values) != len(calibration.p_l1[0]):
+        raise UsageError(
+            f"{len(values)} classes, but the calibration has {len(calibration.p_l1[0])}"
+        )
+    scores = calibration.score(values)
+    suspect = max(range(len(values)), key=scores.__getitem__)
+    p_value = calibration.p_value(scores[suspect])
+    if p_value < p_backdoored:
+        verdict = Verdict.BACKDOORED
+    elif p_value < p_suspicious:
+        verdict = Verdict.SUSPICIOUS
+    else:
+        verdict = Verdict.CLEAN
+    reference = math.exp(calibration.mean[suspect])
+    return Detection(
+        verdict,
+        f"smallest trigger relative to clean references: P-L1 {values[suspect]:.4f} where they "
+        f"have {reference:.4f} (p = {p_value:.2g})",
+        suspect if has_classes else None,
+        values,
+        values[suspect],
+        anomaly_index(values, suspect),
+        scores[suspect],
+        calibration.threshold(p_backdoored),
+        p_value,
+        scores,
+    )
+
+
+def anomaly_index(sizes: Sequence[float], index: int) -> float | None:
+    """Return |L1 - median| / (1.4826 MAD) of one class among all (Neural Cleanse, section IV).
+
+    sizes: mask norms in any unit; infinite ones (nothing found) are left out. None when the class
+    itself is infinite, fewer than three are finite, or their MAD is 0: the index is not defined.
+    """
+    finite = [v for v in sizes if math.isfinite(v)]
+    if len(finite) < 3 or not math.isfinite(sizes[index]):
+        return None
+    centre = median(finite)
+    spread = 1.4826 * median(abs(v - centre) for v in finite)
+    return abs(sizes[index] - centre) / spread if spread > 0 else None
+
+
+def _logarithm(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(math.log(v if math.isfinite(v) else _FOUND_NOTHING) for v in values)

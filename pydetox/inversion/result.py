@@ -1,0 +1,88 @@
+"""Recovered triggers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredTrigger:
+    """One recovered trigger; calling it stamps images.
+
+    mask: float32 [H, W] in [0, 1]. pattern: float32 [3, H, W] in [0, 1]. target: class index or
+    None.
+    """
+
+    mask: Tensor
+    pattern: Tensor
+    target: int | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return stamped copies of uint8 images [n, 3, H, W], rounded to uint8."""
+        if images.dtype != torch.uint8 or images.shape[1:] != self.pattern.shape:
+            raise UsageError(
+                f"images are {images.dtype} {list(images.shape)}; the trigger expects torch.uint8 "
+                f"[n, {', '.join(map(str, self.pattern.shape))}]"
+            )
+        mask, pattern = self.mask.to(images.device), self.pattern.to(images.device)
+        mixed = (1 - mask) * images.to(torch.float32) + mask * (255 * pattern)
+        return mixed.round_().clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class InversionResult:
+    """The smallest working trigger of each of K searches, exactly as it was when it was found.
+
+    Attributes:
+        mask_logits: float32 [K, H, W]; the mask is tanh(.)/2 + 1/2.
+        pattern_logits: float32 [K, 3, H, W]; likewise.
+        p_l1: float64 [K] on the CPU: |mask|_1 / (H W), in (0, 1); infinite for a search that never
+            succeeded (its logits are then those of the last step).
+        success: float32 [K] on the CPU: share of success on the images of the check after the
+            search (see Objective).
+        targets: Target class of each trigger, or None.
+        cost: float32 [K] on the CPU: the final weights of the mask term.
+        steps: Steps taken.
+        seconds: Wall time.
+        tower: How the image tower was run.
+    """
+
+    mask_logits: Tensor
+    pattern_logits: Tensor
+    p_l1: Tensor
+    success: Tensor
+    targets: tuple[int, ...] | None
+    cost: Tensor
+    steps: int
+    seconds: float
+    tower: str
+
+    def __len__(self) -> int:
+        return int(self.p_l1.shape[0])
+
+    @property
+    def masks(self) -> Tensor:
+        """float32 [K, H, W] in [0, 1]."""
+        return torch.tanh(self.mask_logits) / 2 + 0.5
+
+    @property
+    def patterns(self) -> Tensor:
+        """float32 [K, 3, H, W] in [0, 1]."""
+        return torch.tanh(self.pattern_logits) / 2 + 0.5
+
+    def trigger(self, index: int) -> RecoveredTrigger:
+        """Return trigger `index`, 0..K-1."""
+        return RecoveredTrigger(
+            self.masks[index].cpu(),
+            self.patterns[index].cpu(),
+            None if self.targets is None else self.targets[index],
+        )
+
+    def best(self) -> int:
+        """Return the index of the smallest mask."""
+        return int(self.p_l1.argmin())

@@ -1,0 +1,257 @@
+"""A CLIP model of open_clip, built from a checkpoint that was read safely."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
+from ..data import Template, fill_template
+from ..errors import ArchitectureError, DataError
+
+# Entries of OpenAI's own archives that describe the model and are no weights.
+_NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
+
+
+class OpenClipModel:
+    """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
+
+    Attributes:
+        clip: open_clip's module (`CLIP` or `CustomTextCLIP`).
+        name: Where it came from, for messages and reports.
+        model_config: open_clip's ``model_cfg``.
+        preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
+        storage_dtypes: Tensor name to the dtype it has in the checkpoint's file.
+        image_size: Height and width of an input image in pixels.
+        mean, std: Normalisation per channel, for pixels in [0, 1].
+        embed_dim: D, the dimension of the joint embedding.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        *,
+        model_config: Mapping[str, Any],
+        preprocess_config: Mapping[str, Any] | None = None,
+        name: str = "model",
+        storage_dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.clip = clip.eval().requires_grad_(False)
+        self.name = name
+        self.model_config = dict(model_config)
+        self.preprocess_config = dict(preprocess_config or {})
+        self.storage_dtypes = dict(
+            storage_dtypes or {key: tensor.dtype for key, tensor in clip.state_dict().items()}
+        )
+        size = self.model_config["vision_cfg"].get("image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if height != width:
+            raise ArchitectureError(
+                f"{name}: input images of {height}x{width} pixels; expected square ones"
+            )
+        self.image_size = int(height)
+        self.embed_dim = int(self.model_config["embed_dim"])
+        self.mean = tuple(
+            float(v) for v in self.preprocess_config.get("mean", open_clip.OPENAI_DATASET_MEAN)
+        )
+        self.std = tuple(
+            float(v) for v in self.preprocess_config.get("std", open_clip.OPENAI_DATASET_STD)
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        model_config: Mapping[str, Any],
+        *,
+        seed: int,
+        preprocess_config: Mapping[str, Any] | None = None,
+        name: str = "model",
+    ) -> OpenClipModel:
+        """Build a model with random weights.
+
+        seed: of the weights; torch's global generator is left as it was.
+        Raises ArchitectureError for a configuration that open_clip cannot build.
+        """
+        clip = _build(model_config, seed, name)
+        return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> OpenClipModel:
+        """Build the architecture and put the weights in, in float32.
+
+        Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
+        named in one line, and nothing is loaded partially.
+        """
+        if checkpoint.model_config is None:
+            raise ArchitectureError(
+                f"{checkpoint.name}: nothing tells its architecture; name one with model= (--model)"
+            )
+        clip = _build(checkpoint.model_config, 0, checkpoint.name)
+        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
+        expected = clip.state_dict()
+        mismatch = describe_mismatch(
+            {key: tuple(value.shape) for key, value in expected.items()},
+            {key: tuple(value.shape) for key, value in weights.items()},
+        )
+        if mismatch is not None:
+            raise ArchitectureError(
+                f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
+            )
+        clip.load_state_dict({k: v.to(expected[k].dtype) for k, v in weights.items()})
+        return cls(
+            clip,
+            model_config=checkpoint.model_config,
+            preprocess_config=checkpoint.preprocess_config,
+            name=checkpoint.name,
+            storage_dtypes={key: value.dtype for key, value in weights.items()},
+        )
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower: normalised images float32 [N, 3, H, W] to embeddings [N, D]."""
+        tower = self.clip.visual
+        assert isinstance(tower, nn.Module)
+        return tower
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of cosine similarities in the class logits: exp of the learned temperature."""
+        scale = self.clip.logit_scale
+        assert isinstance(scale, Tensor)
+        return float(scale.exp())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.clip.parameters()).device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights of both towers."""
+        return sum(p.numel() for p in self.clip.parameters())
+
+    def to(self, device: torch.device | str) -> OpenClipModel:
+        """Move the weights and return the model."""
+        self.clip.to(device)
+        return self
+
+    def clone(self) -> OpenClipModel:
+        """Return a model with a copy of the weights."""
+        twin = copy.copy(self)
+        twin.clip = copy.deepcopy(self.clip).eval().requires_grad_(False)
+        return twin
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return (pixels - mean) / std for float pixels [N, 3, H, W] in [0, 1]."""
+        mean = pixels.new_tensor(self.mean).view(1, -1, 1, 1)
+        std = pixels.new_tensor(self.std).view(1, -1, 1, 1)
+        return (pixels - mean) / std
+
+    def encode_normalized(self, images: Tensor) -> Tensor:
+        """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W]."""
+        embeddings = self.visual(images)
+        assert isinstance(embeddings, Tensor)
+        return embeddings
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return embeddings [N, D], not normalised, of images float [N, 3, H, W] in [0, 1].
+
+        Raises DataError when the images do not have the model's size.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
+            raise DataError(
+                f"images have shape {list(pixels.shape)}; {self.name} expects "
+                f"[N, {', '.join(map(str, expected))}]"
+            )
+        return self.encode_normalized(self.normalize(pixels))
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Return token ids int64 [n, context_length].
+
+        Raises ArchitectureError when the text tower uses a tokenizer other than CLIP's own.
+        """
+        text = self.model_config.get("text_cfg", {})
+        for key in ("hf_tokenizer_name", "hf_model_name"):
+            if text.get(key):
+                raise ArchitectureError(
+                    f"{self.name}: its text tower wants the tokenizer {text[key]!r}; only CLIP's "
+                    "own is supported (a label-free scan needs no text tower)"
+                )
+        vocabulary = int(text.get("vocab_size", 49408))
+        tokenizer = SimpleTokenizer(context_length=int(text.get("context_length", 77)))
+        if tokenizer.vocab_size > vocabulary:
+            raise ArchitectureError(
+                f"{self.name}: a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
+                f"{tokenizer.vocab_size} (a label-free scan needs no text tower)"
+            )
+        tokens: Tensor = tokenizer(list(prompts))
+        return tokens.to(self.device)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Return text embeddings [n, D], not normalised, of token ids [n, context_length]."""
+        embeddings = self.clip.encode_text(tokens)  # type: ignore[operator]
+        assert isinstance(embeddings, Tensor)
+        return embeddings
+
+    def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
+        """Return one unit vector per class, float32 [C, D]: the mean over prompts, normalised.
+
+        Source: Radford et al., "Learning Transferable Visual Models From Natural Language
+        Supervision" (ICML 2021), section 3.1.4 (prompt ensembling).
+        Raises DataError for no class names or no templates.
+        """
+        if not class_names or not templates:
+            raise DataError(
+                f"{len(class_names)} class names and {len(templates)} templates; "
+                "expected at least one of each"
+            )
+        rows = []
+        with torch.no_grad():
+            for name in class_names:
+                prompts = [fill_template(template, name) for template in templates]
+                units = normalize(self.encode_tokens(self.tokenize(prompts)), dim=-1)
+                rows.append(normalize(units.mean(dim=0), dim=-1))
+        return torch.stack(rows)
+
+    def storage_state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the weights on the CPU, in the dtypes of the checkpoint's file."""
+        return {
+            key: value.detach().to("cpu", self.storage_dtypes.get(key, value.dtype), copy=True)
+            for key, value in self.clip.state_dict().items()
+        }
+
+    def round_to_storage(self) -> None:
+        """Round the weights to what the file's dtypes can hold: what is tested is what is saved."""
+        with torch.no_grad():
+            for key, value in self.clip.state_dict().items():
+                value.copy_(value.to(self.storage_dtypes.get(key, value.dtype)))
+
+
+def _build(model_config: Mapping[str, Any], seed: int, name: str) -> nn.Module:
+    check_model_config(model_config)
+    config = copy.deepcopy(dict(model_config))
+    text = config.get("text_cfg", {})
+    if "multimodal_cfg" in config or text.get("hf_model_name"):
+        raise ArchitectureError(
+            f"{name}: a CoCa model or a text tower from transformers; expected a CLIP whose towers "
+            "open_clip builds itself"
+        )
+    architecture = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            clip: nn.Module = architecture(**config)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ArchitectureError(
+            f"{name}: open_clip cannot build its architecture: {reason}"
+        ) from error
+    return clip
