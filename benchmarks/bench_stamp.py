@@ -3,8 +3,8 @@
     python -m pytest benchmarks/bench_stamp.py
 
 The four take turns within one run (ours, eager, compiled, copy, ours, ...), so that whatever else
-the machine does hits them alike; what is compared are medians. The copy moves the bytes that forward
-and backward must move at least: the floor for anything that has to read and write them.
+the machine does hits them alike; what is compared are medians. The copy moves the bytes that
+forward and backward must move at least: the floor for anything that has to read and write them.
 """
 
 from __future__ import annotations

@@ -119,32 +119,33 @@ PYDETOX_HD V clip_and_normalize(V blended, T mean, T inverse_std) {
   return (blended - mean) * inverse_std;
 }
 
-// d loss / d v from d loss / d y: clip passes it on the closed interval, as torch.clamp does, and
-// nowhere else.
-template <class V, class T>
-PYDETOX_HD V blend_gradient(V blended, V output_gradient, T inverse_std) {
+// The upstream gradient where clip lets it through: on the closed interval, as torch.clamp does,
+// and nowhere else.
+template <class V>
+PYDETOX_HD V passed_gradient(V blended, V upstream) {
   const V zero = V{};
-  const V one = V{} + static_cast<T>(1);
-  const V passed = output_gradient * inverse_std;
-  return (blended >= zero) & (blended <= one) ? passed : zero;
+  const V one = V{} + static_cast<typename Lanes<V>::Element>(1);
+  return (blended >= zero) & (blended <= one) ? upstream : zero;
 }
 
-// The terms of the two sums, with g = blend_gradient(...):
-//   d loss / d m = sum over b, c of g (p - x)      d loss / d p = m * sum over b of g
-template <class V>
-PYDETOX_HD V mask_term(V g, V pattern, V x) {
-  return g * (pattern - x);
+// The terms of the two sums, with g = passed_gradient(...):
+//   d loss / d m = sum over b, c of g / std (p - x)      d loss / d p = m / std * sum over b of g
+template <class V, class T>
+PYDETOX_HD V mask_term(V g, T inverse_std, V pattern, V x) {
+  return g * inverse_std * (pattern - x);
 }
 
-// From the finished sums (double, rounded to T once) to the gradients of the logits.
-template <class V>
-PYDETOX_HD V mask_logit_gradient(V mask_sum, const Sigmoid<V>& mask) {
-  return mask_sum * mask.derivative();
+// From the finished sums to the gradients of the logits: in double, rounded to T once.
+template <class T>
+PYDETOX_HD T mask_logit_gradient(double mask_sum, const Sigmoid<T>& mask) {
+  const double slope = 2.0 * mask.value * mask.complement;
+  return static_cast<T>(mask_sum * slope);
 }
-template <class V>
-PYDETOX_HD V pattern_logit_gradient(V pattern_sum, const Sigmoid<V>& mask,
-                                    const Sigmoid<V>& pattern) {
-  return pattern_sum * mask.value * pattern.derivative();
+template <class T>
+PYDETOX_HD T pattern_logit_gradient(double pattern_sum, double inverse_std, const Sigmoid<T>& mask,
+                                    const Sigmoid<T>& pattern) {
+  const double slope = 2.0 * pattern.value * pattern.complement;
+  return static_cast<T>(pattern_sum * inverse_std * mask.value * slope);
 }
 
 }  // namespace pydetox

@@ -245,8 +245,9 @@ void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, c
     using V = Vec<T, n>;
     const V pixel = load<V>(x + i);
     const V blended = Blend<V>{load<V>(keep + i), load<V>(add + i)}(pixel);
-    const V g = blend_gradient(blended, widen<In, T, n>(gradient + i), inverse_std);
-    store(mask_sum + i, load<V>(mask_sum + i) + mask_term(g, load<V>(pattern + i), pixel));
+    const V g = passed_gradient(blended, widen<In, T, n>(gradient + i));
+    store(mask_sum + i,
+          load<V>(mask_sum + i) + mask_term(g, inverse_std, load<V>(pattern + i), pixel));
     store(pattern_sum + i, load<V>(pattern_sum + i) + g);
   };
   int64_t i = 0;
@@ -308,7 +309,7 @@ void backward_items(const StampBackwardParams& p, const StampTiling& tiling, int
         for (int64_t i = 0; i < tile.width; ++i) {
           const int64_t at = g * tile.width + i;
           const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
-          mask_sum.get()[at] = mask_logit_gradient(static_cast<T>(mask_total.get()[at]), mask);
+          mask_sum.get()[at] = mask_logit_gradient(mask_total.get()[at], mask);
         }
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t i = 0; i < tile.width; ++i) {
@@ -316,8 +317,8 @@ void backward_items(const StampBackwardParams& p, const StampTiling& tiling, int
             const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
             const Sigmoid<T> pattern{trigger.pattern(tile, g, c)[i],
                                      trigger.pattern_complement(tile, g, c)[i]};
-            pattern_sum.get()[at] =
-                pattern_logit_gradient(static_cast<T>(pattern_total.get()[at]), mask, pattern);
+            pattern_sum.get()[at] = pattern_logit_gradient(
+                pattern_total.get()[at], p.normalization.inverse_std[c], mask, pattern);
           }
         }
       }

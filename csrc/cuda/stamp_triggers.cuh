@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
             const Sigmoid<T> mask = shared.sigmoids[0][t];
             const Sigmoid<T> pattern = shared.sigmoids[c + 1][t];
             const T x = pixel_value<T>(image[j]);
-            const T g = blend_gradient(make_blend(mask, pattern)(x), load_gradient<T>(upstream[j]),
-                                       inverse_std);
-            mask_sum[j] += mask_term(g, pattern.value, x);
+            const T g =
+                passed_gradient(make_blend(mask, pattern)(x), load_gradient<T>(upstream[j]));
+            mask_sum[j] += mask_term(g, inverse_std, pattern.value, x);
             pattern_sum[c][j] += g;
           }
         }
@@ -294,13 +294,14 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
     if (tile_begin + t >= plane_size) break;
     const int64_t offset = place_of(shape, tile_begin + t).plane;
     const Sigmoid<T> mask = shared.sigmoids[0][t];
-    const T mask_result = mask_logit_gradient(static_cast<T>(shared.sums[0][t]), mask);
+    const T mask_result = mask_logit_gradient(shared.sums[0][t], mask);
     store<1>(mask_gradient + offset, &mask_result);
     PYDETOX_UNROLL
     for (int c = 0; c < Channels; ++c) {
       if (c >= channels) break;
-      const T result = pattern_logit_gradient(static_cast<T>(shared.sums[c + 1][t]), mask,
-                                              shared.sigmoids[c + 1][t]);
+      const T result =
+          pattern_logit_gradient(shared.sums[c + 1][t], params.normalization.inverse_std[c], mask,
+                                 shared.sigmoids[c + 1][t]);
       store<1>(pattern_gradient + c * plane_size + offset, &result);
     }
   }
