@@ -74,6 +74,7 @@ class FileIndex:
         format: ``"safetensors"`` or ``"torch"`` (the zip archive that ``torch.save`` writes).
         tensors: Name to view, in the file's order.
         storages: Key to span; the spans do not overlap.
+        others: Spans that hold no weights of the model; only their checksums are looked at.
         metadata: The text metadata of a safetensors file, empty otherwise.
         parsed: The bytes this index was made from, by their offset. Whoever reads the weights
             compares them again, so that index, weights and hash belong to the same bytes.
@@ -82,6 +83,7 @@ class FileIndex:
     format: Format
     tensors: dict[str, TensorEntry]
     storages: dict[str, Span]
+    others: tuple[Span, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     parsed: dict[int, bytes] = field(default_factory=dict)
 

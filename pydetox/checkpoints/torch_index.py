@@ -47,10 +47,12 @@ def index_torch(file: WeightsFile) -> FileIndex:
                 f"{span.nbytes}"
             )
         storages[key] = span
+    wanted = {span.offset for span in storages.values()} | parsed.keys()
     return FileIndex(
         format="torch",
         tensors={name: tensor.entry for name, tensor in tensors.items()},
         storages=storages,
+        others=tuple(s for s in members.values() if s.offset not in wanted),
         parsed=parsed,
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pydetox.checkpoints.index import FileIndex, TensorEntry, WeightsFile, quote
+from pydetox.checkpoints.index import FileIndex, Span, TensorEntry, WeightsFile
 from pydetox.checkpoints.safetensors_index import index_safetensors
 from pydetox.checkpoints.torch_index import index_torch
 from pydetox.errors import CheckpointError
@@ -89,23 +89,27 @@ def _identify(file: WeightsFile) -> str:
 def _read_all(file: WeightsFile, index: FileIndex, buffers: dict[str, torch.Tensor]) -> str:
     """Fill ``buffers`` in one pass from the first byte to the last; return the file's SHA-256."""
     one_pass = _Pass(file)
-    # An empty span may begin where another one does: it goes first.
-    parts: list[tuple[int, int, str | None]]
+    parts: list[tuple[int, int, str | bytes | Span]]
     parts = [(span.offset, span.nbytes, key) for key, span in index.storages.items()]
-    parts += [(offset, len(data), None) for offset, data in index.parsed.items()]
-    for offset, nbytes, key in sorted(parts, key=lambda part: part[:2]):
-        one_pass.skip_to(offset)
-        if key is None:
+    parts += [(span.offset, span.nbytes, span) for span in index.others]
+    parts += [(offset, len(data), data) for offset, data in index.parsed.items()]
+    # An empty part may begin where another one does: it goes first.
+    for offset, nbytes, part in sorted(parts, key=lambda entry: entry[:2]):
+        one_pass.advance(offset - one_pass.position)
+        if isinstance(part, bytes):
             again = bytearray(nbytes)
-            one_pass.read_into(memoryview(again))
-            if again != index.parsed[offset]:
+            one_pass.advance(nbytes, memoryview(again))
+            if again != part:
                 raise CheckpointError("changed while it was read")
             continue
-        expected = index.storages[key].crc32
-        crc = one_pass.read_into(buffers[key].numpy().data, checked=expected is not None)
-        if expected not in (None, crc):
-            raise CheckpointError(f"is damaged: record {quote('data/' + key)} has a wrong checksum")
-    one_pass.skip_to(file.size)
+        span, target = part, None
+        if isinstance(part, str):
+            span, target = index.storages[part], buffers[part].numpy().data
+        assert isinstance(span, Span)
+        crc = one_pass.advance(nbytes, target, checked=span.crc32 is not None)
+        if span.crc32 not in (None, crc):
+            raise CheckpointError(f"is damaged: the record at byte {offset} has a wrong checksum")
+    one_pass.advance(file.size - one_pass.position)
     if os.pread(file.descriptor, 1, file.size):
         raise CheckpointError("grew while it was read")
     return one_pass.hasher.hexdigest()
@@ -116,27 +120,27 @@ class _Pass:
 
     def __init__(self, file: WeightsFile) -> None:
         self.hasher = hashlib.sha256()
+        self.position = 0
         self._descriptor = file.descriptor
-        self._position = 0
         self._scratch = memoryview(bytearray(_CHUNK))
 
-    def read_into(self, target: memoryview, *, checked: bool = False) -> int:
-        """Fill ``target`` with the next bytes; return their CRC-32 if ``checked``, else 0."""
-        crc = 0
-        while target:
-            got = os.preadv(self._descriptor, [target[:_CHUNK]], self._position)
+    def advance(
+        self, count: int, target: memoryview | None = None, *, checked: bool = False
+    ) -> int:
+        """Read ``count`` bytes, into ``target`` if given; return their CRC-32 if ``checked``."""
+        crc = done = 0
+        while done < count:
+            step = min(count - done, _CHUNK)
+            chunk = self._scratch[:step] if target is None else target[done : done + step]
+            got = os.preadv(self._descriptor, [chunk], self.position)
             if not got:
                 raise CheckpointError("shrank while it was read")
-            self.hasher.update(target[:got])
-            crc = zlib.crc32(target[:got], crc) if checked else 0
-            self._position += got
-            target = target[got:]
+            self.hasher.update(chunk[:got])
+            if checked:
+                crc = zlib.crc32(chunk[:got], crc)
+            self.position += got
+            done += got
         return crc
-
-    def skip_to(self, offset: int) -> None:
-        """Hash what lies between here and ``offset``."""
-        while self._position < offset:
-            self.read_into(self._scratch[: offset - self._position])
 
 
 def _view(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,10 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 0x0001
 _SIZES_FOLLOW = 0x0008  # sizes are in a descriptor behind the data; the local header holds zeros
+_UTF8 = 0x0800
+_KNOWN_FLAGS = _SIZES_FOLLOW | _UTF8  # others mean encryption or patches
+_DIRECTORY = 0x10  # an MS-DOS attribute; some readers take such a member for empty
 
 
 def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
@@ -45,7 +47,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
             raise CheckpointError(f"is damaged: its zip directory ends before entry {len(members)}")
         fields = _ENTRY.unpack_from(directory, position)
         signature, _made, _needed, flags, method, _time, _date, crc, packed, unpacked = fields[:10]
-        name_size, extra_size, comment_size, disk, _internal, _external, offset = fields[10:]
+        name_size, extra_size, comment_size, disk, _internal, attributes, offset = fields[10:]
         position += _ENTRY.size
         tail = position + name_size + extra_size + comment_size
         if signature != b"PK\x01\x02" or tail > size:
@@ -60,8 +62,10 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
                 f"torch stores records "
                 "uncompressed, so this may be a zip bomb"
             )
-        if flags & _ENCRYPTED or disk != 0:
-            raise CheckpointError(f"record {quote(name)} is encrypted or on another disk")
+        if flags & ~_KNOWN_FLAGS or disk or attributes & _DIRECTORY:
+            raise CheckpointError(
+                f"record {quote(name)} is encrypted, a directory or on another disk"
+            )
         if name in members:
             raise UnsafeCheckpointError(f"record {quote(name)} is in the zip archive twice")
         data = _data_offset(file, name, offset, crc, unpacked, parsed)
@@ -165,7 +169,7 @@ def _data_offset(
     sizes_known = not flags & _SIZES_FOLLOW and 0xFFFFFFFF not in (packed, unpacked)
     if (
         method != 0
-        or flags & _ENCRYPTED
+        or flags & ~_KNOWN_FLAGS
         or (sizes_known and (packed != nbytes or unpacked != nbytes or local_crc != crc))
     ):
         raise UnsafeCheckpointError(

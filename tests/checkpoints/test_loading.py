@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint, save_weights
+from pydetox.checkpoints.index import WeightsFile
+from pydetox.checkpoints.weights import index_file, read_weights
+from pydetox.errors import ArchitectureError, CheckpointError, UsageError
+
+PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, mini_clip: torch.nn.Module, mini_config: dict[str, Any]) -> Path:
+    return save_checkpoint(
+        tmp_path / "model",
+        mini_clip.state_dict(),
+        model_config=mini_config,
+        preprocess_config=PREPROCESS,
+        provenance=Provenance("test"),
+    )
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}", "{}/open_clip_model.safetensors"])
+def test_forms_of_a_folder(
+    folder: Path, form: str, mini_config: dict[str, Any], mini_clip: torch.nn.Module
+) -> None:
+    checkpoint = load_checkpoint(form.format(folder))
+    assert checkpoint.model_config == mini_config
+    assert checkpoint.preprocess_config == PREPROCESS
+    assert checkpoint.name == form.format(folder)
+    assert checkpoint.path == folder / "open_clip_model.safetensors"
+    assert checkpoint.format == "safetensors"
+    assert checkpoint.shapes == {k: tuple(v.shape) for k, v in mini_clip.state_dict().items()}
+    assert checkpoint.provenance == Provenance("test")
+
+
+def test_path_object(folder: Path) -> None:
+    assert load_checkpoint(folder).sha256 == load_checkpoint(str(folder)).sha256
+
+
+def test_model_goes_before_the_configuration_beside(folder: Path) -> None:
+    (folder / "open_clip_config.json").write_text("damaged")
+    with pytest.raises(ArchitectureError, match=r"open_clip_config\.json: is not a JSON file"):
+        load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, model="ViT-B-32")
+    assert checkpoint.model_config is not None
+    assert checkpoint.model_config["embed_dim"] == 512
+    assert checkpoint.preprocess_config is None
+
+
+def test_nothing_tells_the_architecture(folder: Path) -> None:
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(
+        ArchitectureError, match=r"nothing tells its architecture.*model= \(--model\)"
+    ):
+        load_checkpoint(folder)
+    with pytest.raises(UsageError, match="did you mean"):
+        load_checkpoint(folder, model="ViT-B-33")
+
+
+def test_damage_is_reported_before_a_missing_architecture(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"garbage, nothing else")
+    with pytest.raises(CheckpointError, match="neither a safetensors file nor a torch zip archive"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_best_weights_in_a_folder(folder: Path) -> None:
+    save_weights(folder / "open_clip_pytorch_model.pt", {"old": torch.ones(1)})
+    (folder / "open_clip_pytorch_model.pt").rename(folder / "open_clip_pytorch_model.bin")
+    assert load_checkpoint(folder).path.name == "open_clip_model.safetensors"
+    (folder / "open_clip_model.safetensors").unlink()
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.path.name == "open_clip_pytorch_model.bin"
+    assert list(checkpoint.state_dict) == ["old"]
+    assert checkpoint.format == "torch"
+    assert checkpoint.provenance is None
+
+
+def test_only_weights_in_a_folder(folder: Path) -> None:
+    (folder / "open_clip_model.safetensors").rename(folder / "epoch_3.safetensors")
+    assert load_checkpoint(folder).path.name == "epoch_3.safetensors"
+    shutil.copy(folder / "epoch_3.safetensors", folder / "epoch_4.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds 2 weights files .*name the one you mean"):
+        load_checkpoint(folder)
+
+
+def test_not_there(tmp_path: Path) -> None:
+    for name in ("none.pt", "none/at/all"):
+        with pytest.raises(CheckpointError, match="no such file or folder"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be opened: File name too long"):
+        load_checkpoint("x" * 5000)
+
+
+def test_local_dir_takes_a_folder(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="local-dir: takes a folder"):
+        load_checkpoint(f"local-dir:{folder}/open_clip_model.safetensors")
+
+
+def test_not_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    for path in (tmp_path / "a.pt", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="is not a regular file"):
+            load_checkpoint(path)
+
+
+def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_weights(tmp_path / "a.pt", {"a": torch.ones(1)})
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match="cannot be opened: Permission denied"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (b"x", "neither"),
+        (b"\0" * 1000, "neither"),
+        (b"<!DOCTYPE html><html>", r"neither .* begins with b'<!DOCTYP'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"\x80\x04\x95abc", "bare pickle"),
+        (b"PK\3\4", "truncated or damaged"),
+        (b"PK\3\4" + b"x" * 100, "without its end record"),
+    ],
+)
+def test_garbage(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path, model="ViT-B-32")
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_extension_that_lies(tmp_path: Path) -> None:
+    pt = save_weights(tmp_path / "a.pt", {"a": torch.ones(1)})
+    st = save_weights(tmp_path / "b.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"is named \.safetensors, but holds a torch zip"):
+        load_checkpoint(pt.rename(tmp_path / "c.safetensors"), model="ViT-B-32")
+    with pytest.raises(CheckpointError, match=r"is named \.pt, but holds safetensors"):
+        load_checkpoint(st.rename(tmp_path / "d.pt"), model="ViT-B-32")
+
+
+def test_no_extension(tmp_path: Path) -> None:
+    """The hub's cache names files by their hash."""
+    for name in ("a.pt", "b.safetensors"):
+        path = save_weights(tmp_path / name, {"a": torch.ones(1)}).rename(tmp_path / name[0])
+        assert load_checkpoint(path, model="ViT-B-32").state_dict["a"].item() == 1
+
+
+def test_symbolic_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert load_checkpoint(tmp_path / "link").sha256 == load_checkpoint(folder).sha256
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_nonfinite_weights(tmp_path: Path, name: str) -> None:
+    path = save_weights(
+        tmp_path / name, {"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}
+    )
+    with pytest.raises(ArchitectureError, match=rf"{name}: tensor 'b': 1 of its 2 weights"):
+        load_checkpoint(path, model="ViT-B-32")
+    checkpoint = load_checkpoint(path, model="ViT-B-32", allow_nonfinite=True)
+    assert checkpoint.state_dict["b"].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw[:-1], "shrank"),
+        (lambda raw: raw + b"x", "grew"),
+        (lambda raw: raw.replace(b"weight_a", b"weight_b"), "changed"),
+    ],
+    ids=["shrank", "grew", "changed"],
+)
+def test_file_that_changes_while_it_is_read(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str
+) -> None:
+    path = save_weights(tmp_path / name, {"weight_a": torch.ones(1000)})
+    with WeightsFile(path) as file:
+        index = index_file(file)
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(CheckpointError, match=f"{message} while it was read"):
+            read_weights(file, index)
+
+
+def test_exchanged_file_does_not_matter(tmp_path: Path) -> None:
+    path = save_weights(tmp_path / "a.pt", {"a": torch.ones(1)})
+    with WeightsFile(path) as file:
+        index = index_file(file)
+        save_weights(path, {"a": torch.zeros(1)}, overwrite=True)  # a rename: another file
+        assert read_weights(file, index)[0]["a"].item() == 1
+
+
+def test_damaged_provenance(tmp_path: Path) -> None:
+    for text in ("{", "[]", "{}", json.dumps({"method": 1})):
+        path = save_weights(
+            tmp_path / "a.safetensors",
+            {"a": torch.ones(1)},
+            metadata={"pydetox": text},
+            overwrite=True,
+        )
+        checkpoint = load_checkpoint(path, model="ViT-B-32")
+        with pytest.raises(CheckpointError, match="its provenance is damaged"):
+            checkpoint.provenance  # noqa: B018
+
+
+def test_the_index_needs_no_torch() -> None:
+    """The modules that look at hostile files first can run in a process that never loads torch."""
+    import ast
+
+    import pydetox.checkpoints as package
+
+    own = {"index", "zip_index", "pickle_index", "torch_index", "safetensors_index"}
+    allowed = {f"pydetox.checkpoints.{name}" for name in own} | {"pydetox.errors"}
+    import sys
+
+    for name in own:
+        tree = ast.parse((Path(package.__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert all(alias.name in sys.stdlib_module_names for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module in allowed | set(sys.stdlib_module_names) | {"collections.abc"}

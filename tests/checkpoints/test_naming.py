@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from pydetox.checkpoints import parse_reference
+from pydetox.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("model.pt", "model.pt"),
+        ("runs/demo/clean", "runs/demo/clean"),
+        ("/a/b.safetensors", "/a/b.safetensors"),
+        ("./a,b", "a,b"),
+        ("epoch,3.pt", "epoch,3.pt"),
+        ("dir/ViT-B-32,tag", "dir/ViT-B-32,tag"),
+        ("ViT-B-32", "ViT-B-32"),
+    ],
+)
+def test_paths(text: str, path: str) -> None:
+    reference = parse_reference(text)
+    assert (reference.kind, reference.path, reference.text) == ("path", Path(path), text)
+
+
+def test_path_objects_are_always_paths() -> None:
+    assert parse_reference(Path("ViT-B-32,openai")).kind == "path"
+
+
+def test_home_directory() -> None:
+    assert parse_reference("~/x.pt").path == Path.home() / "x.pt"
+
+
+def test_local_dir() -> None:
+    reference = parse_reference("local-dir:./runs/x")
+    assert (reference.kind, reference.path) == ("local-dir", Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "repository", "revision"),
+    [
+        ("hf-hub:org/repo", "org/repo", None),
+        (
+            "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+            "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+            None,
+        ),
+        ("hf-hub:org/repo@v1.0", "org/repo", "v1.0"),
+        ("hf-hub:org/repo@refs/pr/1", "org/repo", "refs/pr/1"),
+        (f"hf-hub:o/r@{'a' * 40}", "o/r", "a" * 40),
+    ],
+)
+def test_hub(text: str, repository: str, revision: str | None) -> None:
+    reference = parse_reference(text)
+    assert (reference.kind, reference.repository, reference.revision) == (
+        "hf-hub",
+        repository,
+        revision,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "repo",
+        "../repo",
+        "org/..",
+        "org/../../etc",
+        "org/repo/file",
+        "/etc/passwd",
+        "org\\repo/x",
+        "\\\\server/share",
+        "org/repo@",
+        "org/repo@../../x",
+        "org/repo@/abs",
+        "org/repo@a..b",
+        "org/repo@a\nb",
+        "org--x/repo",
+        "org/repo\n",
+        "org/répo",
+        f"org/{'x' * 97}",
+        f"org/repo@{'x' * 300}",
+    ],
+)
+def test_hub_names_cannot_escape(name: str) -> None:
+    with pytest.raises(UsageError, match="expected hf-hub:org/repo") as caught:
+        parse_reference(f"hf-hub:{name}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "local-dir:"])
+def test_meaningless(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_reference(text)
+
+
+def test_every_open_clip_name() -> None:
+    for model, tag in open_clip.list_pretrained():
+        reference = parse_reference(f"{model},{tag}")
+        assert (reference.kind, reference.model, reference.tag) == ("open_clip", model, tag)
