@@ -517,8 +517,8 @@ def _call(name: str, arguments: tuple[object, ...]) -> object:
         return _ordered_dict(arguments)
     if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
         return _tensor(arguments, None)
-    if name == "torch._utils._rebuild_tensor_v3" and len(arguments) >= 7:
-        return _tensor(arguments, arguments[6])
+    if name == "torch._utils._rebuild_tensor_v3":
+        return _tensor(arguments, _dtype(arguments[6:7]))
     if name.startswith("torch._utils._rebuild_parameter") and arguments:
         return arguments[0]
     return Opaque(name)
@@ -540,7 +540,14 @@ def _ordered_dict(arguments: tuple[object, ...]) -> Mapping:
     return result
 
 
-def _tensor(arguments: tuple[object, ...], dtype: object) -> PickledTensor:
+def _dtype(argument: tuple[object, ...]) -> str:
+    found = argument[0] if argument else None
+    if not isinstance(found, _Global) or found.name not in _DTYPES:
+        raise CheckpointError("holds a tensor of an unsupported dtype")
+    return _DTYPES[found.name]
+
+
+def _tensor(arguments: tuple[object, ...], dtype: str | None) -> PickledTensor:
     """Describe a tensor from ``(storage, offset, size, stride, …)`` and its dtype, if given."""
     if len(arguments) < 4 or not isinstance(arguments[0], _Storage):
         raise CheckpointError("its pickle is damaged: a tensor without a storage")
@@ -550,11 +557,7 @@ def _tensor(arguments: tuple[object, ...], dtype: object) -> PickledTensor:
     strides = check_extents(label, arguments[3], "stride")
     (offset,) = check_extents(label, arguments[1:2], "offset")
     nbytes = storage.count * ITEM_SIZES[storage.dtype]
-    kind = storage.dtype
-    if dtype is not None:
-        if not isinstance(dtype, _Global) or dtype.name not in _DTYPES:
-            raise CheckpointError(f"{label}: has an unsupported dtype")
-        kind = _DTYPES[dtype.name]
+    kind = dtype or storage.dtype
     if len(shape) != len(strides):
         raise CheckpointError(f"{label}: {len(shape)} dimensions, but {len(strides)} strides")
     _check_view(label, shape, strides, offset, nbytes // ITEM_SIZES[kind])

@@ -167,7 +167,7 @@ def test_dictionary_from_pairs() -> None:
         (b"NQ.", "no storage"),
         (b"NN\x93.", "a global without a name"),
         (b"cx", "a name without an end"),
-        (b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNt R.".replace(b" ", b""), "without a storage"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR.", "without a storage"),
         (b"\x80\x06.", "protocol 6"),
         (b".", "truncated or damaged"),
         (b"", "truncated or damaged"),
@@ -191,18 +191,18 @@ def storage(kind: bytes = b"ctorch\nFloatStorage\n", count: bytes = b"K\1") -> b
         (storage(kind=b"N"), "unsupported type something else"),
         (storage(count=b"J\xff\xff\xff\xff"), "storage without a key or size"),
         (
-            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0K\1\x85)t R",
+            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0K\1\x85)tR",
             "1 dimensions, but 0 strides",
         ),
         (
-            b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage() + b"K\0))NNNt R",
-            "has an unsupported dtype|without a storage",
+            b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage() + b"K\0))NNNtR",
+            "a tensor of an unsupported dtype",
         ),
     ],
 )
 def test_tensors_without_sense(program: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_pickle(b"\x80\x02" + program.replace(b"t R", b"tR") + b".")
+        read_pickle(b"\x80\x02" + program + b".")
 
 
 def test_hidden_second_pickle(write_pt: Callable[..., Path]) -> None:
