@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the bits of the CPU kernels, which the other tests hold to the truth."""
+"""The CUDA kernels on a GPU: the bits of the CPU kernels, which other tests hold to the truth."""
 
 import pytest
 import torch
