@@ -1,3 +1,97 @@
-"""Find backdoors in CLIP checkpoints, subtract them in weight space, prove the repair."""
+"""Find backdoors in CLIP checkpoints, subtract them in weight space, prove the repair.
+
+One call: `detox`. Its steps alone: `scan`, `invert`, `unlearn`, `evaluate`. The fused kernels:
+`pydetox.ops`. Names are imported on first use, so that `import pydetox` is cheap.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._build_info import build_info
+    from .checkpoints import load_checkpoint, save_checkpoint
+    from .data import ImageSet, load_images
+    from .detection import Calibration, Detection, Verdict
+    from .errors import PydetoxError
+    from .evaluation import Evaluation, evaluate
+    from .inversion import InversionConfig, InversionResult, invert
+    from .models import OpenClipModel
+    from .unlearning import UnlearnConfig
+    from .workflow import (
+        DetoxResult,
+        ScanConfig,
+        ScanResult,
+        calibrate,
+        detox,
+        recover_triggers,
+        scan,
+        unlearn,
+    )
+
+_HOME = {
+    "Calibration": "detection",
+    "Detection": "detection",
+    "DetoxResult": "workflow",
+    "Evaluation": "evaluation",
+    "ImageSet": "data",
+    "InversionConfig": "inversion",
+    "InversionResult": "inversion",
+    "OpenClipModel": "models",
+    "PydetoxError": "errors",
+    "ScanConfig": "workflow",
+    "ScanResult": "workflow",
+    "UnlearnConfig": "unlearning",
+    "Verdict": "detection",
+    "build_info": "_build_info",
+    "calibrate": "workflow",
+    "detox": "workflow",
+    "evaluate": "evaluation",
+    "invert": "inversion",
+    "load_checkpoint": "checkpoints",
+    "load_images": "data",
+    "recover_triggers": "workflow",
+    "save_checkpoint": "checkpoints",
+    "scan": "workflow",
+    "unlearn": "workflow",
+}
+
+__all__ = [
+    "Calibration",
+    "Detection",
+    "DetoxResult",
+    "Evaluation",
+    "ImageSet",
+    "InversionConfig",
+    "InversionResult",
+    "OpenClipModel",
+    "PydetoxError",
+    "ScanConfig",
+    "ScanResult",
+    "UnlearnConfig",
+    "Verdict",
+    "build_info",
+    "calibrate",
+    "detox",
+    "evaluate",
+    "invert",
+    "load_checkpoint",
+    "load_images",
+    "recover_triggers",
+    "save_checkpoint",
+    "scan",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -175,7 +175,7 @@ def _refuse_existing_directory(
     if strange:
         raise OutputError(
             f"{os.fspath(shown)}: also holds {strange[0]!r} ({len(strange)} such entries), so the "
-            f"directory is not "
+            "directory is not "
             "replaced as a whole"
         )
 

@@ -55,7 +55,7 @@ class UnlearnConfig:
     learning_rate: float = 2e-4
     batch_size: int = 64
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
-    max_attack_success: float = 0.01
+    max_attack_success: float = 0.02
     min_accuracy_kept: float = 0.97
     seed: int = 0
 
@@ -178,11 +178,16 @@ def search_coefficient(
     head: Tensor,
     target: int,
     config: UnlearnConfig | None = None,
+    *,
+    accuracy_before: float | None = None,
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
     Chosen is the smallest alpha with ASR <= max_attack_success and CA >= min_accuracy_kept of
-    theta_b's; if there is none, the one with the least ASR among those that keep the accuracy.
+    accuracy_before (default: that of `model`; in a second round, that of the model of the first);
+    if there is none, the one with the least ASR among those that keep the accuracy.
+    Without labels CA is the agreement with the model's own predictions.
+    Raises DataError when all validation images belong to the target class.
     """
     config = config or UnlearnConfig()
     own = predict(model, validation.images, head)
@@ -199,7 +204,9 @@ def search_coefficient(
         )
         sent = (predict(candidate, stamped, head) == target).view(len(triggers), -1)
         success.append(float(sent.double().mean(dim=1).max()))
-    floor = config.min_accuracy_kept * float((own == labels).double().mean())
+    if accuracy_before is None:
+        accuracy_before = float((own == labels).double().mean())
+    floor = config.min_accuracy_kept * accuracy_before
     keeping = [k for k, value in enumerate(accuracy) if value >= floor]
     good = [k for k in keeping if success[k] <= config.max_attack_success]
     chosen = good[0] if good else min(keeping or [0], key=lambda k: (success[k], k))

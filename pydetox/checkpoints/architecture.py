@@ -125,7 +125,7 @@ def check_model_config(config: object) -> None:
         if isinstance(value, str) and key.endswith("name") and ":" in value:
             raise UnsafeCheckpointError(
                 f"its model configuration takes {quote(key)} from {quote(value)}, which would be "
-                f"downloaded"
+                "downloaded"
             )
         if isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER:
             raise ArchitectureError(
@@ -134,7 +134,7 @@ def check_model_config(config: object) -> None:
         if "layers" in key and isinstance(value, int) and value > _MAX_LAYERS:
             raise ArchitectureError(
                 f"its model configuration has {quote(key)} = {value}, at most {_MAX_LAYERS} are "
-                f"accepted"
+                "accepted"
             )
 
 

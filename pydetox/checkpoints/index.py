@@ -9,6 +9,7 @@ Both formats are brought to the same form: *storages* (spans of bytes in the fil
 from __future__ import annotations
 
 import os
+import reprlib
 import stat
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -46,7 +47,7 @@ _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_EXTENT = 1 << 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """``nbytes`` bytes of the file from ``offset`` on, with their CRC-32 if there is one."""
 
@@ -55,7 +56,7 @@ class Span:
     crc32: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """A view of a storage; ``offset`` and ``strides`` count elements, as in torch."""
 
@@ -116,7 +117,7 @@ class WeightsFile:
         if offset < 0 or count < 0 or offset + count > self.size:
             raise CheckpointError(
                 f"is truncated or damaged: {what} should be at bytes {offset}..{offset + count}, "
-                f"but the file has "
+                "but the file has "
                 f"{self.size}"
             )
         parts = []
@@ -152,7 +153,8 @@ def quote(text: object) -> str:
 
     Newlines, ANSI sequences and anything else beyond ASCII are escaped; 80 characters are kept.
     """
-    shown = ascii(text if isinstance(text, str) else str(text))
+    # Cut first: the text may be megabytes, and anything else may be nested too deep for repr().
+    shown = ascii(text[:81] if isinstance(text, str) else reprlib.repr(text))
     return shown if len(shown) <= 80 else f"{shown[:76]}...'"
 
 

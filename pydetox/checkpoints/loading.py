@@ -112,7 +112,7 @@ def load_checkpoint(
             if model_config is None:
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
-                    f"one with model= "
+                    "one with model= "
                     "(--model), such as ViT-B-32 or a JSON file"
                 )
             state_dict, digest = read_weights(file, index)
@@ -179,6 +179,6 @@ def _weights_at(path: Path, *, folder_expected: bool) -> Path:
     if len(candidates) > 1:
         raise CheckpointError(
             f"{path}: holds {len(candidates)} weights files ({', '.join(candidates[:3])}); name "
-            f"the one you mean"
+            "the one you mean"
         )
     return path / candidates[0]

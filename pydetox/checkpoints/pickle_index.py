@@ -118,19 +118,19 @@ class Mapping:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opaque:
     """A value that was allowed, but not built; ``name`` is the global it would have come from."""
 
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Global:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageUse:
     """A reference to a record of weights: its key and its claimed size in bytes."""
 
@@ -138,7 +138,7 @@ class StorageUse:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PickledTensor:
     """A tensor in the pickle, with the claim that it makes about its storage."""
 
@@ -146,7 +146,7 @@ class PickledTensor:
     storage: StorageUse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Storage:
     key: str
     dtype: str
@@ -200,16 +200,15 @@ class _Reader:
             if action is None:
                 raise UnsafeCheckpointError(
                     f"its pickle uses the instruction {_instruction_name(code)}, which no "
-                    f"checkpoint needs"
+                    "checkpoint needs"
                 )
             action(self, count)
         raise UnsafeCheckpointError(
             f"its pickle has more than {MAX_INSTRUCTIONS} instructions, far more than a checkpoint "
-            f"needs"
+            "needs"
         )
 
-    # --- reading arguments
-    # -------------------------------------------------------------------------------------
+    # Arguments of instructions
 
     def _take(self, count: int) -> bytes:
         end = self.position + count
@@ -246,8 +245,7 @@ class _Reader:
                 return items
         raise CheckpointError("its pickle is damaged: a mark is missing")
 
-    # --- instructions
-    # ------------------------------------------------------------------------------------------
+    # Instructions; each gets the number of instructions before it
 
     def proto(self, _: int) -> None:
         version = self._number("<B")
@@ -398,13 +396,12 @@ class _Reader:
         self.stack.append(_allowed(module, name))
 
     def instance(self, _: int) -> None:
-        # INST calls what it names. torch never writes it, so it is refused even for an allowed
-        # name.
+        # INST calls what it names. torch never writes it: refused even for an allowed name.
         module = self._line()
         found = _allowed(module, self._line())
         raise UnsafeCheckpointError(
             f"its pickle creates {quote(found.name)} by the instruction INST, which no checkpoint "
-            f"needs"
+            "needs"
         )
 
     def new_object(self, _: int) -> None:
@@ -490,7 +487,7 @@ def _allowed(module: str, name: str) -> _Global:
         return _Global(full)
     raise UnsafeCheckpointError(
         f"its pickle asks for {quote(full)}, which is not on the list of harmless names: loading "
-        f"it elsewhere could "
+        "it elsewhere could "
         "run code"
     )
 
@@ -514,7 +511,10 @@ def _storage(identity: object) -> _Storage:
 def _call(name: str, arguments: tuple[object, ...]) -> object:
     """Describe what a call stands for: a tensor, a dictionary, or something that stays opaque."""
     if name == "collections.OrderedDict":
-        return _ordered_dict(arguments)
+        # Python 3 fills it afterwards. Pairs as an argument could be the same long list each time.
+        if arguments:
+            raise CheckpointError("its pickle is damaged: an OrderedDict that is not made empty")
+        return Mapping()
     if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
         return _tensor(arguments, None)
     if name == "torch._utils._rebuild_tensor_v3":
@@ -522,22 +522,6 @@ def _call(name: str, arguments: tuple[object, ...]) -> object:
     if name.startswith("torch._utils._rebuild_parameter") and arguments:
         return arguments[0]
     return Opaque(name)
-
-
-def _ordered_dict(arguments: tuple[object, ...]) -> Mapping:
-    result = Mapping()
-    if not arguments:
-        return result
-    pairs = arguments[0]
-    if len(arguments) != 1 or not isinstance(pairs, (list, tuple)):
-        raise CheckpointError("its pickle is damaged: an OrderedDict that is not made from pairs")
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise CheckpointError(
-                "its pickle is damaged: an OrderedDict that is not made from pairs"
-            )
-        result.pairs.append((pair[0], pair[1]))
-    return result
 
 
 def _dtype(argument: tuple[object, ...]) -> str:
@@ -560,7 +544,10 @@ def _tensor(arguments: tuple[object, ...], dtype: str | None) -> PickledTensor:
     kind = dtype or storage.dtype
     if len(shape) != len(strides):
         raise CheckpointError(f"{label}: {len(shape)} dimensions, but {len(strides)} strides")
-    _check_view(label, shape, strides, offset, nbytes // ITEM_SIZES[kind])
+    available, rest = divmod(nbytes, ITEM_SIZES[kind])
+    if rest:
+        raise CheckpointError(f"{label}: {nbytes} bytes are no whole number of {kind}")
+    _check_view(label, shape, strides, offset, available)
     return PickledTensor(
         TensorEntry(kind, shape, strides, storage.key, offset), StorageUse(storage.key, nbytes)
     )

@@ -77,7 +77,7 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
         if begin != position:
             raise CheckpointError(
                 f"tensor {quote(name)}: begins at byte {begin} of the data, expected {position} "
-                f"(no gaps, no overlap)"
+                "(no gaps, no overlap)"
             )
         position = end
     if data + position != file.size:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 
-from pydetox.checkpoints.index import FileIndex, Span, WeightsFile, quote
+from pydetox.checkpoints.index import ITEM_SIZES, FileIndex, Span, WeightsFile, quote
 from pydetox.checkpoints.pickle_index import (
     MAX_PICKLE_BYTES,
     Mapping,
@@ -22,6 +24,7 @@ _WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _MAX_VERSION = 10
 _MAX_SMALL_RECORD = 64
+_MAX_SHARING = 16  # tied weights appear two or three times
 
 
 def index_torch(file: WeightsFile) -> FileIndex:
@@ -47,6 +50,7 @@ def index_torch(file: WeightsFile) -> FileIndex:
                 f"{span.nbytes}"
             )
         storages[key] = span
+    _check_sharing(tensors.values(), storages.values())
     wanted = {span.offset for span in storages.values()} | parsed.keys()
     return FileIndex(
         format="torch",
@@ -57,12 +61,23 @@ def index_torch(file: WeightsFile) -> FileIndex:
     )
 
 
+def _check_sharing(tensors: Iterable[PickledTensor], storages: Iterable[Span]) -> None:
+    """Refuse a small file whose tensors, all views of the same weights, are huge together."""
+    claimed = sum(math.prod(t.entry.shape) * ITEM_SIZES[t.entry.dtype] for t in tensors)
+    available = sum(span.nbytes for span in storages)
+    if claimed > _MAX_SHARING * available:
+        raise UnsafeCheckpointError(
+            f"its tensors have {claimed} bytes together, but are all views of {available} bytes"
+        )
+
+
 def strip_prefixes(names: list[str]) -> list[str]:
-    """Remove the wrapper prefixes that *every* name carries."""
-    prefix = next(
-        (p for p in _WRAPPER_PREFIXES if names and all(n.startswith(p) for n in names)), ""
-    )
-    return strip_prefixes([name[len(prefix) :] for name in names]) if prefix else names
+    """Remove the wrapper prefixes that *every* name carries, each once and in any order."""
+    for _ in _WRAPPER_PREFIXES:
+        for prefix in _WRAPPER_PREFIXES:
+            if names and all(name.startswith(prefix) for name in names):
+                names = [name[len(prefix) :] for name in names]
+    return names
 
 
 def _archive_root(members: MappingType[str, Span]) -> str:
@@ -146,4 +161,6 @@ def _describe(value: object) -> str:
         return f"an object of {quote(value.name)}"
     if isinstance(value, PickledTensor):
         return "a tensor"
-    return f"of type {type(value).__name__}"
+    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple)):
+        return f"of type {type(value).__name__}"
+    return "part of a tensor"

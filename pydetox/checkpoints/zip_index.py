@@ -59,8 +59,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
         if method != 0 or packed != unpacked:
             raise UnsafeCheckpointError(
                 f"record {quote(name)} is compressed ({packed} bytes claim to be {unpacked}); "
-                f"torch stores records "
-                "uncompressed, so this may be a zip bomb"
+                "torch stores records uncompressed, so this may be a zip bomb"
             )
         if flags & ~_KNOWN_FLAGS or disk or attributes & _DIRECTORY:
             raise CheckpointError(
@@ -87,7 +86,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
 
 
 def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]:
-    """Offset, size and number of entries of the central directory."""
+    """Find offset, size and number of entries of the central directory."""
     end_at = file.size - _END.size
     end = file.read_at(end_at, _END.size, "the end of the zip archive")
     signature, disk, start_disk, here, count, size, start, comment = _END.unpack(end)
@@ -157,7 +156,7 @@ def _zip64_sizes(
 def _data_offset(
     file: WeightsFile, name: str, offset: int, crc: int, nbytes: int, parsed: dict[int, bytes]
 ) -> int:
-    """Where a member's data begins, after checking its local header against the directory."""
+    """Find a member's data, after checking its local header against the directory."""
     local = file.read_at(offset, _LOCAL.size, f"record {quote(name)}")
     signature, _needed, flags, method, _time, _date, *rest = _LOCAL.unpack(local)
     local_crc, packed, unpacked, name_size, extra_size = rest

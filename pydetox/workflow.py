@@ -1,0 +1,652 @@
+"""From a suspicious checkpoint to a repaired one: the steps, and one call that takes them all.
+
+`scan` reconstructs a trigger for every class and gives a verdict, `calibrate` makes the clean
+references that a verdict needs, `unlearn` subtracts a trigger vector, `detox` does all of it and
+scans the repaired model again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from .checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+from .data import DEFAULT_TEMPLATES, ImageSet, Template
+from .detection import Calibration, Detection, Verdict, detect
+from .errors import DataError, UsageError
+from .evaluation import Evaluation, Stamp, evaluate, predict
+from .inversion import (
+    CollapseObjective,
+    InversionConfig,
+    InversionResult,
+    Objective,
+    TargetObjective,
+    invert,
+)
+from .models import OpenClipModel
+from .training import TrainConfig, train_on_prompts
+from .unlearning import (
+    CoefficientSearch,
+    UnlearnConfig,
+    search_coefficient,
+    subtract,
+    trigger_vector,
+)
+
+#: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
+ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
+
+ObjectiveName = Literal["targeted", "label-free"]
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """How to scan.
+
+    Attributes:
+        objective: `targeted` looks for a trigger into each class (needs class names), `label-free`
+            for one that makes all images alike (needs neither labels nor a text tower).
+        inversion: The search. Its seed is replaced by one derived from `seed`.
+        restarts: Searches per class, or in all without classes; the smallest mask counts.
+        references: Clean reference models of a calibration: the base and copies of it fine-tuned
+            on the defender's images, at least 2.
+        reference_training: How those copies are fine-tuned. Choose it as strong as what a suspect
+            may have been through: it decides how much scatter counts as harmless.
+        p_backdoored, p_suspicious: Chance of a false alarm per model at which the verdict changes.
+        seed: Of everything random.
+    """
+
+    objective: ObjectiveName = "targeted"
+    inversion: InversionConfig = field(default_factory=lambda: InversionConfig(steps=150))
+    restarts: int = 1
+    references: int = 3
+    reference_training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-5)
+    )
+    p_backdoored: float = 0.01
+    p_suspicious: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("targeted", "label-free"):
+            raise UsageError(f"objective {self.objective!r}; expected targeted or label-free")
+        if self.restarts < 1 or self.references < 2:
+            raise UsageError(
+                f"restarts {self.restarts}, references {self.references}; expected at least 1 and 2"
+            )
+        if not 0 < self.p_backdoored <= self.p_suspicious < 1:
+            raise UsageError(
+                f"p_backdoored {self.p_backdoored}, p_suspicious {self.p_suspicious}; expected "
+                "0 < p_backdoored <= p_suspicious < 1"
+            )
+
+    def calibration_key(self, class_names: Sequence[str] | None) -> str:
+        """Return what two scans must share for their sizes to be comparable."""
+        search = {k: v for k, v in asdict(self.inversion).items() if k not in ("seed", "max_batch")}
+        content = [self.objective, search, self.restarts, list(class_names or [])]
+        return json.dumps(content, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """What a scan found.
+
+    Attributes:
+        name: Of the checkpoint.
+        sha256: Of its weights file; None for a model that came from no file.
+        objective: As in ScanConfig.
+        class_names: The classes, or None in a label-free scan without class names.
+        detection: Verdict and numbers.
+        target: The class that the smallest trigger leads to; None when that is unknown.
+        inversion: The recovered triggers: `restarts` per class, classes in order.
+        calibration: What the sizes were compared with, or None.
+        seconds: Wall time of the scan without the calibration.
+    """
+
+    name: str
+    sha256: str | None
+    objective: ObjectiveName
+    class_names: tuple[str, ...] | None
+    detection: Detection
+    target: int | None
+    inversion: InversionResult
+    calibration: Calibration | None
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """The conclusion."""
+        return self.detection.verdict
+
+    @property
+    def target_name(self) -> str | None:
+        """Name of the target class."""
+        if self.target is None or self.class_names is None:
+            return None
+        return self.class_names[self.target]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON and reports; images are left out."""
+        found, reference = self.detection, self.calibration
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "objective": self.objective,
+            "verdict": found.verdict.value,
+            "reason": found.reason,
+            "p_l1": found.smallest_p_l1,
+            "score": found.score,
+            "threshold": found.threshold,
+            "p_value": found.p_value,
+            "anomaly_index": found.anomaly_index,
+            "target": self.target_name,
+            "class_names": list(self.class_names or []),
+            "class_p_l1": list(found.p_l1),
+            "class_scores": list(found.class_scores),
+            "reference_p_l1": []
+            if reference is None
+            else [sum(column) / len(column) for column in zip(*reference.p_l1, strict=True)],
+            "calibration": None if reference is None else reference.to_dict(),
+            "tower": self.inversion.tower,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class UnlearnRound:
+    """One trigger vector that was subtracted.
+
+    target: Class index. triggers: What was recovered, None for a known trigger. search: CA and ASR
+    over alpha. vector_norm: Euclidean norm of the trigger vector. rescan: The model afterwards;
+    None when no scan was asked for.
+    """
+
+    target: int
+    triggers: InversionResult | None
+    search: CoefficientSearch
+    vector_norm: float
+    rescan: ScanResult | None
+
+
+@dataclass(frozen=True, eq=False)
+class DetoxResult:
+    """The whole story of one checkpoint.
+
+    Attributes:
+        before: The first scan.
+        rounds: What was subtracted, in order; empty when the model was left as it is.
+        after: The last re-scan, None when nothing was subtracted.
+        model: The repaired model, or the given one.
+        evaluation_before, evaluation_after: CA on the given images, None without labels.
+        path: Where the repaired checkpoint was written, or None.
+        seconds: Wall time by step.
+    """
+
+    before: ScanResult
+    rounds: tuple[UnlearnRound, ...]
+    after: ScanResult | None
+    model: OpenClipModel
+    evaluation_before: Evaluation | None
+    evaluation_after: Evaluation | None
+    path: Path | None
+    seconds: dict[str, float]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the first scan."""
+        return self.before.verdict
+
+    @property
+    def repaired(self) -> bool:
+        """Whether something was subtracted and the re-scan is clean."""
+        return self.after is not None and self.after.verdict is Verdict.CLEAN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON and reports."""
+        rows = [
+            evaluation.to_report_row(name)
+            for name, evaluation in (
+                ("before", self.evaluation_before),
+                ("after", self.evaluation_after),
+            )
+            if evaluation is not None
+        ]
+        return {
+            "verdict": self.verdict.value,
+            "repaired": self.repaired,
+            "scans": [self.before.to_dict(), *([self.after.to_dict()] if self.after else [])],
+            "rounds": [
+                {
+                    "target": one.target,
+                    "alpha": one.search.coefficient,
+                    "limits_reached": one.search.reached,
+                    "vector_norm": one.vector_norm,
+                    "alpha_search": {
+                        "alpha": list(one.search.coefficients),
+                        "ca": list(one.search.clean_accuracy),
+                        "asr": list(one.search.attack_success_rate),
+                        "asr_kind": "recovered" if one.triggers is not None else "known",
+                        "chosen": one.search.coefficient,
+                    },
+                    "verdict": None if one.rescan is None else one.rescan.verdict.value,
+                }
+                for one in self.rounds
+            ],
+            "evaluation": rows,
+            "path": None if self.path is None else str(self.path),
+            "seconds": dict(self.seconds),
+        }
+
+
+def as_model(
+    checkpoint: ModelLike, *, architecture: str | None = None, offline: bool = False
+) -> tuple[OpenClipModel, str | None]:
+    """Return the model of a checkpoint and the sha256 of its weights file, if it has one.
+
+    Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
+    """
+    if isinstance(checkpoint, OpenClipModel):
+        return checkpoint, None
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, model=architecture, offline=offline)
+    return OpenClipModel.from_checkpoint(checkpoint), checkpoint.sha256
+
+
+def zero_shot_head(
+    model: OpenClipModel, images: ImageSet, templates: Sequence[Template] | None
+) -> torch.Tensor:
+    """Return the head [C, D] for the class names of the images; DataError if they have none."""
+    if not images.class_names:
+        raise DataError(
+            f"{images.name}: no class names; give some (--class-names) or scan label-free"
+        )
+    return model.zero_shot_head(images.class_names, templates or DEFAULT_TEMPLATES)
+
+
+def calibrate(
+    base: ModelLike,
+    images: ImageSet,
+    *,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    architecture: str | None = None,
+) -> Calibration:
+    """Scan clean references: the base model, and copies of it fine-tuned on the given images.
+
+    base: A model believed clean, of the same architecture as the suspects: the pre-trained model
+    they were fine-tuned from, at best. images: The defender's; without labels the base's own
+    predictions serve. The copies differ in their seeds, and every scan has a seed of its own.
+    Raises DataError when the images have no class names and the copies cannot be trained.
+    """
+    config = config or ScanConfig()
+    model, _ = as_model(base, architecture=architecture)
+    head = zero_shot_head(model, images, templates)
+    labelled = images
+    if images.labels is None:
+        labelled = replace(images, labels=predict(model, images.images, head))
+    rows, names = [], []
+    for k in range(config.references):
+        reference = model
+        if k > 0:
+            training = replace(config.reference_training, seed=config.seed + 7919 * k)
+            reference = train_on_prompts(
+                model,
+                labelled,
+                templates or DEFAULT_TEMPLATES,
+                training,
+                description=f"reference {k + 1} of {config.references}: fine-tuning",
+            )
+        one = _invert_all(
+            reference,
+            images,
+            templates,
+            replace(config, seed=config.seed + 104729 * (k + 1)),
+            f"reference {k + 1} of {config.references}: inversion",
+        )
+        rows.append(_sizes(one, config))
+        names.append(model.name if k == 0 else f"{model.name}, fine-tuned {k}")
+    return Calibration(tuple(rows), config.calibration_key(_classes(images, config)), tuple(names))
+
+
+def scan(
+    checkpoint: ModelLike,
+    images: ImageSet,
+    *,
+    calibration: Calibration | None = None,
+    base: ModelLike | None = None,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    architecture: str | None = None,
+    description: str | None = None,
+) -> ScanResult:
+    """Reconstruct triggers and give a verdict.
+
+    Args:
+        checkpoint: The suspect. It is not changed.
+        images: Clean images of the model's size, a few hundred; labels are not used.
+        calibration: From `calibrate` with the same configuration, for many scans.
+        base: A clean model to calibrate with, if there is no calibration yet. With neither, the
+            verdict is `inconclusive`.
+        templates: Prompt templates; default DEFAULT_TEMPLATES.
+        config: Default ScanConfig().
+        architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
+        description: Shown with the progress bar.
+
+    Raises:
+        UsageError: The calibration was made with another search or other classes.
+        DataError: Images that do not fit, or no class names in a targeted scan.
+        CheckpointError: See `load_checkpoint`.
+    """
+    config = config or ScanConfig()
+    model, sha256 = as_model(checkpoint, architecture=architecture)
+    classes = _classes(images, config)
+    if calibration is None and base is not None:
+        calibration = calibrate(base, images, templates=templates, config=config)
+    key = config.calibration_key(classes)
+    if calibration is not None and calibration.key != key:
+        raise UsageError(
+            f"the calibration was made with {calibration.key}; this scan has {key}: "
+            "sizes from different searches do not compare"
+        )
+    start = time.perf_counter()
+    found = _invert_all(model, images, templates, config, description or f"scan of {model.name}")
+    detection = detect(
+        _sizes(found, config),
+        calibration,
+        has_classes=config.objective == "targeted",
+        p_backdoored=config.p_backdoored,
+        p_suspicious=config.p_suspicious,
+    )
+    target = detection.target
+    if config.objective == "label-free" and images.class_names:
+        head = zero_shot_head(model, images, templates)
+        trigger = found.trigger(found.best())
+        target = int(predict(model, images.images, head, stamp=trigger).mode().values)
+    return ScanResult(
+        name=model.name,
+        sha256=sha256,
+        objective=config.objective,
+        class_names=images.class_names,
+        detection=detection,
+        target=target,
+        inversion=found,
+        calibration=calibration,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def recover_triggers(
+    checkpoint: ModelLike,
+    images: ImageSet,
+    target: int,
+    *,
+    restarts: int = 8,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    architecture: str | None = None,
+) -> InversionResult:
+    """Reconstruct several triggers into one class, from different starting points.
+
+    target: Class index. Raises UsageError for a class outside the image set's.
+    """
+    config = config or ScanConfig()
+    model, _ = as_model(checkpoint, architecture=architecture)
+    head = zero_shot_head(model, images, templates)
+    objective = TargetObjective(head, [target] * restarts, model.logit_scale)
+    search = replace(config.inversion, seed=config.seed + 15485863)
+    return invert(model, images.images, objective, search, description=f"{restarts} restarts")
+
+
+def unlearn(
+    checkpoint: ModelLike,
+    images: ImageSet,
+    target: int,
+    *,
+    triggers: Sequence[Stamp] | None = None,
+    restarts: int = 8,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    unlearning: UnlearnConfig | None = None,
+    architecture: str | None = None,
+    accuracy_before: float | None = None,
+) -> tuple[OpenClipModel, UnlearnRound]:
+    """Subtract one trigger vector: TBAR with a known trigger, or with recovered ones.
+
+    Args:
+        checkpoint: The backdoored model. It is not changed.
+        images: Clean images; 70% are the forget set, the rest chooses alpha.
+        target: Index of the class the trigger leads to.
+        triggers: Known triggers; None to recover `restarts` of them first, of which a quarter is
+            kept from the fine-tuning and only used to choose alpha.
+        restarts: See triggers.
+        templates: As in `scan`.
+        config: The search for triggers, as in `scan`.
+        architecture: As in `scan`.
+        unlearning: Default UnlearnConfig().
+        accuracy_before: As in `search_coefficient`.
+
+    Returns:
+        The repaired model and what was done (without a re-scan).
+    """
+    config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    model, _ = as_model(checkpoint, architecture=architecture)
+    head = zero_shot_head(model, images, templates)
+    if not 0 <= target < head.shape[0]:
+        raise UsageError(f"target class {target}; expected 0..{head.shape[0] - 1}")
+    recovered = None
+    if triggers is None:
+        recovered = recover_triggers(
+            model, images, target, restarts=restarts, templates=templates, config=config
+        )
+        # Only searches that ended in a working trigger have something to forget.
+        working = [k for k in range(restarts) if torch.isfinite(recovered.p_l1[k])]
+        triggers = [recovered.trigger(k) for k in working or range(restarts)]
+    forget, validation = images.split((0.7, 0.3), seed=unlearning.seed)
+    used = triggers if recovered is None else triggers[: max(1, len(triggers) * 3 // 4)]
+    vector = trigger_vector(model, forget.images, used, head, target, unlearning)
+    found = search_coefficient(
+        model,
+        vector,
+        validation,
+        triggers,
+        head,
+        target,
+        unlearning,
+        accuracy_before=accuracy_before,
+    )
+    repaired = subtract(model, vector, found.coefficient)
+    return repaired, UnlearnRound(target, recovered, found, vector.norm(), None)
+
+
+def detox(
+    checkpoint: ModelLike,
+    images: ImageSet,
+    *,
+    base: ModelLike | None = None,
+    calibration: Calibration | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    unlearning: UnlearnConfig | None = None,
+    max_rounds: int = 3,
+    architecture: str | None = None,
+) -> DetoxResult:
+    """Scan; if the model is suspicious or backdoored, unlearn until a re-scan is clean.
+
+    Neither trigger nor target class need be known: the target is the class that the scan flags.
+
+    Args:
+        checkpoint: The suspect. It is not changed.
+        images: Clean images with class names, a few hundred; with labels CA is measured too.
+        base: As in `scan`.
+        calibration: As in `scan`.
+        output: Folder for the repaired checkpoint (open_clip's layout); written only if something
+            was subtracted.
+        overwrite: Replace such a folder.
+        templates: As in `scan`.
+        config: As in `scan`.
+        unlearning: Default UnlearnConfig().
+        max_rounds: Trigger vectors to subtract at most; a model can hold more than one backdoor.
+        architecture: As in `scan`.
+
+    Raises:
+        What `scan` raises; OutputError before any work when `output` cannot be written.
+    """
+    config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[step] = seconds.get(step, 0.0) + now - clock
+        clock = now
+
+    model, sha256 = as_model(checkpoint, architecture=architecture)
+    lap("read")
+    if calibration is None and base is not None:
+        calibration = calibrate(base, images, templates=templates, config=config)
+        lap("calibrate")
+    before = scan(model, images, calibration=calibration, templates=templates, config=config)
+    before = replace(before, sha256=sha256)
+    lap("scan")
+    evaluation_before = _accuracy(model, images, templates)
+    repaired, current, rounds = model, before, list[UnlearnRound]()
+    while (
+        current.verdict in (Verdict.SUSPICIOUS, Verdict.BACKDOORED)
+        and current.target is not None
+        and len(rounds) < max_rounds
+    ):
+        repaired, one = unlearn(
+            repaired,
+            images,
+            current.target,
+            templates=templates,
+            config=replace(config, seed=config.seed + len(rounds)),
+            unlearning=unlearning,
+        )
+        lap("unlearn")
+        current = scan(
+            repaired,
+            images,
+            calibration=calibration,
+            templates=templates,
+            config=replace(config, seed=config.seed + 32452843 * (len(rounds) + 1)),
+            description=f"re-scan of {model.name}",
+        )
+        lap("rescan")
+        rounds.append(replace(one, rescan=current))
+    evaluation_after = _accuracy(repaired, images, templates) if rounds else None
+    path = None
+    if output is not None and rounds:
+        path = _save(
+            repaired,
+            before,
+            rounds,
+            evaluation_before,
+            evaluation_after,
+            output,
+            overwrite,
+            config,
+            unlearning,
+        )
+        lap("write")
+    return DetoxResult(
+        before=before,
+        rounds=tuple(rounds),
+        after=current if rounds else None,
+        model=repaired,
+        evaluation_before=evaluation_before,
+        evaluation_after=evaluation_after,
+        path=path,
+        seconds=seconds,
+    )
+
+
+def _save(
+    model: OpenClipModel,
+    before: ScanResult,
+    rounds: Sequence[UnlearnRound],
+    evaluation_before: Evaluation | None,
+    evaluation_after: Evaluation | None,
+    output: str | Path,
+    overwrite: bool,
+    config: ScanConfig,
+    unlearning: UnlearnConfig,
+) -> Path:
+    after = rounds[-1].rescan
+    metrics = [
+        {} if e is None else {"clean_accuracy": e.clean_accuracy}
+        for e in (evaluation_before, evaluation_after)
+    ]
+    metrics[0]["p_l1"] = before.detection.smallest_p_l1
+    if after is not None:
+        metrics[1]["p_l1"] = after.detection.smallest_p_l1
+    provenance = Provenance(
+        method=f"TBAR, unknown trigger, {unlearning.vector} vector",
+        source_name=before.name,
+        source_sha256=before.sha256,
+        scaling_coefficient=rounds[-1].search.coefficient,
+        seeds={"scan": config.seed, "unlearn": unlearning.seed},
+        before=metrics[0],
+        after=metrics[1],
+        extra={
+            "scaling_coefficients": [one.search.coefficient for one in rounds],
+            "target_classes": [one.target for one in rounds],
+            "verdict_before": before.verdict.value,
+            "verdict_after": None if after is None else after.verdict.value,
+        },
+    )
+    return save_checkpoint(
+        output,
+        model.storage_state_dict(),
+        model_config=model.model_config,
+        preprocess_config=model.preprocess_config or None,
+        provenance=provenance,
+        overwrite=overwrite,
+    )
+
+
+def _classes(images: ImageSet, config: ScanConfig) -> tuple[str, ...] | None:
+    return images.class_names if config.objective == "targeted" else None
+
+
+def _invert_all(
+    model: OpenClipModel,
+    images: ImageSet,
+    templates: Sequence[Template] | None,
+    config: ScanConfig,
+    description: str,
+) -> InversionResult:
+    search = replace(config.inversion, seed=config.seed)
+    objective: Objective
+    if config.objective == "targeted":
+        head = zero_shot_head(model, images, templates)
+        targets = [c for c in range(head.shape[0]) for _ in range(config.restarts)]
+        objective = TargetObjective(head, targets, model.logit_scale)
+    else:
+        objective = CollapseObjective()
+    return invert(
+        model, images.images, objective, search, restarts=config.restarts, description=description
+    )
+
+
+def _sizes(found: InversionResult, config: ScanConfig) -> tuple[float, ...]:
+    """Return the smallest P-L1 of each class over its restarts."""
+    per_class = found.p_l1.view(-1, config.restarts).min(dim=1).values
+    return tuple(float(v) for v in per_class)
+
+
+def _accuracy(
+    model: OpenClipModel, images: ImageSet, templates: Sequence[Template] | None
+) -> Evaluation | None:
+    if images.labels is None or not images.class_names:
+        return None
+    return evaluate(model, images, zero_shot_head(model, images, templates))
