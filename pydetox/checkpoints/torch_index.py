@@ -73,10 +73,13 @@ def _check_sharing(tensors: Iterable[PickledTensor], storages: Iterable[Span]) -
 
 def strip_prefixes(names: list[str]) -> list[str]:
     """Remove the wrapper prefixes that *every* name carries, each once and in any order."""
-    for _ in _WRAPPER_PREFIXES:
-        for prefix in _WRAPPER_PREFIXES:
-            if names and all(name.startswith(prefix) for name in names):
-                names = [name[len(prefix) :] for name in names]
+    left = list(_WRAPPER_PREFIXES)
+    while names:
+        prefix = next((p for p in left if all(name.startswith(p) for name in names)), None)
+        if prefix is None:
+            break
+        left.remove(prefix)
+        names = [name[len(prefix) :] for name in names]
     return names
 
 
