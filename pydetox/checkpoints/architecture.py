@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +158,7 @@ def check_preprocess_config(config: object) -> None:
             isinstance(values, (list, tuple))
             and len(values) in (1, 3)
             and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-            and all(math.isfinite(v) and (key == "mean" or v > 0) for v in values)
+            and all(abs(v) <= _MAX_NUMBER and (key == "mean" or v > 0) for v in values)
         )
         if not numbers:
             raise ArchitectureError(

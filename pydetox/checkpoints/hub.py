@@ -159,4 +159,6 @@ def _not_found(repository: str, names: Sequence[str], offline: bool) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].strip()[:200] if lines else type(error).__name__
+    text = lines[0].strip()[:200] if lines else type(error).__name__
+    # The server may have written it.
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -117,8 +117,7 @@ class WeightsFile:
         if offset < 0 or count < 0 or offset + count > self.size:
             raise CheckpointError(
                 f"is truncated or damaged: {what} should be at bytes {offset}..{offset + count}, "
-                "but the file has "
-                f"{self.size}"
+                f"but the file has {self.size}"
             )
         parts = []
         while count:

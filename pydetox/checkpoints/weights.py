@@ -70,8 +70,8 @@ def _identify(file: WeightsFile) -> str:
     if start.startswith(_LEGACY_TORCH):
         raise CheckpointError(
             "has the format of torch before 1.6, which cannot be checked without unpickling. "
-            "Convert it where you "
-            "trust it: torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+            "Convert it where you trust it: "
+            "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
         )
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
@@ -102,10 +102,10 @@ def _read_all(file: WeightsFile, index: FileIndex, buffers: dict[str, torch.Tens
             if again != part:
                 raise CheckpointError("changed while it was read")
             continue
-        span, target = part, None
         if isinstance(part, str):
             span, target = index.storages[part], buffers[part].numpy().data
-        assert isinstance(span, Span)
+        else:
+            span, target = part, None
         crc = one_pass.advance(nbytes, target, checked=span.crc32 is not None)
         if span.crc32 not in (None, crc):
             raise CheckpointError(f"is damaged: the record at byte {offset} has a wrong checksum")

@@ -133,6 +133,8 @@ def test_good_preprocessing(config: object) -> None:
         {"std": [0.5, 0, 0.5]},
         {"std": [1, 1, float("nan")]},
         {"mean": [0, 0, "0"]},
+        {"mean": [0, 0, 10**400]},
+        {"mean": [[[[[[[[[[0]]]]]]]]]]},
         {"mean": "abc"},
         {"mean": True},
     ],

@@ -166,7 +166,7 @@ def _record(path: Path, name: str) -> bytes:
         (["_orig_mod.module.a"], ["a"]),
         (["module.a", "b"], ["module.a", "b"]),
         (["modules.a"], ["modules.a"]),
-        (["module.module.module.a"], ["module.a"]),
+        (["module.module.module.a"], ["module.module.a"]),
         ([], []),
     ],
 )
