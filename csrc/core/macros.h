@@ -14,6 +14,8 @@
 // In front of a short loop: unroll it.
 #if defined(__CUDA_ARCH__)
 #define PYDETOX_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define PYDETOX_UNROLL
 #else
 #define PYDETOX_UNROLL _Pragma("GCC unroll 16")
 #endif
