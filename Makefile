@@ -110,6 +110,7 @@ $(stamps)/build-options: always
 
 $(stamps)/tools: $(environment) requirements/build.txt requirements/pins.txt
 	@mkdir -p $(@D)
+	echo "Installing the build tools"
 	$(pip) install --quiet $(pins) -r requirements/build.txt
 	touch $@
 
@@ -120,5 +121,5 @@ $(stamps)/torch.txt: $(stamps)/tools $(if $(own),$(stamps)/torch-wanted requirem
 
 $(ready): $(stamps)/torch.txt $(stamps)/build-options $(native_sources) $(if $(wildcard pydetox/_C.so),,always)
 	@echo "Building pydetox"
-	$(pip) install --quiet $(pins) -c $(stamps)/torch.txt --no-build-isolation -e '.[dev]'
+	PYTHONWARNINGS=ignore $(pip) install --quiet $(pins) -c $(stamps)/torch.txt --no-build-isolation -e '.[dev]'
 	touch $@
