@@ -21,7 +21,7 @@ from pydetox.errors import CheckpointError, UnsafeCheckpointError
 #: An open_clip checkpoint with optimizer state has a pickle of about 0.5 MB and 0.1 million
 #: instructions.
 MAX_PICKLE_BYTES = 16 << 20
-MAX_INSTRUCTIONS = 1_000_000
+MAX_INSTRUCTIONS = 500_000
 _MAX_NAME_BYTES = 256
 
 _STORAGES: Final = {
