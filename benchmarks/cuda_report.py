@@ -5,7 +5,7 @@ memory and threads of a block, theoretical occupancy; then the bytes that each l
 the time that they take at an H100's bandwidth, as a prediction. Needs nvcc and a build with the
 emulator, which knows the launch shapes. Exits with 1 if a kernel spills registers.
 
-    python benchmarks/cuda_report.py [--arch 80 --arch 90]
+    python benchmarks/cuda_report.py [--arch 80 --arch 90] [--update-docs]
 """
 
 from __future__ import annotations
@@ -130,35 +130,41 @@ def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
             )
 
 
-def print_kernels(kernels: list[Kernel]) -> None:
-    print(
-        "| kernel | compute | images | output | pixels | channels | sm | registers | spilled "
-        "| threads | shared | occupancy |"
-    )
-    print("|---" * 12 + "|")
+def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
+    """One row per kernel; figures that depend on the architecture side by side."""
+    rows: dict[tuple[object, ...], list[Kernel]] = {}
     for kernel in kernels:
+        key = (kernel.name, kernel.types, kernel.pixels, kernel.run, kernel.channels)
+        rows.setdefault(key, []).append(kernel)
+    archs = "/".join(f"sm_{kernel.arch}" for kernel in next(iter(rows.values())))
+    yield (
+        "| kernel | compute | images | output | pixels | channels | threads | shared "
+        f"| registers {archs} | spilled | occupancy {archs} |"
+    )
+    yield "|---" * 11 + "|"
+    for same in rows.values():
+        kernel = same[0]
         threads, shared = kernel.launch()
-        occupancy = MULTIPROCESSORS[kernel.arch].occupancy(threads, kernel.registers, shared)
-        pixels = f"{kernel.pixels} {'vector' if kernel.run > 1 else 'scalar'}"
-        channels = {0: "any", 3: "3"}.get(kernel.channels, f"≤ {kernel.channels}")
         cells = [
             kernel.name,
             *kernel.types,
-            pixels,
-            channels,
-            kernel.arch,
-            kernel.registers,
-            kernel.spilled_bytes,
-            threads,
-            shared,
-            f"{occupancy:.0%}",
+            f"{kernel.pixels} {'vector' if kernel.run > 1 else 'scalar'}",
+            {0: "any", 3: "3"}.get(kernel.channels, f"≤ {kernel.channels}"),
+            str(threads),
+            str(shared),
+            " / ".join(str(k.registers) for k in same),
+            " / ".join(str(k.spilled_bytes) for k in same),
+            " / ".join(
+                f"{MULTIPROCESSORS[k.arch].occupancy(threads, k.registers, shared):.0%}"
+                for k in same
+            ),
         ]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        yield "| " + " | ".join(cells) + " |"
 
 
-def print_traffic() -> None:
-    print("| kernel | K×B×C×H×W | images | output | must move | predicted on H100, not measured |")
-    print("|---" * 6 + "|")
+def traffic_table() -> Iterator[str]:
+    yield "| kernel | K×B×C×H×W | images | output | must move | at 3.35 TB/s (prediction) |"
+    yield "|---" * 6 + "|"
     for k, b, c, h, w in PROBLEMS:
         for image, output in (("uint8", "float32"), ("uint8", "bfloat16"), ("float32", "float32")):
             images = b * c * h * w * DTYPE_BYTES[image]
@@ -166,32 +172,48 @@ def print_traffic() -> None:
             logits = k * (1 + c) * h * w * DTYPE_BYTES["float32"]
             for kernel, factor in (("stamp_forward", 1), ("stamp_backward", 2)):
                 total = images + outputs + factor * logits
-                microseconds = total / H100_BYTES_PER_SECOND * 1e6
-                print(
+                yield (
                     f"| {kernel} | {k}×{b}×{c}×{h}×{w} | {image} | {output} "
-                    f"| {total / 1e6:.1f} MB | {microseconds:.1f} µs |"
+                    f"| {total / 1e6:.1f} MB | {total / H100_BYTES_PER_SECOND * 1e6:.1f} µs |"
                 )
 
 
+def update_docs(sections: dict[str, str]) -> None:
+    """Replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` in docs/cuda.md."""
+    page = ROOT / "docs" / "cuda.md"
+    text = page.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in text or end not in text:
+            sys.exit(f"cuda_report: {page} has no section {begin}")
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{section}\n{end}{rest.partition(end)[2]}"
+    page.write_text(text, encoding="utf-8")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What the CUDA kernels need of a GPU.")
     parser.add_argument("--arch", action="append", choices=sorted(MULTIPROCESSORS))
+    parser.add_argument("--update-docs", action="store_true", help="rewrite docs/cuda.md's tables")
     arguments = parser.parse_args()
     nvcc = find_nvcc()
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    print(version.strip().splitlines()[-2], " ".join(FLAGS), end="\n\n")
-    kernels = [
-        kernel
-        for arch in arguments.arch or sorted(MULTIPROCESSORS)
-        for kernel in compile_kernels(nvcc, arch)
-    ]
+    release = re.search(r"V(\d+\.\d+\.\d+)", version)
+    archs = arguments.arch or sorted(MULTIPROCESSORS)
+    kernels = [kernel for arch in archs for kernel in compile_kernels(nvcc, arch)]
     if not kernels:
         sys.exit("cuda_report: ptxas named no kernel")
-    print_kernels(kernels)
-    print()
-    print_traffic()
     spilling = [kernel for kernel in kernels if kernel.spilled_bytes > 0]
-    print(f"\n{len(kernels)} kernels, {len(spilling)} spill registers")
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    sections = {
+        "summary": f"nvcc {release[1] if release else '?'}, `{' '.join(FLAGS)}`, {names}: "
+        f"{len(kernels) // len(archs)} kernels each, {len(spilling)} in all spill registers.",
+        "traffic": "\n".join(traffic_table()),
+        "kernels": "\n".join(kernel_table(kernels)),
+    }
+    print("\n\n".join(sections.values()))
+    if arguments.update_docs:
+        update_docs(sections)
     return 1 if spilling else 0
 
 

@@ -52,15 +52,15 @@ bool with_float_types(DType compute, DType output, const Visit& visit) {
   return false;
 }
 
-// Whether N neighbouring pixels are N neighbours, aligned, in each of these tensors of every image,
-// channel and trigger.
+// Vectors of N pixels need runs of pixels that N divides, which makes every row's beginning as
+// aligned as its tensor's, and tensors aligned for them.
+template <int N>
+bool divides_runs(const StampShape& shape) {
+  return shape.run() % N == 0;
+}
 template <int N, class T>
 bool aligned(const void* tensor) {
   return reinterpret_cast<uintptr_t>(tensor) % kAccessBytes<T, N> == 0;
-}
-template <int N>
-bool runs_of(const StampShape& shape) {
-  return shape.run() % N == 0;
 }
 
 // Pixels of a thread: 16 bytes of the output or its gradient, or two single accesses.
@@ -68,7 +68,6 @@ template <class T>
 constexpr int kVectorPixels = kMaxWordBytes / static_cast<int>(sizeof(T));
 constexpr int kScalarPixels = 2;
 
-// launch(kernel, LaunchShape) -> bool; false where the types do not fit together.
 template <int N>
 LaunchShape forward_grid(const StampShape& shape) {
   const int64_t blocks = ceil_div(shape.triggers, kTriggersPerThread<N>) * shape.channels *
@@ -86,6 +85,7 @@ LaunchShape backward_grid(const StampShape& shape) {
   return {blocks, static_cast<int>(warps) * kWarpSize, Shared::bytes(static_cast<int>(warps))};
 }
 
+// launch(kernel, LaunchShape) -> bool; false where there is no kernel for the types.
 template <class Launch>
 bool dispatch_stamp_forward(const StampForwardParams& params, const Launch& launch) {
   const StampShape& shape = params.shape;
@@ -95,7 +95,7 @@ bool dispatch_stamp_forward(const StampForwardParams& params, const Launch& laun
     return with_image_type(params.image_dtype, [&](auto image) {
       using Image = typename decltype(image)::Type;
       constexpr int N = kVectorPixels<Output>;
-      const bool vectors = runs_of<N>(shape) && aligned<N, Image>(params.images) &&
+      const bool vectors = divides_runs<N>(shape) && aligned<N, Image>(params.images) &&
                            aligned<N, T>(params.mask_logits) &&
                            aligned<N, T>(params.pattern_logits) &&
                            aligned<N, Output>(params.output);
@@ -119,7 +119,7 @@ bool dispatch_stamp_backward(const StampBackwardParams& params, const Launch& la
                       backward_grid<BackwardShared<T, 1, kMaxChannels>>(shape));
       }
       constexpr int N = kVectorPixels<Gradient>;
-      const bool vectors = runs_of<N>(shape) && aligned<N, Gradient>(params.gradient) &&
+      const bool vectors = divides_runs<N>(shape) && aligned<N, Gradient>(params.gradient) &&
                            aligned<N, Image>(params.images);
       return vectors ? launch(&stamp_backward<T, Image, Gradient, N, N, 3>,
                               backward_grid<BackwardShared<T, N, 3>>(shape))
