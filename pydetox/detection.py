@@ -40,6 +40,10 @@ class Verdict(str, Enum):
     INCONCLUSIVE = "inconclusive"
 
 
+#: Verdicts that somebody must look at.
+FINDINGS = (Verdict.SUSPICIOUS, Verdict.BACKDOORED)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The P-L1 of clean reference models under one search.
@@ -97,10 +101,15 @@ class Calibration:
         single = float(student_t.sf(score, self.degrees_of_freedom))
         return -math.expm1(len(self.p_l1[0]) * math.log1p(-min(single, 1 - 1e-16)))
 
-    def threshold(self, p_value: float) -> float:
+    def score_threshold(self, p_value: float) -> float:
         """Return the score that a clean model reaches with that chance."""
         single = -math.expm1(math.log1p(-p_value) / len(self.p_l1[0]))
         return float(student_t.isf(single, self.degrees_of_freedom))
+
+    def size_threshold(self, index: int, p_value: float) -> float:
+        """Return the P-L1 of class `index` at which the score reaches its threshold."""
+        scale = self.deviation * math.sqrt(1 + 1 / len(self.p_l1))
+        return math.exp(self.mean[index] - self.score_threshold(p_value) * scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; infinite values are null."""
@@ -138,7 +147,8 @@ class Detection:
         anomaly_index: Neural Cleanse's, of the most suspect class: |L1 - median| / (1.4826 MAD);
             None when the MAD is 0 or fewer than three classes have a finite size.
         score: max_c t_c against the calibration; None without one.
-        threshold: The score from which the verdict is `backdoored`; None without calibration.
+        threshold: P-L1 of that class below which the verdict is `backdoored`; None without
+            calibration.
         p_value: Of the score; None without calibration.
         class_scores: t_c per class; empty without calibration.
     """
@@ -216,7 +226,7 @@ def detect(
         values[suspect],
         anomaly_index(values, suspect),
         scores[suspect],
-        calibration.threshold(p_backdoored),
+        calibration.size_threshold(suspect, p_backdoored),
         p_value,
         scores,
     )

@@ -18,7 +18,7 @@ import torch
 
 from .checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .detection import Calibration, Detection, Verdict, detect
+from .detection import FINDINGS, Calibration, Detection, Verdict, detect
 from .errors import DataError, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .inversion import (
@@ -30,6 +30,7 @@ from .inversion import (
     invert,
 )
 from .models import OpenClipModel
+from .task_vectors import TaskVector
 from .training import TrainConfig, train_on_prompts
 from .unlearning import (
     CoefficientSearch,
@@ -145,8 +146,11 @@ class ScanResult:
             "threshold": found.threshold,
             "p_value": found.p_value,
             "anomaly_index": found.anomaly_index,
-            "target": self.target_name,
-            "class_names": list(self.class_names or []),
+            "target": self.target_name if found.verdict in FINDINGS else None,
+            "weakest_class": self.target_name,
+            "class_names": list(self.class_names or [])
+            if self.objective == "targeted"
+            else ["any class"],
             "class_p_l1": list(found.p_l1),
             "class_scores": list(found.class_scores),
             "reference_p_l1": []
@@ -163,14 +167,14 @@ class UnlearnRound:
     """One trigger vector that was subtracted.
 
     target: Class index. triggers: What was recovered, None for a known trigger. search: CA and ASR
-    over alpha. vector_norm: Euclidean norm of the trigger vector. rescan: The model afterwards;
-    None when no scan was asked for.
+    over alpha. vector: The trigger vector. rescan: The model afterwards; None when it was not
+    scanned again.
     """
 
     target: int
     triggers: InversionResult | None
     search: CoefficientSearch
-    vector_norm: float
+    vector: TaskVector
     rescan: ScanResult | None
 
 
@@ -226,7 +230,7 @@ class DetoxResult:
                     "target": one.target,
                     "alpha": one.search.coefficient,
                     "limits_reached": one.search.reached,
-                    "vector_norm": one.vector_norm,
+                    "vector_norm": one.vector.norm(),
                     "alpha_search": {
                         "alpha": list(one.search.coefficients),
                         "ca": list(one.search.clean_accuracy),
@@ -461,7 +465,7 @@ def unlearn(
         accuracy_before=accuracy_before,
     )
     repaired = subtract(model, vector, found.coefficient)
-    return repaired, UnlearnRound(target, recovered, found, vector.norm(), None)
+    return repaired, UnlearnRound(target, recovered, found, vector, None)
 
 
 def detox(
@@ -519,11 +523,7 @@ def detox(
     lap("scan")
     evaluation_before = _accuracy(model, images, templates)
     repaired, current, rounds = model, before, list[UnlearnRound]()
-    while (
-        current.verdict in (Verdict.SUSPICIOUS, Verdict.BACKDOORED)
-        and current.target is not None
-        and len(rounds) < max_rounds
-    ):
+    while current.verdict in FINDINGS and current.target is not None and len(rounds) < max_rounds:
         repaired, one = unlearn(
             repaired,
             images,
