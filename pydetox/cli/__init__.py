@@ -1,0 +1,12 @@
+"""The command line: `pydetox scan | invert | unlearn | eval | demo | doctor`.
+
+One file per command, and beside them what they share: `group` (errors and exit codes), `options`,
+`inputs`, `outputs`, `summaries`, `pictures`. Results go to stdout, progress and errors to stderr.
+torch is imported by a command when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from .group import cli, main
+
+__all__ = ["cli", "main"]

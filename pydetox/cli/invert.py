@@ -1,0 +1,205 @@
+"""`pydetox invert`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import exit_codes, options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data import ImageSet
+    from ..inversion import InversionConfig, InversionResult
+    from ..inversion.trigger_file import TriggerFile
+    from ..models import OpenClipModel
+    from .inputs import Inputs
+
+_TRIGGERS_NAME = "triggers.safetensors"
+_PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
+
+
+@click.command("invert")
+@click.argument("checkpoint")
+@options.image_options
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    show_default=False,
+    help="Class to look for a trigger into; can be given several times. Without it, all classes.",
+)
+@click.option(
+    "--output",
+    type=options.FILE,
+    required=True,
+    metavar="DIR",
+    help="Folder for the triggers and their pictures.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    show_default=False,
+    help="Replace that folder, if it holds only what this command writes.",
+)
+@options.objective
+@options.search_options
+@options.restarts("per class")
+@options.model_options
+@options.machine_options
+@options.format_option
+def command(
+    checkpoint: str,
+    targets: tuple[str, ...],
+    output: Path,
+    overwrite: bool,
+    objective: str,
+    restarts: int,
+    format_: str,
+    **given: Any,
+) -> int:
+    """Reconstruct triggers and write them to a folder.
+
+    The folder gets triggers.safetensors (tensors `mask` [K, H, W], `pattern` [K, 3, H, W] and
+    `p_l1` [K]; the target classes in the metadata), and for each trigger a picture of its mask, of
+    its pattern and of an image that it is stamped on. `unlearn` and `eval` take the file as
+    --trigger.
+
+    Every class of every model has some trigger: this command gives no verdict. See `scan`.
+
+    Exit code: 0 if at least one search found a working trigger, 2 otherwise.
+    """
+    from ..atomic import atomic_directory
+    from ..errors import UsageError
+    from ..inversion import InversionConfig
+    from .inputs import Inputs
+    from .outputs import check_directory, emit
+    from .summaries import card
+
+    if objective == "label-free" and targets:
+        raise UsageError("--target and --objective label-free exclude each other")
+    inputs = Inputs.of(given)
+    replaceable = _own_names(output)
+    check_directory(output, overwrite=overwrite, replaceable=replaceable)
+    loaded = inputs.read_model(checkpoint)
+    images = inputs.read_images(loaded.model)
+    search = InversionConfig(
+        steps=given["steps"], batch_size=given["batch_size"], seed=given["seed"]
+    )
+    found, names = _invert(loaded.model, images, inputs, objective, targets, restarts, search)
+    extra = {
+        "checkpoint": loaded.model.name,
+        "sha256": loaded.sha256,
+        "objective": objective,
+        "steps": search.steps,
+        "seed": search.seed,
+    }
+    triggers = _best_of(found, names, restarts, extra)
+    with atomic_directory(output, overwrite=overwrite, replaceable=replaceable) as folder:
+        (folder / _TRIGGERS_NAME).write_bytes(triggers.to_bytes())
+        _write_pictures(folder, triggers, images.images[0])
+
+    assert triggers.success is not None
+    rows = [
+        {"target": name, "p_l1": size, "success": success}
+        for name, size, success in zip(
+            triggers.targets, triggers.p_l1.tolist(), triggers.success.tolist(), strict=True
+        )
+    ]
+    code = exit_codes.CLEAN if bool(triggers.p_l1.isfinite().any()) else exit_codes.ERROR
+    document = {
+        "schema": "pydetox.invert/1",
+        "exit_code": code,
+        "name": loaded.model.name,
+        "sha256": loaded.sha256,
+        "seed": search.seed,
+        "objective": objective,
+        "triggers": rows,
+        "path": output / _TRIGGERS_NAME,
+        "seconds": found.seconds,
+    }
+    text = {
+        "title": "pydetox invert",
+        "subtitle": loaded.model.name,
+        "summary": [card(row["target"] or "any class", _in_words(row)) for row in rows]
+        + [card("written to", str(output))],
+    }
+    emit(document, text, format_)
+    return code
+
+
+def _invert(
+    model: OpenClipModel,
+    images: ImageSet,
+    inputs: Inputs,
+    objective: str,
+    targets: tuple[str, ...],
+    restarts: int,
+    search: InversionConfig,
+) -> tuple[InversionResult, list[str | None]]:
+    """Return `restarts` triggers per class, and the names of the classes."""
+    from ..inversion import CollapseObjective, TargetObjective, invert
+    from .inputs import class_index, require_class_names
+
+    if objective == "label-free":
+        found = invert(model, images.images, CollapseObjective(), search, restarts=restarts)
+        return found, [None]
+    known = require_class_names(images)
+    chosen = [class_index(t, known, images.name) for t in targets] or list(range(len(known)))
+    head = model.zero_shot_head(known, inputs.prompts)
+    wanted = [index for index in chosen for _ in range(restarts)]
+    goal = TargetObjective(head, wanted, model.logit_scale)
+    return invert(model, images.images, goal, search), [known[index] for index in chosen]
+
+
+def _best_of(
+    found: InversionResult, names: list[str | None], restarts: int, extra: dict[str, Any]
+) -> TriggerFile:
+    """Keep the smallest trigger of each class."""
+    import torch
+
+    from ..inversion.trigger_file import TriggerFile
+
+    best = found.p_l1.view(-1, restarts).argmin(dim=1)
+    index = best + restarts * torch.arange(len(best))
+    return TriggerFile(
+        masks=found.masks.cpu()[index],
+        patterns=found.patterns.cpu()[index],
+        targets=tuple(names),
+        p_l1=found.p_l1[index],
+        success=found.success[index],
+        extra=extra,
+    )
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    from ..reporting.values import finite, number, percent
+
+    if finite(row["p_l1"]) is None:
+        return "no working trigger found"
+    return f"P-L1 {number(row['p_l1'])}, success {percent(row['success'])}"
+
+
+def _write_pictures(folder: Path, triggers: TriggerFile, example: Tensor) -> None:
+    from .pictures import png, trigger_pictures
+
+    for index, target in enumerate(triggers.targets):
+        # A class name may be anything: only its harmless characters go into a file name.
+        slug = re.sub(r"[^a-z0-9]+", "-", (target or "").lower()).strip("-")[:40]
+        stem = f"{index:04d}_{slug}" if slug else f"{index:04d}"
+        for kind, image in trigger_pictures(triggers.trigger(index), example).items():
+            (folder / f"{stem}_{kind}.png").write_bytes(png(image))
+
+
+def _own_names(folder: Path) -> set[str]:
+    """Return the names in a folder that this command can have written."""
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return set()  # not there, or unusable: `check_directory` says so
+    return {name for name in names if name == _TRIGGERS_NAME or _PICTURE_NAME.fullmatch(name)}

@@ -1,0 +1,166 @@
+"""The options that several commands share.
+
+Defaults stand here as numbers, not taken from the configuration classes, because those need torch;
+a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+FILE = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+SEED = click.IntRange(min=0, max=2**32 - 1)
+RATE = click.FloatRange(min=0, min_open=True, max=1)
+
+
+def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        decorated: Any = function
+        for decorator in reversed(decorators):
+            decorated = decorator(decorated)
+        result: F = decorated
+        return result
+
+    return decorate
+
+
+seed = click.option(
+    "--seed", type=SEED, default=0, metavar="N", help="Of everything random; 0 or above."
+)
+
+image_options = _all(
+    click.option(
+        "--images",
+        required=True,
+        metavar="SPEC",
+        help="Clean images, a few hundred: a folder, a .npz file or `digits`.",
+    ),
+    click.option(
+        "--class-names",
+        type=FILE,
+        metavar="FILE",
+        help="Text file with one class name per line, in the order of the labels. "
+        "Without it, the names that the images bring.",
+    ),
+    click.option(
+        "--templates",
+        type=FILE,
+        metavar="FILE",
+        help="Text file with one prompt per line, the class name as {c} or {}. "
+        "Without it, built-in prompts.",
+    ),
+    click.option(
+        "--max-images",
+        type=COUNT,
+        metavar="N",
+        help="Use a random sample of that many images. Without it, all of them.",
+    ),
+    click.option(
+        "--resize",
+        is_flag=True,
+        show_default=False,
+        help="Scale and crop images of a .npz file that have another size (folders always are).",
+    ),
+)
+
+model_options = _all(
+    click.option(
+        "--model",
+        metavar="NAME|JSON",
+        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file.",
+    ),
+    click.option(
+        "--offline",
+        is_flag=True,
+        show_default=False,
+        help="Use only what is on this machine; open no connection.",
+    ),
+)
+
+search_options = _all(
+    click.option("--steps", type=COUNT, default=150, metavar="N", help="Steps of each search."),
+    click.option(
+        "--batch-size", type=COUNT, default=16, metavar="N", help="Images in a step of a search."
+    ),
+    seed,
+)
+
+objective = click.option(
+    "--objective",
+    type=click.Choice(["targeted", "label-free"]),
+    default="targeted",
+    help="Look for a trigger into each class, or for one that makes all images alike.",
+)
+
+
+def restarts(text: str) -> Callable[[F], F]:
+    """Return the option --restarts; text: what there are N of."""
+    return click.option(
+        "--restarts", type=COUNT, default=1, metavar="N", help=f"Searches {text}; the best counts."
+    )
+
+
+calibration_options = _all(
+    click.option(
+        "--base",
+        metavar="REF",
+        help="A clean model to compare with: the one the suspects were fine-tuned from, at best.",
+    ),
+    click.option(
+        "--calibration",
+        "calibration_file",
+        type=FILE,
+        metavar="FILE",
+        help="Compare with a calibration that `scan --save-calibration` wrote, instead of --base.",
+    ),
+    click.option(
+        "--references",
+        type=click.IntRange(min=2),
+        default=3,
+        metavar="N",
+        help="With --base: clean models to compare with, the base and N - 1 fine-tuned copies.",
+    ),
+    click.option(
+        "--reference-epochs",
+        type=COUNT,
+        default=3,
+        metavar="N",
+        help="With --base: epochs of that fine-tuning, about as many as a suspect may have had.",
+    ),
+    click.option(
+        "--reference-learning-rate",
+        type=RATE,
+        default=1e-5,
+        metavar="X",
+        help="With --base: the learning rate of that fine-tuning.",
+    ),
+)
+
+machine_options = _all(
+    click.option(
+        "--threads", type=COUNT, metavar="N", help="CPU threads. Without it, torch decides."
+    ),
+    click.option(
+        "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
+    ),
+)
+
+format_option = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help="Of the result on stdout.",
+)
+
+report_option = click.option(
+    "--report", type=FILE, metavar="FILE", help="Write a report as one HTML file, too."
+)

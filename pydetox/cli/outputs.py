@@ -1,0 +1,68 @@
+"""Where results go: checked before the work, written after it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..atomic import atomic_directory, atomic_file, write_file
+from ..errors import UsageError
+from ..reporting import print_text, render_text, to_json
+
+
+class _RehearsalOverError(Exception):
+    """Ends a rehearsal."""
+
+
+def check_files(**paths: Path | None) -> None:
+    """Rehearse writing each file. paths: by the name of the option.
+
+    Raises OutputError for one that cannot be written, UsageError when two are the same.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        name = option.replace("_", "-")
+        if path.resolve() in seen:
+            raise UsageError(f"--{seen[path.resolve()]} and --{name} are the same file: {path}")
+        seen[path.resolve()] = name
+        try:
+            with atomic_file(path):
+                raise _RehearsalOverError
+        except _RehearsalOverError:
+            pass
+
+
+def check_directory(path: Path, *, overwrite: bool, replaceable: Collection[str]) -> None:
+    """Rehearse writing a folder; raises what `atomic_directory` raises."""
+    try:
+        with atomic_directory(path, overwrite=overwrite, replaceable=replaceable):
+            raise _RehearsalOverError
+    except _RehearsalOverError:
+        pass
+
+
+def emit(
+    document: Mapping[str, Any],
+    text: Mapping[str, Any],
+    format_: str,
+    path: Path | None = None,
+) -> None:
+    """Write the result to stdout or, given a path, to that file.
+
+    document: for JSON. text: for people, as `pydetox.reporting.render_text` takes it.
+    """
+    if path is not None:
+        content = f"{to_json(document)}\n" if format_ == "json" else render_text(text)
+        write_file(path, content)
+    elif format_ == "json":
+        # Bytes: JSON is UTF-8 whatever the terminal is.
+        click.echo(f"{to_json(document)}\n".encode(), nl=False)
+    else:
+        print_text(text)
+    sys.stdout.flush()

@@ -1,0 +1,61 @@
+"""Triggers as pictures: for reports and for PNG files."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..inversion import RecoveredTrigger
+from ..workflow import ScanResult
+
+
+def trigger_pictures(trigger: RecoveredTrigger, example: Tensor) -> dict[str, NDArray[np.uint8]]:
+    """Return mask [H, W], pattern [H, W, 3] and the stamped example [H, W, 3], all uint8.
+
+    example: a clean image, uint8 [3, H, W]. The pattern is shown as far as the mask lets it
+    through, because the rest of it has no effect.
+    """
+    visible = trigger.mask * trigger.pattern
+    return {
+        "mask": _bytes(trigger.mask),
+        "pattern": _bytes(visible),
+        "stamped": _array(trigger(example[None])[0]),
+    }
+
+
+def report_pictures(scan: ScanResult, example: Tensor, caption: str) -> list[dict[str, Any]]:
+    """Return the "triggers" of a report: those of the most suspect class of a scan."""
+    restarts = len(scan.inversion) // max(1, len(scan.detection.p_l1))
+    first = 0
+    if scan.objective == "targeted":
+        sizes, scores = scan.detection.p_l1, scan.detection.class_scores
+        weakest = int(np.argmax(scores)) if scores else int(np.argmin(sizes))
+        first = weakest * restarts
+    best = first + int(scan.inversion.p_l1[first : first + restarts].argmin())
+    name = f"{caption}, {scan.target_name}" if scan.target_name else caption
+    pictures = trigger_pictures(scan.inversion.trigger(best), example)
+    shown = {"mask": "mask", "pattern": "mask × pattern", "stamped": "stamped image"}
+    return [{"caption": f"{name}: {shown[k]}", "image": v} for k, v in pictures.items()]
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    """Return an image, uint8 [H, W] or [H, W, 3], as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _bytes(values: Tensor) -> NDArray[np.uint8]:
+    return _array((255 * values).round().to(torch.uint8))
+
+
+def _array(image: Tensor) -> NDArray[np.uint8]:
+    channels_last = image.permute(1, 2, 0) if image.ndim == 3 else image
+    array: NDArray[np.uint8] = channels_last.contiguous().numpy()
+    return array

@@ -1,0 +1,72 @@
+"""Results as the parts of a report: for the terminal and for the HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..reporting.result import VERDICT_TONES
+
+NOT_SCANNED = "not scanned"
+
+
+def card(label: str, value: str, verdict: str = "") -> dict[str, str]:
+    """Return one line of a report's summary, in the colour of a verdict."""
+    return {"label": label, "value": value, "tone": VERDICT_TONES.get(verdict, "neutral")}
+
+
+def scan_report(entries: Sequence[Mapping[str, Any]], calibration: str) -> dict[str, Any]:
+    """Return the report of `pydetox scan`.
+
+    entries: ScanResult.to_dict() of each checkpoint, or "name" and "error" of one that could not
+    be scanned. calibration: what they were compared with, in words.
+    """
+    summary = []
+    for entry in entries:
+        error = entry.get("error")
+        verdict = NOT_SCANNED if error else str(entry["verdict"])
+        summary.append(card(entry["name"], f"{verdict}: {error or entry['reason']}", verdict))
+    return {
+        "title": "pydetox scan",
+        "subtitle": calibration,
+        "summary": summary,
+        "scans": [
+            {"name": e["name"], "verdict": NOT_SCANNED} if e.get("error") else e for e in entries
+        ],
+        "provenance": {
+            f"sha256 of {entry['name']}": entry["sha256"] for entry in entries if "sha256" in entry
+        },
+    }
+
+
+def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of `pydetox unlearn`. result: its JSON document."""
+    scans = [dict(scan) for scan in result["scans"]]
+    for scan, name in zip(scans, ("before", "after"), strict=False):
+        scan["name"] = f"{scan['name']}, {name}"
+    summary = [
+        card(scan["name"], f"{scan['verdict']}: {scan['reason']}", scan["verdict"])
+        for scan in scans
+    ]
+    for number, one in enumerate(result["rounds"], start=1):
+        reached = "" if one["limits_reached"] else "; no α keeps both limits"
+        summary.append(
+            card(
+                f"trigger vector {number}",
+                f"target class {one['target_name']}, α = {one['alpha']:g}{reached}",
+                "" if one["limits_reached"] else "suspicious",
+            )
+        )
+    path = result["path"]
+    summary.append(card("repaired checkpoint", path or "not written: nothing was subtracted"))
+    rounds = result["rounds"]
+    return {
+        "title": "pydetox unlearn",
+        "subtitle": result["name"],
+        "summary": summary,
+        "scans": scans,
+        "alpha_search": rounds[0]["alpha_search"] if rounds else None,
+        "evaluation": result["evaluation"],
+        "seconds": result["seconds"],
+        "provenance": {"sha256 of the source": result["sha256"], "seed": result["seed"]},
+    }
