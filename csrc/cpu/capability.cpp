@@ -13,14 +13,17 @@ struct Entry {
   bool (*runs_here)();
 };
 
+#ifdef __x86_64__
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
 
 constexpr Entry kEntries[] = {
     {"scalar", Capability::kScalar, [] { return true; }},
+#ifdef __x86_64__
 #ifdef PYDETOX_TEST_KERNELS
     // The vector width of AVX-512 on AVX2: only tests ask for it, so it stands before the faster
     // avx2.
@@ -28,6 +31,7 @@ constexpr Entry kEntries[] = {
 #endif
     {"avx2", Capability::kAvx2, has_avx2},
     {"avx512", Capability::kAvx512, has_avx512},
+#endif
 };
 
 std::string listed(const std::vector<std::string>& names) {

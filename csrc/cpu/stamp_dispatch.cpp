@@ -9,6 +9,7 @@ namespace pydetox::cpu {
 namespace scalar {
 extern const StampKernels kStampKernels;
 }
+#ifdef __x86_64__
 namespace avx2 {
 extern const StampKernels kStampKernels;
 }
@@ -20,9 +21,11 @@ namespace avx2_wide {
 extern const StampKernels kStampKernels;
 }
 #endif
+#endif
 
 const StampKernels& stamp_kernels() {
   switch (capability()) {
+#ifdef __x86_64__
     case Capability::kAvx2:
       return avx2::kStampKernels;
     case Capability::kAvx512:
@@ -30,6 +33,7 @@ const StampKernels& stamp_kernels() {
 #ifdef PYDETOX_TEST_KERNELS
     case Capability::kAvx2Wide:
       return avx2_wide::kStampKernels;
+#endif
 #endif
     default:
       return scalar::kStampKernels;

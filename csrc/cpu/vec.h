@@ -13,7 +13,9 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/sigmoid.h"
@@ -79,20 +81,28 @@ PYDETOX_HD void store(void* to, V v) {
 // `fence()`.
 template <class V>
 PYDETOX_HD void stream(void* to, V v) {
-  if constexpr (sizeof(V) % 32 == 0) {
 #ifdef __AVX__
+  if constexpr (sizeof(V) % 32 == 0) {
     for (unsigned i = 0; i < sizeof(V) / 32; ++i) {
       _mm256_stream_si256(static_cast<__m256i*>(to) + i,
                           load<__m256i>(reinterpret_cast<const __m256i*>(&v) + i));
     }
-#endif
-  } else if constexpr (sizeof(V) == 16) {
-    _mm_stream_si128(static_cast<__m128i*>(to), load<__m128i>(&v));
-  } else {
-    store(to, v);
+    return;
   }
+#endif
+#ifdef __x86_64__
+  if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(to), load<__m128i>(&v));
+    return;
+  }
+#endif
+  store(to, v);
 }
-PYDETOX_HD void fence() { _mm_sfence(); }
+PYDETOX_HD void fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
+}
 
 // N results of type T in the output's type, and N gradients in type T; N = 1 for the tails. The
 // same bits as store_as() and load_gradient() of csrc/core/dtype.h.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -316,3 +317,15 @@ def test_build_info_is_true_and_can_be_written() -> None:
     assert info["cuda_loaded"] == _library.cuda_library_loaded()
     assert bool(info["cuda_architectures"]) == info["cuda_built"]
     assert len(info["gpus"]) == torch.cuda.device_count()
+
+
+def test_build_info_says_why_the_library_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unloadable(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise NativeLibraryError("library is missing")
+
+    monkeypatch.setitem(sys.modules, "pydetox.ops", Unloadable("pydetox.ops"))
+    info = build_info()
+    assert info["native_library"] == "not loaded: library is missing"
+    assert info["cpu_capability"] is None
+    assert info["torch"] == torch.__version__
