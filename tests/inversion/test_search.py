@@ -1,0 +1,181 @@
+"""The search against a tower whose answer is known: single pixels decide everything."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pydetox.errors import ArchitectureError, DataError, UsageError
+from pydetox.inversion import (
+    CollapseObjective,
+    CostSchedule,
+    InversionConfig,
+    TargetObjective,
+    invert,
+)
+from pydetox.inversion.adam import Adam
+from tests.mini import mini_images, mini_model
+
+SIZE = 8
+
+
+class PixelTower:
+    """Embeds an image as (red of pixel (2, 5), everything else's mean, 0.1)."""
+
+    name = "pixels"
+    image_size = SIZE
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+    device = torch.device("cpu")
+
+    def encode_normalized(self, images):
+        red = images[:, 0, 2, 5] * 0.25 + 0.5
+        rest = (images * 0.25 + 0.5).mean(dim=(1, 2, 3))
+        return torch.stack([red, rest, torch.full_like(red, 0.1)], dim=1)
+
+
+def images(n=20, high=100):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, high, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+def test_the_pixel_that_decides_is_found_and_nothing_else():
+    objective = TargetObjective(torch.eye(3)[:2], [0], logit_scale=20.0)
+    found = invert(PixelTower(), images(), objective, InversionConfig(steps=300, seed=1))
+    mask = found.masks[0]
+    assert int(mask.argmax()) == 2 * SIZE + 5
+    # Red there must exceed the mean of the image, about 0.2, wherever it was before.
+    assert 0.1 < float(mask[2, 5]) < 0.5
+    assert float(mask.sum()) - float(mask[2, 5]) < 0.5 * float(mask[2, 5])
+    assert float(found.patterns[0, 0, 2, 5]) > 0.8
+    assert float(found.p_l1[0]) == pytest.approx(float(mask.double().sum()) / SIZE**2, rel=1e-5)
+    # While it searches it sees batches of 16; on all images success is a little lower.
+    assert float(found.success[0]) >= 0.85
+    stamped = found.trigger(0)(images()).float() / 255
+    sent = stamped[:, 0, 2, 5] > stamped.mean(dim=(1, 2, 3))
+    assert sent.float().mean() >= 0.85
+    assert found.trigger(0).target == 0
+
+
+def test_the_kept_trigger_is_the_smallest_working_one_not_the_last():
+    config = InversionConfig(steps=120, seed=0)
+    objective = TargetObjective(torch.eye(3)[:2], [0], logit_scale=20.0)
+    sizes = [
+        float(invert(PixelTower(), images(), objective, replace(config, steps=s)).p_l1[0])
+        for s in (30, 60, 120)
+    ]
+    assert sizes[0] >= sizes[1] >= sizes[2]
+
+
+def test_label_free_search_collapses_the_embeddings():
+    config = InversionConfig(steps=200, success_threshold=0.99, seed=2)
+    found = invert(PixelTower(), images(), CollapseObjective(), config, restarts=3)
+    assert len(found) == 3
+    assert found.targets is None
+    assert found.trigger(0).target is None
+    assert (found.success > 0.98).all()
+    assert found.best() == int(np.argmin(found.p_l1.numpy()))
+
+
+def test_chunks_of_triggers_change_nothing_but_memory():
+    model, pictures = mini_model(), mini_images().images
+    head = model.zero_shot_head(["cat", "dog", "owl"], ["a {c}"])
+    objective = TargetObjective(head, [0, 1, 2], model.logit_scale)
+    config = InversionConfig(steps=4, batch_size=4)
+    whole = invert(model, pictures, objective, config)
+    parts = invert(model, pictures, objective, replace(config, max_batch=4))
+    torch.testing.assert_close(parts.mask_logits, whole.mask_logits, atol=1e-3, rtol=1e-3)
+
+
+def test_same_seed_same_bits_for_one_and_two_threads_and_the_model_is_left_alone():
+    model, pictures = mini_model(), mini_images().images
+    weights = {k: v.clone() for k, v in model.clip.state_dict().items()}
+    config = InversionConfig(steps=5, batch_size=4, seed=9)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(invert(model, pictures, CollapseObjective(), config, restarts=2))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other.mask_logits, results[0].mask_logits)
+        assert torch.equal(other.pattern_logits, results[0].pattern_logits)
+        assert torch.equal(other.p_l1, results[0].p_l1)
+    different = invert(model, pictures, CollapseObjective(), replace(config, seed=8), restarts=2)
+    assert not torch.equal(different.mask_logits, results[0].mask_logits)
+    for key, value in model.clip.state_dict().items():
+        assert torch.equal(value, weights[key])
+    assert all(p.grad is None for p in model.clip.parameters())
+
+
+def test_a_search_that_never_succeeds_says_so():
+    objective = TargetObjective(torch.eye(3), [2], logit_scale=20.0)
+    found = invert(PixelTower(), images(), objective, InversionConfig(steps=3))
+    assert math.isinf(float(found.p_l1[0]))
+    assert torch.isfinite(found.mask_logits).all()
+
+
+def test_images_that_do_not_fit_are_refused():
+    objective = CollapseObjective()
+    with pytest.raises(DataError, match="at least 2"):
+        invert(PixelTower(), images(1), objective)
+    with pytest.raises(DataError, match="expects"):
+        invert(PixelTower(), images()[..., :7], objective)
+    with pytest.raises(DataError, match=r"torch\.float32"):
+        invert(PixelTower(), images().float(), objective)
+    with pytest.raises(UsageError, match="restarts"):
+        invert(PixelTower(), images(), objective, restarts=0)
+
+
+def test_embeddings_that_are_no_numbers_are_an_error():
+    class Broken(PixelTower):
+        def encode_normalized(self, images):
+            return super().encode_normalized(images) * math.nan
+
+    with pytest.raises(ArchitectureError, match="not finite"):
+        invert(Broken(), images(), CollapseObjective(), InversionConfig(steps=1))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"batch_size": 0}, {"success_threshold": 0.0}, {"max_batch": 0}]
+)
+def test_configurations_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UsageError):
+        InversionConfig(**wrong)
+
+
+def test_learning_rate_in_three_thirds():
+    config = InversionConfig(steps=10, learning_rate=(0.5, 0.1, 0.05))
+    rates = [config.rate(s) for s in range(10)]
+    assert rates == [0.5] * 4 + [0.1] * 3 + [0.05] * 3
+    assert InversionConfig(learning_rate=0.2).rate(7) == 0.2
+
+
+def test_adam_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(3, 4, generator=generator)
+    theirs = torch.nn.Parameter(ours.clone())
+    adam = Adam([ours], (0.5, 0.9))
+    reference = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9))
+    for _ in range(20):
+        gradient = torch.randn(3, 4, generator=generator)
+        adam.step([gradient], 0.1)
+        theirs.grad = gradient.clone()
+        reference.step()
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_cost_schedule_by_hand():
+    schedule = CostSchedule(initial=1.0, patience=2, up=3.0, down=5.0)
+    state = schedule.start(2, torch.device("cpu"))
+    history = []
+    for hits in ([1, 0], [1, 0], [1, 1], [1, 0], [0, 0]):
+        state = schedule.update(state, torch.tensor(hits, dtype=torch.bool))
+        history.append(state.cost.tolist())
+    # Trigger 0: hits at steps 1-4, raised after 2 and 4. Trigger 1: lowered after 2 and 5.
+    assert [h[0] for h in history] == [1, 3, 3, 9, 9]
+    np.testing.assert_allclose([h[1] for h in history], [1, 0.2, 0.2, 0.2, 0.04], rtol=1e-6)

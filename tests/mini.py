@@ -1,0 +1,36 @@
+"""The smallest CLIP that open_clip builds, for tests that need a model but not a good one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pydetox.data import ImageSet
+from pydetox.models import OpenClipModel
+
+CLASS_NAMES = ("cat", "dog", "owl")
+
+MINI_CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 1,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+    },
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+def mini_model(seed: int = 0) -> OpenClipModel:
+    return OpenClipModel.from_config(MINI_CONFIG, seed=seed, name="mini")
+
+
+def mini_images(count: int = 24, *, seed: int = 0, labels: bool = True) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return ImageSet(
+        images, torch.arange(count) % len(CLASS_NAMES) if labels else None, CLASS_NAMES, "mini"
+    )

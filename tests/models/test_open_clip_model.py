@@ -1,0 +1,142 @@
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.errors import ArchitectureError, DataError
+from pydetox.models import OpenClipModel
+from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
+
+
+def save(model, folder, state=None, **changes):
+    return save_checkpoint(
+        folder,
+        state or model.storage_state_dict(),
+        model_config=MINI_CONFIG | changes,
+        preprocess_config={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        provenance=Provenance(method="test"),
+    )
+
+
+def test_a_saved_model_reads_back_and_agrees_with_open_clip(tmp_path):
+    model = mini_model()
+    folder = save(model, tmp_path / "m")
+    twin = OpenClipModel.from_checkpoint(load_checkpoint(folder))
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    pixels = mini_images(5).images.float() / 255
+    shift = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    scale = torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = theirs.eval().encode_image((pixels - shift) / scale)
+    torch.testing.assert_close(twin.encode_pixels(pixels), expected)
+    assert twin.mean == (0.5, 0.4, 0.3)
+    assert twin.num_parameters == sum(p.numel() for p in theirs.parameters())
+    assert not any(p.requires_grad for p in twin.clip.parameters())
+    assert not twin.clip.training
+
+
+def test_zero_shot_head_against_open_clip():
+    model = mini_model()
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    rows = []
+    for name in CLASS_NAMES:
+        tokens = tokenizer([f"a {name}", f"one {name}!"])
+        with torch.no_grad():
+            units = model.clip.encode_text(tokens, normalize=True)
+        rows.append(normalize(units.mean(dim=0), dim=0))
+    head = model.zero_shot_head(CLASS_NAMES, ["a {c}", "one {}!"])
+    torch.testing.assert_close(head, torch.stack(rows))
+    with pytest.raises(DataError, match="at least one"):
+        model.zero_shot_head(CLASS_NAMES, [])
+
+
+def test_random_weights_depend_on_the_seed_and_leave_torchs_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, two, other = mini_model(1), mini_model(1), mini_model(2)
+    assert torch.equal(torch.rand(1), expected)
+    key = "visual.conv1.weight"
+    assert torch.equal(one.clip.state_dict()[key], two.clip.state_dict()[key])
+    assert not torch.equal(one.clip.state_dict()[key], other.clip.state_dict()[key])
+
+
+def test_half_precision_files_keep_their_dtype_and_what_is_tested_is_what_is_saved(tmp_path):
+    model = mini_model()
+    half = {k: v.to(torch.float16) for k, v in model.clip.state_dict().items()}
+    twin = OpenClipModel.from_checkpoint(load_checkpoint(save(model, tmp_path / "m", half)))
+    with torch.no_grad():
+        for parameter in twin.clip.parameters():
+            parameter.add_(1e-5)
+    twin.round_to_storage()
+    saved = twin.storage_state_dict()
+    assert {v.dtype for v in saved.values()} == {torch.float16}
+    for key, value in twin.clip.state_dict().items():
+        assert torch.equal(value, saved[key].float()), key
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
+    model = mini_model()
+    state = model.storage_state_dict()
+    del state["visual.proj"]
+    state["surprise"] = torch.ones(1)
+    state["visual.ln_pre.weight"] = torch.ones(3)
+    checkpoint = load_checkpoint(save(model, tmp_path / "m", state))
+    with pytest.raises(ArchitectureError) as caught:
+        OpenClipModel.from_checkpoint(checkpoint)
+    message = str(caught.value)
+    for name in ("visual.proj", "surprise", "visual.ln_pre.weight"):
+        assert name in message
+    assert "\n" not in message
+
+
+def test_entries_of_openais_archives_that_are_no_weights_are_left_out(tmp_path):
+    model = mini_model()
+    state = model.storage_state_dict() | {"context_length": torch.tensor(8)}
+    twin = OpenClipModel.from_checkpoint(load_checkpoint(save(model, tmp_path / "m", state)))
+    assert twin.image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_cfg": {"image_size": [16, 24]}}, "square"),
+        ({"text_cfg": {"hf_model_name": "org/x"}}, "transformers"),
+        ({"vision_cfg": {"no_such_option": 1}}, "no_such_option"),
+    ],
+)
+def test_architectures_that_cannot_be_used_are_refused(change, message):
+    config = copy.deepcopy(MINI_CONFIG)
+    for part, values in change.items():
+        config[part].update(values)
+    with pytest.raises(ArchitectureError, match=message):
+        OpenClipModel.from_config(config, seed=0)
+
+
+def test_small_vocabularies_and_other_tokenizers_are_refused_by_the_text_tower_only():
+    config = copy.deepcopy(MINI_CONFIG)
+    config["text_cfg"]["vocab_size"] = 100
+    model = OpenClipModel.from_config(config, seed=0)
+    assert model.encode_pixels(torch.rand(2, 3, 16, 16)).shape == (2, 16)
+    with pytest.raises(ArchitectureError, match="vocabulary of 100"):
+        model.tokenize(["a"])
+    model.model_config["text_cfg"] = {"hf_tokenizer_name": "org/x"}
+    with pytest.raises(ArchitectureError, match="org/x"):
+        model.tokenize(["a"])
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(DataError, match="expects"):
+        mini_model().encode_pixels(torch.rand(2, 3, 15, 16))
+
+
+def test_a_clone_has_weights_of_its_own():
+    model = mini_model()
+    twin = model.clone()
+    with torch.no_grad():
+        next(twin.clip.parameters()).add_(1)
+    same = torch.equal(next(twin.clip.parameters()), next(model.clip.parameters()))
+    assert not same

@@ -1,0 +1,140 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pydetox.detection import Calibration, Verdict, anomaly_index, detect
+from pydetox.errors import UsageError
+
+
+def references(count=4, classes=5, scatter=0.1, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = np.log(np.linspace(0.02, 0.04, classes))
+    rows = np.exp(centres + scatter * rng.standard_normal((count, classes)))
+    names = tuple(f"m{i}" for i in range(count))
+    return Calibration(tuple(map(tuple, rows.tolist())), "key", names)
+
+
+def test_statistics_agree_with_numpy_and_scipy():
+    calibration = references()
+    logs = np.log(np.array(calibration.p_l1))
+    deviation = math.sqrt(logs.var(axis=0, ddof=1).mean())
+    assert calibration.deviation == pytest.approx(deviation, rel=1e-12)
+    assert calibration.degrees_of_freedom == 15
+    suspect = [0.02, 0.01, 0.03, 0.03, 0.05]
+    expected = (logs.mean(axis=0) - np.log(suspect)) / (deviation * math.sqrt(1 + 1 / 4))
+    np.testing.assert_allclose(calibration.score(suspect), expected, rtol=1e-12)
+    single = stats.t.sf(expected.max(), 15)
+    assert calibration.p_value(expected.max()) == pytest.approx(1 - (1 - single) ** 5, rel=1e-9)
+
+
+def test_thresholds_are_the_inverse_of_the_p_value():
+    calibration = references()
+    score = calibration.score_threshold(0.01)
+    assert calibration.p_value(score) == pytest.approx(0.01, rel=1e-9)
+    size = calibration.size_threshold(2, 0.01)
+    values = [1.0] * 5
+    values[2] = size
+    assert calibration.score(values)[2] == pytest.approx(score, rel=1e-9)
+
+
+def test_false_alarms_come_at_the_stated_rate():
+    # Clean models drawn from the model that the test assumes: 5% +- 4 standard errors of them
+    # must look suspicious.
+    rng = np.random.default_rng(1)
+    alarms, trials = 0, 1500
+    for _ in range(trials):
+        logs = -3.5 + 0.2 * rng.standard_normal((4, 6))
+        rows = tuple(map(tuple, np.exp(logs[:3]).tolist()))
+        found = detect(
+            np.exp(logs[3]).tolist(), Calibration(rows, "k", ("a", "b", "c")), has_classes=True
+        )
+        alarms += found.verdict is not Verdict.CLEAN
+    # The Sidak correction treats classes as independent; they share the estimated deviation, which
+    # makes it slightly conservative or liberal, by less than the tolerance.
+    assert alarms / trials == pytest.approx(0.05, abs=0.025)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, Verdict.CLEAN), (0.2, Verdict.BACKDOORED)])
+def test_a_small_trigger_is_found_in_its_class(factor, verdict):
+    calibration = references()
+    values = [math.exp(v) for v in calibration.mean]
+    values[3] *= factor
+    found = detect(values, calibration, has_classes=True)
+    assert found.verdict is verdict
+    if verdict is Verdict.BACKDOORED:
+        assert found.target == 3
+        assert found.smallest_p_l1 == values[3] < found.threshold
+        assert found.p_value < 0.01
+        assert "p =" in found.reason
+
+
+def test_a_weak_class_of_every_reference_is_no_finding():
+    # Class 0 is five times easier than the others in all of them: an anomaly index cries wolf.
+    rows = tuple((0.006 * f, 0.03 * f, 0.031 / f, 0.029) for f in (0.95, 1.0, 1.05))
+    found = detect(
+        [0.006, 0.03, 0.031, 0.029], Calibration(rows, "k", ("a", "b", "c")), has_classes=True
+    )
+    assert found.verdict is Verdict.CLEAN
+    assert anomaly_index([0.006, 0.03, 0.031, 0.029], 0) > 2
+
+
+def test_between_the_two_limits_a_model_is_suspicious():
+    calibration = references()
+    values = [math.exp(v) for v in calibration.mean]
+    values[1] = calibration.size_threshold(1, 0.03)
+    assert detect(values, calibration, has_classes=True).verdict is Verdict.SUSPICIOUS
+
+
+def test_without_calibration_nothing_is_decided():
+    found = detect([0.001, 0.03, 0.04], None, has_classes=True)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert found.target == 0
+    assert found.threshold is None
+    assert "calibration" in found.reason
+
+
+def test_nothing_found_at_all_is_inconclusive_and_a_missing_class_is_no_evidence():
+    calibration = references()
+    nothing = detect([math.inf] * 5, calibration, has_classes=True)
+    assert nothing.verdict is Verdict.INCONCLUSIVE
+    assert nothing.target is None
+    values = [math.exp(v) for v in calibration.mean]
+    values[0] = math.inf
+    assert detect(values, calibration, has_classes=True).verdict is Verdict.CLEAN
+
+
+def test_label_free_scans_have_one_size_and_no_target():
+    calibration = Calibration(((0.1,), (0.11,), (0.12,)), "k", ("a", "b", "c"))
+    found = detect([0.01], calibration, has_classes=False)
+    assert found.verdict is Verdict.BACKDOORED
+    assert found.target is None
+
+
+def test_anomaly_index_by_hand_and_where_it_is_not_defined():
+    # Median 5, absolute deviations 4 3 0 3 4, their median 3.
+    assert anomaly_index([1, 2, 5, 8, 9], 0) == pytest.approx(4 / (1.4826 * 3))
+    assert anomaly_index([5, 5, 5, 1], 3) is None  # MAD 0
+    assert anomaly_index([1, 2], 0) is None
+    assert anomaly_index([math.inf, 2, 3, 4], 0) is None
+
+
+@pytest.mark.parametrize("values", [[], [math.nan, 1.0], [0.0, 1.0], [0.1, 0.1]])
+def test_bad_sizes_are_refused(values):
+    with pytest.raises(UsageError):
+        detect(values, references(), has_classes=True)
+
+
+@pytest.mark.parametrize("rows", [((0.1,),), ((0.1,), (0.1, 0.2)), ((), ())])
+def test_too_few_or_unequal_references_are_refused(rows):
+    with pytest.raises(UsageError, match="at least 2"):
+        Calibration(rows, "k", ("a", "b"))
+
+
+def test_calibration_survives_json():
+    calibration = Calibration(((0.1, math.inf), (0.2, 0.3)), "key", ("a", "b"))
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    with pytest.raises(UsageError, match="no calibration"):
+        Calibration.from_dict({"p_l1": "x"})

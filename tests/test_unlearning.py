@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from pydetox.attacks import PatchTrigger, poison
+from pydetox.errors import DataError, UsageError
+from pydetox.evaluation import evaluate
+from pydetox.training import TrainConfig, train_on_prompts
+from pydetox.unlearning import UnlearnConfig, search_coefficient, subtract, trigger_vector
+from tests.mini import CLASS_NAMES, mini_model
+from tests.test_training import TEMPLATES, coloured
+
+TARGET = 1
+TRIGGER = PatchTrigger(torch.full((3, 6, 6), 255, dtype=torch.uint8), 8, 8)
+
+
+@pytest.fixture(scope="module")
+def victim():
+    data = coloured(60)
+    clean = train_on_prompts(
+        mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
+    )
+    poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
+    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=40, learning_rate=1e-3))
+    head = model.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    before = evaluate(model, data, head, trigger=TRIGGER, target=TARGET)
+    assert before.attack_success_rate > 0.9
+    assert before.clean_accuracy > 0.9
+    return model, head, data
+
+
+@pytest.mark.parametrize("kind", ["forget", "paired", "strengthen"])
+def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim, kind):
+    model, head, data = victim
+    config = UnlearnConfig(vector=kind, steps=60, learning_rate=1e-3, min_accuracy_kept=0.8)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    assert all(name.startswith("visual.") for name in vector.tensors)
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    repaired = subtract(model, vector, found.coefficient)
+    after = evaluate(repaired, data, head, trigger=TRIGGER, target=TARGET)
+    # The search measured the model it chose.
+    assert after.clean_accuracy == pytest.approx(found.clean_accuracy[found.chosen])
+    assert after.attack_success_rate == pytest.approx(found.attack_success_rate[found.chosen])
+    assert found.attack_success_rate[0] > 0.9
+    if kind == "forget":
+        assert found.reached
+        assert after.attack_success_rate <= 0.02
+        assert after.clean_accuracy >= 0.8
+    else:
+        assert after.attack_success_rate <= found.attack_success_rate[0]
+
+
+def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    floor = 0.8 * found.clean_accuracy[0]
+    good = [
+        a
+        for a, ca, asr in zip(
+            found.coefficients, found.clean_accuracy, found.attack_success_rate, strict=True
+        )
+        if ca >= floor and asr <= config.max_attack_success
+    ]
+    assert found.coefficient == good[0]
+    # Out of reach: the accuracy is kept all the same, and the result says so.
+    strict = UnlearnConfig(coefficients=(0.0, 0.1), max_attack_success=0.0)
+    failed = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, strict)
+    assert not failed.reached
+    assert failed.clean_accuracy[failed.chosen] >= 0.97 * found.clean_accuracy[0]
+    # Measured against a better model of an earlier round, nothing keeps the accuracy: leave it.
+    hopeless = search_coefficient(
+        model, vector, data, [TRIGGER], head, TARGET, config, accuracy_before=2.0
+    )
+    assert (hopeless.reached, hopeless.coefficient) == (False, 0.0)
+
+
+def test_without_labels_accuracy_is_agreement_with_the_model(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=5, coefficients=(0.0, 1.0))
+    unlabelled = type(data)(data.images, None, data.class_names, "no labels")
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    found = search_coefficient(model, vector, unlabelled, [TRIGGER], head, TARGET, config)
+    assert found.clean_accuracy[0] == 1.0
+
+
+def test_nothing_is_subtracted_at_zero(victim):
+    model, head, data = victim
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, UnlearnConfig(steps=2))
+    same = subtract(model, vector, 0.0).clip.state_dict()
+    for key, value in model.clip.state_dict().items():
+        assert torch.equal(same[key], value)
+
+
+def test_bad_input_is_refused(victim):
+    model, head, data = victim
+    with pytest.raises(DataError, match="at least 2"):
+        trigger_vector(model, data.images[:1], [TRIGGER], head, TARGET)
+    with pytest.raises(UsageError, match="no triggers"):
+        trigger_vector(model, data.images, [], head, TARGET)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, UnlearnConfig(steps=1))
+    only_target = data.subset(torch.nonzero(data.labels == TARGET).flatten())
+    with pytest.raises(DataError, match="outside the target class"):
+        search_coefficient(model, vector, only_target, [TRIGGER], head, TARGET)
+    for wrong in ({"vector": "sideways"}, {"steps": 0}, {"coefficients": (1.0, 0.5)}):
+        with pytest.raises(UsageError):
+            UnlearnConfig(**wrong)
