@@ -10,13 +10,14 @@ from __future__ import annotations
 from .objectives import CollapseObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
-from .search import InversionConfig, invert
+from .search import InversionConfig, InversionSearch, invert
 
 __all__ = [
     "CollapseObjective",
     "CostSchedule",
     "InversionConfig",
     "InversionResult",
+    "InversionSearch",
     "Objective",
     "RecoveredTrigger",
     "TargetObjective",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -64,6 +65,128 @@ class InversionConfig:
         return self.learning_rate
 
 
+class InversionSearch:
+    """The state of K searches, advanced step by step; `invert` is the loop around it.
+
+    Minimises objective + cost * |mask|_1 for K triggers at once (DECREE and Neural Cleanse; see
+    `objectives`). The tower is frozen: no weight gets a gradient. Nothing in a step waits for the
+    device.
+    """
+
+    def __init__(
+        self,
+        model: OpenClipModel,
+        images: Tensor,
+        objective: Objective,
+        config: InversionConfig,
+        *,
+        restarts: int = 1,
+    ) -> None:
+        size = model.image_size
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
+            raise DataError(
+                f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
+                f"[N, 3, {size}, {size}]"
+            )
+        if len(images) < 2:
+            raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
+        count = restarts if objective.targets is None else len(objective.targets)
+        if count < 1:
+            raise UsageError(f"restarts is {restarts}; expected at least 1")
+        self._start = time.perf_counter()
+        self._model, self._objective, self._config = model, objective, config
+        device = model.device
+        self._images = images.to(device)
+        rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
+        shape = (count, size, size)
+        self._mask = _normal(rng, shape, config.initial_mask, device).requires_grad_()
+        self._pattern = _normal(rng, (count, 3, size, size), 0.0, device).requires_grad_()
+        self._adam = Adam([self._mask, self._pattern], config.betas)
+        self._cost = config.schedule.start(count, device)
+        self._smoothed = torch.zeros(count, device=device)
+        self._smallest = torch.full((count,), math.inf, dtype=torch.float64, device=device)
+        self._best_mask = self._mask.detach().clone()
+        self._best_pattern = self._pattern.detach().clone()
+        batch = min(config.batch_size, len(images))
+        self._batches = _batches(rng, len(images), batch, config.steps).to(device)
+        self._chunks = _chunks(count, max(1, config.max_batch // batch))
+        self._steps = 0
+
+    def step(self) -> None:
+        """Take one step; at most config.steps of them."""
+        config, step = self._config, self._steps
+        clean = self._images[self._batches[step]]
+        parts = [self._loss_and_gradients(clean, chunk) for chunk in self._chunks]
+        success, norms, *gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+        with torch.no_grad():
+            self._smoothed = success if step == 0 else 0.7 * self._smoothed + 0.3 * success
+            works = self._smoothed >= config.success_threshold
+            better = works & (norms < self._smallest)
+            self._smallest = torch.where(better, norms, self._smallest)
+            self._best_mask = torch.where(better[:, None, None], self._mask, self._best_mask)
+            self._best_pattern = torch.where(
+                better[:, None, None, None], self._pattern, self._best_pattern
+            )
+            self._cost = config.schedule.update(self._cost, success >= config.success_threshold)
+        self._adam.step(gradients, config.rate(step))
+        self._steps += 1
+
+    def result(self) -> InversionResult:
+        """Check the best triggers on more images and return them.
+
+        Raises ArchitectureError when the model's embeddings are not finite.
+        """
+        found = torch.isfinite(self._smallest)
+        mask = torch.where(found[:, None, None], self._best_mask, self._mask.detach())
+        pattern = torch.where(
+            found[:, None, None, None], self._best_pattern, self._pattern.detach()
+        )
+        check = self._images[: self._config.check_images]
+        success = []
+        with torch.no_grad():
+            for chunk in _chunks(len(mask), max(1, self._config.max_batch // len(check))):
+                embeddings = self._embed(check, mask[chunk], pattern[chunk])
+                if not bool(torch.isfinite(embeddings).all()):
+                    raise ArchitectureError(
+                        f"{self._model.name}: its embeddings are not finite; "
+                        "expected weights without NaN"
+                    )
+                success.append(self._objective(embeddings, chunk)[1])
+        return InversionResult(
+            mask_logits=mask,
+            pattern_logits=pattern,
+            p_l1=(self._smallest / self._model.image_size**2).cpu(),
+            success=torch.cat(success).cpu(),
+            targets=self._objective.targets,
+            cost=self._cost.cost.cpu(),
+            steps=self._steps,
+            seconds=time.perf_counter() - self._start,
+            tower="open_clip module, float32",
+        )
+
+    def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+        """Return embeddings [K, B, D] of every trigger on every image."""
+        model = self._model
+        stamped = stamp_triggers(images, mask, pattern, mean=model.mean, std=model.std)
+        embeddings = model.encode_normalized(stamped.flatten(0, 1))
+        return embeddings.view(*stamped.shape[:2], -1)
+
+    def _loss_and_gradients(
+        self, images: Tensor, chunk: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return success, |mask|_1 and the gradients of both logits for a chunk of the triggers.
+
+        Triggers do not see each other, so a chunk's activations are freed before the next one
+        starts: the memory of a step does not grow with the number of triggers.
+        """
+        mask, pattern = self._mask[chunk], self._pattern[chunk]
+        loss, success = self._objective(self._embed(images, mask, pattern), chunk)
+        norms = (torch.tanh(mask) / 2 + 0.5).sum(dim=(1, 2), dtype=torch.float64)
+        total = (loss + self._cost.cost[chunk] * norms).sum()
+        gradients = torch.autograd.grad(total, [mask, pattern])
+        return success, norms.detach(), gradients[0], gradients[1]
+
+
 def invert(
     model: OpenClipModel,
     images: Tensor,
@@ -74,10 +197,6 @@ def invert(
     description: str = "inversion",
 ) -> InversionResult:
     """Find small triggers that make the objective hold on clean images.
-
-    Minimises objective + cost * |mask|_1 for K triggers at once (METHOD of DECREE and Neural
-    Cleanse; see `objectives`). The tower is frozen: no weight gets a gradient. Nothing in a step
-    waits for the device.
 
     Args:
         model: Its weights are not changed.
@@ -92,74 +211,12 @@ def invert(
         ArchitectureError: The model's embeddings are not finite.
     """
     config = config or InversionConfig()
-    size = model.image_size
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
-        raise DataError(
-            f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
-            f"[N, 3, {size}, {size}]"
-        )
-    if len(images) < 2:
-        raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
-    count = restarts if objective.targets is None else len(objective.targets)
-    if count < 1:
-        raise UsageError(f"restarts is {restarts}; expected at least 1")
-    start = time.perf_counter()
-    device = model.device
-    images = images.to(device)
-    rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
-    mask = _normal(rng, (count, size, size), config.initial_mask, device).requires_grad_()
-    pattern = _normal(rng, (count, 3, size, size), 0.0, device).requires_grad_()
-    adam = Adam([mask, pattern], config.betas)
-    cost = config.schedule.start(count, device)
-    smoothed = torch.zeros(count, device=device)
-    smallest = torch.full((count,), float("inf"), dtype=torch.float64, device=device)
-    best_mask, best_pattern = mask.detach().clone(), pattern.detach().clone()
-    batch = min(config.batch_size, len(images))
-    batches = _batches(rng, len(images), batch, config.steps).to(device)
-    chunks = _chunks(count, max(1, config.max_batch // batch))
-
+    search = InversionSearch(model, images, objective, config, restarts=restarts)
     with Progress(description, config.steps) as progress:
-        for step in range(config.steps):
-            clean = images[batches[step]]
-            parts = [
-                _loss_and_gradients(model, clean, mask, pattern, cost.cost, objective, chunk)
-                for chunk in chunks
-            ]
-            success, norms, *gradients = (torch.cat(part) for part in zip(*parts, strict=True))
-            with torch.no_grad():
-                smoothed = success if step == 0 else 0.7 * smoothed + 0.3 * success
-                better = (smoothed >= config.success_threshold) & (norms < smallest)
-                smallest = torch.where(better, norms, smallest)
-                best_mask = torch.where(better[:, None, None], mask, best_mask)
-                best_pattern = torch.where(better[:, None, None, None], pattern, best_pattern)
-                cost = config.schedule.update(cost, success >= config.success_threshold)
-            adam.step(gradients, config.rate(step))
+        for _ in range(config.steps):
+            search.step()
             progress.update(1)
-
-    found = torch.isfinite(smallest)
-    best_mask = torch.where(found[:, None, None], best_mask, mask.detach())
-    best_pattern = torch.where(found[:, None, None, None], best_pattern, pattern.detach())
-    check = images[: config.check_images]
-    rows = []
-    with torch.no_grad():
-        for chunk in _chunks(count, max(1, config.max_batch // len(check))):
-            embeddings = _embed(model, check, best_mask[chunk], best_pattern[chunk])
-            if not bool(torch.isfinite(embeddings).all()):
-                raise ArchitectureError(
-                    f"{model.name}: its embeddings are not finite; expected weights without NaN"
-                )
-            rows.append(objective(embeddings, chunk)[1])
-    return InversionResult(
-        mask_logits=best_mask,
-        pattern_logits=best_pattern,
-        p_l1=(smallest / (size * size)).cpu(),
-        success=torch.cat(rows).cpu(),
-        targets=objective.targets,
-        cost=cost.cost.cpu(),
-        steps=config.steps,
-        seconds=time.perf_counter() - start,
-        tower="open_clip module, float32",
-    )
+    return search.result()
 
 
 def _normal(
@@ -179,32 +236,3 @@ def _batches(rng: np.random.Generator, n: int, batch: int, steps: int) -> Tensor
 
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def _embed(model: OpenClipModel, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """Return embeddings [K, B, D] of every trigger on every image."""
-    stamped = stamp_triggers(images, mask, pattern, mean=model.mean, std=model.std)
-    embeddings = model.encode_normalized(stamped.flatten(0, 1))
-    return embeddings.view(*stamped.shape[:2], -1)
-
-
-def _loss_and_gradients(
-    model: OpenClipModel,
-    images: Tensor,
-    mask: Tensor,
-    pattern: Tensor,
-    cost: Tensor,
-    objective: Objective,
-    chunk: slice,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return success, |mask|_1 and the gradients of both logits for a chunk of the triggers.
-
-    Triggers do not see each other, so a chunk's activations are freed before the next one starts:
-    the memory of a step does not grow with the number of triggers.
-    """
-    part_mask, part_pattern = mask[chunk], pattern[chunk]
-    loss, success = objective(_embed(model, images, part_mask, part_pattern), chunk)
-    norms = (torch.tanh(part_mask) / 2 + 0.5).sum(dim=(1, 2), dtype=torch.float64)
-    total = (loss + cost[chunk] * norms).sum()
-    gradients = torch.autograd.grad(total, [part_mask, part_pattern])
-    return success, norms.detach(), gradients[0], gradients[1]
