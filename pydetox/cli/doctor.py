@@ -40,7 +40,7 @@ def command(format_: str) -> int:
     """
     from .. import build_info
     from .group import one_line
-    from .outputs import emit
+    from .outputs import emit, to_stdout
 
     info = build_info()
     works = info["cpu_capability"] is not None
@@ -49,8 +49,9 @@ def command(format_: str) -> int:
         emit({"schema": "pydetox.doctor/1", "exit_code": code, **info}, {}, format_)
         return code
     width = max(map(len, _LABELS.values()))
-    for key, value in info.items():
-        click.echo(f"{_LABELS.get(key, key):<{width}}  {one_line(_in_words(value))}")
+    with to_stdout():
+        for key, value in info.items():
+            click.echo(f"{_LABELS.get(key, key):<{width}}  {one_line(_in_words(value))}")
     return code
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import click
 
 from ..errors import PydetoxError, UsageError
-from ..reporting.values import clean_text
 from . import exit_codes
 
 # Name of a command and what its module is called; in the order in which --help shows them.
@@ -84,7 +82,6 @@ class Cli(click.Group):
         try:
             # click's own standalone mode would exit with 2 for a misspelt option.
             code = super().main(args, prog_name or "pydetox", complete_var, False, **extra) or 0
-            sys.stdout.flush()
         except SystemExit:
             raise
         except BaseException as error:  # noqa: BLE001 - the last resort before a traceback
@@ -109,8 +106,8 @@ def explain(error: BaseException) -> str | None:
 
 
 def one_line(message: str) -> str:
-    """Return a message as one line that cannot steer a terminal."""
-    return clean_text(" ".join(message.split()))
+    """Return a message as one line that cannot steer a terminal: names in it come from files."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
 
 
 def print_error(message: str) -> None:
@@ -131,18 +128,13 @@ def _report(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         print_error(one_line(error.format_message()))
         return exit_codes.ERROR
-    if isinstance(error, BrokenPipeError):
-        # Otherwise the interpreter fails again when it flushes stdout at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print_error("the reader of the results has gone away")
-        return exit_codes.ERROR
     line = explain(error)
     if line is not None:
         print_error(line)
         return exit_codes.USAGE if isinstance(error, UsageError) else exit_codes.ERROR
     for line in "".join(traceback.format_exception(error)).splitlines():
-        click.echo(clean_text(line), err=True)
+        indent = line[: len(line) - len(line.lstrip())]
+        click.echo(indent + one_line(line), err=True)
     print_error("this is a bug in pydetox; please report it with the output of `pydetox doctor`")
     return exit_codes.ERROR
 
@@ -159,6 +151,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 
 @click.group(
+    name="pydetox",
     cls=Cli,
     help=_HELP,
     no_args_is_help=False,
@@ -187,4 +180,6 @@ def main() -> None:
         # A terminal that cannot show a character must not end a scan.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # So that a temporary file is removed when a scheduler ends the process, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cli()

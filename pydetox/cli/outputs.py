@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..atomic import atomic_directory, atomic_file, write_file
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..reporting import print_text, render_text, to_json
 
 
@@ -47,6 +49,19 @@ def check_directory(path: Path, *, overwrite: bool, replaceable: Collection[str]
         pass
 
 
+@contextlib.contextmanager
+def to_stdout() -> Iterator[None]:
+    """Guard a block that writes results to stdout; OutputError when they do not arrive."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered would fail again, with a traceback, when Python flushes at its end.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"stdout: cannot be written: {error.strerror or error}") from error
+
+
 def emit(
     document: Mapping[str, Any],
     text: Mapping[str, Any],
@@ -60,9 +75,10 @@ def emit(
     if path is not None:
         content = f"{to_json(document)}\n" if format_ == "json" else render_text(text)
         write_file(path, content)
-    elif format_ == "json":
-        # Bytes: JSON is UTF-8 whatever the terminal is.
-        click.echo(f"{to_json(document)}\n".encode(), nl=False)
-    else:
-        print_text(text)
-    sys.stdout.flush()
+        return
+    with to_stdout():
+        if format_ == "json":
+            # Bytes: JSON is UTF-8 whatever the terminal is.
+            click.echo(f"{to_json(document)}\n".encode(), nl=False)
+        else:
+            print_text(text)

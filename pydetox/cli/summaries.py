@@ -50,6 +50,8 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
     ]
     for number, one in enumerate(result["rounds"], start=1):
         reached = "" if one["limits_reached"] else "; no α keeps both limits"
+        if one["alpha"] == 0:
+            reached += "; nothing subtracted"
         summary.append(
             card(
                 f"trigger vector {number}",

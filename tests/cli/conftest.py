@@ -1,0 +1,130 @@
+"""A tiny CLIP with random weights as files, clean images for it, and the commands in-process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from pydetox.checkpoints import Provenance, save_checkpoint
+from pydetox.cli import cli
+from pydetox.models import OpenClipModel
+
+TINY: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 1,
+        "width": 32,
+        "head_width": 32,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+CLASSES = ("cat", "dog", "cow")
+FAST = ("--steps", "3", "--batch-size", "4")
+FAST_REFERENCES = ("--references", "2", "--reference-epochs", "1")
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> OpenClipModel:
+    return OpenClipModel.from_config(TINY, seed=0, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: OpenClipModel) -> Path:
+    """What the user has: checkpoints `base` and `suspect`, `images.npz`, `config.json`."""
+    folder = tmp_path_factory.mktemp("cli")
+    models = {"base": tiny_model, "suspect": OpenClipModel.from_config(TINY, seed=1)}
+    for name, model in models.items():
+        save_checkpoint(
+            folder / name,
+            model.storage_state_dict(),
+            model_config=TINY,
+            preprocess_config=None,
+            provenance=Provenance(method="test"),
+        )
+    write_images(folder / "images.npz", 24)
+    (folder / "config.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def write_images(path: Path, count: int, size: int = 16, **changes: Any) -> Path:
+    # Nearly alike, so that a model with random weights gives them one class, and the search for a
+    # trigger into that class succeeds at once.
+    rng = np.random.default_rng(0)
+    arrays = {
+        "images": rng.integers(125, 131, (count, size, size, 3)).astype(np.uint8),
+        "labels": np.arange(count) % len(CLASSES),
+        "class_names": np.array(CLASSES),
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+@pytest.fixture
+def images(folder: Path) -> tuple[str, str]:
+    return ("--images", str(folder / "images.npz"))
+
+
+@pytest.fixture
+def run() -> Run:
+    """`run("scan", path, ...)`; an exception that is not an exit fails the test."""
+    before = torch.get_num_threads()
+
+    def run(*args: object, **options: Any) -> Result:
+        result = CliRunner().invoke(cli, [str(arg) for arg in args], **options)
+        torch.set_num_threads(before)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return run
+
+
+def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Write a calibration for FAST scans, with references of which every class has that P-L1."""
+    from pydetox.cli.inputs import write_calibration
+    from pydetox.detection import Calibration
+    from pydetox.inversion import InversionConfig
+    from pydetox.workflow import ScanConfig
+
+    config = ScanConfig(inversion=InversionConfig(steps=3, batch_size=4))
+    row = (size,) * len(classes)
+    write_calibration(
+        path, Calibration((row, row), config.calibration_key(classes), ("one", "two"))
+    )
+    return path
+
+
+@pytest.fixture
+def says_clean(tmp_path: Path) -> Path:
+    """A calibration beside which no trigger of FAST is small."""
+    return calibration_file(tmp_path / "clean.json", 1e-6)
+
+
+@pytest.fixture
+def says_backdoored(tmp_path: Path) -> Path:
+    """A calibration beside which every trigger of FAST is small."""
+    return calibration_file(tmp_path / "backdoored.json", 0.9)
+
+
+def error_line(result: Result) -> str:
+    """The one line of stderr."""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
