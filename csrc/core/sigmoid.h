@@ -18,9 +18,8 @@ struct Ieee<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr Bits kOne = 0x3F800000u;
   static constexpr float kRoundingShift =
-      12582912.0f;                             // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kSplitter = 4097.0f;  // 2^12 + 1
-  static constexpr float kExpLimit = 87.0f;    // exp(+-87) is a normal number
+      12582912.0f;                           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kExpLimit = 87.0f;  // exp(+-87) is a normal number
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f;  // ln 2 in 10 bits: n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440054690583e-4f;  // ln 2 - kLn2High
@@ -32,7 +31,6 @@ struct Ieee<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr Bits kOne = 0x3FF0000000000000u;
   static constexpr double kRoundingShift = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kSplitter = 134217729.0;              // 2^27 + 1
   static constexpr double kExpLimit = 708.0;
   static constexpr double kLog2E = 1.44269504088896340736;
   static constexpr double kLn2High = 0.693145751953125;  // ln 2 in 17 bits
@@ -60,18 +58,6 @@ struct Double {
   V low;
 };
 
-// a b without rounding (Dekker 1971), in place of the fused multiply-add that not every CPU has.
-template <class V>
-PYDETOX_HD Double<V> exact_product(V a, V b) {
-  using T = typename Lanes<V>::Element;
-  const V a_scaled = a * Ieee<T>::kSplitter, b_scaled = b * Ieee<T>::kSplitter;
-  const V a_high = a_scaled - (a_scaled - a), b_high = b_scaled - (b_scaled - b);
-  const V a_low = a - a_high, b_low = b - b_high;
-  const V product = a * b;
-  const V lost = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
-  return {product, lost};
-}
-
 // exp(x) for -kExpLimit <= x <= 0: x = n ln 2 + r, a Taylor polynomial for exp(r), and n added to
 // the exponent.
 //
@@ -88,13 +74,17 @@ PYDETOX_HD Double<V> exp_of_negative(V x) {
   const V reduced = x - n * F::kLn2High;  // exact
   const V r = reduced - n * F::kLn2Low;
   const V r_lost = (reduced - r) - n * F::kLn2Low;
-  // exp(r) = 1 + r + r^2 (1/2! + r/3! + ...), summed without losing what rounding to 1 + ... loses.
-  V series = r * inverse_factorial<T>(F::kExpTerms) + inverse_factorial<T>(F::kExpTerms - 1);
+  // exp(r) = 1 + r + r^2 (1/2! + r/3! + ...), the bracket's even and odd powers side by side, all
+  // of it summed without losing what rounding to 1 + ... loses.
+  const V square = r * r;
+  V even = square * inverse_factorial<T>(F::kExpTerms - 1) + inverse_factorial<T>(F::kExpTerms - 3);
+  V odd = square * inverse_factorial<T>(F::kExpTerms) + inverse_factorial<T>(F::kExpTerms - 2);
   PYDETOX_UNROLL
-  for (int term = F::kExpTerms - 2; term >= 2; --term) {
-    series = series * r + inverse_factorial<T>(term);
+  for (int term = F::kExpTerms - 4; term >= 3; term -= 2) {
+    even = even * square + inverse_factorial<T>(term - 1);
+    odd = odd * square + inverse_factorial<T>(term);
   }
-  const V rest = r * r * series;
+  const V rest = square * (even + odd * r);
   const V one_and_r = static_cast<T>(1) + r;
   const V high = one_and_r + rest;
   const V low = (r - (one_and_r - static_cast<T>(1))) + (rest - (high - one_and_r)) + r_lost;
@@ -110,27 +100,23 @@ struct Sigmoid {
   V complement;
 };
 
-// tanh(w)/2 + 1/2 = 1 / (1 + exp(-2w)), to well under one ulp: with e = exp(-2|w|) the larger of s
-// and 1 - s is 1 / (1 + e), the smaller e / (1 + e), both corrected for what rounding e and 1 + e
-// lost.
+// tanh(w)/2 + 1/2 = 1 / (1 + exp(-2w)), to three quarters of an ulp: with e = exp(-2|w|) the larger
+// of s and 1 - s is q = 1 / (1 + e), the smaller t = e / (1 + e). Each is computed roughly and
+// corrected by its residual, 1 - q (1 + e) and e - t (1 + e), whose first differences 1 - q and e -
+// t are exact.
 template <class V>
 PYDETOX_HD Sigmoid<V> sigmoid_of_twice(V w) {
   using T = typename Lanes<V>::Element;
   const V zero = V{};
+  const V one = zero + static_cast<T>(1);
   const V lowest = zero - Ieee<T>::kExpLimit;
   V x = static_cast<T>(-2) * (w < zero ? -w : w);
   x = x < lowest ? lowest : x;  // written so that NaN stays
   const Double<V> e = exp_of_negative(x);
-  const V sum = static_cast<T>(1) + e.high;
-  const V lost = (e.high - (sum - static_cast<T>(1))) + e.low;
-  const V reciprocal = static_cast<T>(1) / sum;
-  const auto quotient = [&](V high, V low) {  // (high + low) / (sum + lost)
-    const V rough = high * reciprocal;
-    const Double<V> back = exact_product(rough, sum);
-    return rough + (((high - back.high) - back.low) + (low - rough * lost)) * reciprocal;
-  };
-  const V larger = quotient(zero + static_cast<T>(1), zero);
-  const V smaller = quotient(e.high, e.low);
+  const V q = one / (one + e.high);
+  const V t = q * e.high;
+  const V larger = q + q * (((one - q) - t) - q * e.low);
+  const V smaller = t + q * (((e.high - t) - t * e.high) + (e.low - t * e.low));
   return {w < zero ? smaller : larger, w < zero ? larger : smaller};
 }
 

@@ -41,7 +41,7 @@ const StampKernels& stamp_kernels() {
 }
 
 StampTiling stamp_tiling(const StampShape& shape, DType compute_dtype, int64_t threads) {
-  constexpr int64_t kTileBytes = 128 * 1024;
+  constexpr int64_t kTileBytes = 256 * 1024;
   constexpr int64_t kLeastPixels = 16, kMostPixels = 1024, kItemsPerThread = 4;
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
 

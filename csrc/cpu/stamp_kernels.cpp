@@ -174,8 +174,7 @@ class TriggerTile {
   Scratch<T> mask_, keep_, pattern_, pattern_complement_, add_;
 };
 
-// ---- forward
-// ---------------------------------------------------------------------------------------
+// ---- forward ----
 
 // y[i] = clip_and_normalize(keep[i] * x[i] + add[i]) for one stretch of the output.
 template <class T, class Out>
@@ -232,13 +231,14 @@ void forward_items(const StampForwardParams& p, const StampTiling& tiling, int64
   if (streamed) fence();
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------
+// ---- backward ----
 
-// Adds one stretch's terms to the running sums of its chunk.
+// Adds one stretch's terms to the running sums of its chunk, and asks for the stretch that comes
+// next: stretches lie far apart, and the hardware's own prefetching starts anew with each.
 template <class T, class In>
 void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, const In* gradient,
-                    T inverse_std, T* mask_sum, T* pattern_sum, int64_t count) {
+                    const In* next_gradient, T inverse_std, T* mask_sum, T* pattern_sum,
+                    int64_t count) {
   constexpr int N = kLanes<T>;
   const auto step = [&](auto lanes, int64_t i) {
     constexpr int n = decltype(lanes)::value;
@@ -251,16 +251,54 @@ void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, c
     store(pattern_sum + i, load<V>(pattern_sum + i) + g);
   };
   int64_t i = 0;
-  for (; i + N <= count; i += N) step(Width<N>{}, i);
+  for (; i + N <= count; i += N) {
+    __builtin_prefetch(next_gradient + i);
+    step(Width<N>{}, i);
+  }
   for (; i < count; ++i) step(Width<1>{}, i);
 }
 
-// Adds a chunk's sums to the totals and clears them for the next chunk.
+// Sums over the images, for one trigger on one tile: in T inside a chunk, in double over the
+// chunks.
 template <class T>
-void flush_chunk(T* sums, double* totals, int64_t count) {
+class ChunkedSums {
+ public:
+  explicit ChunkedSums(int64_t capacity) : chunk_(capacity), total_(capacity) {}
+  void clear(int64_t count) {
+    memset(chunk_.get(), 0, count * sizeof(T));
+    memset(total_.get(), 0, count * sizeof(double));
+  }
+  void end_chunk(int64_t count) {
+    T* __restrict chunk = chunk_.get();
+    double* __restrict total = total_.get();
+    for (int64_t i = 0; i < count; ++i) {
+      total[i] += static_cast<double>(chunk[i]);
+      chunk[i] = 0;
+    }
+  }
+  T* chunk() const { return chunk_.get(); }
+  const double* total() const { return total_.get(); }
+
+ private:
+  Scratch<T> chunk_;
+  Scratch<double> total_;
+};
+
+template <class T>
+void finish_mask(const double* __restrict sum, const T* __restrict mask, const T* __restrict keep,
+                 T* __restrict gradient, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    totals[i] += static_cast<double>(sums[i]);
-    sums[i] = 0;
+    gradient[i] = mask_logit_gradient(sum[i], Sigmoid<T>{mask[i], keep[i]});
+  }
+}
+
+template <class T>
+void finish_pattern(const double* __restrict sum, double inverse_std, const T* __restrict mask,
+                    const T* __restrict keep, const T* __restrict pattern,
+                    const T* __restrict complement, T* __restrict gradient, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    gradient[i] = pattern_logit_gradient(sum[i], inverse_std, Sigmoid<T>{mask[i], keep[i]},
+                                         Sigmoid<T>{pattern[i], complement[i]});
   }
 }
 
@@ -270,68 +308,63 @@ void backward_items(const StampBackwardParams& p, const StampTiling& tiling, int
   const StampShape& shape = p.shape;
   const int64_t channels = shape.channels;
   const int64_t tile_pixels = tiling.tile_groups * tiling.tile_inner;
+  const auto* upstream = static_cast<const In*>(p.gradient);
   Scratch<T> pixels(shape.images * channels * tile_pixels);
   TriggerTile<T> trigger(shape, tile_pixels);
-  Scratch<T> mask_sum(tile_pixels), pattern_sum(tile_pixels * channels);
-  Scratch<double> mask_total(tile_pixels), pattern_total(tile_pixels * channels);
+  ChunkedSums<T> mask_sum(tile_pixels), pattern_sum(tile_pixels * channels);
+  Scratch<T> mask_gradient(tile_pixels), pattern_gradient(tile_pixels * channels);
   for (int64_t item = begin; item < end; ++item) {
     const Tile tile(shape, tiling, item);
     load_images(shape, tile, p.images, p.image_dtype, pixels.get());
     for (int64_t k = tile.trigger; k < tile.trigger + tile.triggers; ++k) {
       trigger.compute(shape, tile, static_cast<const T*>(p.mask_logits),
                       static_cast<const T*>(p.pattern_logits), k);
-      memset(mask_sum.get(), 0, tile.pixels() * sizeof(T));
-      memset(pattern_sum.get(), 0, tile.pixels() * channels * sizeof(T));
-      memset(mask_total.get(), 0, tile.pixels() * sizeof(double));
-      memset(pattern_total.get(), 0, tile.pixels() * channels * sizeof(double));
+      mask_sum.clear(tile.pixels());
+      pattern_sum.clear(tile.pixels() * channels);
 
       const T* x = pixels.get();
       for (int64_t b = 0; b < shape.images; ++b) {
         for (int64_t g = 0; g < tile.groups; ++g) {
+          const In* gradient = upstream + shape.output_offset(k, b, tile.group + g, 0, tile.inner);
           for (int64_t c = 0; c < channels; ++c, x += tile.width) {
-            const In* gradient = static_cast<const In*>(p.gradient) +
-                                 shape.output_offset(k, b, tile.group + g, c, tile.inner);
-            accumulate_run(trigger.keep(tile, g), trigger.add(tile, g, c),
-                           trigger.pattern(tile, g, c), x, gradient,
-                           static_cast<T>(p.normalization.inverse_std[c]),
-                           mask_sum.get() + g * tile.width,
-                           pattern_sum.get() + (g * channels + c) * tile.width, tile.width);
+            const In* next = gradient + shape.inner();
+            if (c + 1 == channels && g + 1 == tile.groups && b + 1 < shape.images) {
+              next = upstream + shape.output_offset(k, b + 1, tile.group, 0, tile.inner);
+            }
+            const int64_t plane = (g * channels + c) * tile.width;
+            accumulate_run(
+                trigger.keep(tile, g), trigger.add(tile, g, c), trigger.pattern(tile, g, c), x,
+                gradient, next, static_cast<T>(p.normalization.inverse_std[c]),
+                mask_sum.chunk() + g * tile.width, pattern_sum.chunk() + plane, tile.width);
+            gradient = next;
           }
         }
         if ((b + 1) % kBatchChunk == 0 || b + 1 == shape.images) {
-          flush_chunk(mask_sum.get(), mask_total.get(), tile.pixels());
-          flush_chunk(pattern_sum.get(), pattern_total.get(), tile.pixels() * channels);
+          mask_sum.end_chunk(tile.pixels());
+          pattern_sum.end_chunk(tile.pixels() * channels);
         }
       }
 
-      // The sums' buffers take the finished gradients, still in tile order.
       for (int64_t g = 0; g < tile.groups; ++g) {
-        for (int64_t i = 0; i < tile.width; ++i) {
-          const int64_t at = g * tile.width + i;
-          const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
-          mask_sum.get()[at] = mask_logit_gradient(mask_total.get()[at], mask);
-        }
+        finish_mask(mask_sum.total() + g * tile.width, trigger.mask(tile, g), trigger.keep(tile, g),
+                    mask_gradient.get() + g * tile.width, tile.width);
         for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t i = 0; i < tile.width; ++i) {
-            const int64_t at = (g * channels + c) * tile.width + i;
-            const Sigmoid<T> mask{trigger.mask(tile, g)[i], trigger.keep(tile, g)[i]};
-            const Sigmoid<T> pattern{trigger.pattern(tile, g, c)[i],
-                                     trigger.pattern_complement(tile, g, c)[i]};
-            pattern_sum.get()[at] = pattern_logit_gradient(
-                pattern_total.get()[at], p.normalization.inverse_std[c], mask, pattern);
-          }
+          const int64_t plane = (g * channels + c) * tile.width;
+          finish_pattern(pattern_sum.total() + plane, p.normalization.inverse_std[c],
+                         trigger.mask(tile, g), trigger.keep(tile, g), trigger.pattern(tile, g, c),
+                         trigger.pattern_complement(tile, g, c), pattern_gradient.get() + plane,
+                         tile.width);
         }
       }
-      scatter(shape, tile, mask_sum.get(), 1,
+      scatter(shape, tile, mask_gradient.get(), 1,
               static_cast<T*>(p.mask_logits_gradient) + k * shape.pixels());
-      scatter(shape, tile, pattern_sum.get(), channels,
+      scatter(shape, tile, pattern_gradient.get(), channels,
               static_cast<T*>(p.pattern_logits_gradient) + k * channels * shape.pixels());
     }
   }
 }
 
-// ---- dtypes
-// ----------------------------------------------------------------------------------------
+// ---- dtypes ----
 
 void forward(const StampForwardParams& p, const StampTiling& tiling, int64_t begin, int64_t end) {
   if (p.compute_dtype == DType::kFloat64)
