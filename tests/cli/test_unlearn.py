@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pydetox import workflow
+from pydetox.checkpoints import load_checkpoint
+from pydetox.cli.inputs import read_calibration
+
+from .conftest import FAST, FAST_REFERENCES, Run, error_line
+
+QUICK = (*FAST, "--vector-steps", "2")
+
+
+@pytest.fixture
+def verdicts(
+    monkeypatch: pytest.MonkeyPatch, says_clean: Path, says_backdoored: Path
+) -> Callable[..., None]:
+    """`verdicts("backdoored", "clean")`: what the next scans find, by what they compare with."""
+    real = workflow.detect
+    references = {
+        "clean": read_calibration(says_clean),
+        "backdoored": read_calibration(says_backdoored),
+        "inconclusive": None,
+    }
+
+    def set_up(*names: str) -> None:
+        coming = iter(names)
+
+        def detect(sizes: Any, _: Any, **options: Any) -> Any:
+            return real(sizes, references[next(coming)], **options)
+
+        monkeypatch.setattr(workflow, "detect", detect)
+
+    return set_up
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = load_checkpoint(first).state_dict, load_checkpoint(second).state_dict
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+class TestUnknownTrigger:
+    def test_a_clean_model_is_left_alone(
+        self, run: Run, folder: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "repaired"
+        args = (*images, *QUICK, "--calibration", says_clean, "--output", output)
+        result = run("unlearn", folder / "suspect", *args, "--format", "json")
+        assert result.exit_code == 0
+        content = json.loads(result.stdout)
+        assert content["schema"] == "pydetox.unlearn/1"
+        assert content["verdict"] == "clean"
+        assert content["rounds"] == []
+        assert content["path"] is None
+        assert not output.exists()
+
+    def test_repaired_is_0(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        verdicts: Callable[..., None],
+        says_backdoored: Path,
+        tmp_path: Path,
+    ) -> None:
+        verdicts("backdoored", "clean")
+        output, report = tmp_path / "deep" / "repaired", tmp_path / "report.html"
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--calibration", says_backdoored),
+            *("--output", output, "--report", report, "--format", "json"),
+        )
+        assert result.exit_code == 0, result.stderr
+        content = json.loads(result.stdout)
+        assert content["repaired"] is True
+        assert [scan["verdict"] for scan in content["scans"]] == ["backdoored", "clean"]
+        assert content["rounds"][0]["target_name"] == content["scans"][0]["target"]
+        assert content["path"] == str(output)
+        assert [row["name"] for row in content["evaluation"]] == ["before", "after"]
+
+        repaired = load_checkpoint(output)
+        told = repaired.provenance
+        assert told is not None
+        assert told.source_sha256 == content["sha256"]
+        assert told.source_sha256 == load_checkpoint(folder / "suspect").sha256
+        assert told.scaling_coefficient == content["rounds"][0]["alpha"]
+        assert told.method == "TBAR, unknown trigger, forget vector"
+        assert told.extra["verdict_after"] == "clean"
+        page = report.read_text()
+        assert page.count("data:image/png;base64,") == 6
+        assert "before" in page
+
+    @pytest.mark.parametrize(
+        ("found", "code"),
+        [
+            (("backdoored", "backdoored"), 1),
+            (("backdoored", "inconclusive"), 2),
+            (("inconclusive",), 2),
+        ],
+    )
+    def test_not_repaired(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        verdicts: Callable[..., None],
+        says_backdoored: Path,
+        tmp_path: Path,
+        found: tuple[str, ...],
+        code: int,
+    ) -> None:
+        verdicts(*found)
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--calibration", says_backdoored),
+            *("--output", tmp_path / "repaired", "--max-rounds", "1"),
+        )
+        assert result.exit_code == code, result.stderr
+        assert (tmp_path / "repaired").exists() == (len(found) > 1)
+        assert result.stdout.startswith("pydetox unlearn\n")
+
+    def test_with_a_base(self, run: Run, folder: Path, images: tuple, tmp_path: Path) -> None:
+        result = run(
+            *("unlearn", folder / "base", *images, *QUICK, *FAST_REFERENCES),
+            *("--base", folder / "base", "--output", tmp_path / "repaired", "--format", "json"),
+        )
+        content = json.loads(result.stdout)
+        assert content["calibration"]["models"][0] == str(folder / "base")
+        assert list(content["seconds"])[:2] == ["read", "calibrate"]
+
+    def test_needs_something_to_compare_with(
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        result = run("unlearn", folder / "suspect", *images, "--output", tmp_path / "x")
+        assert result.exit_code == 4
+        assert "--base" in error_line(result)
+
+
+class TestDirect:
+    @pytest.fixture
+    def trigger(self, tmp_path: Path) -> Path:
+        """A white patch, in a file without metadata."""
+        mask, pattern = torch.zeros(1, 16, 16), torch.ones(1, 3, 16, 16)
+        mask[:, :4, :4] = 1
+        save_file({"mask": mask, "pattern": pattern}, tmp_path / "patch.safetensors")
+        return tmp_path / "patch.safetensors"
+
+    def test_known_trigger(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        says_clean: Path,
+        trigger: Path,
+        tmp_path: Path,
+    ) -> None:
+        output = tmp_path / "repaired"
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--calibration", says_clean),
+            *("--trigger", trigger, "--target", "dog", "--output", output, "--format", "json"),
+        )
+        assert result.exit_code == 0, result.stderr
+        content = json.loads(result.stdout)
+        assert content["rounds"][0]["target_name"] == "dog"
+        assert content["rounds"][0]["alpha_search"]["asr_kind"] == "known"
+        assert content["evaluation"][0]["n_attack"] == 16
+        assert load_checkpoint(output).provenance.method == "TBAR, known trigger, forget vector"
+
+    def test_known_trigger_without_calibration_has_no_verdict(
+        self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "repaired"
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--trigger", trigger),
+            *("--target", "dog", "--output", output),
+        )
+        assert result.exit_code == 2
+        assert "inconclusive" in result.stdout
+        assert output.exists()
+
+    def test_target_of_a_trigger_must_be_known(
+        self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
+    ) -> None:
+        args = (*images, *QUICK, "--trigger", trigger, "--output", tmp_path / "x")
+        assert "name one (--target)" in error_line(run("unlearn", folder / "suspect", *args))
+        result = run("unlearn", folder / "suspect", *args, "--target", "unicorn")
+        assert "'unicorn' is not in images" in error_line(result)
+
+    @pytest.mark.parametrize("vector", ["paired", "strengthen"])
+    def test_forced_target(
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path, vector: str
+    ) -> None:
+        output = tmp_path / "repaired"
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--force-target", "cow"),
+            *("--output", output, "--vector", vector, "--format", "json"),
+        )
+        assert result.exit_code == 2  # there is nothing to compare the sizes with
+        content = json.loads(result.stdout)
+        assert content["rounds"][0]["target_name"] == "cow"
+        assert content["rounds"][0]["alpha_search"]["asr_kind"] == "recovered"
+        alpha = content["rounds"][0]["alpha"]
+        assert same_weights(output, folder / "suspect") == (alpha == 0)
+        assert (
+            load_checkpoint(output).provenance.method == f"TBAR, unknown trigger, {vector} vector"
+        )
+
+    def test_excluding_options(
+        self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
+    ) -> None:
+        args = (*images, "--output", tmp_path / "x")
+        both = ("--trigger", trigger, "--force-target", "cow")
+        assert run("unlearn", folder / "suspect", *args, *both).exit_code == 4
