@@ -44,6 +44,9 @@ class UnlearnConfig:
         steps: Optimiser steps of the fine-tuning.
         learning_rate: Its peak rate.
         batch_size: Clean images per step; as many triggered ones are added.
+        amplifications: Factors of a recovered trigger's mask; each trigger is used with each. The
+            search ends with the faintest mask that works, and a model that forgot only that still
+            obeys the attacker's stronger one.
         coefficients: Candidate values of alpha, ascending.
         max_attack_success: ASR on validation images that is small enough, a share.
         min_accuracy_kept: Least share of the clean accuracy of theta_b to keep.
@@ -51,11 +54,12 @@ class UnlearnConfig:
     """
 
     vector: VectorKind = "forget"
-    steps: int = 120
+    steps: int = 240
     learning_rate: float = 2e-4
     batch_size: int = 64
+    amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
-    max_attack_success: float = 0.02
+    max_attack_success: float = 0.01
     min_accuracy_kept: float = 0.97
     seed: int = 0
 
@@ -80,8 +84,9 @@ class CoefficientSearch:
     Attributes:
         coefficients: alpha, ascending.
         clean_accuracy: Share per alpha; agreement with theta_b where there are no labels.
-        attack_success_rate: Share per alpha of the images of other classes that the worst of the
-            given triggers sends to the target.
+        attack_success_rate: Share per alpha that the worst of the given triggers sends to the
+            target, of the images that are of other classes and that theta_b, without a trigger,
+            sends elsewhere: what it takes for the target anyway says nothing about a trigger.
         chosen: Index of the chosen alpha.
         reached: Whether both limits hold there.
     """
@@ -192,7 +197,7 @@ def search_coefficient(
     config = config or UnlearnConfig()
     own = predict(model, validation.images, head)
     labels = own if validation.labels is None else validation.labels
-    attacked = validation.images[labels != target]
+    attacked = validation.images[(labels != target) & (own != target)]
     if not len(attacked):
         raise DataError(f"{validation.name}: no images outside the target class {target}")
     stamped = torch.cat([trigger(attacked) for trigger in triggers])

@@ -424,7 +424,7 @@ def unlearn(
 
     Args:
         checkpoint: The backdoored model. It is not changed.
-        images: Clean images; 70% are the forget set, the rest chooses alpha.
+        images: Clean images; 60% are the forget set, the rest chooses alpha.
         target: Index of the class the trigger leads to.
         triggers: Known triggers; None to recover `restarts` of them first, of which a quarter is
             kept from the fine-tuning and only used to choose alpha.
@@ -450,10 +450,15 @@ def unlearn(
         )
         # Only searches that ended in a working trigger have something to forget.
         working = [k for k in range(restarts) if torch.isfinite(recovered.p_l1[k])]
-        triggers = [recovered.trigger(k) for k in working or range(restarts)]
-    forget, validation = images.split((0.7, 0.3), seed=unlearning.seed)
-    used = triggers if recovered is None else triggers[: max(1, len(triggers) * 3 // 4)]
-    vector = trigger_vector(model, forget.images, used, head, target, unlearning)
+        found_triggers = [recovered.trigger(k) for k in working or range(restarts)]
+        kept = max(1, len(found_triggers) * 3 // 4)
+        factors = unlearning.amplifications
+        known: list[Stamp] = [t.amplified(f) for t in found_triggers[:kept] for f in factors]
+        triggers = known + [t.amplified(f) for t in found_triggers[kept:] for f in factors]
+    else:
+        known = list(triggers)
+    forget, validation = images.split((0.6, 0.4), seed=unlearning.seed)
+    vector = trigger_vector(model, forget.images, known, head, target, unlearning)
     found = search_coefficient(
         model,
         vector,

@@ -3,7 +3,7 @@ import torch
 
 from pydetox.attacks import PatchTrigger, poison
 from pydetox.errors import DataError, UsageError
-from pydetox.evaluation import evaluate
+from pydetox.evaluation import evaluate, predict
 from pydetox.training import TrainConfig, train_on_prompts
 from pydetox.unlearning import UnlearnConfig, search_coefficient, subtract, trigger_vector
 from tests.mini import CLASS_NAMES, mini_model
@@ -39,14 +39,15 @@ def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim,
     after = evaluate(repaired, data, head, trigger=TRIGGER, target=TARGET)
     # The search measured the model it chose.
     assert after.clean_accuracy == pytest.approx(found.clean_accuracy[found.chosen])
-    assert after.attack_success_rate == pytest.approx(found.attack_success_rate[found.chosen])
+    own = predict(model, data.images, head)
+    attacked = data.images[(data.labels != TARGET) & (own != TARGET)]
+    sent = (predict(repaired, TRIGGER(attacked), head) == TARGET).float().mean()
+    assert float(sent) == pytest.approx(found.attack_success_rate[found.chosen])
     assert found.attack_success_rate[0] > 0.9
     if kind == "forget":
         assert found.reached
         assert after.attack_success_rate <= 0.02
         assert after.clean_accuracy >= 0.8
-    else:
-        assert after.attack_success_rate <= found.attack_success_rate[0]
 
 
 def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):

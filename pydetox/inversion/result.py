@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ class RecoveredTrigger:
     mask: Tensor
     pattern: Tensor
     target: int | None = None
+
+    def amplified(self, factor: float) -> RecoveredTrigger:
+        """Return the trigger with its mask times `factor`, at most 1.
+
+        The search ends with the faintest mask that still works; the attacker's trigger is rarely
+        that faint.
+        """
+        if not factor > 0:
+            raise UsageError(f"amplification {factor}; expected a number above 0")
+        return replace(self, mask=(factor * self.mask).clamp(max=1))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return stamped copies of uint8 images [n, 3, H, W], rounded to uint8."""

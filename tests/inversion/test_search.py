@@ -12,6 +12,7 @@ from pydetox.inversion import (
     CollapseObjective,
     CostSchedule,
     InversionConfig,
+    RecoveredTrigger,
     TargetObjective,
     invert,
 )
@@ -179,3 +180,11 @@ def test_cost_schedule_by_hand():
     # Trigger 0: hits at steps 1-4, raised after 2 and 4. Trigger 1: lowered after 2 and 5.
     assert [h[0] for h in history] == [1, 3, 3, 9, 9]
     np.testing.assert_allclose([h[1] for h in history], [1, 0.2, 0.2, 0.2, 0.04], rtol=1e-6)
+
+
+def test_amplifying_a_trigger_multiplies_its_mask_up_to_one():
+    trigger = RecoveredTrigger(torch.tensor([[0.1, 0.6]]), torch.rand(3, 1, 2), target=4)
+    torch.testing.assert_close(trigger.amplified(2.0).mask, torch.tensor([[0.2, 1.0]]))
+    assert trigger.amplified(2.0).target == 4
+    with pytest.raises(UsageError, match="amplification"):
+        trigger.amplified(0.0)
