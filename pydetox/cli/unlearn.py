@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--vector-steps",
     type=options.COUNT,
-    default=120,
+    default=240,
     metavar="N",
     help="Steps of the fine-tuning that makes the trigger vector.",
 )
