@@ -46,7 +46,8 @@ class TestVerdicts:
         assert content["calibration"] is None
 
     def test_label_free(self, run: Run, folder: Path, images: tuple) -> None:
-        args = (*images, *FAST, *FAST_REFERENCES, "--objective", "label-free", "--format", "json")
+        args = (*images, *FAST, *FAST_REFERENCES, "--batch-size", "4")
+        args = (*args, "--objective", "label-free", "--format", "json")
         result = run("scan", folder / "suspect", *args, "--base", folder / "base")
         content = parse(result.stdout)
         (found,) = content["results"]
