@@ -121,6 +121,24 @@ def atomic_directory(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class _RehearsalOverError(Exception):
+    """Ends a rehearsal before the rename."""
+
+
+def rehearse_directory(
+    path: str | os.PathLike[str], *, overwrite: bool, replaceable: Collection[str]
+) -> None:
+    """Do what `atomic_directory` does up to the rename, and clean up: before work is invested.
+
+    Raises what `atomic_directory` raises.
+    """
+    try:
+        with atomic_directory(path, overwrite=overwrite, replaceable=replaceable):
+            raise _RehearsalOverError
+    except _RehearsalOverError:
+        pass
+
+
 def _translate(error: OSError, path: str | os.PathLike[str], temporary: Path) -> NoReturn:
     # The block inside may also fail to *read* something else: that error names another file and is
     # left alone.

@@ -8,15 +8,17 @@ scans the repaired model again.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from .checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+from .atomic import rehearse_directory
+from .checkpoints import CHECKPOINT_FILES, Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
 from .detection import FINDINGS, Calibration, Detection, Verdict, detect
 from .errors import DataError, UsageError
@@ -87,10 +89,16 @@ class ScanConfig:
                 "0 < p_backdoored <= p_suspicious < 1"
             )
 
-    def calibration_key(self, class_names: Sequence[str] | None) -> str:
-        """Return what two scans must share for their sizes to be comparable."""
+    def calibration_key(
+        self, class_names: Sequence[str] | None, model_config: Mapping[str, Any]
+    ) -> str:
+        """Return what two scans must share for their sizes to be comparable, as one line.
+
+        class_names: None in a label-free scan. model_config: open_clip's ``model_cfg``.
+        """
         search = {k: v for k, v in asdict(self.inversion).items() if k not in ("seed", "max_batch")}
-        content = [self.objective, search, self.restarts, list(class_names or [])]
+        classes = list(class_names or [])
+        content = [self.objective, search, self.restarts, classes, dict(model_config)]
         return json.dumps(content, sort_keys=True)
 
 
@@ -315,7 +323,8 @@ def calibrate(
         )
         rows.append(_sizes(one, config))
         names.append(model.name if k == 0 else f"{model.name}, fine-tuned {k}")
-    return Calibration(tuple(rows), config.calibration_key(_classes(images, config)), tuple(names))
+    key = config.calibration_key(_classes(images, config), model.model_config)
+    return Calibration(tuple(rows), key, tuple(names))
 
 
 def scan(
@@ -343,7 +352,7 @@ def scan(
         description: Shown with the progress bar.
 
     Raises:
-        UsageError: The calibration was made with another search or other classes.
+        UsageError: The calibration was made with another search, architecture or other classes.
         DataError: Images that do not fit, or no class names in a targeted scan.
         CheckpointError: See `load_checkpoint`.
     """
@@ -352,7 +361,7 @@ def scan(
     classes = _classes(images, config)
     if calibration is None and base is not None:
         calibration = calibrate(base, images, templates=templates, config=config)
-    key = config.calibration_key(classes)
+    key = config.calibration_key(classes, model.model_config)
     if calibration is not None and calibration.key != key:
         raise UsageError(
             f"the calibration was made with {calibration.key}; this scan has {key}: "
@@ -424,10 +433,10 @@ def unlearn(
 
     Args:
         checkpoint: The backdoored model. It is not changed.
-        images: Clean images; 60% are the forget set, the rest chooses alpha.
+        images: Clean images; 60% are the forget set, all of them choose alpha.
         target: Index of the class the trigger leads to.
         triggers: Known triggers; None to recover `restarts` of them first, of which a quarter is
-            kept from the fine-tuning and only used to choose alpha.
+            kept from the fine-tuning and used to choose alpha.
         restarts: See triggers.
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
@@ -454,15 +463,16 @@ def unlearn(
         kept = max(1, len(found_triggers) * 3 // 4)
         factors = unlearning.amplifications
         known: list[Stamp] = [t.amplified(f) for t in found_triggers[:kept] for f in factors]
-        triggers = known + [t.amplified(f) for t in found_triggers[kept:] for f in factors]
+        # The rest judges: triggers that the fine-tuning has not seen.
+        triggers = [t.amplified(f) for t in found_triggers[kept:] for f in factors] or known
     else:
         known = list(triggers)
-    forget, validation = images.split((0.6, 0.4), seed=unlearning.seed)
+    forget, _ = images.split((0.6, 0.4), seed=unlearning.seed)
     vector = trigger_vector(model, forget.images, known, head, target, unlearning)
     found = search_coefficient(
         model,
         vector,
-        validation,
+        images,
         triggers,
         head,
         target,
@@ -518,6 +528,8 @@ def detox(
         seconds[step] = seconds.get(step, 0.0) + now - clock
         clock = now
 
+    if output is not None:
+        rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     model, sha256 = as_model(checkpoint, architecture=architecture)
     lap("read")
     if calibration is None and base is not None:
@@ -591,9 +603,10 @@ def _save(
         {} if e is None else {"clean_accuracy": e.clean_accuracy}
         for e in (evaluation_before, evaluation_after)
     ]
-    metrics[0]["p_l1"] = before.detection.smallest_p_l1
-    if after is not None:
-        metrics[1]["p_l1"] = after.detection.smallest_p_l1
+    # A search that found nothing has an infinite size, which JSON cannot hold.
+    for metric, one in zip(metrics, (before, after), strict=True):
+        if one is not None and math.isfinite(one.detection.smallest_p_l1):
+            metric["p_l1"] = one.detection.smallest_p_l1
     provenance = Provenance(
         method=f"TBAR, unknown trigger, {unlearning.vector} vector",
         source_name=before.name,

@@ -18,9 +18,10 @@ from pydetox.checkpoints.architecture import (
 from pydetox.checkpoints.loading import Checkpoint, load_checkpoint
 from pydetox.checkpoints.naming import CheckpointReference, parse_reference
 from pydetox.checkpoints.provenance import Provenance
-from pydetox.checkpoints.writing import save_checkpoint, save_weights
+from pydetox.checkpoints.writing import CHECKPOINT_FILES, save_checkpoint, save_weights
 
 __all__ = [
+    "CHECKPOINT_FILES",
     "Checkpoint",
     "CheckpointReference",
     "Provenance",

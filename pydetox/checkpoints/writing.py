@@ -30,6 +30,10 @@ WEIGHTS_NAME = WEIGHT_NAMES[0]
 CARD_NAME = "README.md"
 
 
+#: What the folder of a checkpoint holds; only such a folder is ever replaced.
+CHECKPOINT_FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
+
+
 def save_checkpoint(
     directory: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor],
@@ -77,8 +81,7 @@ def save_checkpoint(
     metadata = {"format": "pt", METADATA_KEY: provenance.to_json()}
     target = Path(directory)
     card = model_card(target.resolve().name, provenance, model_config)
-    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
-    with atomic_directory(target, overwrite=overwrite, replaceable=names) as folder:
+    with atomic_directory(target, overwrite=overwrite, replaceable=CHECKPOINT_FILES) as folder:
         (folder / CONFIG_NAME).write_text(f"{config_text}\n", encoding="utf-8")
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         with (folder / WEIGHTS_NAME).open("wb") as file:

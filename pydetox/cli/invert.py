@@ -74,18 +74,18 @@ def command(
 
     Exit code: 0 if at least one search found a working trigger, 2 otherwise.
     """
-    from ..atomic import atomic_directory
+    from ..atomic import atomic_directory, rehearse_directory
     from ..errors import UsageError
     from ..inversion import InversionConfig
     from .inputs import Inputs
-    from .outputs import check_directory, emit
+    from .outputs import emit
     from .summaries import card
 
     if objective == "label-free" and targets:
         raise UsageError("--target and --objective label-free exclude each other")
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
-    check_directory(output, overwrite=overwrite, replaceable=replaceable)
+    rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
     loaded = inputs.read_model(checkpoint)
     images = inputs.read_images(loaded.model)
     search = InversionConfig(
@@ -201,5 +201,5 @@ def _own_names(folder: Path) -> set[str]:
     try:
         names = [entry.name for entry in folder.iterdir()]
     except OSError:
-        return set()  # not there, or unusable: `check_directory` says so
+        return set()  # not there, or unusable: `rehearse_directory` says so
     return {name for name in names if name == _TRIGGERS_NAME or _PICTURE_NAME.fullmatch(name)}

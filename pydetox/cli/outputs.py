@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..atomic import atomic_directory, atomic_file, write_file
+from ..atomic import atomic_file, write_file
 from ..errors import OutputError, UsageError
 from ..reporting import print_text, render_text, to_json
 
@@ -38,15 +38,6 @@ def check_files(**paths: Path | None) -> None:
                 raise _RehearsalOverError
         except _RehearsalOverError:
             pass
-
-
-def check_directory(path: Path, *, overwrite: bool, replaceable: Collection[str]) -> None:
-    """Rehearse writing a folder; raises what `atomic_directory` raises."""
-    try:
-        with atomic_directory(path, overwrite=overwrite, replaceable=replaceable):
-            raise _RehearsalOverError
-    except _RehearsalOverError:
-        pass
 
 
 @contextlib.contextmanager

@@ -115,13 +115,14 @@ def command(
     Exit code: 0 if the model was clean, or is clean now; 1 if the re-scan is still not clean; 2 for
     an error or if there is no verdict.
     """
-    from ..checkpoints import parse_reference
+    from ..atomic import rehearse_directory
+    from ..checkpoints import CHECKPOINT_FILES, parse_reference
     from ..errors import UsageError
     from ..reporting import write_detox_report
     from ..unlearning import UnlearnConfig
     from ..workflow import detox
     from .inputs import Inputs, find_calibration, require_class_names, scan_config
-    from .outputs import check_directory, check_files, emit
+    from .outputs import check_files, emit
     from .summaries import unlearn_report
 
     if trigger is not None and force_target is not None:
@@ -143,7 +144,7 @@ def command(
         seed=given["seed"],
     )
     inputs = Inputs.of(given)
-    check_directory(output, overwrite=overwrite, replaceable=_checkpoint_names())
+    rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     check_files(report=report)
 
     start = time.perf_counter()
@@ -184,13 +185,6 @@ def command(
         write_detox_report(report, {**text, "triggers": _pictures(result, images)})
     emit(document, text, format_)
     return code
-
-
-def _checkpoint_names() -> tuple[str, ...]:
-    from ..checkpoints.architecture import CONFIG_NAME
-    from ..checkpoints.writing import CARD_NAME, WEIGHTS_NAME
-
-    return (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
 
 
 def _known_trigger(

@@ -105,9 +105,8 @@ def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES
 
     config = ScanConfig(inversion=InversionConfig(steps=3, batch_size=1))
     row = (size,) * len(classes)
-    write_calibration(
-        path, Calibration((row, row), config.calibration_key(classes), ("one", "two"))
-    )
+    key = config.calibration_key(classes, TINY)
+    write_calibration(path, Calibration((row, row), key, ("one", "two")))
     return path
 
 
