@@ -44,7 +44,7 @@ help:
 setup: $(ready)
 
 demo: $(ready)
-	$(python) -m pydetox demo --output runs/demo --seed $(SEED)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED)
 
 test: $(ready)
 	$(python) -m pytest -rs --cov=pydetox --cov-report=term --cov-fail-under=90

@@ -1,0 +1,187 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pydetox
+from pydetox.attacks import PatchTrigger, poison
+from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.data import ImageSet
+from pydetox.detection import Verdict
+from pydetox.errors import DataError, OutputError, UsageError
+from pydetox.evaluation import evaluate
+from pydetox.inversion import InversionConfig
+from pydetox.reporting import to_json
+from pydetox.training import TrainConfig, train_on_prompts
+from pydetox.unlearning import UnlearnConfig
+from pydetox.workflow import ScanConfig, calibrate, detox, scan, unlearn
+from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
+from tests.test_training import TEMPLATES, coloured
+
+TARGET = 2
+TRIGGER = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
+CONFIG = ScanConfig(
+    inversion=InversionConfig(steps=80, batch_size=12),
+    reference_training=TrainConfig(epochs=5, learning_rate=1e-3),
+    references=3,
+)
+UNLEARNING = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """A base, a clean and a backdoored fine-tune of it, and images of the defender."""
+    data = coloured(60)
+    base = train_on_prompts(
+        mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
+    )
+    base.name = "base"
+    tuning = TrainConfig(epochs=60, learning_rate=2e-3, seed=1)
+    poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
+    victim = train_on_prompts(base, poisoned, TEMPLATES, tuning)
+    head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    planted = evaluate(victim, data, head, trigger=TRIGGER, target=TARGET)
+    assert planted.attack_success_rate > 0.9
+    path = save_checkpoint(
+        tmp_path_factory.mktemp("story") / "victim",
+        victim.storage_state_dict(),
+        model_config=MINI_CONFIG,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    calibration = calibrate(base, data, templates=TEMPLATES, config=CONFIG)
+    return base, path, data, calibration
+
+
+def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_path):
+    _, path, data, calibration = story
+    result = detox(
+        path,
+        data,
+        calibration=calibration,
+        output=tmp_path / "repaired",
+        templates=TEMPLATES,
+        config=CONFIG,
+        unlearning=UNLEARNING,
+    )
+    assert result.verdict is Verdict.BACKDOORED
+    assert result.before.target == TARGET
+    assert result.before.sha256 == load_checkpoint(path).sha256
+    repaired = load_checkpoint(result.path)
+    for name, value in result.model.clip.state_dict().items():
+        assert torch.equal(repaired.state_dict[name], value)
+    head = result.model.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    after = evaluate(result.model, data, head, trigger=TRIGGER, target=TARGET)
+    # 60 images of 16 pixels and a tower of one layer: tests/test_demo.py asserts the full strength.
+    assert after.attack_success_rate <= 0.6
+    assert repaired.provenance.source_sha256 == result.before.sha256
+    assert repaired.provenance.scaling_coefficient == result.rounds[-1].search.coefficient
+    document = json.loads(to_json(result.to_dict()))
+    assert document["repaired"] is result.repaired
+    assert document["rounds"][0]["target"] == TARGET
+    assert document["seconds"].keys() >= {"scan", "unlearn", "rescan", "write"}
+
+
+def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
+    base, _, data, calibration = story
+    result = detox(
+        base,
+        data,
+        calibration=calibration,
+        output=tmp_path / "never",
+        templates=TEMPLATES,
+        config=replace(CONFIG, seed=4),
+    )
+    assert result.verdict is Verdict.CLEAN
+    assert result.rounds == ()
+    assert result.after is None
+    assert result.path is None
+    assert not (tmp_path / "never").exists()
+    assert result.model is base
+
+
+def test_a_known_trigger_needs_no_scan(story):
+    _, path, data, _ = story
+    repaired, done = unlearn(
+        path, data, TARGET, triggers=[TRIGGER], templates=TEMPLATES, unlearning=UNLEARNING
+    )
+    head = repaired.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    after = evaluate(repaired, data, head, trigger=TRIGGER, target=TARGET)
+    assert done.triggers is None
+    assert after.attack_success_rate <= 0.05
+    with pytest.raises(UsageError, match="target class 9"):
+        unlearn(path, data, 9, triggers=[TRIGGER])
+
+
+def test_without_a_calibration_nothing_is_decided_or_changed(story):
+    _, path, data, _ = story
+    result = detox(path, data, templates=TEMPLATES, config=CONFIG)
+    assert result.verdict is Verdict.INCONCLUSIVE
+    assert result.rounds == ()
+
+
+def test_label_free_scans_need_neither_labels_nor_names(story):
+    base, _, data, _ = story
+    config = replace(
+        CONFIG,
+        objective="label-free",
+        restarts=2,
+        inversion=InversionConfig(steps=10, batch_size=8),
+    )
+    bare = ImageSet(data.images, None, None, "bare")
+    found = scan(base, bare, config=config)
+    assert found.class_names is None
+    assert found.target is None
+    assert len(found.inversion) == 2
+    assert len(found.detection.p_l1) == 1
+    named = scan(base, data, config=config, templates=TEMPLATES)
+    assert named.target in range(3)
+    with pytest.raises(DataError, match="class names"):
+        scan(base, bare)
+
+
+def test_calibrations_of_another_search_or_architecture_are_refused(story):
+    base, _, data, calibration = story
+    other = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
+    with pytest.raises(UsageError, match="calibration"):
+        scan(base, data, calibration=calibration, config=other)
+    assert CONFIG.calibration_key(("a",), {"embed_dim": 1}) != CONFIG.calibration_key(
+        ("a",), {"embed_dim": 2}
+    )
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError):
+        detox(tmp_path / "absent", mini_images(), output=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_same_seed_same_scan_and_references_without_labels(story):
+    base, path, data, _ = story
+    config = replace(CONFIG, references=2, inversion=InversionConfig(steps=5, batch_size=6))
+    bare = replace(data, labels=None)
+    one, two = (calibrate(base, bare, templates=TEMPLATES, config=config) for _ in range(2))
+    assert one == two
+    first, second = (scan(path, bare, templates=TEMPLATES, config=config) for _ in range(2))
+    assert torch.equal(first.inversion.mask_logits, second.inversion.mask_logits)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"objective": "x"}, {"restarts": 0}, {"references": 1}, {"p_backdoored": 0.2}],
+)
+def test_configurations_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UsageError):
+        ScanConfig(**wrong)
+
+
+def test_every_public_name_is_there():
+    for name in pydetox.__all__:
+        assert getattr(pydetox, name).__name__ == name
+    assert set(pydetox.__all__) <= set(dir(pydetox))
+    with pytest.raises(AttributeError):
+        _ = pydetox.nothing
+    assert not math.isnan(pydetox.build_info()["threads"])
