@@ -49,6 +49,9 @@ class UnlearnConfig:
             obeys the attacker's stronger one.
         coefficients: Candidate values of alpha, ascending.
         max_attack_success: ASR on validation images that is small enough, a share.
+        attacked_images: Images on which each trigger is tried for every alpha, at most.
+        safety_factor: The smallest alpha within the limits is raised by up to this factor while the
+            accuracy allows it: recovered triggers only estimate the attacker's.
         min_accuracy_kept: Least share of the clean accuracy of theta_b to keep.
         seed: Of the batches.
     """
@@ -60,6 +63,8 @@ class UnlearnConfig:
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
     max_attack_success: float = 0.01
+    attacked_images: int = 150
+    safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
     seed: int = 0
 
@@ -72,6 +77,11 @@ class UnlearnConfig:
             raise UsageError(
                 f"steps {self.steps}, batch_size {self.batch_size}, learning_rate "
                 f"{self.learning_rate}; expected all above 0"
+            )
+        if self.attacked_images < 1 or self.safety_factor < 1:
+            raise UsageError(
+                f"attacked_images {self.attacked_images}, safety_factor {self.safety_factor}; "
+                "expected at least 1 each"
             )
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
@@ -188,9 +198,9 @@ def search_coefficient(
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
-    Chosen is the smallest alpha with ASR <= max_attack_success and CA >= min_accuracy_kept of
-    accuracy_before (default: that of `model`; in a second round, that of the model of the first);
-    if there is none, the one with the least ASR among those that keep the accuracy.
+    Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
+    min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
+    model of the first); if there is none, the one with the least ASR among those that keep the accuracy.
     Without labels CA is the agreement with the model's own predictions.
     Raises DataError when all validation images belong to the target class.
     """
@@ -200,6 +210,7 @@ def search_coefficient(
     attacked = validation.images[(labels != target) & (own != target)]
     if not len(attacked):
         raise DataError(f"{validation.name}: no images outside the target class {target}")
+    attacked = attacked[: config.attacked_images]
     stamped = torch.cat([trigger(attacked) for trigger in triggers])
     accuracy, success = [], []
     for coefficient in config.coefficients:
@@ -214,7 +225,10 @@ def search_coefficient(
     floor = config.min_accuracy_kept * accuracy_before
     keeping = [k for k, value in enumerate(accuracy) if value >= floor]
     good = [k for k in keeping if success[k] <= config.max_attack_success]
-    chosen = good[0] if good else min(keeping or [0], key=lambda k: (success[k], k))
+    if good:
+        largest = config.safety_factor * config.coefficients[good[0]] + 1e-9
+        good = [k for k in good if config.coefficients[k] <= largest]
+    chosen = good[-1] if good else min(keeping or [0], key=lambda k: (success[k], k))
     return CoefficientSearch(
         config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good)
     )

@@ -436,7 +436,7 @@ def unlearn(
         images: Clean images; 60% are the forget set, all of them choose alpha.
         target: Index of the class the trigger leads to.
         triggers: Known triggers; None to recover `restarts` of them first, of which a quarter is
-            kept from the fine-tuning and used to choose alpha.
+            kept from the fine-tuning and only used to choose alpha.
         restarts: See triggers.
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
@@ -463,8 +463,8 @@ def unlearn(
         kept = max(1, len(found_triggers) * 3 // 4)
         factors = unlearning.amplifications
         known: list[Stamp] = [t.amplified(f) for t in found_triggers[:kept] for f in factors]
-        # The rest judges: triggers that the fine-tuning has not seen.
-        triggers = [t.amplified(f) for t in found_triggers[kept:] for f in factors] or known
+        # All of them judge, those that the fine-tuning has not seen among them: the worst counts.
+        triggers = known + [t.amplified(f) for t in found_triggers[kept:] for f in factors]
     else:
         known = list(triggers)
     forget, _ = images.split((0.6, 0.4), seed=unlearning.seed)

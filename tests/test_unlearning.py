@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim,
 
 def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
     model, head, data = victim
-    config = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8)
+    config = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8, safety_factor=1.0)
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
     found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
     floor = 0.8 * found.clean_accuracy[0]
@@ -64,6 +66,9 @@ def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
         if ca >= floor and asr <= config.max_attack_success
     ]
     assert found.coefficient == good[0]
+    safer = replace(config, safety_factor=1.5)
+    raised = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, safer)
+    assert raised.coefficient == max(a for a in good if a <= 1.5 * good[0] + 1e-9)
     # Out of reach: the accuracy is kept all the same, and the result says so.
     strict = UnlearnConfig(coefficients=(0.0, 0.1), max_attack_success=0.0)
     failed = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, strict)
@@ -103,6 +108,11 @@ def test_bad_input_is_refused(victim):
     only_target = data.subset(torch.nonzero(data.labels == TARGET).flatten())
     with pytest.raises(DataError, match="outside the target class"):
         search_coefficient(model, vector, only_target, [TRIGGER], head, TARGET)
-    for wrong in ({"vector": "sideways"}, {"steps": 0}, {"coefficients": (1.0, 0.5)}):
+    for wrong in (
+        {"vector": "sideways"},
+        {"steps": 0},
+        {"safety_factor": 0.5},
+        {"coefficients": (1.0, 0.5)},
+    ):
         with pytest.raises(UsageError):
             UnlearnConfig(**wrong)
