@@ -200,8 +200,8 @@ def search_coefficient(
 
     Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
     min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
-    model of the first); if there is none, the one with the least ASR among those that keep the accuracy.
-    Without labels CA is the agreement with the model's own predictions.
+    model of the first); if there is none, the one with the least ASR among those that keep the
+    accuracy. Without labels CA is the agreement with the model's own predictions.
     Raises DataError when all validation images belong to the target class.
     """
     config = config or UnlearnConfig()
