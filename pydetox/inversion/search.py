@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
+from ..models.frozen import PRECISIONS, freeze
 from ..ops import stamp_triggers
 from ..progress import Progress
 from .adam import Adam
 from .objectives import Objective
 from .result import InversionResult
 from .schedule import CostSchedule
+
+# Bytes that the activations of one pass through the tower may take.
+_ACTIVATIONS = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class InversionConfig:
         success_threshold: A trigger works when its success, smoothed over about three steps,
             reaches this.
         initial_mask: Centre of the initial mask logits; -2 is a mask of 1.8%.
-        max_batch: Stamped images that go through the tower at once; bounds memory.
+        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        max_batch: Stamped images that go through the tower at once, which bounds memory; None for
+            as many as 2 GiB of activations hold.
         check_images: Images for the check after the search.
         seed: Of initial triggers and the order of the images.
     """
@@ -45,15 +51,20 @@ class InversionConfig:
     schedule: CostSchedule = field(default_factory=CostSchedule)
     success_threshold: float = 0.97
     initial_mask: float = -2.0
-    max_batch: int = 512
+    precision: str = "float32"
+    max_batch: int | None = None
     check_images: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.max_batch < 1:
+        if min(self.steps, self.batch_size, 1 if self.max_batch is None else self.max_batch) < 1:
             raise UsageError(
                 f"steps {self.steps}, batch_size {self.batch_size}, max_batch {self.max_batch}; "
                 "expected at least 1 each"
+            )
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
             )
         if not 0 < self.success_threshold <= 1:
             raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
@@ -109,7 +120,9 @@ class InversionSearch:
         self._best_pattern = self._pattern.detach().clone()
         batch = min(config.batch_size, len(images))
         self._batches = _batches(rng, len(images), batch, config.steps).to(device)
-        self._chunks = _chunks(count, max(1, config.max_batch // batch))
+        self._tower = freeze(model, config.precision)
+        self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
+        self._chunks = _chunks(count, max(1, self._max_batch // batch))
         self._steps = 0
 
     def step(self) -> None:
@@ -143,15 +156,14 @@ class InversionSearch:
         )
         check = self._images[: self._config.check_images]
         success = []
-        with torch.no_grad():
-            for chunk in _chunks(len(mask), max(1, self._config.max_batch // len(check))):
-                embeddings = self._embed(check, mask[chunk], pattern[chunk])
-                if not bool(torch.isfinite(embeddings).all()):
-                    raise ArchitectureError(
-                        f"{self._model.name}: its embeddings are not finite; "
-                        "expected weights without NaN"
-                    )
-                success.append(self._objective(embeddings, chunk)[1])
+        for chunk in _chunks(len(mask), max(1, self._max_batch // len(check))):
+            embeddings = self._embed_in_parts(check, mask[chunk], pattern[chunk])
+            if not bool(torch.isfinite(embeddings).all()):
+                raise ArchitectureError(
+                    f"{self._model.name}: its embeddings are not finite; "
+                    "expected weights without NaN"
+                )
+            success.append(self._objective(embeddings, chunk)[1])
         return InversionResult(
             mask_logits=mask,
             pattern_logits=pattern,
@@ -161,15 +173,28 @@ class InversionSearch:
             cost=self._cost.cost.cpu(),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
-            tower="open_clip module, float32",
+            tower=self._tower.description,
         )
 
     def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-        """Return embeddings [K, B, D] of every trigger on every image."""
-        model = self._model
-        stamped = stamp_triggers(images, mask, pattern, mean=model.mean, std=model.std)
-        embeddings = model.encode_normalized(stamped.flatten(0, 1))
-        return embeddings.view(*stamped.shape[:2], -1)
+        """Return embeddings [K, B, D] of every trigger on every image, in one piece."""
+        model, tower = self._model, self._tower
+        stamped = stamp_triggers(
+            images,
+            mask,
+            pattern,
+            mean=model.mean,
+            std=model.std,
+            patch_size=tower.patch_size,
+            dtype=tower.dtype,
+        )
+        return tower(stamped.flatten(0, 1)).view(*stamped.shape[:2], -1)
+
+    def _embed_in_parts(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+        """Do the same without gradients, for any number of images."""
+        with torch.no_grad():
+            parts = torch.split(images, self._max_batch)
+            return torch.cat([self._embed(part, mask, pattern) for part in parts], dim=1)
 
     def _loss_and_gradients(
         self, images: Tensor, chunk: slice
@@ -180,11 +205,25 @@ class InversionSearch:
         starts: the memory of a step does not grow with the number of triggers.
         """
         mask, pattern = self._mask[chunk], self._pattern[chunk]
-        loss, success = self._objective(self._embed(images, mask, pattern), chunk)
         norms = (torch.tanh(mask) / 2 + 0.5).sum(dim=(1, 2), dtype=torch.float64)
-        total = (loss + self._cost.cost[chunk] * norms).sum()
-        gradients = torch.autograd.grad(total, [mask, pattern])
-        return success, norms.detach(), gradients[0], gradients[1]
+        penalty = (self._cost.cost[chunk] * norms).sum()
+        if len(images) <= self._max_batch:
+            loss, success = self._objective(self._embed(images, mask, pattern), chunk)
+            gradients = torch.autograd.grad(loss.sum() + penalty, [mask, pattern])
+            return success, norms.detach(), gradients[0], gradients[1]
+        # More images than fit: the loss needs all embeddings, so they are computed once without
+        # activations, and again, part by part, to carry its gradient back.
+        embeddings = self._embed_in_parts(images, mask, pattern).requires_grad_()
+        loss, success = self._objective(embeddings, chunk)
+        (pull,) = torch.autograd.grad(loss.sum(), embeddings)
+        (mask_gradient,) = torch.autograd.grad(penalty, mask)
+        pattern_gradient = torch.zeros_like(pattern)
+        for part in _chunks(len(images), self._max_batch):
+            again = self._embed(images[part], mask, pattern)
+            gradients = torch.autograd.grad(again, [mask, pattern], pull[:, part])
+            mask_gradient += gradients[0]
+            pattern_gradient += gradients[1]
+        return success, norms.detach(), mask_gradient, pattern_gradient
 
 
 def invert(

@@ -1,0 +1,309 @@
+"""An image tower for trigger inversion: forward and the gradient to its input, nothing else.
+
+An inversion step spends over nine tenths of its time here. `freeze` takes open_clip's vision
+transformers apart and runs the same arithmetic the way that a CPU and a GPU like best: two-
+dimensional matrix products on contiguous activations, fused attention, patch rows straight from
+`pydetox.ops.stamp_triggers`, and, where the class token is what is pooled, a last block that
+computes only what this token needs. Every other tower runs through its own module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from open_clip.transformer import LayerNorm, LayerNormFp32, LayerScale, QuickGELU
+from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
+
+from ..errors import UsageError
+from .open_clip_model import OpenClipModel
+
+#: The precisions that a tower can run in.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702; both factors go into matrix products.
+_QUICK_GELU = 1.702
+
+
+class FrozenTower(Protocol):
+    """What the inversion runs on: embeddings of inputs, differentiable in the inputs alone."""
+
+    @property
+    def description(self) -> str:
+        """What runs, in which precision, and why not something faster: one line for a report."""
+        ...
+
+    @property
+    def patch_size(self) -> int | None:
+        """P for patch rows [N, (H/P)(W/P), 3PP] as input, None for images [N, 3, H, W]."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the inputs."""
+        ...
+
+    @property
+    def bytes_per_image(self) -> int:
+        """About what one image's activations take while its gradient is pending."""
+        ...
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return embeddings float32 [N, D], not normalised, of normalised images or their rows."""
+        ...
+
+
+def freeze(model: OpenClipModel, precision: str = "float32") -> FrozenTower:
+    """Return the image tower of a model, ready for inversion.
+
+    In float32 nothing is copied: the tower follows what is done to the model's weights in place.
+    In bfloat16 it is a copy of the weights as they are now.
+
+    Raises UsageError for a precision that is none of PRECISIONS, and for bfloat16 where the tower
+    has to run through its own module (open_clip's modules are slower in bfloat16, not faster).
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    reason = obstacle(model.visual)
+    if reason is None:
+        assert isinstance(model.visual, VisionTransformer)
+        return FrozenVisionTransformer(model.visual, PRECISIONS[precision])
+    if precision != "float32":
+        raise UsageError(
+            f"{model.name}: precision {precision} needs a tower that can be frozen, but {reason}; "
+            "expected precision float32"
+        )
+    return ModuleTower(model, reason)
+
+
+def obstacle(tower: nn.Module) -> str | None:
+    """Return why a tower has to run through its own module, or None if it does not have to."""
+    if type(tower) is not VisionTransformer:
+        return f"its image tower is a {type(tower).__name__}, not open_clip's VisionTransformer"
+    if tower.attn_pool is not None or tower.pool_type not in ("tok", "avg"):
+        return "it pools by attention"
+    if tower.output_tokens:
+        return "it returns its tokens too"
+    if tower.patch_size[0] != tower.patch_size[1]:
+        return f"its patches are {tower.patch_size[0]}x{tower.patch_size[1]}, not square"
+    if type(tower.transformer) is not Transformer or not all(
+        type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks
+    ):
+        return "its blocks are not open_clip's plain ones"
+    norms = (nn.Identity, nn.LayerNorm, LayerNorm, LayerNormFp32)
+    for block in tower.transformer.resblocks:
+        attention, activation = block.attn, block.mlp.gelu
+        if type(activation) not in (nn.GELU, QuickGELU):
+            return f"its activation is {type(activation).__name__}"
+        if type(block.ln_1) not in norms or type(block.ln_2) not in norms:
+            return f"its normalisation is {type(block.ln_1).__name__}"
+        if attention.in_proj_weight is None or attention.in_proj_bias is None:
+            return "its attention has separate or unbiased projections"
+        if attention.bias_k is not None or attention.add_zero_attn:
+            return "its attention adds a key of its own"
+    if type(tower.ln_pre) not in norms or type(tower.ln_post) not in norms:
+        return f"its normalisation is {type(tower.ln_post).__name__}"
+    return None
+
+
+class ModuleTower:
+    """A tower that runs through its own module, in float32."""
+
+    patch_size: int | None = None
+    dtype = torch.float32
+    #: A guess for a tower that is not known: 64 images in 2 GiB.
+    bytes_per_image = 32 << 20
+
+    def __init__(self, model: OpenClipModel, reason: str) -> None:
+        self.description = f"its own module, float32 ({reason})"
+        self._model = model
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return embeddings [N, D] of normalised images [N, 3, H, W]."""
+        return self._model.encode_normalized(inputs)
+
+
+class FrozenVisionTransformer:
+    """open_clip's `VisionTransformer` with one class token, learned or fixed positions.
+
+    Equal to the module up to rounding. Its activations are kept for one backward pass, which
+    gives the gradient of the input; weights never get one.
+    """
+
+    def __init__(self, tower: VisionTransformer, dtype: torch.dtype) -> None:
+        def frozen(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype)
+
+        self.dtype = dtype
+        self.patch_size: int | None = tower.patch_size[0]
+        self.description = f"frozen vision transformer, {str(dtype).removeprefix('torch.')}"
+        self._rows = frozen(tower.conv1.weight).flatten(1)  # [d, 3PP]
+        self._class_token = frozen(tower.class_embedding)
+        self._positions = frozen(tower.positional_embedding)
+        self._first_norm = _Norm.of(tower.ln_pre, dtype)
+        self._last_norm = _Norm.of(tower.ln_post, dtype)
+        self._blocks = [_Block.of(block, dtype) for block in tower.transformer.resblocks]
+        self._projection = None if tower.proj is None else frozen(tower.proj)
+        self._pool_class_token = tower.pool_type == "tok"
+        self._normalize_tokens = not tower.final_ln_after_pool
+        tokens, width = self._positions.shape
+        # Per token and block: two inputs of normalisations, projections, what attention gives, the
+        # two sides of the activation; and the same once more at the deepest point of the backward.
+        hidden = self._blocks[0].expand.weight.shape[0] if self._blocks else 0
+        block = tokens * (7 * width + 2 * hidden) * self._positions.element_size()
+        self.bytes_per_image = (len(self._blocks) + 1) * block
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return embeddings float32 [N, D] of patch rows [N, (H/P)(W/P), 3PP] of dtype `dtype`."""
+        count, patches, _ = inputs.shape
+        tokens, width = patches + 1, self._rows.shape[0]
+        x = (inputs.flatten(0, 1) @ self._rows.T).view(count, patches, width) + self._positions[1:]
+        first = (self._class_token + self._positions[0]).expand(count, 1, width)
+        x = self._first_norm(torch.cat([first, x], dim=1).flatten(0, 1))
+        *blocks, last = self._blocks
+        for block in blocks:
+            x = block(x, count, tokens)
+        # The last block mixes tokens once more; then nothing but the pooled token matters.
+        x = last(x, count, tokens, queries=1 if self._pool_class_token else tokens)
+        if not self._pool_class_token:
+            if self._normalize_tokens:
+                x = self._last_norm(x)
+            x = x.view(count, tokens, width)[:, 1:].mean(dim=1)
+        if self._pool_class_token or not self._normalize_tokens:
+            x = self._last_norm(x)
+        return (x if self._projection is None else x @ self._projection).float()
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """Layer normalisation over the last dimension, or, without `shape`, the identity."""
+
+    shape: tuple[int, ...] | None
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> _Norm:
+        if not isinstance(module, nn.LayerNorm):
+            return cls(None, None, None, 0.0)
+        weight, bias = (
+            None if t is None else t.detach().to(dtype) for t in (module.weight, module.bias)
+        )
+        return cls(tuple(module.normalized_shape), weight, bias, module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.shape is None:
+            return x
+        return layer_norm(x, self.shape, self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Rows times weight.T plus bias, times an optional scale per column (LayerScale)."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    scale: Tensor | None = None  # [out]
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scale: nn.Module | None = None,
+    ) -> _Linear:
+        weight = weight.detach().to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
+        gamma = scale.gamma.detach().to(dtype) if isinstance(scale, LayerScale) else None
+        return cls(weight, bias, gamma)
+
+    def __call__(self, x: Tensor, input_factor: float = 1.0, output_factor: float = 1.0) -> Tensor:
+        """Return output_factor * (input_factor * x @ weight.T + bias) * scale, for rows x."""
+        if self.bias is None:
+            y = x @ self.weight.T * (input_factor * output_factor)
+        else:
+            y = torch.addmm(
+                self.bias,
+                x,
+                self.weight.T,
+                beta=output_factor,
+                alpha=input_factor * output_factor,
+            )
+        return y if self.scale is None else y * self.scale
+
+
+@dataclass(frozen=True)
+class _Block:
+    """open_clip's ResidualAttentionBlock, on rows [N * tokens, d]."""
+
+    heads: int
+    first_norm: _Norm
+    project_in: _Linear
+    project_out: _Linear
+    second_norm: _Norm
+    expand: _Linear
+    contract: _Linear
+    activation: str  # "none" or "tanh", gelu's approximations, or "quick"
+
+    @classmethod
+    def of(cls, block: ResidualAttentionBlock, dtype: torch.dtype) -> _Block:
+        attention, mlp = block.attn, block.mlp
+        gelu_module = mlp.gelu
+        return cls(
+            heads=attention.num_heads,
+            first_norm=_Norm.of(block.ln_1, dtype),
+            project_in=_Linear.of(attention.in_proj_weight, attention.in_proj_bias, dtype),
+            project_out=_Linear.of(
+                attention.out_proj.weight, attention.out_proj.bias, dtype, block.ls_1
+            ),
+            second_norm=_Norm.of(block.ln_2, dtype),
+            expand=_Linear.of(mlp.c_fc.weight, mlp.c_fc.bias, dtype),
+            contract=_Linear.of(mlp.c_proj.weight, mlp.c_proj.bias, dtype, block.ls_2),
+            activation=gelu_module.approximate if isinstance(gelu_module, nn.GELU) else "quick",
+        )
+
+    def __call__(self, x: Tensor, count: int, tokens: int, queries: int | None = None) -> Tensor:
+        """Return [N * queries, d]: all tokens, or only the first `queries` of each image."""
+        width = x.shape[1]
+        hidden = self.first_norm(x)
+        if queries in (None, tokens):
+            mixed = self._attend(self.project_in(hidden), count, tokens)
+        else:
+            assert queries is not None
+            mixed = self._attend_first(hidden, count, tokens, queries)
+            x = x.view(count, tokens, width)[:, :queries].reshape(-1, width)
+        x = x + self.project_out(mixed)
+        return x + self._feed_forward(self.second_norm(x))
+
+    def _attend(self, projected: Tensor, count: int, tokens: int) -> Tensor:
+        """Return the values [N * tokens, d] that attention mixes, of projected [N * tokens, 3d]."""
+        width = projected.shape[1] // 3
+        parts = projected.view(count, tokens, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [N, heads, tokens, d / heads]
+        mixed = scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).reshape(count * tokens, width)
+
+    def _attend_first(self, hidden: Tensor, count: int, tokens: int, queries: int) -> Tensor:
+        """Return [N * queries, d]: what attention gives to the first tokens of each image."""
+        width = hidden.shape[1]
+        shape = (count, -1, self.heads, width // self.heads)
+        weight, bias = self.project_in.weight, self.project_in.bias
+        chosen = hidden.view(count, tokens, width)[:, :queries].reshape(-1, width)
+        asking = _Linear(weight[:width], None if bias is None else bias[:width])
+        answering = _Linear(weight[width:], None if bias is None else bias[width:])
+        query = asking(chosen).view(shape).transpose(1, 2)
+        both = answering(hidden).view(count, tokens, 2, self.heads, width // self.heads)
+        key, value = both.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).reshape(count * queries, width)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.activation == "quick":
+            hidden = silu(self.expand(x, output_factor=_QUICK_GELU))
+            return self.contract(hidden, input_factor=1 / _QUICK_GELU)
+        return self.contract(gelu(self.expand(x), approximate=self.activation))

@@ -1,0 +1,197 @@
+"""The frozen tower against open_clip's own module, architecture by architecture."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pydetox.errors import UsageError
+from pydetox.models import OpenClipModel
+from pydetox.models.frozen import FrozenVisionTransformer, ModuleTower, freeze, obstacle
+from pydetox.ops.reference import to_patch_rows
+from tests.mini import MINI_CONFIG
+
+VISION = {"image_size": 24, "layers": 3, "width": 48, "head_width": 16, "patch_size": 8}
+
+#: What open_clip's published vision transformers differ in, each alone; sizes are small.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "quick GELU": {"quick_gelu": True},
+    "tanh GELU": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}},
+    "average pooling": {"vision_cfg": {"pool_type": "avg"}},
+    "average pooling, norm after": {
+        "vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}
+    },
+    "norm after the class token": {"vision_cfg": {"final_ln_after_pool": True}},
+    "layer scale": {"vision_cfg": {"ls_init_value": 0.1}},
+    "fixed positions": {"vision_cfg": {"pos_embed_type": "sin_cos_2d"}},
+    "patch of 14": {"vision_cfg": {"image_size": 28, "patch_size": 14}},
+    "one patch": {"vision_cfg": {"image_size": 8}},
+    "one block": {"vision_cfg": {"layers": 1}},
+    "one head": {"vision_cfg": {"head_width": 48}},
+    "another epsilon": {"vision_cfg": {"norm_kwargs": {"eps": 1e-3}}},
+    "wide MLP": {"vision_cfg": {"mlp_ratio": 4.9231}},
+    "half precision in training": {"cast_dtype": torch.bfloat16},
+}
+
+
+def model_of(variant: dict[str, Any], seed: int = 0) -> OpenClipModel:
+    config = copy.deepcopy(MINI_CONFIG) | {k: v for k, v in variant.items() if k != "vision_cfg"}
+    config["vision_cfg"] = VISION | variant.get("vision_cfg", {})
+    model = OpenClipModel.from_config(config, seed=seed)
+    # Biases and norms start at 0 and 1, where a forgotten one would not show.
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.visual.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def pictures(model: OpenClipModel, count: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 3, model.image_size, model.image_size, generator=generator)
+
+
+def embeddings_and_gradient(tower, inputs):
+    inputs = inputs.clone().requires_grad_()
+    embeddings = tower(inputs)
+    direction = torch.linspace(-1, 1, embeddings.numel(), dtype=embeddings.dtype)
+    (gradient,) = torch.autograd.grad(embeddings, inputs, direction.view(embeddings.shape))
+    return embeddings.detach(), gradient
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_module(name):
+    model = model_of(VARIANTS[name])
+    images = pictures(model)
+    patch = model.visual.patch_size[0]
+    rows = to_patch_rows(images, patch)
+    truth = copy.deepcopy(model.visual).double()
+    if hasattr(truth.ln_pre, "normalized_shape") and name == "half precision in training":
+        truth = model.visual  # its norms go through float32: there is no float64 truth
+    expected, gradient = embeddings_and_gradient(
+        truth, images.to(next(truth.parameters()).dtype)
+    )
+    gradient = to_patch_rows(gradient, patch)
+    for precision, tolerance in (("float32", 2e-6), ("bfloat16", 3e-2)):
+        tower = freeze(model, precision)
+        assert isinstance(tower, FrozenVisionTransformer)
+        assert precision in tower.description
+        found, found_gradient = embeddings_and_gradient(tower, rows.to(tower.dtype))
+        assert found.dtype == torch.float32
+        assert found_gradient.dtype == tower.dtype
+        assert relative(found, expected) < tolerance
+        assert relative(found_gradient, gradient) < tolerance
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-H-14"])
+def test_published_architectures_can_be_frozen(name):
+    """With one layer each: what differs between them is elsewhere."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"]["layers"] = 1
+    config["vision_cfg"]["image_size"] = 4 * config["vision_cfg"]["patch_size"]
+    config["text_cfg"] = MINI_CONFIG["text_cfg"]
+    model = OpenClipModel.from_config(config, seed=0)
+    images = pictures(model, 2)
+    expected, gradient = embeddings_and_gradient(model.encode_normalized, images)
+    tower = freeze(model)
+    found, found_gradient = embeddings_and_gradient(tower, to_patch_rows(images, tower.patch_size))
+    assert relative(found, expected) < 1e-5
+    assert relative(found_gradient, to_patch_rows(gradient, tower.patch_size)) < 1e-5
+
+
+def test_float32_follows_the_weights_bfloat16_is_a_copy():
+    model = model_of({})
+    rows = to_patch_rows(pictures(model), 8)
+    following, copied = freeze(model), freeze(model, "bfloat16")
+    before = following(rows), copied(rows.bfloat16())
+    with torch.no_grad():
+        for parameter in model.visual.parameters():
+            parameter *= 1.1
+    assert relative(following(rows), before[0]) > 0.01
+    assert torch.equal(copied(rows.bfloat16()), before[1])
+    assert all(not p.requires_grad and p.grad is None for p in model.visual.parameters())
+
+
+@pytest.mark.parametrize(
+    ("vision", "why"),
+    [
+        ({"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}, "ModifiedResNet"),
+        ({"attentional_pool": True}, "pools by attention"),
+        ({"qk_norm": True}, "not open_clip's plain ones"),
+    ],
+)
+def test_other_towers_run_as_they_are_and_say_so(vision, why):
+    model = model_of({"vision_cfg": vision})
+    tower = freeze(model)
+    assert isinstance(tower, ModuleTower)
+    assert tower.patch_size is None
+    assert why in tower.description
+    images = pictures(model, 2)
+    assert torch.equal(tower(images), model.encode_normalized(images))
+    with pytest.raises(UsageError, match=f"bfloat16 needs.*{why}"):
+        freeze(model, "bfloat16")
+
+
+def test_unknown_precision():
+    with pytest.raises(UsageError, match=r"'float16'; expected one of float32, bfloat16"):
+        freeze(model_of({}), "float16")
+
+
+def test_obstacles_are_looked_for_in_every_block():
+    tower = model_of({}).visual
+    assert obstacle(tower) is None
+    tower.transformer.resblocks[1].mlp.gelu = torch.nn.ReLU()
+    assert obstacle(tower) == "its activation is ReLU"
+
+
+class _Products(TorchDispatchMode):
+    """Notes the shapes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            first = args[1] if func._overloadpacket is torch.ops.aten.addmm else args[0]
+            self.rows.append(first.shape[0])
+        assert func._overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.convolution)
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_two_dimensional_and_the_last_block_is_short():
+    model = model_of({})
+    rows = to_patch_rows(pictures(model, 4), 8)
+    with _Products() as products:
+        freeze(model)(rows)
+    tokens = 4 * 10
+    assert products.rows == [4 * 9] + 2 * 4 * [tokens] + [4, tokens, 4, 4, 4, 4]
+
+
+def test_memory_estimate_covers_the_activations():
+    model = model_of({"vision_cfg": {"layers": 6, "image_size": 64}})
+    tower = freeze(model)
+    rows = to_patch_rows(pictures(model, 8), 8).requires_grad_()
+    kept = 0
+
+    def keep(tensor):
+        nonlocal kept
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept += tensor.nbytes
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.visual.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        tower(rows)
+    assert 0.4 * 8 * tower.bytes_per_image < kept < 8 * tower.bytes_per_image
