@@ -28,6 +28,7 @@ def build_info() -> dict[str, Any]:
         - `threads`, `parallel_backend`: torch's
         - `cuda_built`, `cuda_architectures`, `cuda_toolkit`: the CUDA kernels of pydetox
         - `cuda_loaded`: whether they are registered with torch (this needs no GPU)
+        - `fast_towers`: the image towers that inversion runs without their own module
         - `torch_cuda`: CUDA version that torch was built with, or None
         - `gpus`: names of the GPUs that torch sees
     """
@@ -49,6 +50,7 @@ def build_info() -> dict[str, Any]:
         "cuda_architectures": None,
         "cuda_toolkit": None,
         "cuda_loaded": None,
+        "fast_towers": "open_clip's vision transformers; others run through their own module",
         "torch_cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

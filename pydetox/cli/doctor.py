@@ -26,6 +26,7 @@ _LABELS = {
     "cuda_architectures": "CUDA architectures",
     "cuda_toolkit": "CUDA toolkit",
     "cuda_loaded": "CUDA kernels loaded",
+    "fast_towers": "fast image towers",
     "torch_cuda": "CUDA of torch",
     "gpus": "GPUs seen",
 }

@@ -124,7 +124,9 @@ def find_device(name: str) -> torch.device:
 
 def scan_config(options: dict[str, Any]) -> ScanConfig:
     """Return the configuration that the options describe."""
-    inversion = InversionConfig(steps=options["steps"], batch_size=options["batch_size"])
+    inversion = InversionConfig(
+        steps=options["steps"], batch_size=options["batch_size"], precision=options["precision"]
+    )
     config = ScanConfig(
         objective=options["objective"],
         inversion=inversion,

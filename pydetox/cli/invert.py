@@ -89,7 +89,10 @@ def command(
     loaded = inputs.read_model(checkpoint)
     images = inputs.read_images(loaded.model)
     search = InversionConfig(
-        steps=given["steps"], batch_size=given["batch_size"], seed=given["seed"]
+        steps=given["steps"],
+        batch_size=given["batch_size"],
+        precision=given["precision"],
+        seed=given["seed"],
     )
     found, names = _invert(loaded.model, images, inputs, objective, targets, restarts, search)
     extra = {

@@ -90,6 +90,12 @@ search_options = _all(
     click.option(
         "--batch-size", type=COUNT, default=16, metavar="N", help="Images in a step of a search."
     ),
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        help="Of the image tower during a search; bfloat16 needs a vision transformer.",
+    ),
     seed,
 )
 

@@ -49,6 +49,7 @@ class TestHelp:
             assert defaults["objective"] == scan.objective
             assert defaults["steps"] == scan.inversion.steps
             assert defaults["batch_size"] == scan.inversion.batch_size
+            assert defaults["precision"] == scan.inversion.precision
             assert defaults["restarts"] == scan.restarts
             assert defaults["references"] == scan.references
             assert defaults["reference_epochs"] == scan.reference_training.epochs
