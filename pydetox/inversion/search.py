@@ -120,7 +120,7 @@ class InversionSearch:
         self._best_pattern = self._pattern.detach().clone()
         batch = min(config.batch_size, len(images))
         self._batches = _batches(rng, len(images), batch, config.steps).to(device)
-        self._tower = freeze(model, config.precision)
+        self._tower = freeze(model.visual, config.precision, name=model.name)
         self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
         self._chunks = _chunks(count, max(1, self._max_batch // batch))
         self._steps = 0

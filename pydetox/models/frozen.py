@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 from ..errors import UsageError
-from .open_clip_model import OpenClipModel
 
 #: The precisions that a tower can run in.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,10 +55,11 @@ class FrozenTower(Protocol):
         ...
 
 
-def freeze(model: OpenClipModel, precision: str = "float32") -> FrozenTower:
-    """Return the image tower of a model, ready for inversion.
+def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model") -> FrozenTower:
+    """Return an image tower in evaluation mode, ready for inversion.
 
-    In float32 nothing is copied: the tower follows what is done to the model's weights in place.
+    tower: float32; normalised images [N, 3, H, W] to embeddings [N, D]. name: of its model, for
+    messages. In float32 nothing is copied: the result follows what is done to the weights in place.
     In bfloat16 it is a copy of the weights as they are now.
 
     Raises UsageError for a precision that is none of PRECISIONS, and for bfloat16 where the tower
@@ -67,16 +67,16 @@ def freeze(model: OpenClipModel, precision: str = "float32") -> FrozenTower:
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    reason = obstacle(model.visual)
+    reason = obstacle(tower)
     if reason is None:
-        assert isinstance(model.visual, VisionTransformer)
-        return FrozenVisionTransformer(model.visual, PRECISIONS[precision])
+        assert isinstance(tower, VisionTransformer)
+        return FrozenVisionTransformer(tower, PRECISIONS[precision])
     if precision != "float32":
         raise UsageError(
-            f"{model.name}: precision {precision} needs a tower that can be frozen, but {reason}; "
+            f"{name}: precision {precision} needs a tower that can be frozen, but {reason}; "
             "expected precision float32"
         )
-    return ModuleTower(model, reason)
+    return ModuleTower(tower, reason)
 
 
 def obstacle(tower: nn.Module) -> str | None:
@@ -117,13 +117,14 @@ class ModuleTower:
     #: A guess for a tower that is not known: 64 images in 2 GiB.
     bytes_per_image = 32 << 20
 
-    def __init__(self, model: OpenClipModel, reason: str) -> None:
+    def __init__(self, tower: nn.Module, reason: str) -> None:
         self.description = f"its own module, float32 ({reason})"
-        self._model = model
+        self._tower = tower
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return embeddings [N, D] of normalised images [N, 3, H, W]."""
-        return self._model.encode_normalized(inputs)
+        embeddings: Tensor = self._tower(inputs)
+        return embeddings
 
 
 class FrozenVisionTransformer:

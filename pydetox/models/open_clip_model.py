@@ -15,6 +15,8 @@ from torch.nn.functional import normalize
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..data import Template, fill_template
 from ..errors import ArchitectureError, DataError
+from ..ops.reference import to_patch_rows
+from .frozen import freeze
 
 # Entries of OpenAI's own archives that describe the model and are no weights.
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
@@ -155,7 +157,15 @@ class OpenClipModel:
         return (pixels - mean) / std
 
     def encode_normalized(self, images: Tensor) -> Tensor:
-        """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W]."""
+        """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W].
+
+        Without gradients a vision transformer takes the fast way of `models.frozen`, which is
+        equal up to rounding.
+        """
+        if not torch.is_grad_enabled() and not self.clip.training:
+            tower = freeze(self.visual)
+            if tower.patch_size is not None:
+                return tower(to_patch_rows(images, tower.patch_size))
         embeddings = self.visual(images)
         assert isinstance(embeddings, Tensor)
         return embeddings

@@ -22,20 +22,22 @@ from tests.mini import mini_images, mini_model
 SIZE = 8
 
 
-class PixelTower:
+class Pixels(torch.nn.Module):
     """Embeds an image as (red of pixel (2, 5), everything else's mean, 0.1)."""
 
+    def forward(self, images):
+        red = images[:, 0, 2, 5] * 0.25 + 0.5
+        rest = (images * 0.25 + 0.5).mean(dim=(1, 2, 3))
+        return torch.stack([red, rest, torch.full_like(red, 0.1)], dim=1)
+
+
+class PixelModel:
     name = "pixels"
     image_size = SIZE
     mean = (0.5, 0.5, 0.5)
     std = (0.25, 0.25, 0.25)
     device = torch.device("cpu")
-    visual = torch.nn.Identity()  # no tower that can be frozen: it runs as it is
-
-    def encode_normalized(self, images):
-        red = images[:, 0, 2, 5] * 0.25 + 0.5
-        rest = (images * 0.25 + 0.5).mean(dim=(1, 2, 3))
-        return torch.stack([red, rest, torch.full_like(red, 0.1)], dim=1)
+    visual = Pixels()
 
 
 def images(n=20, high=100):
@@ -45,7 +47,7 @@ def images(n=20, high=100):
 
 def test_the_pixel_that_decides_is_found_and_nothing_else():
     objective = TargetObjective(torch.eye(3)[:2], [0], logit_scale=20.0)
-    found = invert(PixelTower(), images(), objective, InversionConfig(steps=300, seed=1))
+    found = invert(PixelModel(), images(), objective, InversionConfig(steps=300, seed=1))
     mask = found.masks[0]
     assert int(mask.argmax()) == 2 * SIZE + 5
     # Red there must exceed the mean of the image, about 0.2, wherever it was before.
@@ -65,7 +67,7 @@ def test_the_kept_trigger_is_the_smallest_working_one_not_the_last():
     config = InversionConfig(steps=120, seed=0)
     objective = TargetObjective(torch.eye(3)[:2], [0], logit_scale=20.0)
     sizes = [
-        float(invert(PixelTower(), images(), objective, replace(config, steps=s)).p_l1[0])
+        float(invert(PixelModel(), images(), objective, replace(config, steps=s)).p_l1[0])
         for s in (30, 60, 120)
     ]
     assert sizes[0] >= sizes[1] >= sizes[2]
@@ -73,7 +75,7 @@ def test_the_kept_trigger_is_the_smallest_working_one_not_the_last():
 
 def test_label_free_search_collapses_the_embeddings():
     config = InversionConfig(steps=200, success_threshold=0.99, seed=2)
-    found = invert(PixelTower(), images(), CollapseObjective(), config, restarts=3)
+    found = invert(PixelModel(), images(), CollapseObjective(), config, restarts=3)
     assert len(found) == 3
     assert found.targets is None
     assert found.trigger(0).target is None
@@ -118,7 +120,7 @@ def test_same_seed_same_bits_for_one_and_two_threads_and_the_model_is_left_alone
 
 def test_a_search_that_never_succeeds_says_so():
     objective = TargetObjective(torch.eye(3), [2], logit_scale=20.0)
-    found = invert(PixelTower(), images(), objective, InversionConfig(steps=3))
+    found = invert(PixelModel(), images(), objective, InversionConfig(steps=3))
     assert math.isinf(float(found.p_l1[0]))
     assert torch.isfinite(found.mask_logits).all()
 
@@ -126,22 +128,24 @@ def test_a_search_that_never_succeeds_says_so():
 def test_images_that_do_not_fit_are_refused():
     objective = CollapseObjective()
     with pytest.raises(DataError, match="at least 2"):
-        invert(PixelTower(), images(1), objective)
+        invert(PixelModel(), images(1), objective)
     with pytest.raises(DataError, match="expects"):
-        invert(PixelTower(), images()[..., :7], objective)
+        invert(PixelModel(), images()[..., :7], objective)
     with pytest.raises(DataError, match=r"torch\.float32"):
-        invert(PixelTower(), images().float(), objective)
+        invert(PixelModel(), images().float(), objective)
     with pytest.raises(UsageError, match="restarts"):
-        invert(PixelTower(), images(), objective, restarts=0)
+        invert(PixelModel(), images(), objective, restarts=0)
 
 
 def test_embeddings_that_are_no_numbers_are_an_error():
-    class Broken(PixelTower):
-        def encode_normalized(self, images):
-            return super().encode_normalized(images) * math.nan
+    class Broken(Pixels):
+        def forward(self, images):
+            return super().forward(images) * math.nan
 
+    model = PixelModel()
+    model.visual = Broken()
     with pytest.raises(ArchitectureError, match="not finite"):
-        invert(Broken(), images(), CollapseObjective(), InversionConfig(steps=1))
+        invert(model, images(), CollapseObjective(), InversionConfig(steps=1))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_equals_the_module(name):
     )
     gradient = to_patch_rows(gradient, patch)
     for precision, tolerance in (("float32", 2e-6), ("bfloat16", 3e-2)):
-        tower = freeze(model, precision)
+        tower = freeze(model.visual, precision)
         assert isinstance(tower, FrozenVisionTransformer)
         assert precision in tower.description
         found, found_gradient = embeddings_and_gradient(tower, rows.to(tower.dtype))
@@ -103,8 +103,8 @@ def test_published_architectures_can_be_frozen(name):
     config["text_cfg"] = MINI_CONFIG["text_cfg"]
     model = OpenClipModel.from_config(config, seed=0)
     images = pictures(model, 2)
-    expected, gradient = embeddings_and_gradient(model.encode_normalized, images)
-    tower = freeze(model)
+    expected, gradient = embeddings_and_gradient(model.visual, images)
+    tower = freeze(model.visual)
     found, found_gradient = embeddings_and_gradient(tower, to_patch_rows(images, tower.patch_size))
     assert relative(found, expected) < 1e-5
     assert relative(found_gradient, to_patch_rows(gradient, tower.patch_size)) < 1e-5
@@ -113,7 +113,7 @@ def test_published_architectures_can_be_frozen(name):
 def test_float32_follows_the_weights_bfloat16_is_a_copy():
     model = model_of({})
     rows = to_patch_rows(pictures(model), 8)
-    following, copied = freeze(model), freeze(model, "bfloat16")
+    following, copied = freeze(model.visual), freeze(model.visual, "bfloat16")
     before = following(rows), copied(rows.bfloat16())
     with torch.no_grad():
         for parameter in model.visual.parameters():
@@ -133,19 +133,21 @@ def test_float32_follows_the_weights_bfloat16_is_a_copy():
 )
 def test_other_towers_run_as_they_are_and_say_so(vision, why):
     model = model_of({"vision_cfg": vision})
-    tower = freeze(model)
+    tower = freeze(model.visual)
     assert isinstance(tower, ModuleTower)
     assert tower.patch_size is None
     assert why in tower.description
     images = pictures(model, 2)
-    assert torch.equal(tower(images), model.encode_normalized(images))
+    assert torch.equal(tower(images), model.visual(images))
+    with torch.no_grad():
+        assert torch.equal(model.encode_normalized(images), model.visual(images))
     with pytest.raises(UsageError, match=f"bfloat16 needs.*{why}"):
-        freeze(model, "bfloat16")
+        freeze(model.visual, "bfloat16")
 
 
 def test_unknown_precision():
     with pytest.raises(UsageError, match=r"'float16'; expected one of float32, bfloat16"):
-        freeze(model_of({}), "float16")
+        freeze(model_of({}).visual, "float16")
 
 
 def test_obstacles_are_looked_for_in_every_block():
@@ -153,6 +155,17 @@ def test_obstacles_are_looked_for_in_every_block():
     assert obstacle(tower) is None
     tower.transformer.resblocks[1].mlp.gelu = torch.nn.ReLU()
     assert obstacle(tower) == "its activation is ReLU"
+
+
+def test_a_model_without_gradients_takes_the_fast_way():
+    model = model_of({})
+    images = pictures(model)
+    expected = model.visual(images)
+    assert torch.equal(model.encode_normalized(images), expected)
+    with torch.no_grad():
+        found = model.encode_normalized(images)
+        assert torch.equal(found, freeze(model.visual)(to_patch_rows(images, 8)))
+    assert relative(found, expected) < 2e-6
 
 
 class _Products(TorchDispatchMode):
@@ -174,14 +187,14 @@ def test_products_are_two_dimensional_and_the_last_block_is_short():
     model = model_of({})
     rows = to_patch_rows(pictures(model, 4), 8)
     with _Products() as products:
-        freeze(model)(rows)
+        freeze(model.visual)(rows)
     tokens = 4 * 10
     assert products.rows == [4 * 9] + 2 * 4 * [tokens] + [4, tokens, 4, 4, 4, 4]
 
 
 def test_memory_estimate_covers_the_activations():
     model = model_of({"vision_cfg": {"layers": 6, "image_size": 64}})
-    tower = freeze(model)
+    tower = freeze(model.visual)
     rows = to_patch_rows(pictures(model, 8), 8).requires_grad_()
     kept = 0
 
