@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from .data import ImageSet
-from .errors import DataError, UsageError
+from .errors import ArchitectureError, DataError, UsageError
 from .evaluation import Stamp, predict
 from .models import OpenClipModel
 from .task_vectors import TaskVector
@@ -179,10 +179,35 @@ def trigger_vector(
 
 def subtract(model: OpenClipModel, vector: TaskVector, coefficient: float) -> OpenClipModel:
     """Return a copy with weights theta_b - coefficient * vector, as its file can hold them."""
-    repaired = model.clone()
-    vector.apply_to(repaired.clip, -coefficient)
-    repaired.round_to_storage()
-    return repaired
+    candidates = _Candidates(model, vector)
+    return candidates.at(coefficient)
+
+
+class _Candidates:
+    """One copy of a model that takes the weights theta_b - alpha * vector for one alpha at a time.
+
+    Every alpha starts from theta_b itself, so no rounding adds up, and no file is read again.
+    """
+
+    def __init__(self, model: OpenClipModel, vector: TaskVector) -> None:
+        self._candidate = model.clone()
+        start, weights = model.clip.state_dict(), self._candidate.clip.state_dict()
+        absent = sorted(vector.tensors.keys() - weights.keys())
+        if absent:
+            raise ArchitectureError(f"the model has no tensor {absent[0]!r} to subtract from")
+        self._moved = [
+            (weights[name], start[name], change.to(start[name].device), model.storage_dtype(name))
+            for name, change in vector.tensors.items()
+        ]
+
+    @torch.no_grad()
+    def at(self, coefficient: float) -> OpenClipModel:
+        """Return the copy, changed in place: it is the same object every time."""
+        for weight, start, change, dtype in self._moved:
+            torch.add(start, change, alpha=-coefficient, out=weight)
+            if dtype != weight.dtype:
+                weight.copy_(weight.to(dtype))  # what is tested is what is saved
+        return self._candidate
 
 
 def search_coefficient(
@@ -212,9 +237,10 @@ def search_coefficient(
         raise DataError(f"{validation.name}: no images outside the target class {target}")
     attacked = attacked[: config.attacked_images]
     stamped = torch.cat([trigger(attacked) for trigger in triggers])
+    candidates = _Candidates(model, vector)
     accuracy, success = [], []
     for coefficient in config.coefficients:
-        candidate = subtract(model, vector, coefficient)
+        candidate = candidates.at(coefficient)
         accuracy.append(
             float((predict(candidate, validation.images, head) == labels).double().mean())
         )

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from open_clip.transformer import LayerNorm, LayerNormFp32, LayerScale, QuickGELU
-from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
+from open_clip.transformer import (
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    QuickGELU,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 

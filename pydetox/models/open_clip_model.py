@@ -49,7 +49,7 @@ class OpenClipModel:
         self.name = name
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
-        self.storage_dtypes = dict(
+        self.storage_dtypes: dict[str, torch.dtype] = dict(
             storage_dtypes or {key: tensor.dtype for key, tensor in clip.state_dict().items()}
         )
         size = self.model_config["vision_cfg"].get("image_size", 224)
@@ -238,11 +238,9 @@ class OpenClipModel:
             for key, value in self.clip.state_dict().items()
         }
 
-    def round_to_storage(self) -> None:
-        """Round the weights to what the file's dtypes can hold: what is tested is what is saved."""
-        with torch.no_grad():
-            for key, value in self.clip.state_dict().items():
-                value.copy_(value.to(self.storage_dtypes.get(key, value.dtype)))
+    def storage_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor has in the checkpoint's file."""
+        return self.storage_dtypes.get(name, torch.float32)
 
 
 def _build(model_config: Mapping[str, Any], seed: int, name: str) -> nn.Module:

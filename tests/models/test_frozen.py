@@ -77,9 +77,7 @@ def test_equals_the_module(name):
     truth = copy.deepcopy(model.visual).double()
     if hasattr(truth.ln_pre, "normalized_shape") and name == "half precision in training":
         truth = model.visual  # its norms go through float32: there is no float64 truth
-    expected, gradient = embeddings_and_gradient(
-        truth, images.to(next(truth.parameters()).dtype)
-    )
+    expected, gradient = embeddings_and_gradient(truth, images.to(next(truth.parameters()).dtype))
     gradient = to_patch_rows(gradient, patch)
     for precision, tolerance in (("float32", 2e-6), ("bfloat16", 3e-2)):
         tower = freeze(model.visual, precision)
