@@ -234,7 +234,8 @@ void forward_items(const StampForwardParams& p, const StampTiling& tiling, int64
 // ---- backward ----
 
 // Adds one stretch's terms to the running sums of its chunk, and asks for the stretch that comes
-// next: stretches lie far apart, and the hardware's own prefetching starts anew with each.
+// next into the second-level cache: stretches lie far apart, and the hardware's own prefetching
+// starts anew with each.
 template <class T, class In>
 void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, const In* gradient,
                     const In* next_gradient, T inverse_std, T* mask_sum, T* pattern_sum,
@@ -252,7 +253,7 @@ void accumulate_run(const T* keep, const T* add, const T* pattern, const T* x, c
   };
   int64_t i = 0;
   for (; i + N <= count; i += N) {
-    __builtin_prefetch(next_gradient + i);
+    __builtin_prefetch(next_gradient + i, 0, 2);
     step(Width<N>{}, i);
   }
   for (; i < count; ++i) step(Width<1>{}, i);

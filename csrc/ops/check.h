@@ -2,6 +2,7 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -26,6 +27,15 @@ inline std::ostream& operator<<(std::ostream& stream, const ShapeOf& shape) {
   for (int64_t i = 0; i < shape.tensor.dim(); ++i) {
     stream << (i == 0 ? "" : ", ") << shape.tensor.size(i);
   }
+  return stream << ']';
+}
+
+struct SizesOf {
+  const std::vector<int64_t>& sizes;
+};
+inline std::ostream& operator<<(std::ostream& stream, const SizesOf& shape) {
+  stream << '[';
+  for (size_t i = 0; i < shape.sizes.size(); ++i) stream << (i == 0 ? "" : ", ") << shape.sizes[i];
   return stream << ']';
 }
 

@@ -13,4 +13,12 @@ STABLE_TORCH_LIBRARY(pydetox, library) {
   library.def(
       "stamp_triggers_backward(Tensor gradient, Tensor images, Tensor mask_logits, "
       "Tensor pattern_logits, float[] mean, float[] std, int patch_size) -> (Tensor, Tensor)");
+  // The same two into memory of the caller; no autograd.
+  library.def(
+      "stamp_triggers_out(Tensor images, Tensor mask_logits, Tensor pattern_logits, float[] mean, "
+      "float[] std, int patch_size, Tensor(a!) out) -> ()");
+  library.def(
+      "stamp_triggers_backward_out(Tensor gradient, Tensor images, Tensor mask_logits, "
+      "Tensor pattern_logits, float[] mean, float[] std, int patch_size, "
+      "Tensor(a!) mask_logits_gradient, Tensor(b!) pattern_logits_gradient) -> ()");
 }

@@ -1,5 +1,7 @@
 #include "csrc/ops/stamp_arguments.h"
 
+#include <initializer_list>
+
 #include <torch/csrc/stable/ops.h>
 
 #include "csrc/ops/check.h"
@@ -84,21 +86,72 @@ std::vector<int64_t> output_sizes(const StampShape& s) {
   return {s.triggers, s.images, s.groups(), s.channels * s.inner()};
 }
 
+Tensor new_output(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
+                  int64_t patch_size, ScalarType dtype) {
+  const auto shape = checked_shape(images, mask_logits, pattern_logits, patch_size);
+  return torch::stable::new_empty(images, output_sizes(shape), dtype);
+}
+
+bool has_sizes(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == sizes[i];
+  }
+  return same;
+}
+
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// What a kernel writes to must be there as it expects it, and be none of what it reads.
+void check_out(const Named& out, const std::vector<int64_t>& sizes, ScalarType dtype,
+               std::initializer_list<Named> others) {
+  check(has_sizes(out.tensor, sizes), "stamp_triggers: ", out.name, " must be ", SizesOf{sizes},
+        ", not ", ShapeOf{out.tensor});
+  check(out.tensor.scalar_type() == dtype, "stamp_triggers: ", out.name, " has the wrong dtype");
+  check(out.tensor.is_contiguous(), "stamp_triggers: ", out.name, " must be contiguous");
+  const auto begin = [](const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  };
+  // Of a strided argument only the first element's place is known here: it is enough to tell a view
+  // of `out` that begins inside it, and a copy is made of it before anything is written.
+  const auto end = [&](const Tensor& t) {
+    const int64_t bytes = t.numel() * size_of(dtype_of(t.scalar_type(), "an argument"));
+    return begin(t) + static_cast<uintptr_t>(t.is_contiguous() || bytes == 0 ? bytes : 1);
+  };
+  for (const auto& other : others) {
+    check(out.tensor.device() == other.tensor.device(), "stamp_triggers: ", out.name, " and ",
+          other.name, " must be on one device");
+    check(begin(out.tensor) >= end(other.tensor) || begin(other.tensor) >= end(out.tensor),
+          "stamp_triggers: ", out.name, " must not share memory with ", other.name);
+  }
+}
+
 }  // namespace
 
 StampForward::StampForward(const Tensor& images, const Tensor& mask_logits,
                            const Tensor& pattern_logits, const std::vector<double>& mean,
                            const std::vector<double>& std, int64_t patch_size, ScalarType dtype)
-    : images_(contiguous(images)),
+    : StampForward(images, mask_logits, pattern_logits, mean, std, patch_size,
+                   new_output(images, mask_logits, pattern_logits, patch_size, dtype)) {}
+
+StampForward::StampForward(const Tensor& images, const Tensor& mask_logits,
+                           const Tensor& pattern_logits, const std::vector<double>& mean,
+                           const std::vector<double>& std, int64_t patch_size, const Tensor& out)
+    : output(out),
+      images_(contiguous(images)),
       mask_logits_(contiguous(mask_logits)),
       pattern_logits_(contiguous(pattern_logits)) {
   params.shape = checked_shape(images, mask_logits, pattern_logits, patch_size);
   params.normalization = checked_normalization(params.shape, mean, std);
   params.compute_dtype = dtype_of(mask_logits.scalar_type(), "mask_logits");
   params.image_dtype = dtype_of(images.scalar_type(), "images");
-  params.output_dtype = dtype_of(dtype, "the output");
+  params.output_dtype = dtype_of(out.scalar_type(), "the output");
   check_float_types(params.compute_dtype, params.output_dtype, "the output");
-  output = torch::stable::new_empty(images_, output_sizes(params.shape), dtype);
+  check_out({"out", out}, output_sizes(params.shape), out.scalar_type(),
+            {{"images", images}, {"mask_logits", mask_logits}, {"pattern_logits", pattern_logits}});
   params.images = images_.const_data_ptr();
   params.mask_logits = mask_logits_.const_data_ptr();
   params.pattern_logits = pattern_logits_.const_data_ptr();
@@ -109,7 +162,18 @@ StampBackward::StampBackward(const Tensor& gradient, const Tensor& images,
                              const Tensor& mask_logits, const Tensor& pattern_logits,
                              const std::vector<double>& mean, const std::vector<double>& std,
                              int64_t patch_size)
-    : gradient_(contiguous(gradient)),
+    : StampBackward(gradient, images, mask_logits, pattern_logits, mean, std, patch_size,
+                    torch::stable::empty_like(contiguous(mask_logits)),
+                    torch::stable::empty_like(contiguous(pattern_logits))) {}
+
+StampBackward::StampBackward(const Tensor& gradient, const Tensor& images,
+                             const Tensor& mask_logits, const Tensor& pattern_logits,
+                             const std::vector<double>& mean, const std::vector<double>& std,
+                             int64_t patch_size, const Tensor& mask_logits_out,
+                             const Tensor& pattern_logits_out)
+    : mask_logits_gradient(mask_logits_out),
+      pattern_logits_gradient(pattern_logits_out),
+      gradient_(contiguous(gradient)),
       images_(contiguous(images)),
       mask_logits_(contiguous(mask_logits)),
       pattern_logits_(contiguous(pattern_logits)) {
@@ -119,18 +183,25 @@ StampBackward::StampBackward(const Tensor& gradient, const Tensor& images,
   params.image_dtype = dtype_of(images.scalar_type(), "images");
   params.gradient_dtype = dtype_of(gradient.scalar_type(), "the gradient");
   check_float_types(params.compute_dtype, params.gradient_dtype, "the gradient");
-  const auto sizes = output_sizes(params.shape);
-  bool same = gradient.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) {
-    same = gradient.size(static_cast<int64_t>(i)) == sizes[i];
-  }
-  check(same, "stamp_triggers_backward: gradient ", ShapeOf{gradient},
-        " is not the shape of the output for images ", ShapeOf{images}, ", mask_logits ",
-        ShapeOf{mask_logits}, " and patch_size ", patch_size);
+  check(has_sizes(gradient, output_sizes(params.shape)), "stamp_triggers_backward: gradient ",
+        ShapeOf{gradient}, " is not the shape of the output for images ", ShapeOf{images},
+        ", mask_logits ", ShapeOf{mask_logits}, " and patch_size ", patch_size);
   check(gradient.device() == images.device(),
         "stamp_triggers_backward: gradient and images must be on one device");
-  mask_logits_gradient = torch::stable::empty_like(mask_logits_);
-  pattern_logits_gradient = torch::stable::empty_like(pattern_logits_);
+  const auto& s = params.shape;
+  const Named first{"mask_logits_gradient", mask_logits_out};
+  const Named second{"pattern_logits_gradient", pattern_logits_out};
+  check_out(first, {s.triggers, s.height, s.width}, mask_logits.scalar_type(),
+            {{"gradient", gradient},
+             {"images", images},
+             {"mask_logits", mask_logits},
+             {"pattern_logits", pattern_logits},
+             second});
+  check_out(second, {s.triggers, s.channels, s.height, s.width}, mask_logits.scalar_type(),
+            {{"gradient", gradient},
+             {"images", images},
+             {"mask_logits", mask_logits},
+             {"pattern_logits", pattern_logits}});
   params.gradient = gradient_.const_data_ptr();
   params.images = images_.const_data_ptr();
   params.mask_logits = mask_logits_.const_data_ptr();

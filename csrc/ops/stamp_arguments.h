@@ -17,11 +17,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Parameters and the tensors that own what they point to: contiguous copies where an argument was
-// not contiguous, and the results.
+// not contiguous, and the results. A result is made here, or it is the caller's: contiguous, of the
+// right shape and dtype, and apart from every argument.
 struct StampForward {
   StampForward(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
                const std::vector<double>& mean, const std::vector<double>& std, int64_t patch_size,
                ScalarType dtype);
+  StampForward(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
+               const std::vector<double>& mean, const std::vector<double>& std, int64_t patch_size,
+               const Tensor& out);
   StampForwardParams params;
   Tensor output;
 
@@ -33,6 +37,10 @@ struct StampBackward {
   StampBackward(const Tensor& gradient, const Tensor& images, const Tensor& mask_logits,
                 const Tensor& pattern_logits, const std::vector<double>& mean,
                 const std::vector<double>& std, int64_t patch_size);
+  StampBackward(const Tensor& gradient, const Tensor& images, const Tensor& mask_logits,
+                const Tensor& pattern_logits, const std::vector<double>& mean,
+                const std::vector<double>& std, int64_t patch_size, const Tensor& mask_logits_out,
+                const Tensor& pattern_logits_out);
   StampBackwardParams params;
   Tensor mask_logits_gradient, pattern_logits_gradient;
 

@@ -53,10 +53,30 @@ std::tuple<Tensor, Tensor> stamp_triggers_backward(const Tensor& gradient, const
   return {call.mask_logits_gradient, call.pattern_logits_gradient};
 }
 
+void stamp_triggers_out(const Tensor& images, const Tensor& mask_logits,
+                        const Tensor& pattern_logits, std::vector<double> mean,
+                        std::vector<double> std, int64_t patch_size, Tensor out) {
+  StampForward call(images, mask_logits, pattern_logits, mean, std, patch_size, out);
+  run(cpu::stamp_kernels().forward, call.params);
+}
+
+void stamp_triggers_backward_out(const Tensor& gradient, const Tensor& images,
+                                 const Tensor& mask_logits, const Tensor& pattern_logits,
+                                 std::vector<double> mean, std::vector<double> std,
+                                 int64_t patch_size, Tensor mask_logits_gradient,
+                                 Tensor pattern_logits_gradient) {
+  StampBackward call(gradient, images, mask_logits, pattern_logits, mean, std, patch_size,
+                     mask_logits_gradient, pattern_logits_gradient);
+  run(cpu::stamp_kernels().backward, call.params);
+}
+
 }  // namespace
 }  // namespace pydetox::ops
 
 STABLE_TORCH_LIBRARY_IMPL(pydetox, CPU, library) {
   library.impl("stamp_triggers", TORCH_BOX(&pydetox::ops::stamp_triggers));
   library.impl("stamp_triggers_backward", TORCH_BOX(&pydetox::ops::stamp_triggers_backward));
+  library.impl("stamp_triggers_out", TORCH_BOX(&pydetox::ops::stamp_triggers_out));
+  library.impl("stamp_triggers_backward_out",
+               TORCH_BOX(&pydetox::ops::stamp_triggers_backward_out));
 }

@@ -42,10 +42,32 @@ std::tuple<Tensor, Tensor> stamp_triggers_backward(const Tensor& gradient, const
   return {call.mask_logits_gradient, call.pattern_logits_gradient};
 }
 
+void stamp_triggers_out(const Tensor& images, const Tensor& mask_logits,
+                        const Tensor& pattern_logits, std::vector<double> mean,
+                        std::vector<double> std, int64_t patch_size, Tensor out) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  StampForward call(images, mask_logits, pattern_logits, mean, std, patch_size, out);
+  run(cuda::stamp_forward, call.params, images, "stamp_triggers");
+}
+
+void stamp_triggers_backward_out(const Tensor& gradient, const Tensor& images,
+                                 const Tensor& mask_logits, const Tensor& pattern_logits,
+                                 std::vector<double> mean, std::vector<double> std,
+                                 int64_t patch_size, Tensor mask_logits_gradient,
+                                 Tensor pattern_logits_gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  StampBackward call(gradient, images, mask_logits, pattern_logits, mean, std, patch_size,
+                     mask_logits_gradient, pattern_logits_gradient);
+  run(cuda::stamp_backward, call.params, images, "stamp_triggers_backward");
+}
+
 }  // namespace
 }  // namespace pydetox::ops
 
 STABLE_TORCH_LIBRARY_IMPL(pydetox, CUDA, library) {
   library.impl("stamp_triggers", TORCH_BOX(&pydetox::ops::stamp_triggers));
   library.impl("stamp_triggers_backward", TORCH_BOX(&pydetox::ops::stamp_triggers_backward));
+  library.impl("stamp_triggers_out", TORCH_BOX(&pydetox::ops::stamp_triggers_out));
+  library.impl("stamp_triggers_backward_out",
+               TORCH_BOX(&pydetox::ops::stamp_triggers_backward_out));
 }

@@ -7,6 +7,12 @@ not fit this torch.
 from __future__ import annotations
 
 from pydetox.ops._library import cpu_capability, cuda_library_loaded
-from pydetox.ops.stamp import stamp_triggers
+from pydetox.ops.stamp import TriggerGradients, stamp_triggers, stamp_triggers_gradients
 
-__all__ = ["cpu_capability", "cuda_library_loaded", "stamp_triggers"]
+__all__ = [
+    "TriggerGradients",
+    "cpu_capability",
+    "cuda_library_loaded",
+    "stamp_triggers",
+    "stamp_triggers_gradients",
+]

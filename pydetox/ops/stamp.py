@@ -7,7 +7,7 @@ and, in plain PyTorch, in `pydetox.ops.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def stamp_triggers(
     std: Sequence[float] | None = None,
     patch_size: int | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Blend every trigger into every image and normalise for the model.
 
@@ -51,6 +52,10 @@ def stamp_triggers(
         patch_size: None for images; P, a divisor of H and W, for the rows that a vision
             transformer's first matrix product takes: `rows @ conv1.weight.flatten(1).T`.
         dtype: of the result: bfloat16, float32 or float64; default that of the logits.
+        out: where to write the result: contiguous, of its shape, dtype and device, in memory that
+            no argument shares. It is returned, without an autograd graph: for the gradients there
+            is `stamp_triggers_gradients`. A loop that keeps its buffers allocates nothing, and
+            spares the system clearing fresh memory, which takes longer than stamping.
 
     Returns:
         [K, B, C, H, W], or [K, B, (H/P)(W/P), C*P*P] with columns in the order (c, py, px).
@@ -59,12 +64,12 @@ def stamp_triggers(
         UsageError: shapes, dtypes or devices that do not fit together, or images that require a
             gradient.
     """
+    if out is not None:
+        return _stamp_into(out, images, mask_logits, pattern_logits, mean, std, patch_size, dtype)
     _check(images, mask_logits, pattern_logits, patch_size, dtype)
     channels = images.shape[1]
     mean_list = _per_channel(mean, 0.0, channels, "mean")
-    std_list = _per_channel(std, 1.0, channels, "std")
-    if any(value == 0 for value in std_list):
-        raise UsageError(f"stamp_triggers: std must not be 0, found {std_list}")
+    std_list = _checked_std(std, channels)
     result_dtype = dtype or mask_logits.dtype
     # The kernels compute in the dtype of the logits they get, float32 or float64, and write float64
     # for the latter (csrc/core/stamp.h); any other wish is a cast of something small, or rare.
@@ -81,12 +86,146 @@ def stamp_triggers(
     return stamped.to(result_dtype)
 
 
+class TriggerGradients(NamedTuple):
+    """Of the logits, shaped like them."""
+
+    mask_logits: Tensor
+    pattern_logits: Tensor
+
+
+def stamp_triggers_gradients(
+    gradient: Tensor,
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    patch_size: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> TriggerGradients:
+    """Return the gradients of the logits without autograd, for loops that keep their buffers.
+
+    Args:
+        gradient: of the loss by the result of `stamp_triggers`, shaped like it; float64 where the
+            logits are, else float32 or bfloat16.
+        images: as in `stamp_triggers`.
+        mask_logits: float32 or float64 [K, H, W].
+        pattern_logits: dtype of `mask_logits`, [K, C, H, W].
+        mean: as in `stamp_triggers`.
+        std: as in `stamp_triggers`.
+        patch_size: as in `stamp_triggers`.
+        out: where to write them: contiguous tensors like the two logits, in memory of their own.
+
+    Raises:
+        UsageError: shapes, dtypes or devices that do not fit together.
+    """
+    _check(images, mask_logits, pattern_logits, patch_size, None, differentiable=False)
+    _check_exact(mask_logits, gradient.dtype, "gradient")
+    expected = _result_shape(images, mask_logits, patch_size)
+    if list(gradient.shape) != expected or gradient.device != images.device:
+        raise UsageError(
+            f"stamp_triggers_gradients: gradient must be {expected} on {images.device} for images "
+            f"{list(images.shape)} and mask_logits {list(mask_logits.shape)}, found "
+            f"{list(gradient.shape)} on {gradient.device}"
+        )
+    if out is None:
+        out = torch.empty_like(mask_logits), torch.empty_like(pattern_logits)
+        out = out[0].contiguous(), out[1].contiguous()
+    for name, buffer, like in zip(
+        ("mask_logits", "pattern_logits"), out, (mask_logits, pattern_logits), strict=True
+    ):
+        _check_out(buffer, list(like.shape), like.dtype, images.device, f"out for {name}")
+    channels = images.shape[1]
+    torch.ops.pydetox.stamp_triggers_backward_out.default(
+        gradient.detach(),
+        images,
+        mask_logits.detach(),
+        pattern_logits.detach(),
+        _per_channel(mean, 0.0, channels, "mean"),
+        _checked_std(std, channels),
+        patch_size or 0,
+        *out,
+    )
+    return TriggerGradients(*out)
+
+
+def _stamp_into(
+    out: Tensor,
+    images: Tensor,
+    mask_logits: Tensor,
+    pattern_logits: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_size: int | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    _check(images, mask_logits, pattern_logits, patch_size, dtype, differentiable=False)
+    _check_exact(mask_logits, dtype or out.dtype, "out")
+    _check_out(
+        out,
+        _result_shape(images, mask_logits, patch_size),
+        dtype or out.dtype,
+        images.device,
+        "out",
+    )
+    channels = images.shape[1]
+    torch.ops.pydetox.stamp_triggers_out.default(
+        images,
+        mask_logits.detach(),
+        pattern_logits.detach(),
+        _per_channel(mean, 0.0, channels, "mean"),
+        _checked_std(std, channels),
+        patch_size or 0,
+        out,
+    )
+    return out
+
+
+def _check_exact(logits: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Without autograd there are no casts around the kernel: dtypes are the kernel's own."""
+    allowed = {
+        torch.float32: (torch.float32, torch.bfloat16),
+        torch.float64: (torch.float64,),
+    }.get(logits.dtype)
+    if allowed is None or dtype not in allowed:
+        raise UsageError(
+            f"stamp_triggers: {name} must be float32 or bfloat16 for float32 logits, float64 for "
+            f"float64 logits; found {dtype} for {logits.dtype}"
+        )
+
+
+def _check_out(
+    out: Tensor, shape: list[int], dtype: torch.dtype, device: torch.device, name: str
+) -> None:
+    if list(out.shape) != shape or out.dtype != dtype or out.device != device:
+        raise UsageError(
+            f"stamp_triggers: {name} must be {dtype} {shape} on {device}, found {out.dtype} "
+            f"{list(out.shape)} on {out.device}"
+        )
+    if not out.is_contiguous():
+        raise UsageError(f"stamp_triggers: {name} must be contiguous, found strides {out.stride()}")
+    if out.requires_grad:
+        raise UsageError(f"stamp_triggers: {name} must not require a gradient")
+
+
+def _result_shape(images: Tensor, mask_logits: Tensor, patch_size: int | None) -> list[int]:
+    triggers = mask_logits.shape[0]
+    batch, channels, height, width = images.shape
+    if not patch_size:
+        return [triggers, batch, channels, height, width]
+    patches = (height // patch_size) * (width // patch_size)
+    return [triggers, batch, patches, channels * patch_size * patch_size]
+
+
 def _check(
     images: Tensor,
     mask_logits: Tensor,
     pattern_logits: Tensor,
     patch_size: int | None,
     dtype: torch.dtype | None,
+    *,
+    differentiable: bool = True,
 ) -> None:
     if images.dim() != 4:
         raise UsageError(f"stamp_triggers: images must be [B, C, H, W], found {list(images.shape)}")
@@ -133,11 +272,18 @@ def _check(
             f"stamp_triggers: patch_size must divide height and width of images "
             f"{list(images.shape)}, found {patch_size}"
         )
-    if images.requires_grad and torch.is_grad_enabled():
+    if differentiable and images.requires_grad and torch.is_grad_enabled():
         raise UsageError(
             "stamp_triggers: images get no gradient, only mask_logits and pattern_logits do: "
             "pass images.detach()"
         )
+
+
+def _checked_std(std: Sequence[float] | None, channels: int) -> list[float]:
+    values = _per_channel(std, 1.0, channels, "std")
+    if any(value == 0 for value in values):
+        raise UsageError(f"stamp_triggers: std must not be 0, found {values}")
+    return values
 
 
 def _per_channel(
@@ -162,13 +308,7 @@ def _stamp_triggers_fake(
     patch_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    triggers = mask_logits.shape[0]
-    batch, channels, height, width = images.shape
-    shape = [triggers, batch, channels, height, width]
-    if patch_size != 0:
-        patches = (height // patch_size) * (width // patch_size)
-        shape = [triggers, batch, patches, channels * patch_size * patch_size]
-    return images.new_empty(shape, dtype=dtype)
+    return images.new_empty(_result_shape(images, mask_logits, patch_size), dtype=dtype)
 
 
 def _stamp_triggers_backward_fake(
@@ -211,6 +351,8 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
 
 torch.library.register_fake("pydetox::stamp_triggers", _stamp_triggers_fake)
 torch.library.register_fake("pydetox::stamp_triggers_backward", _stamp_triggers_backward_fake)
+torch.library.register_fake("pydetox::stamp_triggers_out", lambda *_: None)
+torch.library.register_fake("pydetox::stamp_triggers_backward_out", lambda *_: None)
 torch.library.register_autograd(
     "pydetox::stamp_triggers", _backward, setup_context=_save_for_backward
 )

@@ -17,7 +17,12 @@ from pydetox._build_info import build_info
 from pydetox.errors import NativeLibraryError, UsageError
 from pydetox.ops import _library, reference, stamp_triggers
 
-OPERATORS = ["stamp_triggers", "stamp_triggers_backward"]
+OPERATORS = [
+    "stamp_triggers",
+    "stamp_triggers_backward",
+    "stamp_triggers_out",
+    "stamp_triggers_backward_out",
+]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 
 
@@ -56,6 +61,22 @@ def test_opcheck(
     torch.library.opcheck(
         torch.ops.pydetox.stamp_triggers_backward.default,
         (gradient.detach(), pixels, *plain, MEAN, STD, patch_size),
+    )
+    torch.library.opcheck(
+        torch.ops.pydetox.stamp_triggers_out.default,
+        (pixels, *plain, MEAN, STD, patch_size, torch.empty_like(gradient)),
+    )
+    torch.library.opcheck(
+        torch.ops.pydetox.stamp_triggers_backward_out.default,
+        (
+            gradient.detach(),
+            pixels,
+            *plain,
+            MEAN,
+            STD,
+            patch_size,
+            *map(torch.empty_like, plain),
+        ),
     )
 
 

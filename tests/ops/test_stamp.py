@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pydetox.ops import reference, stamp_triggers
+from pydetox.errors import UsageError
+from pydetox.ops import reference, stamp_triggers, stamp_triggers_gradients
 
 U8, BF16, F32, F64 = torch.uint8, torch.bfloat16, torch.float32, torch.float64
 
@@ -310,3 +311,87 @@ def test_two_threads_share_the_work(threads: None) -> None:
         torch.testing.assert_close(
             case.run(stamp_triggers)[0], case.run(reference.stamp_triggers)[0]
         )
+
+
+# ---- into memory of the caller ------------------------------------------------------------------
+
+OUT_CASES = [
+    Case(),
+    Case(patch_size=4, dtype=BF16),
+    Case(logits=F64, images=F64, height=7, width=9),
+    Case(triggers=2, batch=17, channels=1, images=BF16),
+    Case(batch=0),
+    Case(triggers=0),
+]
+
+
+@pytest.mark.parametrize("case", OUT_CASES, ids=str)
+def test_buffers_get_the_bits_that_autograd_gets(case: Case, capability: str) -> None:
+    expected, *expected_gradients = case.run(stamp_triggers)
+    images, mask, pattern, gradient = case.tensors()
+    options = {k: v for k, v in case.options().items() if k != "dtype"}
+    out = torch.full_like(expected, torch.nan)
+    assert stamp_triggers(images, mask, pattern, **options, out=out) is out
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+    buffers = tuple(torch.full_like(t, torch.nan, requires_grad=False) for t in (mask, pattern))
+    found = stamp_triggers_gradients(gradient, images, mask, pattern, **options, out=buffers)
+    assert found.mask_logits is buffers[0]
+    fresh = stamp_triggers_gradients(gradient, images, mask, pattern, **options)
+    for one, two, three in zip(found, fresh, expected_gradients, strict=True):
+        assert torch.equal(one, three)
+        assert torch.equal(two, three)
+
+
+def test_a_loop_with_buffers_allocates_nothing() -> None:
+    case = Case(triggers=4, batch=16, height=32, width=32)
+    images, mask, pattern, gradient = case.tensors()
+    out = torch.empty_like(gradient)
+    buffers = torch.empty_like(mask), torch.empty_like(pattern)
+    buffers = tuple(b.requires_grad_(False) for b in buffers)
+    options = {k: v for k, v in case.options().items() if k != "dtype"}
+
+    def step() -> None:
+        stamp_triggers(images, mask, pattern, **options, out=out)
+        stamp_triggers_gradients(gradient, images, mask, pattern, **options, out=buffers)
+
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["out"][:, :4], r"out must be torch.float32 \[3, 5, 3, 12, 20\]"),
+        (lambda t: t["out"].double(), "found torch.float64"),
+        (lambda t: t["out"].transpose(3, 4).contiguous().transpose(3, 4), "contiguous"),
+        (lambda t: t["out"].requires_grad_(), "must not require a gradient"),
+        (lambda t: t["pattern"].new_empty(0).set_(t["store"], 4, t["out"].shape), "share memory"),
+    ],
+)
+def test_unusable_buffers_are_refused(change, message: str) -> None:
+    images, mask, pattern, gradient = Case().tensors()
+    store = torch.UntypedStorage(gradient.nbytes + 4 * (pattern.numel() + 4))
+    pattern = torch.empty(0).set_(store, 0, pattern.shape).copy_(pattern.detach())
+    out = change({"out": torch.empty_like(gradient), "pattern": pattern, "store": store})
+    with pytest.raises((UsageError, RuntimeError), match=message):
+        stamp_triggers(images, mask, pattern, out=out)
+
+
+def test_gradients_refuse_what_does_not_fit() -> None:
+    images, mask, pattern, gradient = Case().tensors()
+    with pytest.raises(UsageError, match=r"gradient must be \[3, 5, 3, 12, 20\]"):
+        stamp_triggers_gradients(gradient[:2], images, mask, pattern)
+    with pytest.raises(UsageError, match=r"found torch\.float64 for torch\.float32"):
+        stamp_triggers_gradients(gradient.double(), images, mask, pattern)
+    with pytest.raises(UsageError, match="out for pattern_logits must be"):
+        stamp_triggers_gradients(
+            gradient, images, mask, pattern, out=(mask.detach().clone(), mask.detach().clone())
+        )
+    same = torch.empty(mask.numel() + pattern.numel())
+    overlapping = same[: mask.numel()].view(mask.shape), same[: pattern.numel()].view(pattern.shape)
+    with pytest.raises(RuntimeError, match="mask_logits_gradient must not share memory"):
+        stamp_triggers_gradients(gradient, images, mask, pattern, out=overlapping)
+    with pytest.raises(UsageError, match=r"found torch\.bfloat16 for torch\.bfloat16"):
+        stamp_triggers_gradients(gradient.bfloat16(), images, mask.bfloat16(), pattern.bfloat16())
