@@ -3,9 +3,10 @@
     python -m pytest benchmarks/bench_stamp.py
 
 Ours is called as the inversion search calls it, with buffers that it keeps from step to step; its
-rivals allocate their results, as plain PyTorch code does. The four take turns within one run (ours, eager, compiled, copy, ours, ...), so that whatever else
-the machine does hits them alike; what is compared are medians. The copy moves the bytes that
-forward and backward must move at least: the floor for anything that has to read and write them.
+rivals allocate their results, as plain PyTorch code does. The four take turns within one run (ours,
+eager, compiled, copy, ours, ...), so that whatever else the machine does hits them alike; what is
+compared are medians. The copy moves the bytes that forward and backward must move at least: the
+floor for anything that has to read and write them.
 """
 
 from __future__ import annotations

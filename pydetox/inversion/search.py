@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, freeze
-from ..ops import stamp_triggers
+from ..ops import stamp_triggers, stamp_triggers_gradients
 from ..progress import Progress
 from .adam import Adam
 from .objectives import Objective
@@ -110,14 +110,18 @@ class InversionSearch:
         self._images = images.to(device)
         rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
         shape = (count, size, size)
-        self._mask = _normal(rng, shape, config.initial_mask, device).requires_grad_()
-        self._pattern = _normal(rng, (count, 3, size, size), 0.0, device).requires_grad_()
+        self._mask = _normal(rng, shape, config.initial_mask, device)
+        self._pattern = _normal(rng, (count, 3, size, size), 0.0, device)
         self._adam = Adam([self._mask, self._pattern], config.betas)
         self._cost = config.schedule.start(count, device)
         self._smoothed = torch.zeros(count, device=device)
         self._smallest = torch.full((count,), math.inf, dtype=torch.float64, device=device)
-        self._best_mask = self._mask.detach().clone()
-        self._best_pattern = self._pattern.detach().clone()
+        self._best_mask = self._mask.clone()
+        self._best_pattern = self._pattern.clone()
+        # What every step writes anew: a search of a thousand steps allocates these once.
+        self._mask_gradient = torch.empty_like(self._mask)
+        self._pattern_gradient = torch.empty_like(self._pattern)
+        self._rows = torch.empty(0, device=device)
         batch = min(config.batch_size, len(images))
         self._batches = _batches(rng, len(images), batch, config.steps).to(device)
         self._tower = freeze(model.visual, config.precision, name=model.name)
@@ -129,19 +133,21 @@ class InversionSearch:
         """Take one step; at most config.steps of them."""
         config, step = self._config, self._steps
         clean = self._images[self._batches[step]]
-        parts = [self._loss_and_gradients(clean, chunk) for chunk in self._chunks]
-        success, norms, *gradients = (torch.cat(part) for part in zip(*parts, strict=True))
-        with torch.no_grad():
-            self._smoothed = success if step == 0 else 0.7 * self._smoothed + 0.3 * success
-            works = self._smoothed >= config.success_threshold
-            better = works & (norms < self._smallest)
-            self._smallest = torch.where(better, norms, self._smallest)
-            self._best_mask = torch.where(better[:, None, None], self._mask, self._best_mask)
-            self._best_pattern = torch.where(
-                better[:, None, None, None], self._pattern, self._best_pattern
-            )
-            self._cost = config.schedule.update(self._cost, success >= config.success_threshold)
-        self._adam.step(gradients, config.rate(step))
+        success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
+        share = torch.tanh(self._mask).div_(2).add_(0.5)
+        norms = share.sum(dim=(1, 2), dtype=torch.float64)
+        self._smoothed = success if step == 0 else 0.7 * self._smoothed + 0.3 * success
+        better = (self._smoothed >= config.success_threshold) & (norms < self._smallest)
+        self._smallest = torch.where(better, norms, self._smallest)
+        self._best_mask = torch.where(better[:, None, None], self._mask, self._best_mask)
+        self._best_pattern = torch.where(
+            better[:, None, None, None], self._pattern, self._best_pattern
+        )
+        # d |mask|_1 / d logit = 2 m (1 - m)
+        slope = share.mul_(1 - share).mul_(2 * self._cost.cost[:, None, None])
+        self._mask_gradient += slope
+        self._cost = config.schedule.update(self._cost, success >= config.success_threshold)
+        self._adam.step([self._mask_gradient, self._pattern_gradient], config.rate(step))
         self._steps += 1
 
     def result(self) -> InversionResult:
@@ -150,14 +156,12 @@ class InversionSearch:
         Raises ArchitectureError when the model's embeddings are not finite.
         """
         found = torch.isfinite(self._smallest)
-        mask = torch.where(found[:, None, None], self._best_mask, self._mask.detach())
-        pattern = torch.where(
-            found[:, None, None, None], self._best_pattern, self._pattern.detach()
-        )
+        mask = torch.where(found[:, None, None], self._best_mask, self._mask)
+        pattern = torch.where(found[:, None, None, None], self._best_pattern, self._pattern)
         check = self._images[: self._config.check_images]
         success = []
         for chunk in _chunks(len(mask), max(1, self._max_batch // len(check))):
-            embeddings = self._embed_in_parts(check, mask[chunk], pattern[chunk])
+            embeddings = self._embed(check, mask[chunk], pattern[chunk])
             if not bool(torch.isfinite(embeddings).all()):
                 raise ArchitectureError(
                     f"{self._model.name}: its embeddings are not finite; "
@@ -176,54 +180,88 @@ class InversionSearch:
             tower=self._tower.description,
         )
 
-    def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-        """Return embeddings [K, B, D] of every trigger on every image, in one piece."""
-        model, tower = self._model, self._tower
-        stamped = stamp_triggers(
+    def _stamp(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+        """Return the tower's input [K * B, ...] for every trigger on every image.
+
+        It lies in a buffer that the next call overwrites.
+        """
+        tower, size = self._tower, self._model.image_size
+        count, patch = len(mask) * len(images), tower.patch_size
+        shape = (3, size, size) if patch is None else ((size // patch) ** 2, 3 * patch * patch)
+        if len(self._rows) < count:
+            self._rows = images.new_empty((count, *shape), dtype=tower.dtype)
+        rows = self._rows[:count]
+        model = self._model
+        stamp_triggers(
             images,
             mask,
             pattern,
             mean=model.mean,
             std=model.std,
-            patch_size=tower.patch_size,
-            dtype=tower.dtype,
+            patch_size=patch,
+            out=rows.view(len(mask), len(images), *rows.shape[1:]),
         )
-        return tower(stamped.flatten(0, 1)).view(*stamped.shape[:2], -1)
+        return rows
 
-    def _embed_in_parts(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-        """Do the same without gradients, for any number of images."""
+    def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+        """Return embeddings [K, B, D] of every trigger on every image, without gradients."""
         with torch.no_grad():
-            parts = torch.split(images, self._max_batch)
-            return torch.cat([self._embed(part, mask, pattern) for part in parts], dim=1)
+            parts = [
+                self._tower(self._stamp(part, mask, pattern)).view(len(mask), len(part), -1)
+                for part in torch.split(images, max(1, self._max_batch // len(mask)))
+            ]
+            return torch.cat(parts, dim=1)
 
-    def _loss_and_gradients(
-        self, images: Tensor, chunk: slice
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return success, |mask|_1 and the gradients of both logits for a chunk of the triggers.
+    def _pull(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        pattern: Tensor,
+        rows_gradient: Tensor,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of both logits, given that of the stamped images."""
+        return stamp_triggers_gradients(
+            rows_gradient.view(len(mask), len(images), *rows_gradient.shape[1:]),
+            images,
+            mask,
+            pattern,
+            mean=self._model.mean,
+            std=self._model.std,
+            patch_size=self._tower.patch_size,
+            out=out,
+        )
+
+    def _differentiate(self, images: Tensor, chunk: slice) -> Tensor:
+        """Write the objective's gradients for a chunk of the triggers; return their success.
 
         Triggers do not see each other, so a chunk's activations are freed before the next one
         starts: the memory of a step does not grow with the number of triggers.
         """
         mask, pattern = self._mask[chunk], self._pattern[chunk]
-        norms = (torch.tanh(mask) / 2 + 0.5).sum(dim=(1, 2), dtype=torch.float64)
-        penalty = (self._cost.cost[chunk] * norms).sum()
+        gradients = self._mask_gradient[chunk], self._pattern_gradient[chunk]
         if len(images) <= self._max_batch:
-            loss, success = self._objective(self._embed(images, mask, pattern), chunk)
-            gradients = torch.autograd.grad(loss.sum() + penalty, [mask, pattern])
-            return success, norms.detach(), gradients[0], gradients[1]
+            rows = self._stamp(images, mask, pattern).requires_grad_()
+            embeddings = self._tower(rows).view(len(mask), len(images), -1)
+            loss, success = self._objective(embeddings, chunk)
+            (rows_gradient,) = torch.autograd.grad(loss.sum(), rows)
+            self._pull(images, mask, pattern, rows_gradient, gradients)
+            return success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
-        embeddings = self._embed_in_parts(images, mask, pattern).requires_grad_()
+        embeddings = self._embed(images, mask, pattern).requires_grad_()
         loss, success = self._objective(embeddings, chunk)
         (pull,) = torch.autograd.grad(loss.sum(), embeddings)
-        (mask_gradient,) = torch.autograd.grad(penalty, mask)
-        pattern_gradient = torch.zeros_like(pattern)
+        for total in gradients:
+            total.zero_()
         for part in _chunks(len(images), self._max_batch):
-            again = self._embed(images[part], mask, pattern)
-            gradients = torch.autograd.grad(again, [mask, pattern], pull[:, part])
-            mask_gradient += gradients[0]
-            pattern_gradient += gradients[1]
-        return success, norms.detach(), mask_gradient, pattern_gradient
+            rows = self._stamp(images[part], mask, pattern).requires_grad_()
+            again = self._tower(rows).view(len(mask), -1, pull.shape[-1])
+            (rows_gradient,) = torch.autograd.grad(again, rows, pull[:, part])
+            parts = self._pull(images[part], mask, pattern, rows_gradient)
+            for total, one in zip(gradients, parts, strict=True):
+                total += one
+        return success
 
 
 def invert(
