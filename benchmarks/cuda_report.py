@@ -33,6 +33,22 @@ DTYPES = {
     "double": "float64",
 }
 DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4, "float64": 8}
+# Weights of ViT-B-32's image tower, and what the benchmarks do with them: operation, lists, and how
+# many of them are read and written.
+WEIGHTS = 87_849_216
+WEIGHT_PROBLEMS = [
+    ("gram", "8 models", 9, 9, 0),
+    ("project", "16 directions", 18, 18, 0),
+    ("sketch", "to 4,096", 2, 2, 0),
+    ("apply", "1 vector, in place", 3, 2, 1),
+]
+# The operation that launches a kernel.
+WEIGHT_KERNELS = {
+    "gram_chunks": "gram",
+    "project_chunks": "project",
+    "sketch_chunks": "sketch",
+    "apply_chunks": "apply",
+}
 # K, B, C, H, W of the benchmarks.
 PROBLEMS = [(8, 16, 3, 224, 224), (64, 16, 3, 64, 64)]
 
@@ -95,21 +111,26 @@ def find_nvcc() -> str:
     sys.exit("cuda_report: no nvcc in CUDACXX, in CUDA_HOME or on PATH")
 
 
+def compiler_log(nvcc: str, arch: str, source: Path) -> str:
+    """Compiles a .cu file; returns what ptxas says about each kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, f"-I{ROOT}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        result = subprocess.run(
+            [*command, str(source), "-o", f"{folder}/out.cubin"],
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode != 0:
+        sys.exit(f"cuda_report: nvcc failed on {source.name}:\n{result.stderr}")
+    return subprocess.run(
+        ["c++filt"], input=result.stdout + result.stderr, capture_output=True, text=True
+    ).stdout
+
+
 def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
-    """Compiles every .cu file and reads what ptxas says about each kernel."""
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, *FLAGS, f"-I{ROOT}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
-            result = subprocess.run(
-                [*command, str(source), "-o", f"{folder}/out.cubin"],
-                capture_output=True,
-                text=True,
-            )
-        if result.returncode != 0:
-            sys.exit(f"cuda_report: nvcc failed on {source.name}:\n{result.stderr}")
-        log = subprocess.run(
-            ["c++filt"], input=result.stdout + result.stderr, capture_output=True, text=True
-        ).stdout
+    """The kernels of stamping, from what ptxas says about each."""
+    for source in sorted((ROOT / "csrc" / "cuda").glob("stamp*.cu")):
+        log = compiler_log(nvcc, arch, source)
         pattern = re.compile(
             r"Function properties for void pydetox::cuda::(\w+)<([^>]*)>.*?"
             r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -128,6 +149,65 @@ def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
                 int(registers),
                 int(stores) + int(loads),
             )
+
+
+@dataclass(frozen=True)
+class WeightKernel:
+    """One compiled kernel over lists of weights."""
+
+    arch: str
+    name: str
+    registers: int
+    spilled_bytes: int
+
+    def launch(self) -> tuple[int, int]:
+        """Threads and shared bytes of a block."""
+        operation = WEIGHT_KERNELS.get(self.name)
+        if operation is None:  # the small ones after the sums
+            return 256, 0
+        lists = {name: lists for name, _, lists, _, _ in WEIGHT_PROBLEMS}[operation]
+        _, threads, shared = _emulator.weight_launch_shapes(operation, WEIGHTS, lists)[0]
+        return threads, shared
+
+
+def compile_weight_kernels(nvcc: str, arch: str) -> Iterator[WeightKernel]:
+    pattern = re.compile(
+        r"Function properties for pydetox::cuda::(\w+)\(.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    log = compiler_log(nvcc, arch, ROOT / "csrc" / "cuda" / "weights.cu")
+    for name, stores, loads, registers in pattern.findall(log):
+        yield WeightKernel(arch, name, int(registers), int(stores) + int(loads))
+
+
+def weight_kernel_table(kernels: list[WeightKernel]) -> Iterator[str]:
+    rows: dict[str, list[WeightKernel]] = {}
+    for kernel in kernels:
+        rows.setdefault(kernel.name, []).append(kernel)
+    archs = "/".join(f"sm_{kernel.arch}" for kernel in next(iter(rows.values())))
+    yield f"| kernel | threads | shared | registers {archs} | spilled | occupancy {archs} |"
+    yield "|---" * 6 + "|"
+    for name, same in rows.items():
+        threads, shared = same[0].launch()
+        registers = " / ".join(str(k.registers) for k in same)
+        spilled = " / ".join(str(k.spilled_bytes) for k in same)
+        occupancy = " / ".join(
+            f"{MULTIPROCESSORS[k.arch].occupancy(threads, k.registers, shared):.0%}" for k in same
+        )
+        yield f"| {name} | {threads} | {shared} | {registers} | {spilled} | {occupancy} |"
+
+
+def weight_traffic_table() -> Iterator[str]:
+    yield "| operation | float32 weights | must move | at 3.35 TB/s (prediction) |"
+    yield "|---" * 4 + "|"
+    for operation, what, _, reads, writes in WEIGHT_PROBLEMS:
+        total = (reads + writes) * WEIGHTS * 4
+        seconds = total / H100_BYTES_PER_SECOND
+        yield (
+            f"| {operation}, {what} | {WEIGHTS / 1e6:.1f} M | {total / 1e9:.2f} GB "
+            f"| {seconds * 1e3:.2f} ms |"
+        )
 
 
 def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
@@ -201,14 +281,18 @@ def main() -> int:
     release = re.search(r"V(\d+\.\d+\.\d+)", version)
     archs = arguments.arch or sorted(MULTIPROCESSORS)
     kernels = [kernel for arch in archs for kernel in compile_kernels(nvcc, arch)]
-    if not kernels:
+    weights = [kernel for arch in archs for kernel in compile_weight_kernels(nvcc, arch)]
+    if not kernels or not weights:
         sys.exit("cuda_report: ptxas named no kernel")
-    spilling = [kernel for kernel in kernels if kernel.spilled_bytes > 0]
+    spilling = [kernel for kernel in [*kernels, *weights] if kernel.spilled_bytes > 0]
     names = ", ".join(f"sm_{arch}" for arch in archs)
     sections = {
         "summary": f"nvcc {release[1] if release else '?'}, `{' '.join(FLAGS)}`, {names}: "
-        f"{len(kernels) // len(archs)} kernels each, {len(spilling)} in all spill registers.",
+        f"{(len(kernels) + len(weights)) // len(archs)} kernels each, "
+        f"{len(spilling)} in all spill registers.",
         "traffic": "\n".join(traffic_table()),
+        "weights traffic": "\n".join(weight_traffic_table()),
+        "weights kernels": "\n".join(weight_kernel_table(weights)),
         "kernels": "\n".join(kernel_table(kernels)),
     }
     print("\n\n".join(sections.values()))

@@ -114,6 +114,8 @@ void load_images(const StampShape& shape, const Tile& tile, const void* images, 
       return convert_from(float{});
     case DType::kFloat64:
       return convert_from(double{});
+    default:
+      return;  // csrc/ops/stamp_arguments.cpp lets no other type through
   }
 }
 

@@ -133,6 +133,38 @@ PYDETOX_HD Vec<T, N> widen(const In* from) {
   }
 }
 
+// a * b + c, rounded once: the same bits with and without an instruction for it.
+template <class V>
+PYDETOX_HD V fused(V a, V b, V c) {
+#if PYDETOX_VEC_BYTES == 0
+  return __builtin_fma(a, b, c);
+#elif defined(__AVX512F__)
+  return bit_cast<V>(
+      _mm512_fmadd_pd(bit_cast<__m512d>(a), bit_cast<__m512d>(b), bit_cast<__m512d>(c)));
+#else
+  V result;
+  for (unsigned i = 0; i < sizeof(V) / 32; ++i) {
+    const auto part = [i](const V& v) {
+      return load<__m256d>(reinterpret_cast<const char*>(&v) + 32 * i);
+    };
+    store(reinterpret_cast<char*>(&result) + 32 * i, _mm256_fmadd_pd(part(a), part(b), part(c)));
+  }
+  return result;
+#endif
+}
+
+#if PYDETOX_VEC_BYTES > 0
+// As many floats as there are doubles in a vector.
+PYDETOX_HD Vec<double, kLanes<double>> doubles_of_floats(const void* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<double, kLanes<double>>>(_mm512_maskz_cvtps_pd(0xFF, load<__m256>(from)));
+#else
+  return __builtin_convertvector(load<Vec<float, kLanes<double>>>(from),
+                                 Vec<double, kLanes<double>>);
+#endif
+}
+#endif
+
 }  // namespace PYDETOX_ISA
 }  // namespace cpu
 }  // namespace pydetox

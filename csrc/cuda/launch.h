@@ -3,6 +3,7 @@
 // What csrc/ops calls. No torch, no CUDA header: a stream travels as void*, an error as int.
 
 #include "csrc/core/stamp.h"
+#include "csrc/core/weights.h"
 
 namespace pydetox::cuda {
 
@@ -11,6 +12,17 @@ namespace pydetox::cuda {
 // nothing to compute. cudaErrorInvalidValue: an impossible combination of types or sizes.
 int stamp_forward(const StampForwardParams& params, void* stream);
 int stamp_backward(const StampBackwardParams& params, void* stream);
+
+// Over lists of weights on the device; coefficients, partials and sums are on the device too, the
+// table, first_chunk and keys on the host. partials: room for the values of every chunk, sums: for
+// those of one (csrc/cuda/weights_layout.h; of a sketch: size). matrix: [M, M].
+int weight_gram(const WeightTable& table, double* partials, double* sums, double* matrix,
+                void* stream);
+int weight_project(const WeightTable& table, double* partials, double* sums, void* stream);
+int weight_sketch(const WeightTable& table, const int64_t* first_chunk, int64_t blocks_per_chunk,
+                  const uint64_t* keys, int64_t size, double* partials, double* sums, void* stream);
+int weight_apply(const WeightTable& table, int64_t vectors, int64_t results,
+                 const double* coefficients, bool per_tensor, void* stream);
 
 // cudaGetErrorString.
 const char* error_string(int error);

@@ -7,11 +7,11 @@
 #include <cstdint>
 
 #include "csrc/core/stamp.h"
+#include "csrc/cuda/grid.h"
 #include "csrc/cuda/memory.cuh"
 
 namespace pydetox::cuda {
 
-constexpr int kWarpSize = 32;
 constexpr int kForwardThreads = 128;
 constexpr int kImagesPerThread = 16;  // that many outputs for one evaluation of the sigmoids
 constexpr int kMaxBackwardWarps = 8;
@@ -20,8 +20,6 @@ constexpr int kMaxBackwardWarps = 8;
 // as registers allow.
 template <int N>
 constexpr int kTriggersPerThread = N <= 4 ? 4 : 2;
-
-PYDETOX_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // load_pixel, without the branch to a slow path that a division has on a GPU: one correction step
 // gives exactly x / 255 for all 256 values of x (a test tries them all).

@@ -9,13 +9,6 @@
 
 namespace pydetox::cuda {
 
-// One-dimensional: a grid's x has room for 2^31 - 1 blocks.
-struct LaunchShape {
-  int64_t blocks;  // 0: nothing to do
-  int threads;
-  int64_t shared_bytes;
-};
-
 template <class T>
 struct TypeTag {
   using Type = T;
@@ -33,8 +26,9 @@ bool with_image_type(DType dtype, const Visit& visit) {
       return visit(TypeTag<float>{});
     case DType::kFloat64:
       return visit(TypeTag<double>{});
+    default:
+      return false;
   }
-  return false;
 }
 
 // visit(compute type, output type).

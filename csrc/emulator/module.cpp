@@ -41,4 +41,5 @@ PYBIND11_MODULE(_emulator, module) {
 
   bind_self_test(module);
   bind_stamp_triggers(module);
+  bind_weights(module);
 }

@@ -21,4 +21,18 @@ STABLE_TORCH_LIBRARY(pydetox, library) {
       "stamp_triggers_backward_out(Tensor gradient, Tensor images, Tensor mask_logits, "
       "Tensor pattern_logits, float[] mean, float[] std, int patch_size, "
       "Tensor(a!) mask_logits_gradient, Tensor(b!) pattern_logits_gradient) -> ()");
+
+  // Lists of tensors as state dicts hold them. models, directions, vectors, out: `count` lists one
+  // after the other, each like base. -> float64 [count, count]
+  library.def("weight_diff_gram(Tensor[] base, Tensor[] models, int count) -> Tensor");
+  // -> float64 [count]
+  library.def(
+      "weight_diff_project(Tensor[] base, Tensor[] model, Tensor[] directions, int count) "
+      "-> Tensor");
+  // keys: one for each tensor, of seed and name. -> float64 [size]
+  library.def("weight_diff_sketch(Tensor[] base, Tensor[] model, int[] keys, int size) -> Tensor");
+  // coefficients: float64 [M, R] or [M, R, tensors]; vectors: R lists; out: M lists.
+  library.def(
+      "apply_task_vectors(Tensor[] base, Tensor[] vectors, Tensor coefficients, "
+      "Tensor(a!)[] out) -> ()");
 }

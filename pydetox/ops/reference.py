@@ -57,3 +57,38 @@ def to_patch_rows(images: Tensor, patch_size: int) -> Tensor:
         (height // patch_size) * (width // patch_size),
         channels * patch_size * patch_size,
     )
+
+
+def weight_diff_gram(base: Sequence[Tensor], models: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return inner products of differences; see `pydetox.ops.weight_diff_gram`."""
+    differences = torch.stack([_flat(model) - _flat(base) for model in models])
+    return differences @ differences.T
+
+
+def weight_diff_project(
+    base: Sequence[Tensor], model: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Return projections of a difference; see `pydetox.ops.weight_diff_project`."""
+    difference = _flat(model) - _flat(base)
+    return torch.stack([_flat(direction) for direction in directions]) @ difference
+
+
+def apply_task_vectors(
+    base: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]], coefficients: Tensor
+) -> list[list[Tensor]]:
+    """Return base + coefficients @ vectors; see `pydetox.ops.apply_task_vectors`."""
+    rows = coefficients.to(torch.float64)
+    rows = rows[:, :, None].expand(-1, -1, len(base)) if rows.ndim == 2 else rows
+    return [
+        [
+            sum((row[r, i] * v[i].double() for r, v in enumerate(vectors)), start.double()).to(
+                start.dtype
+            )
+            for i, start in enumerate(base)
+        ]
+        for row in rows
+    ]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.to(torch.float64).flatten() for tensor in tensors])

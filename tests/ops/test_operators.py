@@ -22,6 +22,10 @@ OPERATORS = [
     "stamp_triggers_backward",
     "stamp_triggers_out",
     "stamp_triggers_backward_out",
+    "weight_diff_gram",
+    "weight_diff_project",
+    "weight_diff_sketch",
+    "apply_task_vectors",
 ]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 

@@ -1,0 +1,58 @@
+#pragma once
+
+// From lists of tensors, as state dicts hold them, to kernel parameters, with every check that
+// keeps a kernel from reading what is not there. Shared by the CPU and the CUDA registration.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "csrc/core/weights.h"
+
+namespace pydetox::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Lists of the same tensors, and what owns the memory that the table points to: a tensor that is
+// not contiguous is copied, that one alone.
+class WeightLists {
+ public:
+  // op: for messages. base: the list whose shapes all others must have; at least one tensor.
+  WeightLists(const char* op, const std::vector<Tensor>& base);
+
+  // `count` more lists, one after the other in `tensors`.
+  void add(const char* name, const std::vector<Tensor>& tensors, int64_t count);
+  // The same for lists that are written to: they must be contiguous already.
+  void add_results(const char* name, const std::vector<Tensor>& tensors, int64_t count);
+
+  WeightTable table();  // points into this object
+  const Tensor& first() const { return base_.front(); }
+
+ private:
+  void add_list(const char* name, const Tensor* tensors, bool written);
+
+  const char* op_;
+  std::vector<Tensor> base_;  // as given
+  std::vector<Tensor> owned_;
+  std::vector<std::vector<Source>> lists_;
+  std::vector<int64_t> counts_, first_chunk_;
+  std::vector<Source> sources_;  // [tensors, lists]
+};
+
+// Pairs i <= j, row by row, to a full symmetric matrix [n, n].
+void unpack_symmetric(const double* pairs, int64_t n, double* matrix);
+
+// The chunks of a sketch: whole blocks of `size` elements, about as large as any chunk.
+struct SketchChunks {
+  int64_t blocks_per_chunk;
+  std::vector<int64_t> first_chunk;  // [tensors + 1]
+};
+SketchChunks sketch_chunks(const WeightTable& table, int64_t size, size_t keys);
+
+void check_coefficients(const Tensor& coefficients, const Tensor& base, int64_t vectors,
+                        int64_t results, int64_t tensors);
+
+}  // namespace pydetox::ops

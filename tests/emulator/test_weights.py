@@ -1,0 +1,194 @@
+"""Every CUDA kernel over lists of weights, run from its .cuh by the emulator.
+
+Sketches and linear combinations must be the CPU's, bit for bit. Inner products are added up in
+another order inside a chunk than on the CPU: there the truth is float64 arithmetic, and the bits
+must not depend on the schedule.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pydetox import _emulator, ops
+from pydetox.ops import reference
+from pydetox.ops.weights import sketch_key
+
+Schedule = _emulator.Schedule
+SCHEDULES = [Schedule(), Schedule(seed=1), Schedule(seed=2)]
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MIXED = (F32, BF16, F64, F16)
+SHAPES = [(300,), (3, 5, 7), (1,), (0, 4), (), (257,)]
+
+
+def weights(
+    seed: int, dtypes: tuple[torch.dtype, ...] = (F32,), shapes: list[tuple[int, ...]] = SHAPES
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, dtype=F64, generator=generator).to(dtypes[i % len(dtypes)])
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def arrays(tensors: list[Tensor]) -> list[np.ndarray]:
+    """Flat arrays on the tensors' memory; uint16 carries the bits of bfloat16."""
+    return [
+        t.view(torch.int16).numpy().view(np.uint16).reshape(-1)
+        if t.dtype == BF16
+        else t.numpy().reshape(-1)
+        for t in tensors
+    ]
+
+
+def chunks(tensors: list[Tensor], elements: int = 65536) -> int:
+    return sum(-(-t.numel() // elements) for t in tensors)
+
+
+def gram(lists: list[list[Tensor]], schedule: Schedule) -> tuple[np.ndarray, list]:
+    models = len(lists) - 1
+    values = _emulator.gram_values(models)
+    partials, sums = np.zeros((chunks(lists[0]), values)), np.zeros(values)
+    matrix = np.full((models, models), np.nan)
+    given = [arrays(one) for one in lists]
+    traffic = _emulator.weight_gram(given, partials, sums, matrix, schedule)
+    return matrix, traffic
+
+
+def project(lists: list[list[Tensor]], schedule: Schedule) -> tuple[np.ndarray, list]:
+    directions = len(lists) - 2
+    values = _emulator.project_values(directions)
+    partials, sums = np.zeros((chunks(lists[0]), values)), np.zeros(values)
+    traffic = _emulator.weight_project([arrays(one) for one in lists], partials, sums, schedule)
+    return sums[:directions], traffic
+
+
+def sketch(
+    lists: list[list[Tensor]], size: int, schedule: Schedule, seed: int = 3
+) -> tuple[np.ndarray, list]:
+    keys = [sketch_key(seed, name) for name in names(len(lists[0]))]
+    blocks = 64
+    partials, sums = np.zeros((chunks(lists[0], blocks * size), size)), np.full(size, np.nan)
+    given = [arrays(one) for one in lists]
+    return sums, _emulator.weight_sketch(given, keys, blocks, partials, sums, schedule)
+
+
+def names(count: int) -> list[str]:
+    return [f"{i:02}" for i in range(count)]  # in alphabetical order, as the operator sorts them
+
+
+@pytest.mark.parametrize("models", [1, 3, 8, 11])
+@pytest.mark.parametrize("dtypes", [(F32,), MIXED], ids=str)
+def test_gram(models: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    lists = [weights(i, dtypes) for i in range(models + 1)]
+    expected = reference.weight_diff_gram(lists[0], lists[1:]).numpy()
+    results = [gram(lists, schedule)[0] for schedule in SCHEDULES]
+    np.testing.assert_allclose(results[0], expected, rtol=1e-13, atol=1e-10)
+    assert np.array_equal(results[0], results[0].T)
+    assert all(np.array_equal(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("directions", [1, 16, 19])
+@pytest.mark.parametrize("dtypes", [(F32,), MIXED], ids=str)
+def test_project(directions: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    lists = [weights(i, dtypes) for i in range(directions + 2)]
+    expected = reference.weight_diff_project(lists[0], lists[1], lists[2:]).numpy()
+    results = [project(lists, schedule)[0] for schedule in SCHEDULES]
+    np.testing.assert_allclose(results[0], expected, rtol=1e-12, atol=1e-11)
+    assert all(np.array_equal(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("size", [64, 512])
+@pytest.mark.parametrize("dtypes", [(F32,), MIXED], ids=str)
+def test_sketch_has_the_bits_of_the_cpu(size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    lists = [weights(i, dtypes, [*SHAPES, (5000,)]) for i in range(2)]
+    expected = ops.weight_diff_sketch(*lists, names(len(lists[0])), seed=3, size=size)
+    for schedule in SCHEDULES:
+        assert np.array_equal(sketch(lists, size, schedule)[0], expected.numpy())
+
+
+@pytest.mark.parametrize("dtypes", [(F32,), MIXED], ids=str)
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize(("vectors", "results"), [(1, 1), (3, 9), (0, 1)])
+def test_apply_has_the_bits_of_the_cpu(
+    dtypes: tuple[torch.dtype, ...], per_tensor: bool, vectors: int, results: int
+) -> None:
+    base = weights(0, dtypes)
+    changes = [weights(i + 1) for i in range(vectors)]
+    shape = (results, vectors, len(base)) if per_tensor else (results, vectors)
+    rows = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    expected = ops.apply_task_vectors(base, changes, rows)
+    out = [[torch.zeros_like(t) for t in base] for _ in range(results)]
+    lists = [arrays(one) for one in [base, *changes, *out]]
+    _emulator.weight_apply(lists, vectors, rows.numpy(), per_tensor, SCHEDULES[1])
+    for m in range(results):
+        for found, wanted in zip(lists[1 + vectors + m], arrays(expected[m]), strict=True):
+            assert np.array_equal(found, wanted)
+
+
+def test_chunks_and_launches_change_nothing() -> None:
+    """More tensors than a launch holds, and a tensor of more than one chunk."""
+    shapes = [(70000,)] + [(7,)] * 40
+    lists = [weights(i, (F32,), shapes) for i in range(2)]
+    matrix, traffic = gram(lists, SCHEDULES[0])
+    expected = reference.weight_diff_gram(lists[0], lists[1:]).numpy()
+    np.testing.assert_allclose(matrix, expected, rtol=1e-13)
+    assert len(traffic) == 2 + 2  # 32 tensors and 9, the sum, the matrix
+    expected_sketch = ops.weight_diff_sketch(*lists, names(41), seed=3, size=64)
+    assert np.array_equal(sketch(lists, 64, SCHEDULES[0])[0], expected_sketch.numpy())
+
+
+def test_every_byte_is_moved_once() -> None:
+    shapes = [(4096,), (513,), (64, 3)]
+
+    def loaded(traffic: list) -> int:
+        return sum(one.bytes_loaded for one in traffic)
+
+    def size(lists: list[list[Tensor]]) -> int:
+        return sum(t.nbytes for one in lists for t in one)
+
+    eight = [weights(i, (F32,), shapes) for i in range(9)]
+    partial = 2 * 8 * _emulator.gram_values(8) * chunks(eight[0])  # written and read again
+    assert loaded(gram(eight, SCHEDULES[0])[1]) <= 1.05 * size(eight) + partial
+    sixteen = [weights(i, (F32,), shapes) for i in range(18)]
+    assert loaded(project(sixteen, SCHEDULES[0])[1]) <= 1.05 * size(sixteen)
+    two = sixteen[:2]
+    partial = 8 * 64 * chunks(two[0], 64 * 64)
+    assert loaded(sketch(two, 64, SCHEDULES[0])[1]) <= 1.05 * size(two) + partial
+    three = [arrays(one) for one in sixteen[:3]]
+    (traffic,) = _emulator.weight_apply(three, 1, np.ones((1, 1)), False, SCHEDULES[0])
+    coefficients = traffic.loads - 2 * sum(a.size for a in three[0])
+    assert traffic.bytes_loaded - 8 * coefficients == size(sixteen[:2])
+    assert traffic.bytes_stored == size(sixteen[:1])
+
+
+@pytest.mark.parametrize(
+    ("run", "count"), [(gram, 9), (project, 18), (lambda lists, s: sketch(lists, 64, s), 2)]
+)
+def test_without_its_barrier_a_kernel_is_wrong_in_some_schedule(run, count: int) -> None:
+    # Whole tiles: the last of a warp's sums are the ones that come too late.
+    lists = [weights(i, (F32,), [(700,)]) for i in range(count)]
+    expected, traffic = run(lists, Schedule())
+    (line,) = {line for one in traffic for line in one.barriers}
+    wrong = 0
+    for seed in range(1, 6):
+        try:
+            found, _ = run(lists, Schedule(seed=seed, dropped_barrier=line))
+            wrong += not np.array_equal(found, expected)
+        except _emulator.KernelError:
+            wrong += 1
+    assert wrong
+
+
+def test_too_many_lists() -> None:
+    one = weights(0, (F32,), [(3,)])
+    with pytest.raises(ValueError, match="too many lists"):
+        gram([one] * 321, SCHEDULES[0])
+
+
+def test_nothing() -> None:
+    empty = [torch.zeros(0)]
+    assert np.array_equal(gram([empty] * 3, SCHEDULES[0])[0], np.zeros((2, 2)))
+    assert np.array_equal(sketch([empty] * 2, 64, SCHEDULES[0])[0], np.zeros(64))
