@@ -61,7 +61,7 @@ Tensor weight_diff_project(std::vector<Tensor> base, std::vector<Tensor> model,
   check_lists(table, "weight_diff_project");
   const int64_t values = cuda::project_values(count);
   const Tensor partials = doubles(lists.first(), {table.chunks(), values});
-  const Tensor sums = doubles(lists.first(), {values});
+  Tensor sums = doubles(lists.first(), {values});
   check_launch(cuda::weight_project(table, data(partials), data(sums), place.stream),
                "weight_diff_project");
   // A copy: the result owns no more memory than it shows.
