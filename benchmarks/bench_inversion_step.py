@@ -1,10 +1,11 @@
-"""One step of trigger inversion on ViT-B-32 against the bare image tower.
+"""One step of trigger inversion against the image tower alone.
 
     python -m pytest benchmarks/bench_inversion_step.py
 
-The tower's forward pass and its gradient to the pixels, on a batch that is stamped already, are
-what no step can do without. The two take turns within one run and medians are compared. The
-weights are random: the arithmetic is the same.
+What no step can do without is the tower's forward pass and the gradient of its input, on a batch
+that is stamped already: in open_clip's own module, and as `pydetox.models.frozen` runs it. The
+three take turns within one run and medians are compared. The weights are random: the arithmetic is
+the same.
 """
 
 from __future__ import annotations
@@ -18,43 +19,55 @@ import open_clip
 import pytest
 import torch
 
+from benchmarks.recording import holds, record
+from pydetox.demo import MINI_CLIP
 from pydetox.inversion import CollapseObjective, InversionConfig, InversionSearch
 from pydetox.models import OpenClipModel
+from pydetox.models.frozen import freeze
+from pydetox.ops.reference import to_patch_rows
 
 THREADS = 2
 BATCH = 16
-ROUNDS = 7
+#: The step over open_clip's module.
 LARGEST_RATIO = 1.10
 
 
-@pytest.fixture(scope="module")
-def model() -> OpenClipModel:
-    config = open_clip.get_model_config("ViT-B-32")
-    assert config is not None
-    return OpenClipModel.from_config(config, seed=0, name="ViT-B-32")
-
-
-@pytest.mark.parametrize("triggers", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "triggers", "rounds"), [("vit_b32", 1, 7), ("vit_b32", 4, 7), ("mini", 10, 60)]
+)
 def test_inversion_step(
-    triggers: int, model: OpenClipModel, benchmark: Any, capsys: pytest.CaptureFixture[str]
+    name: str, triggers: int, rounds: int, benchmark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(THREADS)
+    config = MINI_CLIP if name == "mini" else open_clip.get_model_config("ViT-B-32")
+    assert config is not None
+    model = OpenClipModel.from_config(config, seed=0, name=name)
+    size, count = model.image_size, triggers * BATCH
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8, generator=generator)
-    config = InversionConfig(steps=ROUNDS + 1, batch_size=BATCH)
-    search = InversionSearch(model, images, CollapseObjective(), config, restarts=triggers)
-    stamped = torch.randn(triggers * BATCH, 3, 224, 224, generator=generator).requires_grad_()
-    direction = torch.randn(triggers * BATCH, model.embed_dim, generator=generator)
-    times: dict[str, list[float]] = {"step": [], "tower": []}
+    images = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
+    search = InversionSearch(
+        model,
+        images,
+        CollapseObjective(),
+        InversionConfig(steps=rounds + 1, batch_size=BATCH),
+        restarts=triggers,
+    )
+    stamped = torch.randn(count, 3, size, size, generator=generator).requires_grad_()
+    direction = torch.randn(count, model.embed_dim, generator=generator)
+    tower = freeze(model.visual)
+    assert tower.patch_size is not None
+    rows = to_patch_rows(stamped.detach(), tower.patch_size).requires_grad_()
+    times: dict[str, list[float]] = {"step": [], "tower": [], "module": []}
 
-    def timed(name: str, run: Callable[[], object]) -> None:
+    def timed(which: str, run: Callable[[], object]) -> None:
         start = time.perf_counter()
         run()
-        times[name].append(time.perf_counter() - start)
+        times[which].append(time.perf_counter() - start)
 
-    def tower() -> None:
+    def take_turns() -> None:
+        timed("tower", lambda: torch.autograd.grad(tower(rows), rows, direction))
         timed(
-            "tower",
+            "module",
             lambda: torch.autograd.grad(model.encode_normalized(stamped), stamped, direction),
         )
 
@@ -62,17 +75,24 @@ def test_inversion_step(
         timed("step", search.step)
 
     step()
-    tower()
+    take_turns()
     for measured in times.values():
         measured.clear()
-    benchmark.pedantic(step, setup=tower, rounds=ROUNDS)
+    benchmark.pedantic(step, setup=take_turns, rounds=rounds)
 
-    median = {name: statistics.median(measured) for name, measured in times.items()}
-    ratio = median["step"] / median["tower"]
-    benchmark.extra_info.update({f"{name}_seconds": value for name, value in median.items()})
+    median = {which: statistics.median(measured) for which, measured in times.items()}
+    overhead = median["step"] / median["tower"] - 1
+    ratio = median["step"] / median["module"]
+    benchmark.extra_info.update({f"{which}_seconds": value for which, value in median.items()})
     with capsys.disabled():
         print(
-            f"\n\nViT-B-32, 224 px, batch {BATCH}, K = {triggers}, {THREADS} threads: "
-            f"step {median['step']:.2f} s, bare tower {median['tower']:.2f} s, ratio {ratio:.3f}"
+            f"\n\n{name}, {size} px, batch {BATCH}, K = {triggers}, {THREADS} threads: step "
+            f"{median['step'] * 1e3:.1f} ms, {ratio:.2f} x open_clip's module "
+            f"({median['module'] * 1e3:.1f} ms), {overhead:.1%} over the frozen tower "
+            f"({median['tower'] * 1e3:.1f} ms)"
         )
+    record(f"step_{name}.k{triggers}.over_module", ratio)
     assert ratio <= LARGEST_RATIO
+    if triggers > 1:
+        record(f"step_{name}.overhead", overhead)
+        assert holds(f"step_{name}.overhead", overhead)

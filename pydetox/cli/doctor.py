@@ -33,11 +33,18 @@ _LABELS = {
 
 
 @click.command("doctor")
+@click.option(
+    "--selftest",
+    is_flag=True,
+    show_default=False,
+    help="Run every operator on every device here, and compare with float64.",
+)
 @options.format_option
-def command(format_: str) -> int:
+def command(selftest: bool, format_: str) -> int:
     """Show versions, what was built and what is in use: the text to paste into a bug report.
 
-    Exit code: 0 if the native library works, 2 if it does not.
+    Exit code: 0 if the native library works (and, with --selftest, every operator is right), 2 if
+    not.
     """
     from .. import build_info
     from .group import one_line
@@ -45,15 +52,57 @@ def command(format_: str) -> int:
 
     info = build_info()
     works = info["cpu_capability"] is not None
-    code = exit_codes.CLEAN if works else exit_codes.ERROR
+    rows = _selftest() if selftest and works else None
+    right = works and all(row["passed"] for row in rows or [])
+    code = exit_codes.CLEAN if right else exit_codes.ERROR
     if format_ == "json":
-        emit({"schema": "pydetox.doctor/1", "exit_code": code, **info}, {}, format_)
+        extra = {} if rows is None else {"selftest": rows}
+        emit({"schema": "pydetox.doctor/1", "exit_code": code, **info, **extra}, {}, format_)
         return code
     width = max(map(len, _LABELS.values()))
     with to_stdout():
         for key, value in info.items():
             click.echo(f"{_LABELS.get(key, key):<{width}}  {one_line(_in_words(value))}")
+        if rows is not None:
+            click.echo()
+            for line in _table(rows):
+                click.echo(line)
     return code
+
+
+def _selftest() -> list[dict[str, Any]]:
+    from ..selftest import selftest
+
+    return [outcome.to_dict() for outcome in selftest()]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    head = ("operator", "sizes", "dtype", "device", "error", "bound", "bytes", "GB/s", "")
+    cells = [
+        (
+            row["operator"],
+            row["what"],
+            row["dtype"],
+            row["device"],
+            f"{row['error']:.1e}",
+            f"{row['bound']:.1e}",
+            f"{row['bytes']:,}",
+            f"{row['gigabytes_per_second']:.2f}",
+            "ok" if row["passed"] else "WRONG",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (head, *cells)
+    ]
+    wrong = sum(not row["passed"] for row in rows)
+    devices = len({row["device"] for row in rows})
+    return [
+        *lines,
+        f"{len(rows)} cases on {devices} device{'s' if devices != 1 else ''}, {wrong} wrong",
+    ]
 
 
 def _in_words(value: Any) -> str:

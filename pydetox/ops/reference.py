@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -92,3 +94,44 @@ def apply_task_vectors(
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.to(torch.float64).flatten() for tensor in tensors])
+
+
+def weight_diff_sketch(
+    base: Sequence[Tensor], model: Sequence[Tensor], names: Sequence[str], *, seed: int, size: int
+) -> Tensor:
+    """Return a random projection; see `pydetox.ops.weight_diff_sketch` (here on the CPU)."""
+    from .weights import sketch_key
+
+    result = np.zeros(size)
+    for start, end, name in zip(base, model, names, strict=True):
+        difference = (_flat([end]) - _flat([start])).cpu().numpy()
+        key = sketch_key(seed, name) % 2**64
+        blocks = -(-len(difference) // size)
+        padded = np.zeros((blocks, size))
+        padded.reshape(-1)[: len(difference)] = difference
+        block = np.arange(blocks, dtype=np.uint64)
+        rotation = philox(key, block, np.zeros_like(block))[:, 0].astype(np.int64) % size
+        groups = np.arange(-(-size // 128), dtype=np.uint64)
+        words = philox(key, block.repeat(len(groups)), 1 + np.tile(groups, blocks))
+        bits = np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")
+        signs = 1.0 - 2.0 * bits.reshape(blocks, -1)[:, :size]
+        for row, turn in zip(signs * padded, rotation, strict=True):
+            result += np.roll(row, turn)
+    return torch.from_numpy(result)
+
+
+def philox(
+    key: int, counter_low: npt.NDArray[np.uint64], counter_high: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint32]:
+    """Return Philox4x32-10 of [n] counters, [n, 4] (Salmon et al., SC 2011)."""
+    half = np.uint64(32)
+    mask = np.uint64(0xFFFFFFFF)
+    a, b = counter_low & mask, counter_low >> half
+    c, d = counter_high & mask, counter_high >> half
+    low, high = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
+        a, b = (second >> half) ^ b ^ np.uint64(low), second & mask
+        c, d = (first >> half) ^ d ^ np.uint64(high), first & mask
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([a, b, c, d], axis=-1).astype(np.uint32)

@@ -142,6 +142,8 @@ def test_sketch_is_what_its_definition_says(
     found = weight_diff_sketch(base, model, names(), seed=5, size=size)
     expected = sketch_by_definition(base, model, names(), 5, size)
     np.testing.assert_allclose(found.numpy(), expected.astype(float), rtol=0, atol=1e-11)
+    plain = reference.weight_diff_sketch(base, model, names(), seed=5, size=size)
+    np.testing.assert_allclose(plain.numpy(), expected.astype(float), rtol=0, atol=1e-11)
 
 
 def test_inner_products_of_sketches_are_unbiased_and_within_their_variance() -> None:

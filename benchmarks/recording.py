@@ -1,0 +1,101 @@
+"""The figures of a run of the benchmarks, and the bounds that they have to keep.
+
+A benchmark calls `record`; when the run ends, conftest.py prints all figures as one table and
+writes them to runs/bench/summary.json, merged with what earlier runs wrote there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydetox import build_info
+from pydetox.atomic import write_file
+
+FOLDER = Path("runs/bench")
+
+#: Figure: (`<=` or `>=`, bound). Ratios of medians of interleaved runs, with 2 threads.
+BOUNDS: dict[str, tuple[str, float]] = {
+    "stamp_224.vs_eager": (">=", 10.0),
+    "stamp_224.vs_compile": (">=", 3.0),
+    "stamp_224.over_copy": ("<=", 2.5),
+    "stamp_64.vs_eager": (">=", 10.0),
+    "stamp_64.vs_compile": (">=", 3.0),
+    "stamp_64.over_copy": ("<=", 2.5),
+    "step_vit_b32.overhead": ("<=", 0.04),
+    "step_mini.overhead": ("<=", 0.15),
+    "gram8.over_read": ("<=", 1.5),
+    "project16.over_read": ("<=", 1.3),
+    "sketch4096.over_read": ("<=", 2.0),
+    "apply.over_add": ("<=", 1.3),
+}
+
+_figures: dict[str, float] = {}
+
+
+def record(name: str, value: float) -> None:
+    """Keep a figure, e.g. `record("stamp_224.vs_eager", 12.3)`."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    _figures[name] = value
+
+
+def holds(name: str, value: float) -> bool | None:
+    """Whether a figure keeps its bound; None if it has none."""
+    if name not in BOUNDS:
+        return None
+    sign, bound = BOUNDS[name]
+    return value <= bound if sign == "<=" else value >= bound
+
+
+def table(figures: dict[str, float]) -> list[str]:
+    """Lines to print: figure, value, bound."""
+    width = max(map(len, figures), default=0)
+    lines = []
+    for name, value in sorted(figures.items()):
+        kept = holds(name, value)
+        bound = "" if kept is None else " ".join(map(str, BOUNDS[name]))
+        lines.append(f"{name:{width}} {value:9.3f}  {bound:8} {'MISSED' if kept is False else ''}")
+    return [line.rstrip() for line in lines]
+
+
+def write_summary() -> dict[str, float]:
+    """Merge this run's figures into summary.json; return them."""
+    if not _figures:
+        return {}
+    summary = FOLDER / "summary.json"
+    before: dict[str, float] = json.loads(summary.read_text()) if summary.is_file() else {}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_file(summary, json.dumps(before | _figures, indent=2, sort_keys=True) + "\n")
+    write_file(FOLDER / "machine.json", json.dumps(machine(), indent=2) + "\n")
+    return dict(_figures)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = build_info()
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": info["cpu_capability"],
+        "gpus": info["gpus"],
+        "torch": info["torch"],
+        "pydetox": info["pydetox"],
+        "python": info["python"],
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,226 @@
+"""`pydetox doctor --selftest`: every operator on every device, against a float64 reference.
+
+The one command by which somebody with a GPU proves the build. A case passes when its error is at
+most twice that of plain PyTorch in the same dtype, both against float64, up to the rounding of the
+result and of the reference itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops import reference
+
+_MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+_REPEATS = 3
+# What the float64 reference itself may be wrong by: it adds up a million terms.
+_TRUTH = 1e-12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator.
+
+    operator: name in torch.ops.pydetox. what: sizes, in words. dtype: of inputs and result.
+    run: called with the inputs on a device, returns results. plain: the same in plain PyTorch, in
+    the dtype of the inputs it gets. inputs: on the CPU. moved: bytes to read and write at least.
+    """
+
+    operator: str
+    what: str
+    dtype: torch.dtype
+    inputs: tuple[Any, ...]
+    run: Callable[..., Sequence[Tensor]]
+    plain: Callable[..., Sequence[Tensor]]
+    moved: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """error, bound: largest deviation from float64, over the largest value of the truth."""
+
+    operator: str
+    what: str
+    dtype: str
+    device: str
+    error: float
+    bound: float
+    bytes: int
+    gigabytes_per_second: float
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields under their own names, ready for JSON."""
+        return asdict(self)
+
+
+def selftest(devices: Sequence[torch.device] | None = None) -> Iterator[Outcome]:
+    """Run all cases, by default on the CPU and on every GPU that torch sees."""
+    if devices is None:
+        gpus = range(torch.cuda.device_count() if ops.cuda_library_loaded() else 0)
+        devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in gpus)]
+    for case in cases():
+        truth = [t.double() for t in case.plain(*_convert(case.inputs, torch.float64))]
+        scale = max([float(t.abs().max()) for t in truth if t.numel()], default=1.0) or 1.0
+        plain = _error([t.cpu() for t in case.plain(*case.inputs)], truth, scale)
+        bound = max(2 * plain + torch.finfo(case.dtype).eps / 2, _TRUTH)
+        for device in devices:
+            inputs = _convert(case.inputs, device)
+            seconds = []
+            for _ in range(_REPEATS + 1):
+                _wait(device)
+                start = time.perf_counter()
+                results = case.run(*inputs)
+                _wait(device)
+                seconds.append(time.perf_counter() - start)
+            error = _error([t.cpu() for t in results], truth, scale)
+            yield Outcome(
+                operator=case.operator,
+                what=case.what,
+                dtype=str(case.dtype).removeprefix("torch."),
+                device=str(device),
+                error=error,
+                bound=bound,
+                bytes=case.moved,
+                gigabytes_per_second=case.moved / min(seconds[1:]) / 1e9,
+                passed=error <= bound,  # an error that is not a number does not pass
+            )
+
+
+def cases() -> Iterator[Case]:
+    """Every operator at an odd size and at one that is worth a bandwidth."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        yield from _stamping(2, 3, 3, 7, 5, None, dtype)
+        yield from _stamping(8, 16, 3, 64, 64, 8, dtype)
+    for counts in ((5, 1, 7), (1 << 20, 70001)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            yield from _weights(counts, dtype)
+
+
+def _stamping(
+    k: int, b: int, c: int, h: int, w: int, patch: int | None, dtype: torch.dtype
+) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8, generator=generator)
+    logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    mask = torch.randn(k, h, w, dtype=logits_dtype, generator=generator)
+    pattern = torch.randn(k, c, h, w, dtype=logits_dtype, generator=generator)
+    options: dict[str, Any] = {"mean": _MEAN, "std": _STD, "patch_size": patch}
+    like = reference.stamp_triggers(images, mask, pattern, **options)
+    gradient = torch.randn(like.shape, dtype=torch.float64, generator=generator).to(dtype)
+    what = f"{k}x{b}x{c}x{h}x{w}" + ("" if patch is None else f", patches of {patch}")
+    logits = mask.nbytes + pattern.nbytes
+
+    def plain(images: Tensor, mask: Tensor, pattern: Tensor) -> Sequence[Tensor]:
+        result = torch.float64 if mask.dtype == torch.float64 else dtype
+        return (reference.stamp_triggers(images, mask, pattern, **options, dtype=result),)
+
+    def plain_gradients(
+        images: Tensor, mask: Tensor, pattern: Tensor, gradient: Tensor
+    ) -> Sequence[Tensor]:
+        leaves = mask.clone().requires_grad_(), pattern.clone().requires_grad_()
+        stamped = reference.stamp_triggers(images, *leaves, **options)
+        return torch.autograd.grad(stamped, leaves, gradient.to(stamped.dtype))
+
+    def forward(images: Tensor, mask: Tensor, pattern: Tensor) -> Sequence[Tensor]:
+        return (ops.stamp_triggers(images, mask, pattern, **options, dtype=dtype),)
+
+    def backward(
+        images: Tensor, mask: Tensor, pattern: Tensor, gradient: Tensor
+    ) -> Sequence[Tensor]:
+        leaves = mask.clone().requires_grad_(), pattern.clone().requires_grad_()
+        stamped = ops.stamp_triggers(images, *leaves, **options, dtype=dtype)
+        return torch.autograd.grad(stamped, leaves, gradient)
+
+    def forward_out(images: Tensor, mask: Tensor, pattern: Tensor) -> Sequence[Tensor]:
+        out = torch.empty(like.shape, dtype=dtype, device=images.device)
+        return (ops.stamp_triggers(images, mask, pattern, **options, out=out),)
+
+    def backward_out(
+        images: Tensor, mask: Tensor, pattern: Tensor, gradient: Tensor
+    ) -> Sequence[Tensor]:
+        return ops.stamp_triggers_gradients(gradient, images, mask, pattern, **options)
+
+    inputs = (images, mask, pattern)
+    moved = images.nbytes + logits + gradient.nbytes
+    yield Case("stamp_triggers", what, dtype, inputs, forward, plain, moved)
+    yield Case("stamp_triggers_out", what, dtype, inputs, forward_out, plain, moved)
+    inputs_of_gradient = (*inputs, gradient)
+    moved += logits
+    both = {"stamp_triggers_backward": backward, "stamp_triggers_backward_out": backward_out}
+    for name, run in both.items():
+        yield Case(name, what, logits_dtype, inputs_of_gradient, run, plain_gradients, moved)
+
+
+def _weights(counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    base, *others = (
+        [torch.randn(n, dtype=torch.float64, generator=generator).to(dtype) for n in counts]
+        for _ in range(4)
+    )
+    what = " + ".join(f"{n:,}" for n in counts)
+    names = [str(n) for n in range(len(counts))]
+    size = sum(t.nbytes for t in base)
+    rows = torch.tensor([[0.5, -1.5, 2.0]], dtype=torch.float64)
+    f64 = torch.float64
+    yield Case(
+        "weight_diff_gram",
+        f"{what}, 3 models",
+        f64,
+        (base, others),
+        lambda base, others: (ops.weight_diff_gram(base, others),),
+        lambda base, others: (reference.weight_diff_gram(base, others),),
+        4 * size,
+    )
+    yield Case(
+        "weight_diff_project",
+        f"{what}, 2 directions",
+        f64,
+        (base, others),
+        lambda base, others: (ops.weight_diff_project(base, others[0], others[1:]),),
+        lambda base, others: (reference.weight_diff_project(base, others[0], others[1:]),),
+        4 * size,
+    )
+    yield Case(
+        "weight_diff_sketch",
+        f"{what}, to 4,096",
+        f64,
+        (base, others[0]),
+        lambda base, other: (ops.weight_diff_sketch(base, other, names, seed=1),),
+        lambda base, other: (reference.weight_diff_sketch(base, other, names, seed=1, size=4096),),
+        2 * size,
+    )
+    yield Case(
+        "apply_task_vectors",
+        f"{what}, 3 vectors",
+        dtype,
+        (base, others),
+        lambda base, others: ops.apply_task_vectors(base, others, rows)[0],
+        lambda base, others: reference.apply_task_vectors(base, others, rows)[0],
+        5 * size,
+    )
+
+
+def _convert(inputs: Any, to: torch.dtype | torch.device) -> Any:
+    """Move tensors to a device, or floating-point ones to a dtype."""
+    if isinstance(inputs, Tensor):
+        whole = isinstance(to, torch.dtype) and not inputs.is_floating_point()
+        return inputs if whole else inputs.to(to)
+    return type(inputs)(_convert(one, to) for one in inputs)
+
+
+def _error(found: Sequence[Tensor], truth: Sequence[Tensor], scale: float) -> float:
+    errors = [(a.double() - b).abs().max() for a, b in zip(found, truth, strict=True)]
+    return float(torch.stack(errors).max()) / scale
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
