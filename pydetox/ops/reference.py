@@ -1,4 +1,8 @@
-"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with."""
+"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with.
+
+`embedding_collapse`, `zero_shot_loss` and `trigger_update` are definitions only: they have no
+native operator yet.
+"""
 
 from __future__ import annotations
 
@@ -135,3 +139,88 @@ def philox(
         c, d = (first >> half) ^ d ^ np.uint64(high), first & mask
         low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
+
+
+def embedding_collapse(z: Tensor) -> Tensor:
+    """Return the mean cosine over the pairs i != j of z [K, B, D], B at least 2: cosine [K].
+
+    With unit rows u_i that is (|sum u_i|^2 - sum |u_i|^2) / (B (B - 1)), in O(BD) and without a
+    B x B matrix: DECREE's self-supervised objective (Feng et al., CVPR 2023) without its sign. A
+    row of zeros has no direction: its cosine with every row is 0, and it gets no gradient.
+    """
+    count = z.shape[1]
+    units = _unit_rows(z)
+    total = units.sum(dim=1).square().sum(dim=-1)
+    return (total - units.square().sum(dim=(1, 2))) / (count * (count - 1))
+
+
+def zero_shot_loss(
+    z: Tensor, head: Tensor, targets: Tensor, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (loss [K], success [K]) of embeddings z [K, B, D] that must get their target class.
+
+    loss: mean over B of the cross-entropy of `logit_scale * unit(z) @ head.T` with the target.
+    success: the share of images whose largest logit is the target's, without a gradient. Source:
+    Neural Cleanse (Wang et al., S&P 2019).
+
+    head: unit rows [C, D]. targets: int64 [K].
+    """
+    logits = logit_scale * _unit_rows(z) @ head.T  # [K, B, C]
+    wanted = targets[:, None, None].expand(*logits.shape[:2], 1)
+    loss = (logits.logsumexp(dim=-1) - logits.gather(-1, wanted)[..., 0]).mean(dim=1)
+    success = logits.detach().argmax(dim=-1).eq(targets[:, None]).to(z.dtype).mean(dim=1)
+    return loss, success
+
+
+@torch.no_grad()
+def trigger_update(
+    logits: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    *,
+    cost: Tensor,
+    learning_rate: Tensor,
+    steps: Tensor,
+    active: Tensor,
+    betas: tuple[float, float],
+    epsilon: float = 1e-8,
+) -> Tensor:
+    """Take one step of Adam for every active trigger, in place; return |mask|_1 before it.
+
+    Minimises objective + cost * |m|_1, m = tanh(w)/2 + 1/2: the mask logits' gradient gains
+    cost * 2 m (1 - m). Adam is algorithm 1 of Kingma and Ba (2015). A trigger that is not active
+    keeps every bit of its state.
+
+    logits, gradients (of the objective alone), first, second (moments): of mask [K, H, W] and
+    pattern [K, C, H, W] each. cost, learning_rate: [K]. steps: int64 [K], steps taken so far,
+    counted up where active. active: bool [K].
+
+    Returns:
+        float64 [K]; NaN for a trigger that is not active, whose mask is not looked at.
+    """
+    mask = torch.tanh(logits[0]) / 2 + 0.5
+    norms = mask.sum(dim=(1, 2), dtype=torch.float64)
+    slope = 2 * mask * (1 - mask) * cost[:, None, None]
+    steps += active.to(steps.dtype)
+    taken = steps.clamp(min=1).double()  # one that was never active is not divided by zero
+    rate = learning_rate.double() / (1 - betas[0] ** taken)
+    correction = (1 - betas[1] ** taken).sqrt()
+    for w, g, m, v in zip(logits, (gradients[0] + slope, gradients[1]), first, second, strict=True):
+        each = (-1, *(1,) * (w.dim() - 1))
+        moves = active.view(each)
+        m.copy_(torch.where(moves, betas[0] * m + (1 - betas[0]) * g, m))
+        v.copy_(torch.where(moves, betas[1] * v + (1 - betas[1]) * g.square(), v))
+        denominator = v.sqrt() / correction.to(w.dtype).view(each) + epsilon
+        step = rate.to(w.dtype).view(each) * m / denominator
+        w.copy_(torch.where(moves, w - step, w))
+    return torch.where(active, norms, torch.nan)
+
+
+def _unit_rows(z: Tensor) -> Tensor:
+    """Divide rows by their norm; a row of zeros stays one and gets no gradient."""
+    norm = z.norm(dim=-1, keepdim=True)
+    zero = norm == 0  # not `norm > 0`, which would hide a NaN
+    return torch.where(
+        zero, torch.zeros_like(z), z / torch.where(zero, torch.ones_like(norm), norm)
+    )
