@@ -49,8 +49,12 @@ demo: $(ready)
 test: $(ready)
 	$(python) -m pytest -rs --cov=pydetox --cov-report=term --cov-fail-under=90
 
+# Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(ready)
-	$(python) -m pytest benchmarks/bench_*.py
+	@status=0
+	for file in benchmarks/bench_*.py; do $(python) -m pytest "$$file" || status=1; done
+	$(python) benchmarks/report.py
+	exit $$status
 
 lint: $(ready)
 	$(VENV)/bin/ruff check

@@ -5,9 +5,7 @@
 // widened to double there once, and whatever the operation needs is computed from that.
 
 #include <cstdlib>
-#include <memory>
 #include <new>
-#include <vector>
 
 #include "csrc/cpu/vec.h"
 #include "csrc/cpu/weights.h"
@@ -25,21 +23,23 @@ constexpr int kParts = 8;
 constexpr int kLane = kLanes<double>;
 using Doubles = Vec<double, kLane>;
 
-// Aligned memory for `count` doubles.
+// Aligned memory for `count` elements. (Not a std::vector: what is compiled out of line of it here
+// could be the copy that the linker keeps for code that runs without these instructions.)
+template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<double*>(
-            std::aligned_alloc(64, static_cast<size_t>(count * 8 + 127) / 64 * 64))) {
+      : data_(static_cast<T*>(
+            std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  double* get() const { return data_; }
+  T* get() const { return data_; }
 
  private:
-  double* data_;
+  T* data_;
 };
 
 // Data of any alignment: a mapped file may place a tensor anywhere.
@@ -190,7 +190,7 @@ void for_each_block(int64_t first, int64_t count, int64_t block, const Visit& vi
 
 void gram(const WeightTable& table, double* partials, int64_t begin, int64_t end) {
   const int64_t models = table.lists - 1, pairs = models * (models + 1) / 2;
-  Buffer base(kBlock), differences(models * kBlock), sums(models * models * kParts);
+  Buffer<double> base(kBlock), differences(models * kBlock), sums(models * models * kParts);
   const auto add_block = [&](int64_t tensor, int64_t at, int64_t n) {
     widen(table.source(tensor, 0), at, n, base.get());
     for (int64_t i = 0; i < models; ++i) {
@@ -224,7 +224,8 @@ void gram(const WeightTable& table, double* partials, int64_t begin, int64_t end
 void project(const WeightTable& table, double* partials, int64_t begin, int64_t end) {
   constexpr int64_t kAtOnce = 4;
   const int64_t directions = table.lists - 2;
-  Buffer base(kBlock), difference(kBlock), vectors(kAtOnce * kBlock), sums(directions * kParts);
+  Buffer<double> base(kBlock), difference(kBlock), vectors(kAtOnce * kBlock),
+      sums(directions * kParts);
   const auto add_block = [&](int64_t tensor, int64_t at, int64_t n) {
     widen(table.source(tensor, 0), at, n, base.get());
     difference_to(table.source(tensor, 1), at, n, base.get(), difference.get());
@@ -273,8 +274,8 @@ PYDETOX_HD void add(double* __restrict to, const double* __restrict from, int64_
 void sketch(const SketchParams& params, double* partials, int64_t begin, int64_t end) {
   const WeightTable& table = params.table;
   const int64_t size = params.size;
-  Buffer base(kBlock), difference(kBlock);
-  std::vector<uint64_t> signs(static_cast<size_t>(size / 64 + 2));
+  Buffer<double> base(kBlock), difference(kBlock);
+  Buffer<uint64_t> signs(size / 64 + 2);
   for_each_chunk(
       params.first_chunk, table, params.blocks_per_chunk * size, begin, end,
       [&](int64_t chunk, int64_t tensor, int64_t first, int64_t count) {
@@ -288,14 +289,14 @@ void sketch(const SketchParams& params, double* partials, int64_t begin, int64_t
               static_cast<int64_t>(sketch_rotation(key, block, static_cast<uint64_t>(size)));
           for (int64_t group = 0; group * 128 < in_block; ++group) {
             const Random128 random = sketch_signs(key, block, static_cast<uint64_t>(group));
-            memcpy(&signs[group * 2], random.word, sizeof(random.word));
+            memcpy(signs.get() + group * 2, random.word, sizeof(random.word));
           }
           for (int64_t j = 0; j < in_block; j += kBlock) {
             const int64_t n = in_block - j < kBlock ? in_block - j : kBlock;
             widen(table.source(tensor, 0), first + done + j, n, base.get());
             difference_to(table.source(tensor, 1), first + done + j, n, base.get(),
                           difference.get());
-            flip_signs(difference.get(), signs.data(), j, n);
+            flip_signs(difference.get(), signs.get(), j, n);
             const int64_t at = (j + rotation) & (size - 1);
             const int64_t straight = n < size - at ? n : size - at;
             add(place + at, difference.get(), straight);
@@ -342,7 +343,7 @@ PYDETOX_HD void add_scaled(double* __restrict to, double factor, const double* _
 void apply(const ApplyParams& params, int64_t begin, int64_t end) {
   const WeightTable& table = params.table;
   const int64_t vectors = params.vectors;
-  Buffer base(kApplyBlock), changes(vectors * kApplyBlock), result(kApplyBlock);
+  Buffer<double> base(kApplyBlock), changes(vectors * kApplyBlock), result(kApplyBlock);
   for_each_chunk(
       table.first_chunk, table, kChunk, begin, end,
       [&](int64_t, int64_t tensor, int64_t first, int64_t count) {
