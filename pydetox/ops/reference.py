@@ -111,6 +111,8 @@ def weight_diff_sketch(
         difference = (_flat([end]) - _flat([start])).cpu().numpy()
         key = sketch_key(seed, name) % 2**64
         blocks = -(-len(difference) // size)
+        if not blocks:
+            continue
         padded = np.zeros((blocks, size))
         padded.reshape(-1)[: len(difference)] = difference
         block = np.arange(blocks, dtype=np.uint64)
