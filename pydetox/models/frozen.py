@@ -10,7 +10,7 @@ computes only what this token needs. Every other tower runs through its own modu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from open_clip.transformer import (
@@ -162,6 +162,8 @@ class FrozenVisionTransformer:
         # two sides of the activation; and the same once more at the deepest point of the backward.
         hidden = self._blocks[0].expand.weight.shape[0] if self._blocks else 0
         block = tokens * (7 * width + 2 * hidden) * self._positions.element_size()
+        if self._blocks and _products_are_faster(self._positions):
+            block += 2 * self._blocks[0].heads * tokens**2 * self._positions.element_size()
         self.bytes_per_image = (len(self._blocks) + 1) * block
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -183,6 +185,50 @@ class FrozenVisionTransformer:
         if self._pool_class_token or not self._normalize_tokens:
             x = self._last_norm(x)
         return (x if self._projection is None else x @ self._projection).float()
+
+
+def _products_are_faster(x: Tensor) -> bool:
+    """Whether attention in the dtype and on the device of x runs as `_Attention`.
+
+    The backward pass of PyTorch's fused attention for bfloat16 on CPUs takes several times as long
+    as the same products done one by one. In float32 there is no difference worth having.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v as matrix products; the softmax is kept for the backward pass.
+
+    In: [N, tokens, 3, heads, d], each token's query, key and value. Out: [N * tokens, heads * d].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        count, tokens, _, heads, size = parts.shape
+        together = parts.permute(2, 0, 3, 1, 4).reshape(3, count * heads, tokens, size)
+        query, key, value = together.unbind(0)
+        scores = torch.bmm(query, key.transpose(1, 2)).mul_(size**-0.5)
+        weights = torch.softmax(scores, dim=-1)
+        ctx.save_for_backward(together, weights)
+        mixed = torch.bmm(weights, value).view(count, heads, tokens, size)
+        return mixed.transpose(1, 2).reshape(count * tokens, heads * size)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        together, weights = ctx.saved_tensors
+        query, key, value = together.unbind(0)
+        heads, (batch, tokens, size) = gradient.shape[1] // query.shape[2], query.shape
+        pull = gradient.reshape(-1, tokens, heads, size).transpose(1, 2).reshape(query.shape)
+        result = torch.empty_like(together)
+        torch.bmm(weights.transpose(1, 2), pull, out=result[2])
+        # d softmax: w (g - <w, g>), with the scores' factor.
+        slope = torch.bmm(pull, value.transpose(1, 2))
+        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(size**-0.5)
+        torch.bmm(slope, key, out=result[0])
+        torch.bmm(slope.transpose(1, 2), query, out=result[1])
+        parts = result.view(3, batch // heads, heads, tokens, size)
+        return parts.permute(1, 3, 0, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -292,6 +338,9 @@ class _Block:
         """Return the values [N * tokens, d] that attention mixes, of projected [N * tokens, 3d]."""
         width = projected.shape[1] // 3
         parts = projected.view(count, tokens, 3, self.heads, width // self.heads)
+        if _products_are_faster(projected):
+            attended: Tensor = _Attention.apply(parts)
+            return attended
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [N, heads, tokens, d / heads]
         mixed = scaled_dot_product_attention(query, key, value)
         return mixed.transpose(1, 2).reshape(count * tokens, width)

@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydetox.errors import UsageError
 from pydetox.models import OpenClipModel
-from pydetox.models.frozen import FrozenVisionTransformer, ModuleTower, freeze, obstacle
+from pydetox.models.frozen import (
+    FrozenVisionTransformer,
+    ModuleTower,
+    _Attention,
+    freeze,
+    obstacle,
+)
 from pydetox.ops.reference import to_patch_rows
 from tests.mini import MINI_CONFIG
 
@@ -190,10 +196,22 @@ def test_products_are_two_dimensional_and_the_last_block_is_short():
     assert products.rows == [4 * 9] + 2 * 4 * [tokens] + [4, tokens, 4, 4, 4, 4]
 
 
-def test_memory_estimate_covers_the_activations():
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2, 4), (1, 1, 3, 1, 3), (3, 7, 3, 1, 1)])
+def test_attention_by_products(shape):
+    generator = torch.Generator().manual_seed(1)
+    parts = torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+    query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    expected = expected.transpose(1, 2).flatten(2).flatten(0, 1)
+    torch.testing.assert_close(_Attention.apply(parts), expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(_Attention.apply, parts)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_estimate_covers_the_activations(precision):
     model = model_of({"vision_cfg": {"layers": 6, "image_size": 64}})
-    tower = freeze(model.visual)
-    rows = to_patch_rows(pictures(model, 8), 8).requires_grad_()
+    tower = freeze(model.visual, precision)
+    rows = to_patch_rows(pictures(model, 8), 8).to(tower.dtype).requires_grad_()
     kept = 0
 
     def keep(tensor):
