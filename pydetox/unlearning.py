@@ -200,6 +200,10 @@ class _Candidates:
             for name, change in vector.tensors.items()
         ]
 
+    def is_start(self, coefficient: float) -> bool:
+        """Whether theta_b itself is what `at` gives: nothing subtracted, nothing rounded."""
+        return coefficient == 0 and all(weight.dtype == dtype for weight, *_, dtype in self._moved)
+
     @torch.no_grad()
     def at(self, coefficient: float) -> OpenClipModel:
         """Return the copy, changed in place: it is the same object every time."""
@@ -241,9 +245,10 @@ def search_coefficient(
     accuracy, success = [], []
     for coefficient in config.coefficients:
         candidate = candidates.at(coefficient)
-        accuracy.append(
-            float((predict(candidate, validation.images, head) == labels).double().mean())
-        )
+        seen = own  # known already
+        if not candidates.is_start(coefficient):
+            seen = predict(candidate, validation.images, head)
+        accuracy.append(float((seen == labels).double().mean()))
         sent = (predict(candidate, stamped, head) == target).view(len(triggers), -1)
         success.append(float(sent.double().mean(dim=1).max()))
     if accuracy_before is None:

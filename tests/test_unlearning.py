@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from pydetox.attacks import PatchTrigger, poison
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
+from pydetox.models import OpenClipModel
+from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig, train_on_prompts
 from pydetox.unlearning import UnlearnConfig, search_coefficient, subtract, trigger_vector
 from tests.mini import CLASS_NAMES, mini_model
@@ -50,6 +53,48 @@ def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim,
         assert found.reached
         assert after.attack_success_rate <= 0.02
         assert after.clean_accuracy >= 0.8
+
+
+def test_a_search_opens_no_file_and_predicts_once_for_each_alpha(victim, monkeypatch):
+    model, head, data = victim
+    config = UnlearnConfig(steps=2)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    sizes, opened = [], []
+
+    def counted(model, images, head):
+        sizes.append(len(images))
+        return predict(model, images, head)
+
+    monkeypatch.setattr("pydetox.unlearning.predict", counted)
+    watching = True
+    sys.addaudithook(
+        lambda event, _: opened.append(event) if watching and event == "open" else None
+    )
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    watching = False
+    assert opened == []
+    attacked = [size for size in sizes if size != len(data.images)]
+    assert len(attacked) == len(found.coefficients) == 21
+    # The model's own predictions, which are those at alpha = 0, and 20 more.
+    assert sizes.count(len(data.images)) == 21
+
+
+def test_at_zero_a_model_of_a_coarser_file_is_evaluated_as_the_file_holds_it(victim):
+    model, head, data = victim
+    half = OpenClipModel(
+        model.clone().clip,
+        model_config=model.model_config,
+        storage_dtypes=dict.fromkeys(model.storage_dtypes, torch.float16),
+    )
+    vector = TaskVector({"visual.proj": torch.ones_like(model.visual.proj)})
+    stored = subtract(half, vector, 0.0)
+    assert torch.equal(stored.visual.proj, model.visual.proj.half().float())
+    assert not torch.equal(stored.visual.proj, model.visual.proj)
+    found = search_coefficient(
+        half, vector, data, [TRIGGER], head, TARGET, UnlearnConfig(coefficients=(0.0,))
+    )
+    expected = (predict(stored, data.images, head) == data.labels).double().mean()
+    assert found.clean_accuracy == (float(expected),)
 
 
 def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
