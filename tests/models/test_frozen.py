@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,8 +100,6 @@ def test_equals_the_module(name):
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-H-14"])
 def test_published_architectures_can_be_frozen(name):
     """With one layer each: what differs between them is elsewhere."""
-    import open_clip
-
     config = open_clip.get_model_config(name)
     config["vision_cfg"]["layers"] = 1
     config["vision_cfg"]["image_size"] = 4 * config["vision_cfg"]["patch_size"]
@@ -224,3 +223,27 @@ def test_memory_estimate_covers_the_activations(precision):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         tower(rows)
     assert 0.4 * 8 * tower.bytes_per_image < kept < 8 * tower.bytes_per_image
+
+
+META_TOWER = {
+    "image_size": 24,
+    "patch_size": 8,
+    "width": 48,
+    "layers": 2,
+    "heads": 3,
+    "mlp_ratio": 4.0,
+    "output_dim": 32,
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_reads_a_value_on_the_host(precision):
+    """What waits for the device cannot be captured into a CUDA graph; meta tensors have no values."""
+    with torch.device("meta"):
+        tower = freeze(open_clip.transformer.VisionTransformer(**META_TOWER).eval(), precision)
+        rows = torch.empty(5, 9, 192, dtype=tower.dtype, requires_grad=True)
+        embeddings = tower(rows)
+        (gradient,) = torch.autograd.grad(embeddings, rows, torch.ones_like(embeddings))
+    assert embeddings.shape == (5, 32)
+    assert gradient.shape == rows.shape
+    assert gradient.dtype == tower.dtype
