@@ -238,7 +238,7 @@ META_TOWER = {
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_nothing_reads_a_value_on_the_host(precision):
-    """What waits for the device cannot be captured into a CUDA graph; meta tensors have no values."""
+    """What does cannot be captured into a CUDA graph; meta tensors have no values to read."""
     with torch.device("meta"):
         tower = freeze(open_clip.transformer.VisionTransformer(**META_TOWER).eval(), precision)
         rows = torch.empty(5, 9, 192, dtype=tower.dtype, requires_grad=True)
