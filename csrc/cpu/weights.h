@@ -22,6 +22,7 @@ struct ApplyParams {
 struct SketchParams {
   WeightTable table;
   const uint64_t* keys;        // [tensors]
+  const int64_t* first_block;  // [tensors]: of a part of a tensor, where in it that begins
   int64_t size;                // a power of two, at least 64
   int64_t blocks_per_chunk;    // blocks of `size` elements
   const int64_t* first_chunk;  // [tensors + 1], of chunks of that many blocks

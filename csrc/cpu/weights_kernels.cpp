@@ -284,7 +284,8 @@ void sketch(const SketchParams& params, double* partials, int64_t begin, int64_t
         const uint64_t key = params.keys[tensor];
         for (int64_t done = 0; done < count; done += size) {
           const int64_t in_block = count - done < size ? count - done : size;
-          const auto block = static_cast<uint64_t>((first + done) / size);
+          const auto block =
+              static_cast<uint64_t>(params.first_block[tensor] + (first + done) / size);
           const auto rotation =
               static_cast<int64_t>(sketch_rotation(key, block, static_cast<uint64_t>(size)));
           for (int64_t group = 0; group * 128 < in_block; ++group) {

@@ -1,9 +1,15 @@
 // pydetox._native: what Python needs of the native code that is not a tensor operator.
 
+#include <cerrno>
+#include <cstdint>
+#include <memory>
+#include <system_error>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "csrc/cpu/capability.h"
+#include "csrc/ops/mapped_file.h"
 
 PYBIND11_MODULE(_native, module) {
   namespace py = pybind11;
@@ -29,4 +35,26 @@ PYBIND11_MODULE(_native, module) {
         return info;
       },
       "How this build was made.");
+
+  using pydetox::MappedFile;
+  py::class_<MappedFile>(module, "MappedFile", py::buffer_protocol(),
+                         "A file mapped to be read; its buffer is its bytes. Where the file has "
+                         "shrunk meanwhile they are zeros, and `damaged` is true.")
+      .def(py::init([](int descriptor, std::size_t size) {
+             try {
+               return std::make_unique<MappedFile>(descriptor, size);
+             } catch (const std::system_error& error) {
+               errno = error.code().value();
+               PyErr_SetFromErrno(PyExc_OSError);
+               throw py::error_already_set();
+             }
+           }),
+           py::arg("descriptor"), py::arg("size"))
+      .def_property_readonly("damaged", &MappedFile::damaged)
+      .def("discard", &MappedFile::discard, py::arg("begin"), py::arg("count"),
+           "Give the memory behind these bytes back; they can be read again.")
+      .def_buffer([](const MappedFile& file) {
+        return py::buffer_info(static_cast<std::uint8_t*>(const_cast<void*>(file.data())),
+                               static_cast<py::ssize_t>(file.size()), /*readonly=*/true);
+      });
 }

@@ -24,13 +24,19 @@ STABLE_TORCH_LIBRARY(pydetox, library) {
 
   // Lists of tensors as state dicts hold them. models, directions, vectors, out: `count` lists one
   // after the other, each like base. -> float64 [count, count]
-  library.def("weight_diff_gram(Tensor[] base, Tensor[] models, int count) -> Tensor");
+  // start, here and below: a result to add to, before anything else (CPU). What comes in parts, cut
+  // at multiples of kChunk elements, thus gives the bits of one call.
+  library.def(
+      "weight_diff_gram(Tensor[] base, Tensor[] models, int count, Tensor? start=None) -> Tensor");
   // -> float64 [count]
   library.def(
-      "weight_diff_project(Tensor[] base, Tensor[] model, Tensor[] directions, int count) "
-      "-> Tensor");
-  // keys: one for each tensor, of seed and name. -> float64 [size]
-  library.def("weight_diff_sketch(Tensor[] base, Tensor[] model, int[] keys, int size) -> Tensor");
+      "weight_diff_project(Tensor[] base, Tensor[] model, Tensor[] directions, int count, "
+      "Tensor? start=None) -> Tensor");
+  // keys: one for each tensor, of seed and name. first_blocks: where in it each begins, in blocks
+  // of `size` elements; parts are cut at multiples of 64 blocks (CPU). -> float64 [size]
+  library.def(
+      "weight_diff_sketch(Tensor[] base, Tensor[] model, int[] keys, int size, "
+      "int[]? first_blocks=None, Tensor? start=None) -> Tensor");
   // coefficients: float64 [M, R] or [M, R, tensors]; vectors: R lists; out: M lists.
   library.def(
       "apply_task_vectors(Tensor[] base, Tensor[] vectors, Tensor coefficients, "

@@ -97,6 +97,24 @@ void unpack_symmetric(const double* pairs, int64_t n, double* matrix) {
   }
 }
 
+void pack_symmetric(const double* matrix, int64_t n, double* pairs) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i; j < n; ++j) *pairs++ = matrix[i * n + j];
+  }
+}
+
+void check_start(const char* op, const std::optional<Tensor>& start,
+                 const std::vector<int64_t>& sizes) {
+  if (!start) return;
+  bool fits = start->scalar_type() == ScalarType::Double && start->is_contiguous() &&
+              start->is_cpu() && start->dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) {
+    fits = start->size(static_cast<int64_t>(i)) == sizes[i];
+  }
+  check(fits, op, ": start must be contiguous float64 on the CPU, of the result's shape, not ",
+        ShapeOf{*start});
+}
+
 SketchChunks sketch_chunks(const WeightTable& table, int64_t size, size_t keys) {
   check(size >= 64 && (size & (size - 1)) == 0,
         "weight_diff_sketch: size must be a power of two, at least 64, not ", size);

@@ -4,6 +4,7 @@
 // keeps a kernel from reading what is not there. Shared by the CPU and the CUDA registration.
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,8 +43,13 @@ class WeightLists {
   std::vector<Source> sources_;  // [tensors, lists]
 };
 
-// Pairs i <= j, row by row, to a full symmetric matrix [n, n].
+// Pairs i <= j, row by row, to a full symmetric matrix [n, n], and back.
 void unpack_symmetric(const double* pairs, int64_t n, double* matrix);
+void pack_symmetric(const double* matrix, int64_t n, double* pairs);
+
+// A result that sums go on from: float64, on the CPU, of that shape.
+void check_start(const char* op, const std::optional<Tensor>& start,
+                 const std::vector<int64_t>& sizes);
 
 // The chunks of a sketch: whole blocks of `size` elements, about as large as any chunk.
 struct SketchChunks {

@@ -1,22 +1,31 @@
 #include <algorithm>
+#include <atomic>
+#include <optional>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "csrc/cpu/weights.h"
+#include "csrc/ops/check.h"
 #include "csrc/ops/weights_arguments.h"
 
 namespace pydetox::ops {
 namespace {
 
+// Chunk by chunk, each to whoever is free: chunks of small tensors are small, and a few calls over
+// parts of a file, with ten chunks each, have no large numbers to even that out.
 template <class Work>
-void over_chunks(int64_t chunks, const Work& work) {
-  torch::stable::parallel_for(0, chunks, 1, work);
+void share_out(int64_t chunks, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t, int64_t) {
+    for (int64_t chunk = next++; chunk < chunks; chunk = next++) work(chunk, chunk + 1);
+  };
+  torch::stable::parallel_for(0, std::min<int64_t>(chunks, torch::stable::get_num_threads()), 1,
+                              take);
 }
 
-// partials [chunks, values], added up in the order of the chunks.
+// partials [chunks, values], added to `sums` in the order of the chunks.
 void add_chunks(const double* partials, int64_t chunks, int64_t values, double* sums) {
-  std::fill(sums, sums + values, 0.0);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t v = 0; v < values; ++v) sums[v] += partials[chunk * values + v];
   }
@@ -27,16 +36,33 @@ Tensor doubles(const Tensor& like, std::vector<int64_t> sizes) {
 }
 double* data(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
-Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, int64_t count) {
+// The result that sums go on from, or zeros.
+std::vector<double> values_of(const std::optional<Tensor>& start, int64_t count) {
+  if (!start) return std::vector<double>(static_cast<size_t>(count));
+  const auto* from = static_cast<const double*>(start->const_data_ptr());
+  return {from, from + count};
+}
+Tensor as_tensor(const std::vector<double>& sums, const Tensor& like) {
+  Tensor result = doubles(like, {static_cast<int64_t>(sums.size())});
+  std::copy(sums.begin(), sums.end(), data(result));
+  return result;
+}
+
+Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, int64_t count,
+                        std::optional<Tensor> start) {
   WeightLists lists("weight_diff_gram", base);
   lists.add("models", models, count);
+  check_start("weight_diff_gram", start, {count, count});
   const auto table = lists.table();
   const int64_t pairs = count * (count + 1) / 2;
   std::vector<double> partials(static_cast<size_t>(table.chunks() * pairs));
-  over_chunks(table.chunks(), [&](int64_t begin, int64_t end) {
+  share_out(table.chunks(), [&](int64_t begin, int64_t end) {
     cpu::weight_kernels().gram(table, partials.data(), begin, end);
   });
   std::vector<double> sums(static_cast<size_t>(pairs));
+  if (start) {
+    pack_symmetric(static_cast<const double*>(start->const_data_ptr()), count, sums.data());
+  }
   add_chunks(partials.data(), table.chunks(), pairs, sums.data());
   Tensor result = doubles(lists.first(), {count, count});
   unpack_symmetric(sums.data(), count, data(result));
@@ -44,37 +70,50 @@ Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, in
 }
 
 Tensor weight_diff_project(std::vector<Tensor> base, std::vector<Tensor> model,
-                           std::vector<Tensor> directions, int64_t count) {
+                           std::vector<Tensor> directions, int64_t count,
+                           std::optional<Tensor> start) {
   WeightLists lists("weight_diff_project", base);
   lists.add("model", model, 1);
   lists.add("directions", directions, count);
+  check_start("weight_diff_project", start, {count});
   const auto table = lists.table();
   std::vector<double> partials(static_cast<size_t>(table.chunks() * count));
-  over_chunks(table.chunks(), [&](int64_t begin, int64_t end) {
+  share_out(table.chunks(), [&](int64_t begin, int64_t end) {
     cpu::weight_kernels().project(table, partials.data(), begin, end);
   });
-  Tensor result = doubles(lists.first(), {count});
-  add_chunks(partials.data(), table.chunks(), count, data(result));
-  return result;
+  auto sums = values_of(start, count);
+  add_chunks(partials.data(), table.chunks(), count, sums.data());
+  return as_tensor(sums, lists.first());
 }
 
 Tensor weight_diff_sketch(std::vector<Tensor> base, std::vector<Tensor> model,
-                          std::vector<int64_t> keys, int64_t size) {
+                          std::vector<int64_t> keys, int64_t size,
+                          std::optional<std::vector<int64_t>> first_blocks,
+                          std::optional<Tensor> start) {
   WeightLists lists("weight_diff_sketch", base);
   lists.add("model", model, 1);
   const auto table = lists.table();
   const auto chunks = sketch_chunks(table, size, keys.size());
+  check_start("weight_diff_sketch", start, {size});
+  const std::vector<int64_t> blocks = first_blocks.value_or(std::vector<int64_t>(keys.size()));
+  check(blocks.size() == keys.size(), "weight_diff_sketch: ", keys.size(),
+        " tensors need as many first blocks, not ", blocks.size());
+  for (const int64_t block : blocks) {
+    check(block >= 0 && block % chunks.blocks_per_chunk == 0,
+          "weight_diff_sketch: first blocks must be multiples of ", chunks.blocks_per_chunk,
+          ", not ", block);
+  }
   const std::vector<uint64_t> unsigned_keys(keys.begin(), keys.end());
-  const cpu::SketchParams params{table, unsigned_keys.data(), size, chunks.blocks_per_chunk,
-                                 chunks.first_chunk.data()};
+  const cpu::SketchParams params{table, unsigned_keys.data(),    blocks.data(),
+                                 size,  chunks.blocks_per_chunk, chunks.first_chunk.data()};
   const int64_t total = chunks.first_chunk.back();
   std::vector<double> partials(static_cast<size_t>(total * size));
-  over_chunks(total, [&](int64_t begin, int64_t end) {
+  share_out(total, [&](int64_t begin, int64_t end) {
     cpu::weight_kernels().sketch(params, partials.data(), begin, end);
   });
-  Tensor result = doubles(lists.first(), {size});
-  add_chunks(partials.data(), total, size, data(result));
-  return result;
+  auto sums = values_of(start, size);
+  add_chunks(partials.data(), total, size, sums.data());
+  return as_tensor(sums, lists.first());
 }
 
 void apply_task_vectors(std::vector<Tensor> base, std::vector<Tensor> vectors,
@@ -90,8 +129,8 @@ void apply_task_vectors(std::vector<Tensor> base, std::vector<Tensor> vectors,
   const cpu::ApplyParams params{table, rows, results,
                                 static_cast<const double*>(coefficients.const_data_ptr()),
                                 coefficients.dim() == 3};
-  over_chunks(table.chunks(),
-              [&](int64_t begin, int64_t end) { cpu::weight_kernels().apply(params, begin, end); });
+  share_out(table.chunks(),
+            [&](int64_t begin, int64_t end) { cpu::weight_kernels().apply(params, begin, end); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -36,7 +37,14 @@ void check_lists(const WeightTable& table, const char* name) {
         " lists on CUDA, not ", table.lists);
 }
 
-Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, int64_t count) {
+// Parts of weights are for files, and files for the CPU.
+void check_whole(const char* name, bool whole) {
+  check(whole, name, ": sums go on from a start, and tensors begin at a block, on the CPU alone");
+}
+
+Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, int64_t count,
+                        std::optional<Tensor> start) {
+  check_whole("weight_diff_gram", !start);
   WeightLists lists("weight_diff_gram", base);
   lists.add("models", models, count);
   const Place place(lists.first());
@@ -52,7 +60,9 @@ Tensor weight_diff_gram(std::vector<Tensor> base, std::vector<Tensor> models, in
 }
 
 Tensor weight_diff_project(std::vector<Tensor> base, std::vector<Tensor> model,
-                           std::vector<Tensor> directions, int64_t count) {
+                           std::vector<Tensor> directions, int64_t count,
+                           std::optional<Tensor> start) {
+  check_whole("weight_diff_project", !start);
   WeightLists lists("weight_diff_project", base);
   lists.add("model", model, 1);
   lists.add("directions", directions, count);
@@ -71,7 +81,10 @@ Tensor weight_diff_project(std::vector<Tensor> base, std::vector<Tensor> model,
 }
 
 Tensor weight_diff_sketch(std::vector<Tensor> base, std::vector<Tensor> model,
-                          std::vector<int64_t> keys, int64_t size) {
+                          std::vector<int64_t> keys, int64_t size,
+                          std::optional<std::vector<int64_t>> first_blocks,
+                          std::optional<Tensor> start) {
+  check_whole("weight_diff_sketch", !start && !first_blocks);
   WeightLists lists("weight_diff_sketch", base);
   lists.add("model", model, 1);
   const Place place(lists.first());

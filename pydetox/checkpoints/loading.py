@@ -132,6 +132,26 @@ def load_checkpoint(
     )
 
 
+def locate_weights(
+    reference: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> Path:
+    """Find (on the hub: fetch) the weights file that a checkpoint's name means.
+
+    Args:
+        reference: As for :func:`load_checkpoint`.
+        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
+        offline: Use only what is on this machine; no socket is opened.
+
+    Raises:
+        CheckpointError: It cannot be found or fetched.
+        UsageError: ``reference`` has no meaning.
+    """
+    return _find_files(parse_reference(reference), cache_dir, offline, read_beside=False).weights
+
+
 def _find_files(
     reference: CheckpointReference,
     cache_dir: str | os.PathLike[str] | None,

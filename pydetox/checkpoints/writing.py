@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydetox.checkpoints.architecture import (
 )
 from pydetox.checkpoints.card import model_card
 from pydetox.checkpoints.hub import WEIGHT_NAMES
-from pydetox.checkpoints.index import quote
+from pydetox.checkpoints.index import ITEM_SIZES, quote
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
 from pydetox.errors import ArchitectureError, UsageError
@@ -150,30 +151,52 @@ def _code(tensor: torch.Tensor) -> str | None:
     return DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def _write_safetensors(
-    file: BinaryIO, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write a safetensors file; see ``safetensors_index`` for the format.
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """Make what a safetensors file begins with; see ``safetensors_index`` for the format.
 
-    The library's own writer puts the metadata in a random order, so that the same model would never
-    hash the same twice.
+    Args:
+        tensors: Name to dtype (torch's name of it) and shape.
+        metadata: Text to store along.
+
+    Returns:
+        The bytes, and the names in the order in which the tensors' bytes must follow.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     # Widest elements first: then every tensor is aligned to its own element size.
-    order = sorted(state_dict, key=lambda name: (-state_dict[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-ITEM_SIZES[tensors[name][0]], name))
     position = 0
     for name in order:
-        tensor = state_dict[name]
-        end = position + tensor.numel() * tensor.element_size()
+        dtype, shape = tensors[name]
+        end = position + math.prod(shape) * ITEM_SIZES[dtype]
         header[name] = {
-            "dtype": _code(tensor),
-            "shape": list(tensor.shape),
+            "dtype": DTYPE_CODES[dtype],
+            "shape": list(shape),
             "data_offsets": [position, end],
         }
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    file.write(len(raw).to_bytes(8, "little") + raw)
+    return len(raw).to_bytes(8, "little") + raw, order
+
+
+def _write_safetensors(
+    file: BinaryIO, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file.
+
+    The library's own writer puts the metadata in a random order, so that the same model would never
+    hash the same twice.
+    """
+    header, order = safetensors_header(
+        {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in state_dict.items()
+        },
+        metadata,
+    )
+    file.write(header)
     for name in order:
         # Conjugate and negative views keep their sign in a flag, not in their bytes.
         dense = state_dict[name].detach().cpu().resolve_conj().resolve_neg()

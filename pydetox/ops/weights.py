@@ -7,6 +7,12 @@ its difference to a base, element by element and in float64; the difference itse
 Sums are in float64 as well, in an order that depends on neither threads nor instruction set: the
 same call gives the same bits. Native kernels: csrc/cpu/weights_kernels.cpp and csrc/cuda; plain
 PyTorch: `pydetox.ops.reference`.
+
+Models that do not fit into memory come in parts (on the CPU): a call goes on from an earlier one's
+result, `start`. Where the tensors come in the same order and are cut only at multiples of `CHUNK`
+elements, of a sketch at multiples of 64 times its size, that gives the bits of a single call, in
+which sums are added up in the same places and in the same order. `pydetox.weight_space` does this
+for files.
 """
 
 from __future__ import annotations
@@ -22,9 +28,16 @@ from pydetox.ops import _library  # noqa: F401  loads the operators registered b
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SMALLEST_SKETCH = 64
+#: Elements that are summed apart from all others: kChunk of csrc/core/weights.h.
+CHUNK = 65536
 
 
-def weight_diff_gram(base: Sequence[Tensor], models: Sequence[Sequence[Tensor]]) -> Tensor:
+def weight_diff_gram(
+    base: Sequence[Tensor],
+    models: Sequence[Sequence[Tensor]],
+    *,
+    start: Tensor | None = None,
+) -> Tensor:
     """Return all inner products of M models' differences to a base: norms, angles, a Gram matrix.
 
     Every weight is read once, whatever M is (on CUDA: once for every eight models).
@@ -32,22 +45,29 @@ def weight_diff_gram(base: Sequence[Tensor], models: Sequence[Sequence[Tensor]])
     Args:
         base: n tensors.
         models: M lists of tensors of the same shapes.
+        start: the result of the parts before these, to go on from.
 
     Returns:
         float64 [M, M], symmetric: entry (i, j) is <models[i] - base, models[j] - base>.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, or integer tensors.
+        UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
+            another shape, dtype or device.
     """
     _check("weight_diff_gram", base, {f"models[{i}]": m for i, m in enumerate(models)})
+    _check_start("weight_diff_gram", start, (len(models), len(models)))
     gram: Tensor = torch.ops.pydetox.weight_diff_gram.default(
-        list(base), _joined(models), len(models)
+        list(base), _joined(models), len(models), start
     )
     return gram
 
 
 def weight_diff_project(
-    base: Sequence[Tensor], model: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
+    base: Sequence[Tensor],
+    model: Sequence[Tensor],
+    directions: Sequence[Sequence[Tensor]],
+    *,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Return the inner products of one difference with R directions in weight space.
 
@@ -55,17 +75,20 @@ def weight_diff_project(
         base: n tensors.
         model: n tensors of the same shapes.
         directions: R lists of tensors of the same shapes.
+        start: the result of the parts before these, to go on from.
 
     Returns:
         float64 [R]: <model - base, directions[r]>.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, or integer tensors.
+        UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
+            another shape, dtype or device.
     """
     lists = {"model": model, **{f"directions[{i}]": d for i, d in enumerate(directions)}}
     _check("weight_diff_project", base, lists)
+    _check_start("weight_diff_project", start, (len(directions),))
     projection: Tensor = torch.ops.pydetox.weight_diff_project.default(
-        list(base), list(model), _joined(directions), len(directions)
+        list(base), list(model), _joined(directions), len(directions), start
     )
     return projection
 
@@ -77,6 +100,8 @@ def weight_diff_sketch(
     *,
     seed: int,
     size: int = 4096,
+    first_elements: Sequence[int] | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Return a random projection of a difference to `size` numbers.
 
@@ -94,13 +119,17 @@ def weight_diff_sketch(
         names: n different names.
         seed: of the projection.
         size: a power of two, at least 64.
+        first_elements: where, in the tensors of these names, the parts given here begin: multiples
+            of 64 * size. None for whole tensors.
+        start: the result of the parts before these, to go on from.
 
     Returns:
         float64 [size].
 
     Raises:
         UsageError: lists of different lengths, shapes or devices, integer tensors, names that
-            repeat, or another size.
+            repeat, another size, parts that begin elsewhere, or a start of another shape, dtype or
+            device.
     """
     _check("weight_diff_sketch", base, {"model": model})
     if len(names) != len(base) or len(set(names)) != len(names):
@@ -113,6 +142,15 @@ def weight_diff_sketch(
             f"weight_diff_sketch: size must be a power of two, at least {_SMALLEST_SKETCH}, "
             f"found {size}"
         )
+    _check_start("weight_diff_sketch", start, (size,))
+    if first_elements is not None:
+        step = sketch_chunk(size)
+        wrong = [first for first in first_elements if first < 0 or first % step]
+        if wrong or len(first_elements) != len(base):
+            raise UsageError(
+                f"weight_diff_sketch: first_elements must be {len(base)} multiples of {step}, "
+                f"found {list(first_elements)}"
+            )
     # Sums are rounded: only a fixed order makes the bits independent of the lists' order.
     order = sorted(range(len(names)), key=lambda i: names[i])
     sketch: Tensor = torch.ops.pydetox.weight_diff_sketch.default(
@@ -120,8 +158,15 @@ def weight_diff_sketch(
         [model[i] for i in order],
         [sketch_key(seed, names[i]) for i in order],
         size,
+        None if first_elements is None else [first_elements[i] // size for i in order],
+        start,
     )
     return sketch
+
+
+def sketch_chunk(size: int) -> int:
+    """Return the number of elements that a sketch adds up apart from all others."""
+    return 64 * size
 
 
 def sketch_key(seed: int, name: str) -> int:
@@ -182,6 +227,17 @@ def apply_task_vectors(
     return [list(tensors) for tensors in out]
 
 
+def _check_start(operator: str, start: Tensor | None, shape: tuple[int, ...]) -> None:
+    if start is None:
+        return
+    fits = start.shape == shape and start.dtype == torch.float64 and start.device.type == "cpu"
+    if not fits or not start.is_contiguous():
+        raise UsageError(
+            f"{operator}: start must be contiguous float64 {list(shape)} on the CPU, found "
+            f"{start.dtype} {list(start.shape)} on {start.device}"
+        )
+
+
 def _joined(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [tensor for tensors in lists for tensor in tensors]
 
@@ -225,14 +281,18 @@ def _check(
 
 torch.library.register_fake(
     "pydetox::weight_diff_gram",
-    lambda base, models, count: base[0].new_empty((count, count), dtype=torch.float64),
+    lambda base, models, count, start=None: base[0].new_empty((count, count), dtype=torch.float64),
 )
 torch.library.register_fake(
     "pydetox::weight_diff_project",
-    lambda base, model, directions, count: base[0].new_empty((count,), dtype=torch.float64),
+    lambda base, model, directions, count, start=None: base[0].new_empty(
+        (count,), dtype=torch.float64
+    ),
 )
 torch.library.register_fake(
     "pydetox::weight_diff_sketch",
-    lambda base, model, keys, size: base[0].new_empty((size,), dtype=torch.float64),
+    lambda base, model, keys, size, first_blocks=None, start=None: base[0].new_empty(
+        (size,), dtype=torch.float64
+    ),
 )
 torch.library.register_fake("pydetox::apply_task_vectors", lambda *_: None)

@@ -1,0 +1,206 @@
+"""Weights that stay in their file: mapped into memory and looked at part by part.
+
+The index is made and checked first, as for a file that is read as a whole. The bytes are mapped
+(reading them into buffers costs a copy of everything) by `MappedFile` of the native library, for
+which a file that shrinks meanwhile is damaged, not fatal. What is looked at counts as memory of
+this process until `discard` gives it back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import zlib
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from pydetox.checkpoints.index import ITEM_SIZES, Span, TensorEntry, WeightsFile
+from pydetox.checkpoints.loading import locate_weights
+from pydetox.checkpoints.weights import index_file
+from pydetox.errors import CheckpointError
+from pydetox.ops._library import native
+
+_CHUNK = 1 << 20
+
+
+class MappedWeights:
+    """The tensors of one weights file, of which only the parts that are asked for are in memory.
+
+    Opening it reads the index and, of a file with checksums (`.pt`), all bytes once. Close it, or
+    use it as a context manager; the mapping lasts as long as a tensor from `elements` does.
+
+    Args:
+        reference: a checkpoint's name, as `load_checkpoint` takes it.
+        cache_dir: where hub downloads are kept; None for the hub's usual place.
+        offline: use only what is on this machine.
+
+    Attributes:
+        name: the name it was asked for by.
+        path: the weights file.
+        entries: name to dtype and shape, in the file's order; wrapper prefixes are removed.
+
+    Raises:
+        CheckpointError: it cannot be found, fetched, mapped or read.
+        UnsafeCheckpointError: it is built to run code or to exhaust memory.
+        UsageError: the name has no meaning.
+    """
+
+    def __init__(
+        self,
+        reference: str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        offline: bool = False,
+    ) -> None:
+        self.name = os.fspath(reference)
+        self.path = locate_weights(reference, cache_dir=cache_dir, offline=offline)
+        try:
+            self._file = WeightsFile(self.path)
+        except CheckpointError as error:
+            raise type(error)(f"{self.path}: {error}") from error
+        try:
+            self._state = self._look()
+            self._index = index_file(self._file)
+            self._map = native.MappedFile(self._file.descriptor, self._file.size)
+            self.entries = self._index.tensors
+            self._copy: tuple[str, Tensor] | None = None
+            with warnings.catch_warnings():
+                # Said once in a process: that the memory cannot be written to. Nobody does.
+                warnings.simplefilter("ignore")
+                torch.frombuffer(self._map, dtype=torch.uint8)
+            self._check_sums()
+        except CheckpointError as error:
+            self._file.close()
+            raise type(error)(f"{self.path}: {error}") from error
+        except OSError as error:
+            self._file.close()
+            raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What changes when another file takes the place of this one, or this one is rewritten."""
+        return self._state
+
+    def elements(self, name: str, first: int, count: int) -> Tensor:
+        """Return `count` elements of a tensor from `first` on, in row-major order: [count].
+
+        They are the file's own memory, and must not be written to. A tensor that is stored in
+        another order (a transposed one in a `.pt`) is copied as a whole.
+        """
+        entry = self.entries[name]
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        place = self._place(entry)
+        if place is None:
+            if self._copy is None or self._copy[0] != name:
+                self._copy = None  # not two at a time
+                self._copy = (name, self._copied(entry, dtype))
+            return self._copy[1][first : first + count]
+        begin = place + first * ITEM_SIZES[entry.dtype]
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a whole tensor, in the file's memory where it can be; see `elements`."""
+        shape = self.entries[name].shape
+        return self.elements(name, 0, math.prod(shape)).view(shape)
+
+    def discard(self, name: str, first: int, count: int) -> None:
+        """Give the memory behind these elements back. Tensors on it stay valid: they read again."""
+        entry = self.entries[name]
+        item = ITEM_SIZES[entry.dtype]
+        place = self._place(entry)
+        if place is not None:
+            self._map.discard(place + first * item, count * item)
+        elif self._copy is not None and self._copy[0] == name:
+            if first + count == math.prod(entry.shape):
+                self._copy = None
+            span = self._index.storages[entry.storage]
+            self._map.discard(span.offset, span.nbytes)
+
+    def check(self) -> None:
+        """Raise CheckpointError if the file is no longer what it was when it was opened.
+
+        To be called after elements were used and before anybody relies on what was made of them.
+        """
+        same = self._look() == self._state and not self._map.damaged
+        if not same or any(
+            self._file.read_at(offset, len(data), "the index") != data
+            for offset, data in self._index.parsed.items()
+        ):
+            raise CheckpointError(f"{self.path}: changed while it was read")
+
+    def close(self) -> None:
+        """Close the file. What was taken from it stays valid, but cannot be checked any more."""
+        self._file.close()
+        self._copy = None
+
+    def __enter__(self) -> MappedWeights:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        file = getattr(self, "_file", None)
+        if file is not None:
+            file.close()
+
+    def _look(self) -> tuple[int, ...]:
+        status = os.fstat(self._file.descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _place(self, entry: TensorEntry) -> int | None:
+        """The tensor's first byte in the file, if its elements follow in row-major order."""
+        expected = 1
+        for extent, stride in zip(reversed(entry.shape), reversed(entry.strides), strict=True):
+            if extent != 1 and stride != expected:
+                return None
+            expected *= extent
+        item = ITEM_SIZES[entry.dtype]
+        span = self._index.storages[entry.storage]
+        if (entry.offset + expected) * item > span.nbytes:
+            return None  # for as_strided to refuse
+        return span.offset + entry.offset * item
+
+    def _copied(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+        span = self._index.storages[entry.storage]
+        stored = torch.frombuffer(
+            self._map,
+            dtype=dtype,
+            count=span.nbytes // ITEM_SIZES[entry.dtype],
+            offset=span.offset,
+        )
+        return stored.as_strided(entry.shape, entry.strides, entry.offset).reshape(-1).clone()
+
+    def _check_sums(self) -> None:
+        spans: list[Span] = [*self._index.storages.values(), *self._index.others]
+        view = memoryview(self._map)
+        for span in spans:
+            if span.crc32 is None:
+                continue
+            crc = 0
+            for begin in range(span.offset, span.offset + span.nbytes, _CHUNK):
+                end = min(begin + _CHUNK, span.offset + span.nbytes)
+                crc = zlib.crc32(view[begin:end], crc)
+                self._map.discard(begin, end - begin)
+            if crc != span.crc32:
+                raise CheckpointError(
+                    f"is damaged: the record at byte {span.offset} has a wrong checksum"
+                )
