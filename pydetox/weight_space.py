@@ -86,8 +86,8 @@ def gram(
         with Progress("Comparing weights", files.mebibytes(len(p) + 1 for p in passes)) as progress:
             for members in passes:
                 sums = torch.zeros(len(members), len(members), dtype=torch.float64)
-                values = len(members) * (len(members) + 1) // 2
-                for step in files.walk([0, *members], CHUNK, values, memory, progress):
+                pairs = len(members) * (len(members) + 1) // 2
+                for step in files.walk([0, *members], CHUNK, pairs * _DOUBLE, memory, progress):
                     sums = weight_diff_gram(step.lists[0], step.lists[1:], start=sums)
                 places = torch.tensor(members) - 1
                 result[places[:, None], places] = sums
@@ -157,7 +157,9 @@ def project(
         with Progress("Projecting weights", total) as progress:
             for group in groups:
                 sums = torch.zeros(len(group), dtype=torch.float64)
-                for step in files.walk([0, 1, *group], CHUNK, len(group), memory, progress):
+                for step in files.walk(
+                    [0, 1, *group], CHUNK, len(group) * _DOUBLE, memory, progress
+                ):
                     start, end, *vectors = step.lists
                     sums = weight_diff_project(start, end, vectors, start=sums)
                 parts.append(sums)
@@ -202,7 +204,7 @@ def sketch(
         _Files([base, model], offline) as files,
         Progress("Sketching weights", files.mebibytes([2])) as progress,
     ):
-        for step in files.walk([0, 1], sketch_chunk(size), size, memory, progress):
+        for step in files.walk([0, 1], sketch_chunk(size), size * _DOUBLE, memory, progress):
             start, end = step.lists
             result = weight_diff_sketch(
                 start,
@@ -262,7 +264,7 @@ def apply(
     )
     # base + sum of f * (m - base) = base - (sum of f) * base + sum of f * m.
     row = torch.tensor([[-math.fsum(factors), *factors]], dtype=torch.float64)
-    everybody = range(len(models) + 1)
+    everybody, written = range(len(models) + 1), _APPLY_UNIT * _DOUBLE
     with _Files([base, *models], offline) as files:
         entries = files.base.entries
         header, order = safetensors_header(
@@ -280,7 +282,7 @@ def apply(
                     whole = files.base.tensor(name).reshape(-1).view(torch.uint8)
                     file.write(whole.numpy().data)
                     continue
-                for step in files.walk(everybody, _APPLY_UNIT, 0, memory, progress, [name]):
+                for step in files.walk(everybody, _APPLY_UNIT, written, memory, progress, [name]):
                     (result,) = apply_task_vectors(step.lists[0], step.lists, row)
                     for tensor in result:
                         file.write(tensor.view(torch.uint8).numpy().data)
@@ -348,7 +350,7 @@ class _Files:
         self,
         members: Iterable[int],
         unit: int,
-        values: int,
+        unit_bytes: int,
         memory: int,
         progress: Progress,
         names: Sequence[str] | None = None,
@@ -358,7 +360,7 @@ class _Files:
         Args:
             members: which files, as they are numbered in the constructor.
             unit: elements; tensors are cut at its multiples alone.
-            values: doubles that a unit's sums take.
+            unit_bytes: what a unit takes besides its elements: for sums, or results.
             memory: bytes for the elements and the sums of a step. One unit is held in any case.
             progress: counts mebibytes.
             names: which tensors, in this order; None for all that are floating-point.
@@ -372,13 +374,11 @@ class _Files:
             name: sum(ITEM_SIZES[weights.entries[name].dtype] for weights in opened)
             for name in counts
         }
-        for parts in _steps(counts, width, unit, values * _DOUBLE, memory):
-            yield _Step(
-                parts, [[w.elements(p.name, p.first, p.count) for p in parts] for w in opened]
-            )
-            for weights in opened:
-                for part in parts:
-                    weights.discard(part.name, part.first, part.count)
+        for parts in _steps(counts, width, unit, unit_bytes, memory):
+            lists = [[w.elements(p.name, p.first, p.count) for p in parts] for w in opened]
+            yield _Step(parts, lists)
+            for tensors in lists:
+                tensors.clear()  # also in the hands of others: memory is freed before the next step
             progress.update(sum(part.count * width[part.name] for part in parts) / 2**20)
         for weights in opened:
             weights.check()

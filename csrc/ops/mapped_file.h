@@ -1,35 +1,41 @@
 #pragma once
 
-// A file mapped to be read, in a way that a file which shrinks meanwhile cannot end the process.
+// Parts of a file mapped to be read, in a way that a file which shrinks meanwhile cannot end the
+// process.
 //
-// A page of a mapping that the file no longer reaches, or that the disk cannot read, raises SIGBUS
-// when it is touched. While any file is mapped, the process's handler of SIGBUS puts zeros in the
-// place of what is gone and marks the file as damaged, whoever maps it asks for that before a
-// result counts. Any other SIGBUS goes where it went before.
+// A mapped page that the file no longer reaches, or that the disk cannot read, raises SIGBUS when
+// it is touched. The handler that is installed with the first mapping puts zeros in the place of
+// what is gone and marks the file as damaged; whoever reads it asks for that before a result
+// counts. Any other SIGBUS goes where it went before.
 
+#include <atomic>
 #include <cstddef>
+#include <memory>
 
 namespace pydetox {
 
-class MappedFile {
+// Set from a signal handler, by any mapping of one file.
+using Damage = std::shared_ptr<std::atomic<bool>>;
+
+// `count` bytes of an open file from `offset` on. Small windows, not the whole file: what is
+// touched counts as memory of the process, and touching one byte maps up to 2 MiB around it, but
+// never more than the mapping.
+class MappedBytes {
  public:
-  // The first `size` bytes of an open file; the descriptor may be closed afterwards.
-  // std::system_error: it cannot be mapped.
-  MappedFile(int descriptor, std::size_t size);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
+  // std::system_error: they cannot be mapped.
+  MappedBytes(int descriptor, std::size_t offset, std::size_t count, Damage damage);
+  ~MappedBytes();
+  MappedBytes(const MappedBytes&) = delete;
+  MappedBytes& operator=(const MappedBytes&) = delete;
 
   const void* data() const { return data_; }
   std::size_t size() const { return size_; }
-  // Whether any of it could not be read.
-  bool damaged() const;
-  // Gives the memory behind these bytes back (whole pages, so a little more than that); they can
-  // be read again.
-  void discard(std::size_t begin, std::size_t count) const;
 
  private:
-  void* data_ = nullptr;
+  Damage damage_;
+  void* pages_ = nullptr;  // the mapping begins at a page, the bytes somewhere in it
+  std::size_t mapped_ = 0;
+  const void* data_ = nullptr;
   std::size_t size_;
   int slot_ = -1;  // in the handler's table
 };

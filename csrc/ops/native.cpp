@@ -1,5 +1,6 @@
 // pydetox._native: what Python needs of the native code that is not a tensor operator.
 
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <memory>
@@ -36,25 +37,29 @@ PYBIND11_MODULE(_native, module) {
       },
       "How this build was made.");
 
-  using pydetox::MappedFile;
-  py::class_<MappedFile>(module, "MappedFile", py::buffer_protocol(),
-                         "A file mapped to be read; its buffer is its bytes. Where the file has "
-                         "shrunk meanwhile they are zeros, and `damaged` is true.")
-      .def(py::init([](int descriptor, std::size_t size) {
+  // The damage of one file, shared by all that is mapped of it.
+  py::class_<std::atomic<bool>, pydetox::Damage>(
+      module, "Damage", "Whether bytes that were mapped could not be read; zeros stand for them.")
+      .def(py::init([] { return std::make_shared<std::atomic<bool>>(false); }))
+      .def("__bool__", [](const std::atomic<bool>& damage) { return damage.load(); });
+
+  using pydetox::MappedBytes;
+  py::class_<MappedBytes>(module, "MappedBytes", py::buffer_protocol(),
+                          "Bytes of an open file, mapped as long as this object or a view of its "
+                          "buffer lives. OSError: they cannot be mapped.")
+      .def(py::init([](int descriptor, std::size_t offset, std::size_t count,
+                       const pydetox::Damage& damage) {
              try {
-               return std::make_unique<MappedFile>(descriptor, size);
+               return std::make_unique<MappedBytes>(descriptor, offset, count, damage);
              } catch (const std::system_error& error) {
                errno = error.code().value();
                PyErr_SetFromErrno(PyExc_OSError);
                throw py::error_already_set();
              }
            }),
-           py::arg("descriptor"), py::arg("size"))
-      .def_property_readonly("damaged", &MappedFile::damaged)
-      .def("discard", &MappedFile::discard, py::arg("begin"), py::arg("count"),
-           "Give the memory behind these bytes back; they can be read again.")
-      .def_buffer([](const MappedFile& file) {
-        return py::buffer_info(static_cast<std::uint8_t*>(const_cast<void*>(file.data())),
-                               static_cast<py::ssize_t>(file.size()), /*readonly=*/true);
+           py::arg("descriptor"), py::arg("offset"), py::arg("count"), py::arg("damage"))
+      .def_buffer([](const MappedBytes& bytes) {
+        return py::buffer_info(static_cast<std::uint8_t*>(const_cast<void*>(bytes.data())),
+                               static_cast<py::ssize_t>(bytes.size()), /*readonly=*/true);
       });
 }

@@ -1,9 +1,9 @@
 """Weights that stay in their file: mapped into memory and looked at part by part.
 
-The index is made and checked first, as for a file that is read as a whole. The bytes are mapped
-(reading them into buffers costs a copy of everything) by `MappedFile` of the native library, for
-which a file that shrinks meanwhile is damaged, not fatal. What is looked at counts as memory of
-this process until `discard` gives it back.
+The index is made and checked first, as for a file that is read as a whole. Then only what is asked
+for is mapped (reading it into a buffer would copy everything once), and counts as memory of this
+process as long as somebody holds it. A file that shrinks meanwhile is an error, not the end of the
+process: see csrc/ops/mapped_file.h.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import warnings
 import zlib
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class MappedWeights:
     """The tensors of one weights file, of which only the parts that are asked for are in memory.
 
     Opening it reads the index and, of a file with checksums (`.pt`), all bytes once. Close it, or
-    use it as a context manager; the mapping lasts as long as a tensor from `elements` does.
+    use it as a context manager; tensors that `elements` returned stay valid.
 
     Args:
         reference: a checkpoint's name, as `load_checkpoint` takes it.
@@ -64,20 +65,17 @@ class MappedWeights:
         try:
             self._state = self._look()
             self._index = index_file(self._file)
-            self._map = native.MappedFile(self._file.descriptor, self._file.size)
+            self._damage = native.Damage()
             self.entries = self._index.tensors
             self._copy: tuple[str, Tensor] | None = None
             with warnings.catch_warnings():
                 # Said once in a process: that the memory cannot be written to. Nobody does.
                 warnings.simplefilter("ignore")
-                torch.frombuffer(self._map, dtype=torch.uint8)
+                torch.frombuffer(self._map(0, 1), dtype=torch.uint8)
             self._check_sums()
         except CheckpointError as error:
             self._file.close()
             raise type(error)(f"{self.path}: {error}") from error
-        except OSError as error:
-            self._file.close()
-            raise CheckpointError(f"{self.path}: cannot be mapped: {error.strerror}") from error
         except BaseException:
             self._file.close()
             raise
@@ -98,43 +96,22 @@ class MappedWeights:
         They are the file's own memory, and must not be written to. A tensor that is stored in
         another order (a transposed one in a `.pt`) is copied as a whole.
         """
-        entry = self.entries[name]
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        place = self._place(entry)
-        if place is None:
-            if self._copy is None or self._copy[0] != name:
-                self._copy = None  # not two at a time
-                self._copy = (name, self._copied(entry, dtype))
-            return self._copy[1][first : first + count]
-        begin = place + first * ITEM_SIZES[entry.dtype]
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=begin)
+        try:
+            return self._elements(name, first, count)
+        except CheckpointError as error:
+            raise type(error)(f"{self.path}: {error}") from error
 
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor, in the file's memory where it can be; see `elements`."""
         shape = self.entries[name].shape
         return self.elements(name, 0, math.prod(shape)).view(shape)
 
-    def discard(self, name: str, first: int, count: int) -> None:
-        """Give the memory behind these elements back. Tensors on it stay valid: they read again."""
-        entry = self.entries[name]
-        item = ITEM_SIZES[entry.dtype]
-        place = self._place(entry)
-        if place is not None:
-            self._map.discard(place + first * item, count * item)
-        elif self._copy is not None and self._copy[0] == name:
-            if first + count == math.prod(entry.shape):
-                self._copy = None
-            span = self._index.storages[entry.storage]
-            self._map.discard(span.offset, span.nbytes)
-
     def check(self) -> None:
         """Raise CheckpointError if the file is no longer what it was when it was opened.
 
         To be called after elements were used and before anybody relies on what was made of them.
         """
-        same = self._look() == self._state and not self._map.damaged
+        same = self._look() == self._state and not self._damage
         if not same or any(
             self._file.read_at(offset, len(data), "the index") != data
             for offset, data in self._index.parsed.items()
@@ -142,7 +119,7 @@ class MappedWeights:
             raise CheckpointError(f"{self.path}: changed while it was read")
 
     def close(self) -> None:
-        """Close the file. What was taken from it stays valid, but cannot be checked any more."""
+        """Close the file."""
         self._file.close()
         self._copy = None
 
@@ -161,6 +138,27 @@ class MappedWeights:
         file = getattr(self, "_file", None)
         if file is not None:
             file.close()
+
+    def _elements(self, name: str, first: int, count: int) -> Tensor:
+        entry = self.entries[name]
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        place = self._place(entry)
+        if place is None:
+            if self._copy is None or self._copy[0] != name:
+                self._copy = None  # not two at a time
+                self._copy = (name, self._copied(entry, dtype))
+            return self._copy[1][first : first + count]
+        begin = place + first * ITEM_SIZES[entry.dtype]
+        mapped = self._map(begin, count * ITEM_SIZES[entry.dtype])
+        return torch.frombuffer(mapped, dtype=dtype)
+
+    def _map(self, offset: int, count: int) -> Any:
+        try:
+            return native.MappedBytes(self._file.descriptor, offset, count, self._damage)
+        except OSError as error:
+            raise CheckpointError(f"cannot be mapped: {error.strerror}") from error
 
     def _look(self) -> tuple[int, ...]:
         status = os.fstat(self._file.descriptor)
@@ -181,25 +179,20 @@ class MappedWeights:
 
     def _copied(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         span = self._index.storages[entry.storage]
-        stored = torch.frombuffer(
-            self._map,
-            dtype=dtype,
-            count=span.nbytes // ITEM_SIZES[entry.dtype],
-            offset=span.offset,
-        )
+        item = ITEM_SIZES[entry.dtype]
+        mapped = self._map(span.offset, span.nbytes // item * item)
+        stored = torch.frombuffer(mapped, dtype=dtype)
         return stored.as_strided(entry.shape, entry.strides, entry.offset).reshape(-1).clone()
 
     def _check_sums(self) -> None:
         spans: list[Span] = [*self._index.storages.values(), *self._index.others]
-        view = memoryview(self._map)
         for span in spans:
             if span.crc32 is None:
                 continue
             crc = 0
             for begin in range(span.offset, span.offset + span.nbytes, _CHUNK):
-                end = min(begin + _CHUNK, span.offset + span.nbytes)
-                crc = zlib.crc32(view[begin:end], crc)
-                self._map.discard(begin, end - begin)
+                count = min(_CHUNK, span.offset + span.nbytes - begin)
+                crc = zlib.crc32(self._map(begin, count), crc)
             if crc != span.crc32:
                 raise CheckpointError(
                     f"is damaged: the record at byte {span.offset} has a wrong checksum"
