@@ -192,7 +192,7 @@ def _dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor], name: str) -> 
     if a.device.type != "cpu" or a.shape != b.shape:
         return float((a.double() * b.double()).sum())
     # The operator's: nothing is widened in memory. Its chunks share one base of zeros.
-    pieces = [_wide(t).reshape(-1).split(CHUNK) for t in (a, b)]
+    pieces = [torch.split(_wide(t).detach().reshape(-1), CHUNK) for t in (a, b)]
     zeros = torch.zeros(min(CHUNK, a.numel()))
     base = [zeros[: len(piece)] for piece in pieces[0]]
     return float(weight_diff_project(base, pieces[0], [pieces[1]]))

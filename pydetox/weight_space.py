@@ -89,7 +89,7 @@ def gram(
                 pairs = len(members) * (len(members) + 1) // 2
                 for step in files.walk([0, *members], CHUNK, pairs * _DOUBLE, memory, progress):
                     sums = weight_diff_gram(step.lists[0], step.lists[1:], start=sums)
-                places = torch.tensor(members) - 1
+                places = torch.tensor(members, dtype=torch.int64) - 1
                 result[places[:, None], places] = sums
     return result
 
@@ -279,7 +279,8 @@ def apply(
             file.write(header)
             for name in order:
                 if name not in files.names:
-                    whole = files.base.tensor(name).reshape(-1).view(torch.uint8)
+                    # A copy: what is gone from a file is zeros for us, but an error for write().
+                    whole = files.base.tensor(name).clone().reshape(-1).view(torch.uint8)
                     file.write(whole.numpy().data)
                     continue
                 for step in files.walk(everybody, _APPLY_UNIT, written, memory, progress, [name]):

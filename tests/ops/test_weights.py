@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from pydetox.ops import (
     weight_diff_project,
     weight_diff_sketch,
 )
-from pydetox.ops.weights import sketch_key
+from pydetox.ops.weights import CHUNK, sketch_chunk, sketch_key
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -181,6 +182,72 @@ def test_sketches_depend_on_names_and_seed_and_not_on_the_order_of_files() -> No
     assert not torch.equal(weight_diff_sketch(base, model, names(), seed=2), found)
     renamed = [f"visual.{name}" for name in names()]
     assert not torch.equal(weight_diff_sketch(base, model, renamed, seed=1), found)
+
+
+# ---- in parts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [(F32,), (F32, BF16, F64, F16)], ids=str)
+def test_parts_give_the_bits_of_the_whole(
+    dtypes: tuple[torch.dtype, ...], capability: str, threads: None
+) -> None:
+    """Cut at multiples of a chunk, in order, with any number of threads."""
+    lists = [weights(i, dtypes) for i in range(5)]
+    big = [torch.cat([t.reshape(-1) for t in tensors] * 2) for tensors in lists]
+
+    def parts(chunk: int) -> list[tuple[int, list[list[Tensor]]]]:
+        """First element of `big`, and the parts of all models: `big` in three, then the rest."""
+        edges = [0, chunk, 2 * chunk, len(big[0])]
+        cut = [
+            (begin, [[b[begin:end]] for b in big])
+            for begin, end in itertools.pairwise(edges)
+        ]
+        return [*cut, (0, lists)]
+
+    whole = [[b, *tensors] for b, tensors in zip(big, lists, strict=True)]
+    gram, projection = torch.zeros(4, 4, dtype=F64), torch.zeros(3, dtype=F64)
+    sketch = torch.zeros(256, dtype=F64)
+    for number, (_, part) in enumerate(parts(CHUNK)):
+        torch.set_num_threads(1 + number % 2)
+        gram = weight_diff_gram(part[0], part[1:], start=gram)
+        projection = weight_diff_project(part[0], part[1], part[2:], start=projection)
+    for first, part in parts(sketch_chunk(256)):
+        sketch = weight_diff_sketch(
+            part[0],
+            part[1],
+            ["a.big"] if len(part[0]) == 1 else names(),
+            seed=3,
+            size=256,
+            first_elements=[first] * len(part[0]),
+            start=sketch,
+        )
+    assert torch.equal(gram, weight_diff_gram(whole[0], whole[1:]))
+    assert torch.equal(projection, weight_diff_project(whole[0], whole[1], whole[2:]))
+    once = weight_diff_sketch(whole[0], whole[1], ["a.big", *names()], seed=3, size=256)
+    assert torch.equal(sketch, once)
+
+
+def test_what_parts_must_be() -> None:
+    x = [torch.zeros(3)]
+    for start in (torch.zeros(2, 2), torch.zeros(3, 3, dtype=F64), torch.zeros(1, 4, dtype=F64)):
+        with pytest.raises(UsageError, match=r"gram: start must be .* float64 \[2, 2\] on the CPU"):
+            weight_diff_gram(x, [x, x], start=start)
+    with pytest.raises(UsageError, match=r"project: start must be .*\[1\].*found .*\[2\]"):
+        weight_diff_project(x, x, [x], start=torch.zeros(2, dtype=F64))
+    with pytest.raises(UsageError, match=r"sketch: start must be .*\[64\]"):
+        weight_diff_sketch(x, x, ["x"], seed=0, size=64, start=torch.zeros(65, dtype=F64))
+    for firsts in ([1], [-4096], [0, 0]):
+        with pytest.raises(UsageError, match="first_elements must be 1 multiples of 4096"):
+            weight_diff_sketch(x, x, ["x"], seed=0, size=64, first_elements=firsts)
+    operators = torch.ops.pydetox
+    with pytest.raises(RuntimeError, match="start must be"):
+        operators.weight_diff_gram(x, x, 1, torch.zeros(1, 2, dtype=F64))
+    with pytest.raises(RuntimeError, match="start must be"):
+        operators.weight_diff_project(x, x, x, 1, torch.zeros(1))
+    with pytest.raises(RuntimeError, match="multiples of 64, not 3"):
+        operators.weight_diff_sketch(x, x, [0], 64, [3])
+    with pytest.raises(RuntimeError, match="1 tensors need as many first blocks, not 2"):
+        operators.weight_diff_sketch(x, x, [0], 64, [0, 0])
 
 
 # ---- linear combinations ------------------------------------------------------------------------
