@@ -198,10 +198,7 @@ def test_parts_give_the_bits_of_the_whole(
     def parts(chunk: int) -> list[tuple[int, list[list[Tensor]]]]:
         """First element of `big`, and the parts of all models: `big` in three, then the rest."""
         edges = [0, chunk, 2 * chunk, len(big[0])]
-        cut = [
-            (begin, [[b[begin:end]] for b in big])
-            for begin, end in itertools.pairwise(edges)
-        ]
+        cut = [(begin, [[b[begin:end]] for b in big]) for begin, end in itertools.pairwise(edges)]
         return [*cut, (0, lists)]
 
     whole = [[b, *tensors] for b, tensors in zip(big, lists, strict=True)]
