@@ -88,6 +88,7 @@ class Kernel:
     pixels: int
     run: int
     channels: int  # 0: does not matter
+    cropped: bool
     registers: int
     spilled_bytes: int
 
@@ -96,8 +97,9 @@ class Kernel:
         channels = {3: 3, 0: 3}.get(self.channels, 4)
         patch = 0 if self.run > 1 else 1  # patches of one pixel leave no run for vectors
         sizes = [1, 16, channels, 64, 64, patch]
+        box = [32, 32] if self.cropped else []
         _, threads, shared = _emulator.stamp_launch_shape(
-            self.name == "stamp_backward", sizes, *self.types
+            self.name == "stamp_backward", sizes, *self.types, box=box
         )
         return threads, shared
 
@@ -137,7 +139,7 @@ def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
             re.DOTALL,
         )
         for name, arguments, stores, loads, registers in pattern.findall(log):
-            compute, image, output, *numbers = [a.strip() for a in arguments.split(",")]
+            compute, image, output, *numbers, places = [a.strip() for a in arguments.split(",")]
             pixels, run, *channels = [int(n) for n in numbers]
             yield Kernel(
                 arch,
@@ -146,6 +148,7 @@ def compile_kernels(nvcc: str, arch: str) -> Iterator[Kernel]:
                 pixels,
                 run,
                 channels[0] if channels else 0,
+                places.endswith("CropPlaces"),
                 int(registers),
                 int(stores) + int(loads),
             )
@@ -214,7 +217,14 @@ def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
     """One row per kernel; figures that depend on the architecture side by side."""
     rows: dict[tuple[object, ...], list[Kernel]] = {}
     for kernel in kernels:
-        key = (kernel.name, kernel.types, kernel.pixels, kernel.run, kernel.channels)
+        key = (
+            kernel.name,
+            kernel.types,
+            kernel.pixels,
+            kernel.run,
+            kernel.channels,
+            kernel.cropped,
+        )
         rows.setdefault(key, []).append(kernel)
     archs = "/".join(f"sm_{kernel.arch}" for kernel in next(iter(rows.values())))
     yield (
@@ -228,7 +238,7 @@ def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
         cells = [
             kernel.name,
             *kernel.types,
-            f"{kernel.pixels} {'vector' if kernel.run > 1 else 'scalar'}",
+            f"{kernel.pixels} {'vector' if kernel.run > 1 else 'crop' if kernel.cropped else 'scalar'}",
             {0: "any", 3: "3"}.get(kernel.channels, f"≤ {kernel.channels}"),
             str(threads),
             str(shared),

@@ -54,6 +54,38 @@ struct StampShape {
                                    int64_t inner_index) const {
     return (((k * images + b) * groups() + group) * channels + channel) * inner() + inner_index;
   }
+  // Where in the output of one image the pixel (y, x) of channel 0 lies; channels are inner()
+  // apart.
+  PYDETOX_HD int64_t pixel_offset(int64_t y, int64_t x) const {
+    if (patch == 0) return y * width + x;
+    const int64_t group = y / patch * (width / patch) + x / patch;
+    return output_offset(0, 0, group, 0, y % patch * patch + x % patch);
+  }
+};
+
+struct Corner {
+  int64_t top, left;
+};
+
+// Triggers that are zero outside of a box: their logits are those of the box, [K, h, w] and
+// [K, C, h, w], and outside of it the output is what a mask of exactly 0 gives.
+struct StampCrop {
+  int64_t height;          // h, at most H
+  int64_t width;           // w, at most W
+  const int64_t* corners;  // [K, 2]: top and left; null: no crop, the logits are of all pixels
+
+  // The box as a problem of its own: planes of h x w.
+  PYDETOX_HD StampShape box(const StampShape& shape) const {
+    return {shape.triggers, shape.images, shape.channels, height, width, 0};
+  }
+  // Of a trigger, given what `corners` says. Corners in a GPU's memory cannot be checked without
+  // waiting for it: a box that would stick out of the image is moved to its border.
+  PYDETOX_HD Corner inside(const StampShape& shape, const int64_t* corner) const {
+    const auto clamp = [](int64_t value, int64_t last) {
+      return value < 0 ? 0 : value > last ? last : value;
+    };
+    return {clamp(corner[0], shape.height - height), clamp(corner[1], shape.width - width)};
+  }
 };
 
 struct Normalization {
@@ -64,28 +96,33 @@ struct Normalization {
 // Tensors are contiguous. T is the logits' type: kFloat32 or kFloat64.
 struct StampForwardParams {
   StampShape shape;
+  StampCrop crop;
   Normalization normalization;
   DType compute_dtype;
   DType image_dtype;           // any; kUInt8 is scaled by 1/255
   DType output_dtype;          // kFloat64 where T is; else kFloat32 or kBFloat16
-  const void* images;          // [B, C, H, W]
-  const void* mask_logits;     // T [K, H, W]
-  const void* pattern_logits;  // T [K, C, H, W]
+  bool only_box;               // write the box alone: the rest of `output` is as it should be
+  int64_t image_stride;        // elements from one trigger's images to the next's; 0: shared
+  const void* images;          // [B, C, H, W] or [K, B, C, H, W]
+  const void* mask_logits;     // T [K, H, W], or [K, h, w] of the crop
+  const void* pattern_logits;  // T [K, C, H, W], or [K, C, h, w]
   void* output;                // [K, B, groups, C, inner]
 };
 
 struct StampBackwardParams {
   StampShape shape;
+  StampCrop crop;
   Normalization normalization;
   DType compute_dtype;
   DType image_dtype;
   DType gradient_dtype;           // as output_dtype above
-  const void* gradient;           // [K, B, groups, C, inner]: d loss / d output
-  const void* images;             // [B, C, H, W]
-  const void* mask_logits;        // T [K, H, W]
-  const void* pattern_logits;     // T [K, C, H, W]
-  void* mask_logits_gradient;     // T [K, H, W], every element written
-  void* pattern_logits_gradient;  // T [K, C, H, W], every element written
+  int64_t image_stride;           // as above
+  const void* gradient;           // [K, B, groups, C, inner]: d loss / d output; its box is read
+  const void* images;             // [B, C, H, W] or [K, B, C, H, W]
+  const void* mask_logits;        // T [K, H, W], or [K, h, w] of the crop
+  const void* pattern_logits;     // T [K, C, H, W], or [K, C, h, w]
+  void* mask_logits_gradient;     // T, like the logits; every element written
+  void* pattern_logits_gradient;  // T, like the logits; every element written
 };
 
 // The sums over images run in chunks of kBatchChunk: inside a chunk in T, over b and inside it over
@@ -107,6 +144,11 @@ struct Blend {
 template <class V>
 PYDETOX_HD Blend<V> make_blend(const Sigmoid<V>& mask, const Sigmoid<V>& pattern) {
   return {mask.complement, mask.value * pattern.value};
+}
+// Where there is no trigger: a mask of exactly 0.
+template <class V>
+PYDETOX_HD Blend<V> no_trigger() {
+  return {V{} + static_cast<typename Lanes<V>::Element>(1), V{}};
 }
 
 // clip(v, 0, 1), where NaN stays NaN, then the model's normalisation.

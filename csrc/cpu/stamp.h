@@ -26,9 +26,17 @@ struct StampTiling {
 // triggers are divided only where there would be too few tiles for `threads`.
 StampTiling stamp_tiling(const StampShape& shape, DType compute_dtype, int64_t threads);
 
+// Whole images have the tiling of their shape; what is about a box has the tiling of the box.
 struct StampKernels {
-  void (*forward)(const StampForwardParams&, const StampTiling&, int64_t begin, int64_t end);
-  void (*backward)(const StampBackwardParams&, const StampTiling&, int64_t begin, int64_t end);
+  using Forward = void (*)(const StampForwardParams&, const StampTiling&, int64_t begin,
+                           int64_t end);
+  using Backward = void (*)(const StampBackwardParams&, const StampTiling&, int64_t begin,
+                            int64_t end);
+  Forward forward;
+  Forward clean;  // the normalised images, for every trigger
+  Forward forward_box;
+  Backward backward;
+  Backward backward_box;
 };
 
 // The kernels for the capability in use (csrc/cpu/capability.h).

@@ -20,6 +20,8 @@ constexpr int kMaxBackwardWarps = 8;
 // as registers allow.
 template <int N>
 constexpr int kTriggersPerThread = N <= 4 ? 4 : 2;
+template <int N, class Places>
+constexpr int kForwardTriggers = Places::kCropped ? 1 : kTriggersPerThread<N>;
 
 // load_pixel, without the branch to a slow path that a division has on a GPU: one correction step
 // gives exactly x / 255 for all 256 values of x (a test tries them all).
@@ -48,24 +50,75 @@ __device__ __forceinline__ Output output_value(T value) {
   return store_as<Output>(value);
 }
 
-// Where a pixel lies, counted in the order of the output (group, inner).
+// Where a pixel lies.
 struct Place {
+  int64_t logit;   // offset in a plane of logits; negative: no trigger there
   int64_t plane;   // offset in an [H, W] plane
   int64_t output;  // offset in the output of one image, at channel 0
 };
-__device__ __forceinline__ Place place_of(const StampShape& shape, int64_t pixel) {
-  if (shape.patch == 0) return {pixel, pixel};
-  const int64_t group = pixel / shape.inner();
-  const int64_t inner = pixel - group * shape.inner();
-  return {shape.plane_offset(group, inner), shape.output_offset(0, 0, group, 0, inner)};
-}
+constexpr int64_t kNoLogit = -1;
+
+// The pixels of an image, counted in the order of the output (group, inner), for logits of all of
+// them.
+struct WholePlaces {
+  static constexpr bool kCropped = false;
+  const StampShape& shape;
+
+  __device__ __forceinline__ WholePlaces(const StampShape& s, const StampCrop&, int64_t, bool)
+      : shape(s) {}
+  __device__ __forceinline__ int64_t pixels() const { return shape.pixels(); }
+  __device__ __forceinline__ int64_t logits() const { return shape.pixels(); }
+  __device__ __forceinline__ Place operator()(int64_t pixel) const {
+    if (shape.patch == 0) return {pixel, pixel, pixel};
+    const int64_t group = pixel / shape.inner();
+    const int64_t inner = pixel - group * shape.inner();
+    const int64_t plane = shape.plane_offset(group, inner);
+    return {plane, plane, shape.output_offset(0, 0, group, 0, inner)};
+  }
+};
+
+// Either the pixels of trigger k's box, row by row, or all pixels of an image, where those outside
+// of the box have no logit.
+struct CropPlaces {
+  static constexpr bool kCropped = true;
+  const StampShape& shape;
+  const StampCrop& crop;
+  bool only_box;
+  Corner corner;
+
+  __device__ __forceinline__ CropPlaces(const StampShape& s, const StampCrop& c, int64_t k,
+                                        bool only)
+      : shape(s), crop(c), only_box(only) {
+    int64_t given[2];
+    load<1>(c.corners + 2 * k, &given[0]);
+    load<1>(c.corners + 2 * k + 1, &given[1]);
+    corner = c.inside(s, given);
+  }
+  __device__ __forceinline__ int64_t pixels() const { return only_box ? logits() : shape.pixels(); }
+  __device__ __forceinline__ int64_t logits() const { return crop.height * crop.width; }
+  __device__ __forceinline__ Place operator()(int64_t pixel) const {
+    if (only_box) {
+      const int64_t row = pixel / crop.width;
+      const int64_t y = corner.top + row;
+      const int64_t x = corner.left + pixel - row * crop.width;
+      return {pixel, y * shape.width + x, shape.pixel_offset(y, x)};
+    }
+    Place place = WholePlaces(shape, crop, 0, false)(pixel);
+    const int64_t row = place.plane / shape.width - corner.top;
+    const int64_t column = place.plane % shape.width - corner.left;
+    const bool in_box = row >= 0 && row < crop.height && column >= 0 && column < crop.width;
+    place.logit = in_box ? row * crop.width + column : kNoLogit;
+    return place;
+  }
+};
 
 // N pixels of one thread, in N / Run runs that are contiguous in every tensor. Run = N where all is
 // aligned: a run is one vector access. Run = 1 elsewhere: then neighbouring threads have
 // neighbouring pixels, which keeps the accesses of a warp together.
-template <int N, int Run>
+template <int N, int Run, class Places>
 struct Pixels {
   static constexpr int kRuns = N / Run;
+  int64_t logit[kRuns];
   int64_t plane[kRuns];
   int64_t output[kRuns];
   bool inside[kRuns];
@@ -75,13 +128,14 @@ struct Pixels {
     return (j / Run * threads + thread) * Run + j % Run;
   }
 
-  __device__ __forceinline__ Pixels(const StampShape& shape, int64_t tile_begin, int thread,
+  __device__ __forceinline__ Pixels(const Places& places, int64_t tile_begin, int thread,
                                     int threads) {
     PYDETOX_UNROLL
     for (int r = 0; r < kRuns; ++r) {
       const int64_t pixel = tile_begin + in_tile(r * Run, thread, threads);
-      inside[r] = pixel < shape.pixels();
-      const Place place = place_of(shape, pixel);
+      inside[r] = pixel < places.pixels();
+      const Place place = places(pixel);
+      logit[r] = place.logit;
       plane[r] = place.plane;
       output[r] = place.output;
     }
@@ -97,6 +151,19 @@ struct Pixels {
     }
   }
 
+  // Whether there is a trigger at pixel j.
+  __device__ __forceinline__ bool has_logit(int j) const {
+    return !Places::kCropped || logit[j / Run] >= 0;
+  }
+  // values[j] = base[logit of pixel j]; unchanged where there is none.
+  template <class T>
+  __device__ __forceinline__ void gather_logits(const T* base, T (&values)[N]) const {
+    PYDETOX_UNROLL
+    for (int r = 0; r < kRuns; ++r) {
+      if (inside[r] && has_logit(r * Run)) load<Run>(base + logit[r], values + r * Run);
+    }
+  }
+
   template <class T>
   __device__ __forceinline__ void scatter(const T (&values)[N], T* base) const {
     PYDETOX_UNROLL
@@ -107,11 +174,11 @@ struct Pixels {
 };
 
 // One thread: N pixels of one channel, a few triggers whose blends stay in registers, up to
-// kImagesPerThread images.
-template <class T, class Image, class Output, int N, int Run>
+// kImagesPerThread images. With a crop every trigger has its box elsewhere: then it is one trigger.
+template <class T, class Image, class Output, int N, int Run, class Places>
 __global__ void __launch_bounds__(kForwardThreads, 4)
     stamp_forward(const StampForwardParams params) {
-  constexpr int kTriggers = kTriggersPerThread<N>;
+  constexpr int kTriggers = kForwardTriggers<N, Places>;
   const StampShape& shape = params.shape;
   // Blocks that share an image's pixels (triggers) or a mask (channels) run next to each other and
   // find them in the L2 cache.
@@ -127,40 +194,47 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
       b_begin + kImagesPerThread < shape.images ? b_begin + kImagesPerThread : shape.images;
   const int64_t tile_begin = block / image_tiles * (kForwardThreads * N);
 
-  const Pixels<N, Run> pixels(shape, tile_begin, static_cast<int>(threadIdx.x), kForwardThreads);
+  const Places places(shape, params.crop, k_begin, params.only_box);
+  const Pixels<N, Run, Places> pixels(places, tile_begin, static_cast<int>(threadIdx.x),
+                                      kForwardThreads);
   const int64_t plane_size = shape.pixels();
   const int64_t image_size = shape.channels * plane_size;
   const T mean = static_cast<T>(params.normalization.mean[c]);
   const T inverse_std = static_cast<T>(params.normalization.inverse_std[c]);
 
+  const int64_t logit_plane = places.logits();
   const auto* mask_logits = static_cast<const T*>(params.mask_logits);
-  const auto* pattern_logits = static_cast<const T*>(params.pattern_logits) + c * plane_size;
+  const auto* pattern_logits = static_cast<const T*>(params.pattern_logits) + c * logit_plane;
   Blend<T> blends[kTriggers][N] = {};
   PYDETOX_UNROLL
   for (int t = 0; t < kTriggers; ++t) {
     const int64_t k = k_begin + t;
     if (k >= shape.triggers) break;
     T mask[N] = {}, pattern[N] = {};
-    pixels.gather(mask_logits + k * plane_size, pixels.plane, mask);
-    pixels.gather(pattern_logits + k * image_size, pixels.plane, pattern);
+    pixels.gather_logits(mask_logits + k * logit_plane, mask);
+    pixels.gather_logits(pattern_logits + k * shape.channels * logit_plane, pattern);
     PYDETOX_UNROLL
     for (int j = 0; j < N; ++j) {
-      blends[t][j] = make_blend(sigmoid_of_twice(mask[j]), sigmoid_of_twice(pattern[j]));
+      blends[t][j] = pixels.has_logit(j)
+                         ? make_blend(sigmoid_of_twice(mask[j]), sigmoid_of_twice(pattern[j]))
+                         : no_trigger<T>();
     }
   }
 
   const auto* images = static_cast<const Image*>(params.images) + c * plane_size;
   auto* output = static_cast<Output*>(params.output) + c * shape.inner();
   for (int64_t b = b_begin; b < b_end; ++b) {
-    Image image[N] = {};
-    pixels.gather(images + b * image_size, pixels.plane, image);
-    T x[N];
-    PYDETOX_UNROLL
-    for (int j = 0; j < N; ++j) x[j] = pixel_value<T>(image[j]);
+    T x[N] = {};
     PYDETOX_UNROLL
     for (int t = 0; t < kTriggers; ++t) {
       const int64_t k = k_begin + t;
       if (k >= shape.triggers) break;
+      if (t == 0 || params.image_stride != 0) {
+        Image image[N] = {};
+        pixels.gather(images + k * params.image_stride + b * image_size, pixels.plane, image);
+        PYDETOX_UNROLL
+        for (int j = 0; j < N; ++j) x[j] = pixel_value<T>(image[j]);
+      }
       Output y[N];
       PYDETOX_UNROLL
       for (int j = 0; j < N; ++j) {
@@ -190,8 +264,9 @@ struct BackwardShared {
 // kBatchChunk images at a time; then every pixel's owner adds the chunks' sums in ascending order.
 // Neither the grid nor the number of warps changes a bit.
 //
-// Channels: exactly 3, or kMaxChannels for any number up to that.
-template <class T, class Image, class Gradient, int N, int Run, int Channels>
+// Channels: exactly 3, or kMaxChannels for any number up to that. With a crop the pixels are those
+// of the box.
+template <class T, class Image, class Gradient, int N, int Run, int Channels, class Places>
 __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
     stamp_backward(const StampBackwardParams params) {
   using Shared = BackwardShared<T, N, Channels>;
@@ -208,17 +283,20 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
   const int64_t tile_begin = blockIdx.x / shape.triggers * Shared::kTile;
   const int64_t plane_size = shape.pixels();
   const int64_t image_size = channels * plane_size;
+  const Places places(shape, params.crop, k, /*only_box=*/true);
+  const int64_t logit_plane = places.logits();
 
   // A pixel of the tile has one owner, who evaluates its sigmoids and finishes its sums.
-  const auto* mask_logits = static_cast<const T*>(params.mask_logits) + k * plane_size;
-  const auto* pattern_logits = static_cast<const T*>(params.pattern_logits) + k * image_size;
+  const auto* mask_logits = static_cast<const T*>(params.mask_logits) + k * logit_plane;
+  const auto* pattern_logits =
+      static_cast<const T*>(params.pattern_logits) + k * channels * logit_plane;
   for (int t = thread; t < Shared::kTile; t += threads) {
-    const bool inside = tile_begin + t < plane_size;
-    const int64_t offset = place_of(shape, tile_begin + t).plane;
+    const bool inside = tile_begin + t < logit_plane;
+    const int64_t offset = places(tile_begin + t).logit;
     PYDETOX_UNROLL
     for (int row = 0; row <= Channels; ++row) {
       if (row > channels) break;
-      const T* logits = row == 0 ? mask_logits : pattern_logits + (row - 1) * plane_size;
+      const T* logits = row == 0 ? mask_logits : pattern_logits + (row - 1) * logit_plane;
       T logit{};
       if (inside) load<1>(logits + offset, &logit);
       shared.sums[row][t] = 0;
@@ -227,10 +305,10 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
   }
   __syncthreads();  // the sigmoids are there
 
-  const Pixels<N, Run> pixels(shape, tile_begin, lane, kWarpSize);
+  const Pixels<N, Run, Places> pixels(places, tile_begin, lane, kWarpSize);
   const auto* gradient =
       static_cast<const Gradient*>(params.gradient) + k * shape.images * image_size;
-  const auto* images = static_cast<const Image*>(params.images);
+  const auto* images = static_cast<const Image*>(params.images) + k * params.image_stride;
   const int64_t chunks = batch_chunks(shape.images);
   for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += warps) {
     const int64_t chunk = first_chunk + warp;
@@ -286,11 +364,12 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
     __syncthreads();  // the partial sums may be overwritten
   }
 
-  auto* mask_gradient = static_cast<T*>(params.mask_logits_gradient) + k * plane_size;
-  auto* pattern_gradient = static_cast<T*>(params.pattern_logits_gradient) + k * image_size;
+  auto* mask_gradient = static_cast<T*>(params.mask_logits_gradient) + k * logit_plane;
+  auto* pattern_gradient =
+      static_cast<T*>(params.pattern_logits_gradient) + k * channels * logit_plane;
   for (int t = thread; t < Shared::kTile; t += threads) {
-    if (tile_begin + t >= plane_size) break;
-    const int64_t offset = place_of(shape, tile_begin + t).plane;
+    if (tile_begin + t >= logit_plane) break;
+    const int64_t offset = places(tile_begin + t).logit;
     const Sigmoid<T> mask = shared.sigmoids[0][t];
     const T mask_result = mask_logit_gradient(shared.sums[0][t], mask);
     store<1>(mask_gradient + offset, &mask_result);
@@ -300,7 +379,7 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
       const T result =
           pattern_logit_gradient(shared.sums[c + 1][t], params.normalization.inverse_std[c], mask,
                                  shared.sigmoids[c + 1][t]);
-      store<1>(pattern_gradient + c * plane_size + offset, &result);
+      store<1>(pattern_gradient + c * logit_plane + offset, &result);
     }
   }
 }

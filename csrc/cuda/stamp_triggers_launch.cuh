@@ -62,40 +62,47 @@ template <class T>
 constexpr int kVectorPixels = kMaxWordBytes / static_cast<int>(sizeof(T));
 constexpr int kScalarPixels = 2;
 
-template <int N>
-LaunchShape forward_grid(const StampShape& shape) {
-  const int64_t blocks = ceil_div(shape.triggers, kTriggersPerThread<N>) * shape.channels *
+template <int N, class Places>
+LaunchShape forward_grid(const StampShape& shape, int64_t pixels) {
+  const int64_t blocks = ceil_div(shape.triggers, kForwardTriggers<N, Places>) * shape.channels *
                          ceil_div(shape.images, kImagesPerThread) *
-                         ceil_div(shape.pixels(), kForwardThreads * N);
+                         ceil_div(pixels, kForwardThreads * N);
   return {blocks, kForwardThreads, 0};
 }
 
 template <class Shared>
-LaunchShape backward_grid(const StampShape& shape) {
+LaunchShape backward_grid(const StampShape& shape, int64_t pixels) {
   const int64_t chunks = batch_chunks(shape.images);
   const int64_t warps = chunks < 1 ? 1 : chunks < kMaxBackwardWarps ? chunks : kMaxBackwardWarps;
-  const int64_t blocks =
-      shape.channels == 0 ? 0 : shape.triggers * ceil_div(shape.pixels(), Shared::kTile);
+  const int64_t blocks = shape.triggers * ceil_div(pixels, Shared::kTile);
   return {blocks, static_cast<int>(warps) * kWarpSize, Shared::bytes(static_cast<int>(warps))};
 }
 
-// launch(kernel, LaunchShape) -> bool; false where there is no kernel for the types.
+// launch(kernel, LaunchShape) -> bool; false where there is no kernel for the types. With a crop
+// only the scalar form: the rows of a box begin anywhere.
 template <class Launch>
 bool dispatch_stamp_forward(const StampForwardParams& params, const Launch& launch) {
   const StampShape& shape = params.shape;
+  const StampCrop& crop = params.crop;
   return with_float_types(params.compute_dtype, params.output_dtype, [&](auto compute, auto out) {
     using T = typename decltype(compute)::Type;
     using Output = typename decltype(out)::Type;
     return with_image_type(params.image_dtype, [&](auto image) {
       using Image = typename decltype(image)::Type;
+      if (crop.corners != nullptr) {
+        const int64_t pixels = params.only_box ? crop.height * crop.width : shape.pixels();
+        return launch(&stamp_forward<T, Image, Output, kScalarPixels, 1, CropPlaces>,
+                      forward_grid<kScalarPixels, CropPlaces>(shape, pixels));
+      }
       constexpr int N = kVectorPixels<Output>;
       const bool vectors = divides_runs<N>(shape) && aligned<N, Image>(params.images) &&
                            aligned<N, T>(params.mask_logits) &&
                            aligned<N, T>(params.pattern_logits) &&
                            aligned<N, Output>(params.output);
-      return vectors ? launch(&stamp_forward<T, Image, Output, N, N>, forward_grid<N>(shape))
-                     : launch(&stamp_forward<T, Image, Output, kScalarPixels, 1>,
-                              forward_grid<kScalarPixels>(shape));
+      return vectors ? launch(&stamp_forward<T, Image, Output, N, N, WholePlaces>,
+                              forward_grid<N, WholePlaces>(shape, shape.pixels()))
+                     : launch(&stamp_forward<T, Image, Output, kScalarPixels, 1, WholePlaces>,
+                              forward_grid<kScalarPixels, WholePlaces>(shape, shape.pixels()));
     });
   });
 }
@@ -103,22 +110,34 @@ bool dispatch_stamp_forward(const StampForwardParams& params, const Launch& laun
 template <class Launch>
 bool dispatch_stamp_backward(const StampBackwardParams& params, const Launch& launch) {
   const StampShape& shape = params.shape;
+  const StampCrop& crop = params.crop;
   return with_float_types(params.compute_dtype, params.gradient_dtype, [&](auto compute, auto out) {
     using T = typename decltype(compute)::Type;
     using Gradient = typename decltype(out)::Type;
     return with_image_type(params.image_dtype, [&](auto image) {
       using Image = typename decltype(image)::Type;
+      using AnyChannels = BackwardShared<T, 1, kMaxChannels>;
+      using Scalar = BackwardShared<T, kScalarPixels, 3>;
+      if (crop.corners != nullptr) {
+        const int64_t pixels = crop.height * crop.width;
+        return shape.channels == 3
+                   ? launch(&stamp_backward<T, Image, Gradient, kScalarPixels, 1, 3, CropPlaces>,
+                            backward_grid<Scalar>(shape, pixels))
+                   : launch(&stamp_backward<T, Image, Gradient, 1, 1, kMaxChannels, CropPlaces>,
+                            backward_grid<AnyChannels>(shape, pixels));
+      }
+      const int64_t pixels = shape.pixels();
       if (shape.channels != 3) {
-        return launch(&stamp_backward<T, Image, Gradient, 1, 1, kMaxChannels>,
-                      backward_grid<BackwardShared<T, 1, kMaxChannels>>(shape));
+        return launch(&stamp_backward<T, Image, Gradient, 1, 1, kMaxChannels, WholePlaces>,
+                      backward_grid<AnyChannels>(shape, pixels));
       }
       constexpr int N = kVectorPixels<Gradient>;
       const bool vectors = divides_runs<N>(shape) && aligned<N, Gradient>(params.gradient) &&
                            aligned<N, Image>(params.images);
-      return vectors ? launch(&stamp_backward<T, Image, Gradient, N, N, 3>,
-                              backward_grid<BackwardShared<T, N, 3>>(shape))
-                     : launch(&stamp_backward<T, Image, Gradient, kScalarPixels, 1, 3>,
-                              backward_grid<BackwardShared<T, kScalarPixels, 3>>(shape));
+      return vectors ? launch(&stamp_backward<T, Image, Gradient, N, N, 3, WholePlaces>,
+                              backward_grid<BackwardShared<T, N, 3>>(shape, pixels))
+                     : launch(&stamp_backward<T, Image, Gradient, kScalarPixels, 1, 3, WholePlaces>,
+                              backward_grid<Scalar>(shape, pixels));
     });
   });
 }

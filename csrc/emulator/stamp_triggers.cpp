@@ -1,5 +1,8 @@
 // The kernels of csrc/cuda/stamp_triggers.cuh, launched as csrc/cuda/stamp_triggers.cu does.
 
+#include <optional>
+
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "csrc/emulator/module.h"
@@ -21,9 +24,18 @@ DType dtype_of(const py::array& array) {
   throw py::value_error("arrays are uint8, uint16 (bfloat16), float32 or float64");
 }
 
-StampShape shape_of(const py::array& images, const py::array& mask_logits, std::int64_t patch) {
-  return {mask_logits.shape(0), images.shape(0), images.shape(1),
-          images.shape(2),      images.shape(3), patch};
+using Corners = std::optional<py::array_t<std::int64_t, py::array::c_style>>;
+
+// Shape, crop and stride, as csrc/ops/stamp_arguments.cpp finds them.
+template <class Params>
+void set_sizes(const py::array& images, const py::array& mask_logits, std::int64_t patch,
+               const Corners& corners, Params& params) {
+  const py::ssize_t first = images.ndim() == 5 ? 1 : 0;
+  params.shape = {mask_logits.shape(0),    images.shape(first),     images.shape(first + 1),
+                  images.shape(first + 2), images.shape(first + 3), patch};
+  params.crop = {mask_logits.shape(1), mask_logits.shape(2), corners ? corners->data() : nullptr};
+  const std::int64_t batch = params.shape.images * params.shape.channels * params.shape.pixels();
+  params.image_stride = images.ndim() == 5 ? batch : 0;
 }
 
 Normalization normalization_of(const std::vector<double>& mean, const std::vector<double>& std) {
@@ -60,9 +72,10 @@ Traffic finish(bool dispatched, const Traffic& traffic) {
 Traffic stamp_forward(const py::array& images, const py::array& mask_logits,
                       const py::array& pattern_logits, py::array& output,
                       const std::vector<double>& mean, const std::vector<double>& std,
-                      std::int64_t patch_size, const Schedule& schedule) {
+                      std::int64_t patch_size, const Schedule& schedule, const Corners& corners,
+                      bool only_box) {
   StampForwardParams params{};
-  params.shape = shape_of(images, mask_logits, patch_size);
+  set_sizes(images, mask_logits, patch_size, corners, params);
   params.normalization = normalization_of(mean, std);
   params.compute_dtype = dtype_of(mask_logits);
   params.image_dtype = dtype_of(images);
@@ -71,9 +84,11 @@ Traffic stamp_forward(const py::array& images, const py::array& mask_logits,
   params.mask_logits = mask_logits.data();
   params.pattern_logits = pattern_logits.data();
   params.output = output.mutable_data();
+  params.only_box = only_box;
   std::vector<Range> memory = {
       range_of("images", images, false), range_of("mask_logits", mask_logits, false),
       range_of("pattern_logits", pattern_logits, false), range_of("output", output, true)};
+  if (corners) memory.push_back(range_of("corners", *corners, false));
   Traffic traffic;
   return finish(cuda::dispatch_stamp_forward(
                     params, launcher("stamp_forward", memory, params, schedule, traffic)),
@@ -84,9 +99,9 @@ Traffic stamp_backward(const py::array& gradient, const py::array& images,
                        const py::array& mask_logits, const py::array& pattern_logits,
                        py::array& mask_logits_gradient, py::array& pattern_logits_gradient,
                        const std::vector<double>& mean, const std::vector<double>& std,
-                       std::int64_t patch_size, const Schedule& schedule) {
+                       std::int64_t patch_size, const Schedule& schedule, const Corners& corners) {
   StampBackwardParams params{};
-  params.shape = shape_of(images, mask_logits, patch_size);
+  set_sizes(images, mask_logits, patch_size, corners, params);
   params.normalization = normalization_of(mean, std);
   params.compute_dtype = dtype_of(mask_logits);
   params.image_dtype = dtype_of(images);
@@ -103,6 +118,7 @@ Traffic stamp_backward(const py::array& gradient, const py::array& images,
                                range_of("pattern_logits", pattern_logits, false),
                                range_of("mask_logits_gradient", mask_logits_gradient, true),
                                range_of("pattern_logits_gradient", pattern_logits_gradient, true)};
+  if (corners) memory.push_back(range_of("corners", *corners, false));
   Traffic traffic;
   return finish(cuda::dispatch_stamp_backward(
                     params, launcher("stamp_backward", memory, params, schedule, traffic)),
@@ -117,12 +133,15 @@ DType dtype_named(const std::string& name) {
   throw py::value_error("unknown dtype " + name);
 }
 
-// (blocks, threads, shared bytes) of a launch with aligned tensors. sizes: K, B, C, H, W, patch.
+// (blocks, threads, shared bytes) of a launch with aligned tensors. sizes: K, B, C, H, W, patch;
+// box: nothing, or h and w of a crop whose boxes alone are stamped.
 py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes,
                        const std::string& compute, const std::string& image,
-                       const std::string& output) {
+                       const std::string& output, const std::vector<std::int64_t>& box) {
+  static const std::int64_t corner[2] = {0, 0};  // never read
   const StampShape shape{sizes.at(0), sizes.at(1), sizes.at(2),
                          sizes.at(3), sizes.at(4), sizes.at(5)};
+  const StampCrop crop = box.empty() ? StampCrop{} : StampCrop{box.at(0), box.at(1), corner};
   cuda::LaunchShape found{};
   const auto note = [&](auto, const cuda::LaunchShape& s) {
     found = s;
@@ -131,6 +150,7 @@ py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes,
   if (backward) {
     StampBackwardParams params{};
     params.shape = shape;
+    params.crop = crop;
     params.compute_dtype = dtype_named(compute);
     params.image_dtype = dtype_named(image);
     params.gradient_dtype = dtype_named(output);
@@ -138,9 +158,11 @@ py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes,
   } else {
     StampForwardParams params{};
     params.shape = shape;
+    params.crop = crop;
     params.compute_dtype = dtype_named(compute);
     params.image_dtype = dtype_named(image);
     params.output_dtype = dtype_named(output);
+    params.only_box = true;
     cuda::dispatch_stamp_forward(params, note);
   }
   return py::make_tuple(found.blocks, found.threads, found.shared_bytes);
@@ -151,14 +173,15 @@ py::tuple launch_shape(bool backward, const std::vector<std::int64_t>& sizes,
 void bind_stamp_triggers(py::module_& module) {
   module.def("stamp_forward", &stamp_forward, py::arg("images"), py::arg("mask_logits"),
              py::arg("pattern_logits"), py::arg("output"), py::arg("mean"), py::arg("std"),
-             py::arg("patch_size"), py::arg("schedule"));
+             py::arg("patch_size"), py::arg("schedule"), py::arg("corners") = py::none(),
+             py::arg("only_box") = false);
   module.def("stamp_backward", &stamp_backward, py::arg("gradient"), py::arg("images"),
              py::arg("mask_logits"), py::arg("pattern_logits"), py::arg("mask_logits_gradient"),
              py::arg("pattern_logits_gradient"), py::arg("mean"), py::arg("std"),
-             py::arg("patch_size"), py::arg("schedule"));
+             py::arg("patch_size"), py::arg("schedule"), py::arg("corners") = py::none());
   module.def("stamp_launch_shape", &launch_shape, py::arg("backward"), py::arg("sizes"),
              py::arg("compute") = "float32", py::arg("image") = "uint8",
-             py::arg("output") = "float32");
+             py::arg("output") = "float32", py::arg("box") = std::vector<std::int64_t>{});
 }
 
 }  // namespace pydetox::emulator

@@ -4,23 +4,30 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pydetox, library) {
-  // images [B,C,H,W]; mask_logits [K,H,W]; pattern_logits [K,C,H,W]; mean, std: C numbers each;
-  // patch_size 0: [K,B,C,H,W]; P: [K,B,(H/P)(W/P),C*P*P].
+  // images [B,C,H,W], or [K,B,C,H,W] where every trigger has its own; mask_logits [K,H,W];
+  // pattern_logits [K,C,H,W]; mean, std: C numbers each; patch_size 0: [K,B,C,H,W];
+  // P: [K,B,(H/P)(W/P),C*P*P]. With corners, int64 [K,2] on the device of the images, the logits
+  // are those of a box of h x w pixels, whose top left pixel the corners name: [K,h,w] and
+  // [K,C,h,w].
   library.def(
       "stamp_triggers(Tensor images, Tensor mask_logits, Tensor pattern_logits, float[] mean, "
-      "float[] std, int patch_size, ScalarType dtype) -> Tensor");
+      "float[] std, int patch_size, ScalarType dtype, Tensor? corners=None) -> Tensor");
   // -> gradients of mask_logits and pattern_logits.
   library.def(
       "stamp_triggers_backward(Tensor gradient, Tensor images, Tensor mask_logits, "
-      "Tensor pattern_logits, float[] mean, float[] std, int patch_size) -> (Tensor, Tensor)");
-  // The same two into memory of the caller; no autograd.
+      "Tensor pattern_logits, float[] mean, float[] std, int patch_size, Tensor? corners=None) "
+      "-> (Tensor, Tensor)");
+  // The same two into memory of the caller; no autograd. only_box: out is right outside of the
+  // boxes.
   library.def(
       "stamp_triggers_out(Tensor images, Tensor mask_logits, Tensor pattern_logits, float[] mean, "
-      "float[] std, int patch_size, Tensor(a!) out) -> ()");
+      "float[] std, int patch_size, Tensor(a!) out, Tensor? corners=None, bool only_box=False) "
+      "-> ()");
   library.def(
       "stamp_triggers_backward_out(Tensor gradient, Tensor images, Tensor mask_logits, "
       "Tensor pattern_logits, float[] mean, float[] std, int patch_size, "
-      "Tensor(a!) mask_logits_gradient, Tensor(b!) pattern_logits_gradient) -> ()");
+      "Tensor(a!) mask_logits_gradient, Tensor(b!) pattern_logits_gradient, "
+      "Tensor? corners=None) -> ()");
 
   // Lists of tensors as state dicts hold them. models, directions, vectors, out: `count` lists one
   // after the other, each like base. -> float64 [count, count]

@@ -38,34 +38,82 @@ void check_float_types(DType compute, DType other, const char* what) {
         " must be float64 for float64 logits, float32 or bfloat16 for float32 logits");
 }
 
-StampShape checked_shape(const Tensor& images, const Tensor& mask_logits,
-                         const Tensor& pattern_logits, int64_t patch_size) {
-  check(images.dim() == 4, "stamp_triggers: images must be [B, C, H, W], not ", ShapeOf{images});
-  const StampShape shape{mask_logits.dim() == 3 ? mask_logits.size(0) : 0,
-                         images.size(0),
-                         images.size(1),
-                         images.size(2),
-                         images.size(3),
-                         patch_size};
-  check(mask_logits.dim() == 3 && mask_logits.size(1) == shape.height &&
-            mask_logits.size(2) == shape.width,
-        "stamp_triggers: mask_logits must be [K, H, W] for images ", ShapeOf{images}, ", not ",
-        ShapeOf{mask_logits});
-  check(pattern_logits.dim() == 4 && pattern_logits.size(0) == shape.triggers &&
-            pattern_logits.size(1) == shape.channels && pattern_logits.size(2) == shape.height &&
-            pattern_logits.size(3) == shape.width,
-        "stamp_triggers: pattern_logits must be [K, C, H, W] for images ", ShapeOf{images},
-        " and mask_logits ", ShapeOf{mask_logits}, ", not ", ShapeOf{pattern_logits});
-  check(mask_logits.scalar_type() == pattern_logits.scalar_type(),
+// Sizes that fit together; `crop` without its corners, which are not contiguous yet.
+struct Problem {
+  StampShape shape;
+  StampCrop crop;
+  int64_t image_stride;
+};
+
+void check_corners(const Tensor& corners, const Tensor& images, const Problem& problem) {
+  const StampShape& shape = problem.shape;
+  check(corners.dim() == 2 && corners.size(0) == shape.triggers && corners.size(1) == 2,
+        "stamp_triggers: corners must be [K, 2], a top and a left for each of ", shape.triggers,
+        " triggers, not ", ShapeOf{corners});
+  check(corners.scalar_type() == ScalarType::Long, "stamp_triggers: corners must be int64");
+  check(corners.device() == images.device(),
+        "stamp_triggers: corners and images must be on one device");
+  if (!corners.is_cpu()) return;  // a look at a GPU's memory would wait for it
+  const Tensor plain = contiguous(corners);
+  const auto* corner = static_cast<const int64_t*>(plain.const_data_ptr());
+  const int64_t last_top = shape.height - problem.crop.height;
+  const int64_t last_left = shape.width - problem.crop.width;
+  for (int64_t k = 0; k < shape.triggers; ++k, corner += 2) {
+    check(corner[0] >= 0 && corner[0] <= last_top && corner[1] >= 0 && corner[1] <= last_left,
+          "stamp_triggers: corners[", k, "] is (", corner[0], ", ", corner[1], "); a box of ",
+          problem.crop.height, "x", problem.crop.width, " in images of ", shape.height, "x",
+          shape.width, " has its top in 0..", last_top, " and its left in 0..", last_left);
+  }
+}
+
+Problem checked_problem(const StampInputs& in) {
+  const Tensor& images = in.images;
+  const bool own_images = images.dim() == 5;
+  check(images.dim() == 4 || own_images,
+        "stamp_triggers: images must be [B, C, H, W] or [K, B, C, H, W], not ", ShapeOf{images});
+  const int64_t first = own_images ? 1 : 0;  // dimension
+  const StampShape shape{in.mask_logits.dim() == 3 ? in.mask_logits.size(0) : 0,
+                         images.size(first),
+                         images.size(first + 1),
+                         images.size(first + 2),
+                         images.size(first + 3),
+                         in.patch_size};
+  if (in.corners) {
+    check(
+        in.mask_logits.dim() == 3 && in.mask_logits.size(1) <= shape.height &&
+            in.mask_logits.size(2) <= shape.width,
+        "stamp_triggers: with corners, mask_logits must be [K, h, w], at most as large as images ",
+        ShapeOf{images}, ", not ", ShapeOf{in.mask_logits});
+  } else {
+    check(in.mask_logits.dim() == 3 && in.mask_logits.size(1) == shape.height &&
+              in.mask_logits.size(2) == shape.width,
+          "stamp_triggers: mask_logits must be [K, H, W] for images ", ShapeOf{images}, ", not ",
+          ShapeOf{in.mask_logits});
+  }
+  check(!own_images || images.size(0) == shape.triggers,
+        "stamp_triggers: images must be [K, B, C, H, W] with K = ", shape.triggers,
+        " as in mask_logits ", ShapeOf{in.mask_logits}, ", not ", ShapeOf{images});
+  const StampCrop crop{in.mask_logits.size(1), in.mask_logits.size(2), nullptr};
+  check(in.pattern_logits.dim() == 4 && in.pattern_logits.size(0) == shape.triggers &&
+            in.pattern_logits.size(1) == shape.channels &&
+            in.pattern_logits.size(2) == crop.height && in.pattern_logits.size(3) == crop.width,
+        "stamp_triggers: pattern_logits must be [K, C, ", crop.height, ", ", crop.width,
+        "] for images ", ShapeOf{images}, " and mask_logits ", ShapeOf{in.mask_logits}, ", not ",
+        ShapeOf{in.pattern_logits});
+  check(in.mask_logits.scalar_type() == in.pattern_logits.scalar_type(),
         "stamp_triggers: mask_logits and pattern_logits must have one dtype");
-  check(images.device() == mask_logits.device() && images.device() == pattern_logits.device(),
+  check(images.device() == in.mask_logits.device() && images.device() == in.pattern_logits.device(),
         "stamp_triggers: images, mask_logits and pattern_logits must be on one device");
   check(shape.channels <= kMaxChannels, "stamp_triggers: at most ", kMaxChannels, " channels, not ",
         shape.channels);
-  check(patch_size >= 0, "stamp_triggers: patch_size must not be negative, not ", patch_size);
-  check(patch_size == 0 || (shape.height % patch_size == 0 && shape.width % patch_size == 0),
-        "stamp_triggers: patch_size ", patch_size, " does not divide images ", ShapeOf{images});
-  return shape;
+  check(in.patch_size >= 0, "stamp_triggers: patch_size must not be negative, not ", in.patch_size);
+  check(
+      in.patch_size == 0 || (shape.height % in.patch_size == 0 && shape.width % in.patch_size == 0),
+      "stamp_triggers: patch_size ", in.patch_size, " does not divide images ", ShapeOf{images});
+  const Problem problem{shape, crop,
+                        own_images ? shape.images * shape.channels * shape.pixels() : 0};
+  if (in.corners) check_corners(*in.corners, images, problem);
+  return problem;
 }
 
 Normalization checked_normalization(const StampShape& shape, const std::vector<double>& mean,
@@ -84,12 +132,6 @@ Normalization checked_normalization(const StampShape& shape, const std::vector<d
 std::vector<int64_t> output_sizes(const StampShape& s) {
   if (s.patch == 0) return {s.triggers, s.images, s.channels, s.height, s.width};
   return {s.triggers, s.images, s.groups(), s.channels * s.inner()};
-}
-
-Tensor new_output(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
-                  int64_t patch_size, ScalarType dtype) {
-  const auto shape = checked_shape(images, mask_logits, pattern_logits, patch_size);
-  return torch::stable::new_empty(images, output_sizes(shape), dtype);
 }
 
 bool has_sizes(const Tensor& tensor, const std::vector<int64_t>& sizes) {
@@ -131,81 +173,85 @@ void check_out(const Named& out, const std::vector<int64_t>& sizes, ScalarType d
 
 }  // namespace
 
-StampForward::StampForward(const Tensor& images, const Tensor& mask_logits,
-                           const Tensor& pattern_logits, const std::vector<double>& mean,
-                           const std::vector<double>& std, int64_t patch_size, ScalarType dtype)
-    : StampForward(images, mask_logits, pattern_logits, mean, std, patch_size,
-                   new_output(images, mask_logits, pattern_logits, patch_size, dtype)) {}
+StampTensors::StampTensors(const StampInputs& in)
+    : images_(contiguous(in.images)),
+      mask_logits_(contiguous(in.mask_logits)),
+      pattern_logits_(contiguous(in.pattern_logits)),
+      corners_(in.corners ? std::optional<Tensor>(contiguous(*in.corners)) : std::nullopt) {}
 
-StampForward::StampForward(const Tensor& images, const Tensor& mask_logits,
-                           const Tensor& pattern_logits, const std::vector<double>& mean,
-                           const std::vector<double>& std, int64_t patch_size, const Tensor& out)
-    : output(out),
-      images_(contiguous(images)),
-      mask_logits_(contiguous(mask_logits)),
-      pattern_logits_(contiguous(pattern_logits)) {
-  params.shape = checked_shape(images, mask_logits, pattern_logits, patch_size);
-  params.normalization = checked_normalization(params.shape, mean, std);
-  params.compute_dtype = dtype_of(mask_logits.scalar_type(), "mask_logits");
-  params.image_dtype = dtype_of(images.scalar_type(), "images");
-  params.output_dtype = dtype_of(out.scalar_type(), "the output");
-  check_float_types(params.compute_dtype, params.output_dtype, "the output");
-  check_out({"out", out}, output_sizes(params.shape), out.scalar_type(),
-            {{"images", images}, {"mask_logits", mask_logits}, {"pattern_logits", pattern_logits}});
+template <class Params>
+void StampTensors::fill(const StampInputs& in, Params& params) const {
+  const Problem problem = checked_problem(in);
+  params.shape = problem.shape;
+  params.crop = problem.crop;
+  // A box as large as the image has one place: the fast kernels know it.
+  const bool whole =
+      problem.crop.height == problem.shape.height && problem.crop.width == problem.shape.width;
+  if (corners_ && !whole) {
+    params.crop.corners = static_cast<const int64_t*>(corners_->const_data_ptr());
+  }
+  params.image_stride = problem.image_stride;
+  params.normalization = checked_normalization(params.shape, in.mean, in.std);
+  params.compute_dtype = dtype_of(in.mask_logits.scalar_type(), "mask_logits");
+  params.image_dtype = dtype_of(in.images.scalar_type(), "images");
   params.images = images_.const_data_ptr();
   params.mask_logits = mask_logits_.const_data_ptr();
   params.pattern_logits = pattern_logits_.const_data_ptr();
+}
+
+StampForward::StampForward(const StampInputs& in, ScalarType dtype)
+    : StampForward(
+          in, torch::stable::new_empty(in.images, output_sizes(checked_problem(in).shape), dtype),
+          /*only_box=*/false) {}
+
+StampForward::StampForward(const StampInputs& in, const Tensor& out, bool only_box)
+    : StampTensors(in), output(out) {
+  fill(in, params);
+  params.output_dtype = dtype_of(out.scalar_type(), "the output");
+  check_float_types(params.compute_dtype, params.output_dtype, "the output");
+  check(!only_box || in.corners, "stamp_triggers: only_box needs corners");
+  check_out({"out", out}, output_sizes(params.shape), out.scalar_type(),
+            {{"images", in.images},
+             {"mask_logits", in.mask_logits},
+             {"pattern_logits", in.pattern_logits}});
+  params.only_box = only_box;
   params.output = output.mutable_data_ptr();
 }
 
-StampBackward::StampBackward(const Tensor& gradient, const Tensor& images,
-                             const Tensor& mask_logits, const Tensor& pattern_logits,
-                             const std::vector<double>& mean, const std::vector<double>& std,
-                             int64_t patch_size)
-    : StampBackward(gradient, images, mask_logits, pattern_logits, mean, std, patch_size,
-                    torch::stable::empty_like(contiguous(mask_logits)),
-                    torch::stable::empty_like(contiguous(pattern_logits))) {}
+StampBackward::StampBackward(const Tensor& gradient, const StampInputs& in)
+    : StampBackward(gradient, in, torch::stable::empty_like(contiguous(in.mask_logits)),
+                    torch::stable::empty_like(contiguous(in.pattern_logits))) {}
 
-StampBackward::StampBackward(const Tensor& gradient, const Tensor& images,
-                             const Tensor& mask_logits, const Tensor& pattern_logits,
-                             const std::vector<double>& mean, const std::vector<double>& std,
-                             int64_t patch_size, const Tensor& mask_logits_out,
-                             const Tensor& pattern_logits_out)
-    : mask_logits_gradient(mask_logits_out),
+StampBackward::StampBackward(const Tensor& gradient, const StampInputs& in,
+                             const Tensor& mask_logits_out, const Tensor& pattern_logits_out)
+    : StampTensors(in),
+      mask_logits_gradient(mask_logits_out),
       pattern_logits_gradient(pattern_logits_out),
-      gradient_(contiguous(gradient)),
-      images_(contiguous(images)),
-      mask_logits_(contiguous(mask_logits)),
-      pattern_logits_(contiguous(pattern_logits)) {
-  params.shape = checked_shape(images, mask_logits, pattern_logits, patch_size);
-  params.normalization = checked_normalization(params.shape, mean, std);
-  params.compute_dtype = dtype_of(mask_logits.scalar_type(), "mask_logits");
-  params.image_dtype = dtype_of(images.scalar_type(), "images");
+      gradient_(contiguous(gradient)) {
+  fill(in, params);
   params.gradient_dtype = dtype_of(gradient.scalar_type(), "the gradient");
   check_float_types(params.compute_dtype, params.gradient_dtype, "the gradient");
   check(has_sizes(gradient, output_sizes(params.shape)), "stamp_triggers_backward: gradient ",
-        ShapeOf{gradient}, " is not the shape of the output for images ", ShapeOf{images},
-        ", mask_logits ", ShapeOf{mask_logits}, " and patch_size ", patch_size);
-  check(gradient.device() == images.device(),
+        ShapeOf{gradient}, " is not the shape of the output for images ", ShapeOf{in.images},
+        ", mask_logits ", ShapeOf{in.mask_logits}, " and patch_size ", in.patch_size);
+  check(gradient.device() == in.images.device(),
         "stamp_triggers_backward: gradient and images must be on one device");
   const auto& s = params.shape;
+  const auto& box = params.crop;
   const Named first{"mask_logits_gradient", mask_logits_out};
   const Named second{"pattern_logits_gradient", pattern_logits_out};
-  check_out(first, {s.triggers, s.height, s.width}, mask_logits.scalar_type(),
+  check_out(first, {s.triggers, box.height, box.width}, in.mask_logits.scalar_type(),
             {{"gradient", gradient},
-             {"images", images},
-             {"mask_logits", mask_logits},
-             {"pattern_logits", pattern_logits},
+             {"images", in.images},
+             {"mask_logits", in.mask_logits},
+             {"pattern_logits", in.pattern_logits},
              second});
-  check_out(second, {s.triggers, s.channels, s.height, s.width}, mask_logits.scalar_type(),
+  check_out(second, {s.triggers, s.channels, box.height, box.width}, in.mask_logits.scalar_type(),
             {{"gradient", gradient},
-             {"images", images},
-             {"mask_logits", mask_logits},
-             {"pattern_logits", pattern_logits}});
+             {"images", in.images},
+             {"mask_logits", in.mask_logits},
+             {"pattern_logits", in.pattern_logits}});
   params.gradient = gradient_.const_data_ptr();
-  params.images = images_.const_data_ptr();
-  params.mask_logits = mask_logits_.const_data_ptr();
-  params.pattern_logits = pattern_logits_.const_data_ptr();
   params.mask_logits_gradient = mask_logits_gradient.mutable_data_ptr();
   params.pattern_logits_gradient = pattern_logits_gradient.mutable_data_ptr();
 }

@@ -4,7 +4,7 @@
 // there. Shared by the CPU and the CUDA registration. Failed checks throw std::runtime_error.
 
 #include <cstdint>
-#include <utility>
+#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,36 +16,49 @@ namespace pydetox::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Parameters and the tensors that own what they point to: contiguous copies where an argument was
-// not contiguous, and the results. A result is made here, or it is the caller's: contiguous, of the
-// right shape and dtype, and apart from every argument.
-struct StampForward {
-  StampForward(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
-               const std::vector<double>& mean, const std::vector<double>& std, int64_t patch_size,
-               ScalarType dtype);
-  StampForward(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
-               const std::vector<double>& mean, const std::vector<double>& std, int64_t patch_size,
-               const Tensor& out);
-  StampForwardParams params;
-  Tensor output;
+// What all of them take. `corners` are values of the CPU's or the GPU's memory: on the CPU they are
+// checked, on a GPU the kernels keep a box inside the image (csrc/core/stamp.h).
+struct StampInputs {
+  const Tensor& images;
+  const Tensor& mask_logits;
+  const Tensor& pattern_logits;
+  const std::vector<double>& mean;
+  const std::vector<double>& std;
+  int64_t patch_size;
+  const std::optional<Tensor>& corners;
+};
+
+// The tensors that own what parameters point to: contiguous copies where an argument was not
+// contiguous.
+class StampTensors {
+ protected:
+  explicit StampTensors(const StampInputs& in);
+  template <class Params>
+  void fill(const StampInputs& in, Params& params) const;
 
  private:
   Tensor images_, mask_logits_, pattern_logits_;
+  std::optional<Tensor> corners_;
 };
 
-struct StampBackward {
-  StampBackward(const Tensor& gradient, const Tensor& images, const Tensor& mask_logits,
-                const Tensor& pattern_logits, const std::vector<double>& mean,
-                const std::vector<double>& std, int64_t patch_size);
-  StampBackward(const Tensor& gradient, const Tensor& images, const Tensor& mask_logits,
-                const Tensor& pattern_logits, const std::vector<double>& mean,
-                const std::vector<double>& std, int64_t patch_size, const Tensor& mask_logits_out,
+// Parameters and results. A result is made here, or it is the caller's: contiguous, of the right
+// shape and dtype, and apart from every argument.
+struct StampForward : private StampTensors {
+  StampForward(const StampInputs& in, ScalarType dtype);
+  StampForward(const StampInputs& in, const Tensor& out, bool only_box);
+  StampForwardParams params{};
+  Tensor output;
+};
+
+struct StampBackward : private StampTensors {
+  StampBackward(const Tensor& gradient, const StampInputs& in);
+  StampBackward(const Tensor& gradient, const StampInputs& in, const Tensor& mask_logits_out,
                 const Tensor& pattern_logits_out);
-  StampBackwardParams params;
+  StampBackwardParams params{};
   Tensor mask_logits_gradient, pattern_logits_gradient;
 
  private:
-  Tensor gradient_, images_, mask_logits_, pattern_logits_;
+  Tensor gradient_;
 };
 
 }  // namespace pydetox::ops

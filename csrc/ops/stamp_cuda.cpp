@@ -1,3 +1,4 @@
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -24,9 +25,9 @@ void run(int (*launch)(const Params&, void*), const Params& params, const Tensor
 
 Tensor stamp_triggers(const Tensor& images, const Tensor& mask_logits, const Tensor& pattern_logits,
                       std::vector<double> mean, std::vector<double> std, int64_t patch_size,
-                      ScalarType dtype) {
+                      ScalarType dtype, std::optional<Tensor> corners) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  StampForward call(images, mask_logits, pattern_logits, mean, std, patch_size, dtype);
+  StampForward call({images, mask_logits, pattern_logits, mean, std, patch_size, corners}, dtype);
   run(cuda::stamp_forward, call.params, images, "stamp_triggers");
   return call.output;
 }
@@ -35,18 +36,22 @@ std::tuple<Tensor, Tensor> stamp_triggers_backward(const Tensor& gradient, const
                                                    const Tensor& mask_logits,
                                                    const Tensor& pattern_logits,
                                                    std::vector<double> mean,
-                                                   std::vector<double> std, int64_t patch_size) {
+                                                   std::vector<double> std, int64_t patch_size,
+                                                   std::optional<Tensor> corners) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  StampBackward call(gradient, images, mask_logits, pattern_logits, mean, std, patch_size);
+  StampBackward call(gradient,
+                     {images, mask_logits, pattern_logits, mean, std, patch_size, corners});
   run(cuda::stamp_backward, call.params, images, "stamp_triggers_backward");
   return {call.mask_logits_gradient, call.pattern_logits_gradient};
 }
 
 void stamp_triggers_out(const Tensor& images, const Tensor& mask_logits,
                         const Tensor& pattern_logits, std::vector<double> mean,
-                        std::vector<double> std, int64_t patch_size, Tensor out) {
+                        std::vector<double> std, int64_t patch_size, Tensor out,
+                        std::optional<Tensor> corners, bool only_box) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  StampForward call(images, mask_logits, pattern_logits, mean, std, patch_size, out);
+  StampForward call({images, mask_logits, pattern_logits, mean, std, patch_size, corners}, out,
+                    only_box);
   run(cuda::stamp_forward, call.params, images, "stamp_triggers");
 }
 
@@ -54,9 +59,10 @@ void stamp_triggers_backward_out(const Tensor& gradient, const Tensor& images,
                                  const Tensor& mask_logits, const Tensor& pattern_logits,
                                  std::vector<double> mean, std::vector<double> std,
                                  int64_t patch_size, Tensor mask_logits_gradient,
-                                 Tensor pattern_logits_gradient) {
+                                 Tensor pattern_logits_gradient, std::optional<Tensor> corners) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  StampBackward call(gradient, images, mask_logits, pattern_logits, mean, std, patch_size,
+  StampBackward call(gradient,
+                     {images, mask_logits, pattern_logits, mean, std, patch_size, corners},
                      mask_logits_gradient, pattern_logits_gradient);
   run(cuda::stamp_backward, call.params, images, "stamp_triggers_backward");
 }

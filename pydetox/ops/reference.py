@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def stamp_triggers(
@@ -23,6 +24,7 @@ def stamp_triggers(
     std: Sequence[float] | None = None,
     patch_size: int | None = None,
     dtype: torch.dtype | None = None,
+    corners: Sequence[tuple[int, int]] | Tensor | None = None,
 ) -> Tensor:
     """Stamp K triggers on B images; the arguments are those of `pydetox.ops.stamp_triggers`.
 
@@ -30,11 +32,16 @@ def stamp_triggers(
     times, in whatever requires a gradient.
     """
     compute = mask_logits.dtype
-    pixels = images.to(compute)  # [B, C, H, W]
+    pixels = images.to(compute)  # [B, C, H, W] or [K, B, C, H, W]
     if images.dtype == torch.uint8:
         pixels = pixels / 255
-    mask = (torch.tanh(mask_logits) / 2 + 0.5)[:, None, None]  # [K, 1, 1, H, W]
-    pattern = (torch.tanh(pattern_logits) / 2 + 0.5)[:, None]  # [K, 1, C, H, W]
+    mask = torch.tanh(mask_logits) / 2 + 0.5
+    pattern = torch.tanh(pattern_logits) / 2 + 0.5
+    if corners is not None:
+        places = corners.tolist() if isinstance(corners, Tensor) else corners
+        mask, pattern = (_around_boxes(t, places, images.shape[-2:]) for t in (mask, pattern))
+    mask = mask[:, None, None]  # [K, 1, 1, H, W]
+    pattern = pattern[:, None]  # [K, 1, C, H, W]
     stamped = ((1 - mask) * pixels + mask * pattern).clamp(0, 1)  # [K, B, C, H, W]
     if mean is not None:
         stamped = stamped - torch.tensor(mean, dtype=compute, device=images.device)[:, None, None]
@@ -43,6 +50,16 @@ def stamp_triggers(
     if patch_size is not None:
         stamped = to_patch_rows(stamped, patch_size)
     return stamped.to(dtype or compute)
+
+
+def _around_boxes(boxes: Tensor, corners: Sequence[Sequence[int]], size: Sequence[int]) -> Tensor:
+    """Put boxes [K, ..., h, w] into zeros [K, ..., H, W], each at its (top, left)."""
+    height, width = boxes.shape[-2:]
+    planes = [
+        pad(box, (left, size[1] - width - left, top, size[0] - height - top))
+        for box, (top, left) in zip(boxes, corners, strict=True)
+    ]
+    return torch.stack(planes) if planes else pad(boxes, (0, size[1] - width, 0, size[0] - height))
 
 
 def to_patch_rows(images: Tensor, patch_size: int) -> Tensor:

@@ -31,6 +31,8 @@ def stamp_triggers(
     patch_size: int | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    corners: Sequence[tuple[int, int]] | Tensor | None = None,
+    only_box: bool = False,
 ) -> Tensor:
     """Blend every trigger into every image and normalise for the model.
 
@@ -42,11 +44,15 @@ def stamp_triggers(
     images in an order that does not depend on the number of threads: the same call gives the same
     bits. Arithmetic is in float64 where the logits or the result are, in float32 otherwise.
 
+    A trigger that is zero outside of a box of h x w pixels has logits for the box alone and a
+    corner. Outside of it the result is that of a mask of exactly 0. The backward pass reads the
+    upstream gradient inside of the boxes only, and what it costs is proportional to them.
+
     Args:
-        images: [B, C, H, W], uint8 (0..255, scaled by 1/255) or bfloat16, float32, float64 in
-            [0, 1]; at most 16 channels.
-        mask_logits: [K, H, W], bfloat16, float32 or float64.
-        pattern_logits: [K, C, H, W], dtype of `mask_logits`.
+        images: [B, C, H, W] for all triggers, or [K, B, C, H, W], a batch for each; uint8 (0..255,
+            scaled by 1/255) or bfloat16, float32, float64 in [0, 1]; at most 16 channels.
+        mask_logits: [K, H, W], bfloat16, float32 or float64; with `corners` [K, h, w].
+        pattern_logits: [K, C, H, W], dtype of `mask_logits`; with `corners` [K, C, h, w].
         mean: C numbers, the model's channel means for pixels in [0, 1]; default 0.
         std: C numbers, the model's channel standard deviations; default 1.
         patch_size: None for images; P, a divisor of H and W, for the rows that a vision
@@ -56,18 +62,40 @@ def stamp_triggers(
             no argument shares. It is returned, without an autograd graph: for the gradients there
             is `stamp_triggers_gradients`. A loop that keeps its buffers allocates nothing, and
             spares the system clearing fresh memory, which takes longer than stamping.
+        corners: of each trigger's box the (top, left) pixel, 0 <= top <= H - h and
+            0 <= left <= W - w: K pairs of numbers, or an int64 tensor [K, 2] on the device of the
+            images. Numbers and tensors on the CPU are checked. A tensor on a GPU is used as it is,
+            without waiting for it, so that a CUDA graph can be replayed with other corners; a box
+            that would stick out is moved to the border. Numbers are copied to a GPU first.
+        only_box: with `out` and `corners`: write the boxes alone. `out` must hold the images as a
+            call without it leaves them outside of the boxes, e.g. of the step before, with the same
+            images and corners.
 
     Returns:
         [K, B, C, H, W], or [K, B, (H/P)(W/P), C*P*P] with columns in the order (c, py, px).
 
     Raises:
-        UsageError: shapes, dtypes or devices that do not fit together, or images that require a
-            gradient.
+        UsageError: shapes, dtypes or devices that do not fit together, images that require a
+            gradient, numbers in `corners` that let a box stick out.
+        RuntimeError: values of a tensor `corners` on the CPU that do.
     """
+    if only_box and (out is None or corners is None):
+        raise UsageError("stamp_triggers: only_box needs out and corners")
     if out is not None:
-        return _stamp_into(out, images, mask_logits, pattern_logits, mean, std, patch_size, dtype)
-    _check(images, mask_logits, pattern_logits, patch_size, dtype)
-    channels = images.shape[1]
+        return _stamp_into(
+            out,
+            images,
+            mask_logits,
+            pattern_logits,
+            mean,
+            std,
+            patch_size,
+            dtype,
+            corners,
+            only_box,
+        )
+    _check(images, mask_logits, pattern_logits, patch_size, dtype, corners)
+    channels = images.shape[-3]
     mean_list = _per_channel(mean, 0.0, channels, "mean")
     std_list = _checked_std(std, channels)
     result_dtype = dtype or mask_logits.dtype
@@ -82,6 +110,7 @@ def stamp_triggers(
         std_list,
         patch_size or 0,
         torch.float64 if compute == torch.float64 else result_dtype,
+        _corner_tensor(corners, images.device),
     )
     return stamped.to(result_dtype)
 
@@ -103,6 +132,7 @@ def stamp_triggers_gradients(
     std: Sequence[float] | None = None,
     patch_size: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    corners: Sequence[tuple[int, int]] | Tensor | None = None,
 ) -> TriggerGradients:
     """Return the gradients of the logits without autograd, for loops that keep their buffers.
 
@@ -110,17 +140,18 @@ def stamp_triggers_gradients(
         gradient: of the loss by the result of `stamp_triggers`, shaped like it; float64 where the
             logits are, else float32 or bfloat16.
         images: as in `stamp_triggers`.
-        mask_logits: float32 or float64 [K, H, W].
-        pattern_logits: dtype of `mask_logits`, [K, C, H, W].
+        mask_logits: float32 or float64 [K, H, W]; with `corners` [K, h, w].
+        pattern_logits: dtype of `mask_logits`, [K, C, H, W]; with `corners` [K, C, h, w].
         mean: as in `stamp_triggers`.
         std: as in `stamp_triggers`.
         patch_size: as in `stamp_triggers`.
         out: where to write them: contiguous tensors like the two logits, in memory of their own.
+        corners: as in `stamp_triggers`; `gradient` is read inside of the boxes only.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not fit together.
     """
-    _check(images, mask_logits, pattern_logits, patch_size, None, differentiable=False)
+    _check(images, mask_logits, pattern_logits, patch_size, None, corners, differentiable=False)
     _check_exact(mask_logits, gradient.dtype, "gradient")
     expected = _result_shape(images, mask_logits, patch_size)
     if list(gradient.shape) != expected or gradient.device != images.device:
@@ -136,7 +167,7 @@ def stamp_triggers_gradients(
         ("mask_logits", "pattern_logits"), out, (mask_logits, pattern_logits), strict=True
     ):
         _check_out(buffer, list(like.shape), like.dtype, images.device, f"out for {name}")
-    channels = images.shape[1]
+    channels = images.shape[-3]
     torch.ops.pydetox.stamp_triggers_backward_out.default(
         gradient.detach(),
         images,
@@ -146,6 +177,7 @@ def stamp_triggers_gradients(
         _checked_std(std, channels),
         patch_size or 0,
         *out,
+        _corner_tensor(corners, images.device),
     )
     return TriggerGradients(*out)
 
@@ -159,8 +191,10 @@ def _stamp_into(
     std: Sequence[float] | None,
     patch_size: int | None,
     dtype: torch.dtype | None,
+    corners: Sequence[tuple[int, int]] | Tensor | None,
+    only_box: bool,
 ) -> Tensor:
-    _check(images, mask_logits, pattern_logits, patch_size, dtype, differentiable=False)
+    _check(images, mask_logits, pattern_logits, patch_size, dtype, corners, differentiable=False)
     _check_exact(mask_logits, dtype or out.dtype, "out")
     _check_out(
         out,
@@ -169,7 +203,7 @@ def _stamp_into(
         images.device,
         "out",
     )
-    channels = images.shape[1]
+    channels = images.shape[-3]
     torch.ops.pydetox.stamp_triggers_out.default(
         images,
         mask_logits.detach(),
@@ -178,6 +212,8 @@ def _stamp_into(
         _checked_std(std, channels),
         patch_size or 0,
         out,
+        _corner_tensor(corners, images.device),
+        only_box,
     )
     return out
 
@@ -211,7 +247,7 @@ def _check_out(
 
 def _result_shape(images: Tensor, mask_logits: Tensor, patch_size: int | None) -> list[int]:
     triggers = mask_logits.shape[0]
-    batch, channels, height, width = images.shape
+    batch, channels, height, width = images.shape[-4:]
     if not patch_size:
         return [triggers, batch, channels, height, width]
     patches = (height // patch_size) * (width // patch_size)
@@ -224,24 +260,42 @@ def _check(
     pattern_logits: Tensor,
     patch_size: int | None,
     dtype: torch.dtype | None,
+    corners: Sequence[tuple[int, int]] | Tensor | None,
     *,
     differentiable: bool = True,
 ) -> None:
-    if images.dim() != 4:
-        raise UsageError(f"stamp_triggers: images must be [B, C, H, W], found {list(images.shape)}")
-    _, channels, height, width = images.shape
-    if mask_logits.dim() != 3 or mask_logits.shape[1:] != (height, width):
+    if images.dim() not in (4, 5):
+        raise UsageError(
+            f"stamp_triggers: images must be [B, C, H, W] or [K, B, C, H, W], "
+            f"found {list(images.shape)}"
+        )
+    channels, height, width = images.shape[-3:]
+    if corners is None and (mask_logits.dim() != 3 or mask_logits.shape[1:] != (height, width)):
         raise UsageError(
             f"stamp_triggers: mask_logits must be [K, {height}, {width}] for images "
             f"{list(images.shape)}, found {list(mask_logits.shape)}"
         )
-    triggers = mask_logits.shape[0]
-    if pattern_logits.shape != (triggers, channels, height, width):
+    if corners is not None and (
+        mask_logits.dim() != 3 or mask_logits.shape[1] > height or mask_logits.shape[2] > width
+    ):
         raise UsageError(
-            f"stamp_triggers: pattern_logits must be [{triggers}, {channels}, {height}, {width}] "
+            f"stamp_triggers: with corners, mask_logits must be [K, h, w] with h <= {height} and "
+            f"w <= {width} for images {list(images.shape)}, found {list(mask_logits.shape)}"
+        )
+    triggers, *box = mask_logits.shape
+    if images.dim() == 5 and images.shape[0] != triggers:
+        raise UsageError(
+            f"stamp_triggers: images [K, B, C, H, W] must have a batch for each of {triggers} "
+            f"triggers, found {list(images.shape)}"
+        )
+    if list(pattern_logits.shape) != [triggers, channels, *box]:
+        raise UsageError(
+            f"stamp_triggers: pattern_logits must be {[triggers, channels, *box]} "
             f"for images {list(images.shape)} and mask_logits {list(mask_logits.shape)}, "
             f"found {list(pattern_logits.shape)}"
         )
+    if corners is not None:
+        _check_corners(corners, mask_logits, images)
     if channels > MAX_CHANNELS:
         raise UsageError(
             f"stamp_triggers: at most {MAX_CHANNELS} channels, found images {list(images.shape)}"
@@ -279,6 +333,48 @@ def _check(
         )
 
 
+def _check_corners(
+    corners: Sequence[tuple[int, int]] | Tensor, mask_logits: Tensor, images: Tensor
+) -> None:
+    triggers, *box = mask_logits.shape
+    if isinstance(corners, Tensor):  # the operator looks at the values
+        if list(corners.shape) != [triggers, 2] or corners.dtype != torch.int64:
+            raise UsageError(
+                f"stamp_triggers: corners must be int64 [{triggers}, 2] for mask_logits "
+                f"{list(mask_logits.shape)}, found {corners.dtype} {list(corners.shape)}"
+            )
+        if corners.device != images.device:
+            raise UsageError(
+                f"stamp_triggers: corners must be numbers or on the device of the images, "
+                f"{images.device}, found {corners.device}"
+            )
+        return
+    if len(corners) != triggers or any(
+        not isinstance(corner, (tuple, list)) or len(corner) != 2 for corner in corners
+    ):
+        raise UsageError(
+            f"stamp_triggers: corners must be (top, left) for each of {triggers} triggers, "
+            f"found {corners}"
+        )
+    last = [whole - part for whole, part in zip(images.shape[-2:], box, strict=True)]
+    for k, corner in enumerate(corners):
+        if not all(0 <= place <= end for place, end in zip(corner, last, strict=True)):
+            raise UsageError(
+                f"stamp_triggers: corners[{k}] is {tuple(corner)}; a box of {box[0]}x{box[1]} in "
+                f"images of {images.shape[-2]}x{images.shape[-1]} has its top in 0..{last[0]} and "
+                f"its left in 0..{last[1]}"
+            )
+
+
+def _corner_tensor(
+    corners: Sequence[tuple[int, int]] | Tensor | None, device: torch.device
+) -> Tensor | None:
+    if corners is None or isinstance(corners, Tensor):
+        return corners
+    rows = [list(corner) for corner in corners]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2)
+
+
 def _checked_std(std: Sequence[float] | None, channels: int) -> list[float]:
     values = _per_channel(std, 1.0, channels, "std")
     if any(value == 0 for value in values):
@@ -307,6 +403,7 @@ def _stamp_triggers_fake(
     std: Sequence[float],
     patch_size: int,
     dtype: torch.dtype,
+    corners: Tensor | None = None,
 ) -> Tensor:
     return images.new_empty(_result_shape(images, mask_logits, patch_size), dtype=dtype)
 
@@ -319,6 +416,7 @@ def _stamp_triggers_backward_fake(
     mean: Sequence[float],
     std: Sequence[float],
     patch_size: int,
+    corners: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         mask_logits.new_empty(mask_logits.shape),
@@ -327,15 +425,16 @@ def _stamp_triggers_backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, mask_logits, pattern_logits, ctx.mean, ctx.std, ctx.patch_size, _ = inputs
-    ctx.save_for_backward(images, mask_logits, pattern_logits)
+    images, mask_logits, pattern_logits, ctx.mean, ctx.std, ctx.patch_size, _, corners = inputs
+    ctx.save_for_backward(images, mask_logits, pattern_logits, corners)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, corners = ctx.saved_tensors
     mask_gradient, pattern_gradient = torch.ops.pydetox.stamp_triggers_backward.default(
-        gradient, *ctx.saved_tensors, ctx.mean, ctx.std, ctx.patch_size
+        gradient, *tensors, ctx.mean, ctx.std, ctx.patch_size, corners
     )
-    return None, mask_gradient, pattern_gradient, None, None, None, None
+    return None, mask_gradient, pattern_gradient, None, None, None, None, None
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -351,8 +450,8 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
 
 torch.library.register_fake("pydetox::stamp_triggers", _stamp_triggers_fake)
 torch.library.register_fake("pydetox::stamp_triggers_backward", _stamp_triggers_backward_fake)
-torch.library.register_fake("pydetox::stamp_triggers_out", lambda *_: None)
-torch.library.register_fake("pydetox::stamp_triggers_backward_out", lambda *_: None)
+torch.library.register_fake("pydetox::stamp_triggers_out", lambda *_, **__: None)
+torch.library.register_fake("pydetox::stamp_triggers_backward_out", lambda *_, **__: None)
 torch.library.register_autograd(
     "pydetox::stamp_triggers", _backward, setup_context=_save_for_backward
 )

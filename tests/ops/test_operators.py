@@ -186,7 +186,10 @@ def wrong(**changes: object) -> tuple[tuple[object, ...], dict[str, object]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(3, 8, 8)}, r"images must be \[B, C, H, W\], found \[3, 8, 8\]"),
+        (
+            {"images": torch.zeros(3, 8, 8)},
+            r"images must be .* or \[K, B, C, H, W\], found \[3, 8, 8\]",
+        ),
         ({"mask": torch.zeros(8, 8)}, r"mask_logits .*\[K, 8, 8\].*\[4, 3, 8, 8\].*found \[8, 8\]"),
         ({"mask": torch.zeros(2, 8, 7)}, r"\[K, 8, 8\] for images \[4, 3, 8, 8\].*\[2, 8, 7\]"),
         ({"pattern": torch.zeros(3, 3, 8, 8)}, r"\[2, 3, 8, 8\].*found \[3, 3, 8, 8\]"),
@@ -235,7 +238,7 @@ def raw(**changes: object) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(8, 8)}, r"images must be \[B, C, H, W\], not \[8, 8\]"),
+        ({"images": torch.zeros(8, 8)}, r"\[B, C, H, W\] or \[K, B, C, H, W\], not \[8, 8\]"),
         ({"mask_logits": torch.zeros(2, 7, 8)}, r"\[4, 3, 8, 8\], not \[2, 7, 8\]"),
         ({"pattern_logits": torch.zeros(2, 3, 8)}, r"not \[2, 3, 8\]"),
         ({"mean": [0.0]}, "3 numbers each, one per channel, not 1 and 3"),
