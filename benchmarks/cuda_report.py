@@ -235,10 +235,11 @@ def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
     for same in rows.values():
         kernel = same[0]
         threads, shared = kernel.launch()
+        form = "crop" if kernel.cropped else "vector" if kernel.run > 1 else "scalar"
         cells = [
             kernel.name,
             *kernel.types,
-            f"{kernel.pixels} {'vector' if kernel.run > 1 else 'crop' if kernel.cropped else 'scalar'}",
+            f"{kernel.pixels} {form}",
             {0: "any", 3: "3"}.get(kernel.channels, f"≤ {kernel.channels}"),
             str(threads),
             str(shared),

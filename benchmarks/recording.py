@@ -26,6 +26,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "stamp_224.vs_eager": (">=", 10.0),
     "stamp_224.vs_compile": (">=", 3.0),
     "stamp_224.over_copy": ("<=", 2.5),
+    "stamp_224.peak_over_output": ("<=", 1.1),
     "stamp_64.vs_eager": (">=", 10.0),
     "stamp_64.vs_compile": (">=", 3.0),
     "stamp_64.over_copy": ("<=", 2.5),

@@ -99,23 +99,40 @@ def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield from _stamping(2, 3, 3, 7, 5, None, dtype)
         yield from _stamping(8, 16, 3, 64, 64, 8, dtype)
+        yield from _stamping(8, 16, 3, 64, 64, None, dtype, own=True)
+        yield from _stamping(8, 16, 3, 64, 64, 8, dtype, box=(33, 31))
     for counts in ((5, 1, 7), (1 << 20, 70001)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             yield from _weights(counts, dtype)
 
 
 def _stamping(
-    k: int, b: int, c: int, h: int, w: int, patch: int | None, dtype: torch.dtype
+    k: int,
+    b: int,
+    c: int,
+    h: int,
+    w: int,
+    patch: int | None,
+    dtype: torch.dtype,
+    *,
+    own: bool = False,
+    box: tuple[int, int] | None = None,
 ) -> Iterator[Case]:
+    """`own`: a batch of images for each trigger; `box`: of logits, at a corner for each."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (b, c, h, w), dtype=torch.uint8, generator=generator)
+    shape = (k, b, c, h, w) if own else (b, c, h, w)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    mask = torch.randn(k, h, w, dtype=logits_dtype, generator=generator)
-    pattern = torch.randn(k, c, h, w, dtype=logits_dtype, generator=generator)
+    rows, columns = box or (h, w)
+    mask = torch.randn(k, rows, columns, dtype=logits_dtype, generator=generator)
+    pattern = torch.randn(k, c, rows, columns, dtype=logits_dtype, generator=generator)
     options: dict[str, Any] = {"mean": _MEAN, "std": _STD, "patch_size": patch}
+    if box is not None:
+        options["corners"] = [(i % (h - rows + 1), 5 * i % (w - columns + 1)) for i in range(k)]
     like = reference.stamp_triggers(images, mask, pattern, **options)
     gradient = torch.randn(like.shape, dtype=torch.float64, generator=generator).to(dtype)
     what = f"{k}x{b}x{c}x{h}x{w}" + ("" if patch is None else f", patches of {patch}")
+    what += (", own images" if own else "") + ("" if box is None else f", box {rows}x{columns}")
     logits = mask.nbytes + pattern.nbytes
 
     def plain(images: Tensor, mask: Tensor, pattern: Tensor) -> Sequence[Tensor]:
@@ -153,7 +170,7 @@ def _stamping(
     yield Case("stamp_triggers", what, dtype, inputs, forward, plain, moved)
     yield Case("stamp_triggers_out", what, dtype, inputs, forward_out, plain, moved)
     inputs_of_gradient = (*inputs, gradient)
-    moved += logits
+    moved = 2 * logits + (images.nbytes + gradient.nbytes) * (rows * columns) // (h * w)
     both = {"stamp_triggers_backward": backward, "stamp_triggers_backward_out": backward_out}
     for name, run in both.items():
         yield Case(name, what, logits_dtype, inputs_of_gradient, run, plain_gradients, moved)

@@ -44,16 +44,19 @@ class Window {
       }
     });
   }
-  // One channel of one image of the output, or of its gradient.
+  // One channel of one image of the output, or of its gradient. Rows of a box lie far apart: those
+  // of the channel that comes next are asked for at the same time.
   template <class Out>
-  void gather(const Out* output, Out* to) const {
+  void gather(const Out* output, const Out* next, Out* to) const {
     for_each([&](const Run& run) {
+      prefetch<0>(next + run.output, run.length);
       memcpy(to + run.tile, output + run.output, run.length * sizeof(Out));
     });
   }
   template <class Out>
-  void scatter(const Out* from, Out* output) const {
+  void scatter(const Out* from, Out* output, const Out* next) const {
     for_each([&](const Run& run) {
+      prefetch<1>(next + run.output, run.length);
       memcpy(output + run.output, from + run.tile, run.length * sizeof(Out));
     });
   }
@@ -62,6 +65,12 @@ class Window {
   struct Run {
     int64_t tile, plane, output, length;
   };
+  template <int kForWriting, class Out>
+  static void prefetch(const Out* from, int64_t count) {
+    const auto* bytes = reinterpret_cast<const char*>(from);
+    const int64_t size = count * static_cast<int64_t>(sizeof(Out));
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i, kForWriting, 2);
+  }
   template <class Visit>
   void for_each(const Visit& visit) const {
     for (int64_t r = 0; r < count_; ++r) visit(runs_.get()[r]);
@@ -70,6 +79,13 @@ class Window {
   int64_t count_ = 0;
   Scratch<Run> runs_;
 };
+
+// From one channel of the output to the next, over the end of an image; 0 behind the last.
+PYDETOX_HD int64_t next_channel(const StampShape& shape, int64_t b, int64_t c) {
+  if (c + 1 < shape.channels) return shape.inner();
+  if (b + 1 == shape.images) return 0;
+  return shape.output_offset(0, 1, 0, 0, 0) - shape.output_offset(0, 0, 0, c, 0);
+}
 
 // The window's pixels of every image of trigger k: [B, C, tile width].
 template <class T, class Params>
@@ -105,8 +121,8 @@ void forward_items(const StampForwardParams& p, const StampTiling& tiling, int64
                     static_cast<T>(p.normalization.mean[c]),
                     static_cast<T>(p.normalization.inverse_std[c]), stamped.get(), tile.width,
                     /*streamed=*/false);
-          window.scatter(stamped.get(),
-                         static_cast<Out*>(p.output) + shape.output_offset(k, b, 0, c, 0));
+          Out* y = static_cast<Out*>(p.output) + shape.output_offset(k, b, 0, c, 0);
+          window.scatter(stamped.get(), y, y + next_channel(shape, b, c));
         }
       }
     }
@@ -134,8 +150,8 @@ void backward_items(const StampBackwardParams& p, const StampTiling& tiling, int
       const T* x = pixels.get();
       for (int64_t b = 0; b < shape.images; ++b) {
         for (int64_t c = 0; c < shape.channels; ++c, x += tile.width) {
-          window.gather(static_cast<const In*>(p.gradient) + shape.output_offset(k, b, 0, c, 0),
-                        upstream.get());
+          const In* g = static_cast<const In*>(p.gradient) + shape.output_offset(k, b, 0, c, 0);
+          window.gather(g, g + next_channel(shape, b, c), upstream.get());
           accumulate_run(trigger.keep(tile, 0), trigger.add(tile, 0, c),
                          trigger.pattern(tile, 0, c), x, upstream.get(), upstream.get(),
                          static_cast<T>(p.normalization.inverse_std[c]), sums.mask_sum(tile, 0),

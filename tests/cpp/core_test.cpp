@@ -109,6 +109,8 @@ void patch_rows_are_in_convolution_order() {
               const int64_t inner = y * side_x + x;
               EXPECT(shape.output_offset(1, 2, group, c, inner) == next);
               EXPECT(shape.plane_offset(group, inner) == (top + y) * shape.width + left + x);
+              EXPECT(shape.pixel_offset(top + y, left + x) ==
+                     shape.output_offset(0, 0, group, 0, inner));
               ++seen[shape.plane_offset(group, inner)];
             }
           }
@@ -133,6 +135,19 @@ void clip_passes_gradients_on_the_closed_interval() {
 
 // The closed forms against central differences of y = (v - mean) / std, v = (1 - m) x + m p, clip
 // off.
+void boxes_stay_inside_of_the_image() {
+  const StampShape shape{1, 1, 1, 12, 6, 0};
+  const StampCrop crop{5, 6, nullptr};
+  constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const int64_t given[][2] = {{0, 0}, {7, 0}, {8, 1}, {-1, -1}, {kLeast, kMost}, {kMost, kLeast}};
+  const int64_t expected[] = {0, 7, 7, 0, 0, 7};
+  for (int i = 0; i < 6; ++i) {
+    const Corner corner = crop.inside(shape, given[i]);
+    EXPECT(corner.top == expected[i] && corner.left == 0);
+  }
+}
+
 void gradients_are_the_derivatives_of_stamping() {
   const double x = 0.3, mean = 0.4, inverse_std = 4, step = 1e-6;
   const auto y = [&](double mask_logit, double pattern_logit) {
@@ -173,6 +188,7 @@ int main() {
   a_byte_is_a_255th();
   patch_rows_are_in_convolution_order();
   clip_passes_gradients_on_the_closed_interval();
+  boxes_stay_inside_of_the_image();
   gradients_are_the_derivatives_of_stamping();
   chunks_cover_the_batch();
   std::printf("%d failures\n", failures);

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pydetox.ops import stamp_triggers
+from pydetox.ops import stamp_triggers, stamp_triggers_gradients
 
 pytestmark = pytest.mark.cuda
 
@@ -62,3 +62,54 @@ def test_the_current_stream_is_used() -> None:
         stamped = stamp_triggers(images, mask, pattern)
     stream.synchronize()
     assert torch.all(stamped == 0.75)
+
+
+@pytest.mark.parametrize("patch_size", [None, 14])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("box", [None, (17, 9)])
+def test_boxes_and_own_images_agree_to_the_bit(
+    box: tuple[int, int] | None, own: bool, patch_size: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 9, 3, 42, 28) if own else (9, 3, 42, 28)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    rows, columns = box or (42, 28)
+    mask = torch.randn(3, rows, columns, generator=generator)
+    pattern = torch.randn(3, 3, rows, columns, generator=generator)
+    corners = None if box is None else torch.tensor([(0, 19), (25, 0), (7, 3)])
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (mask, pattern)]
+        places = None if corners is None else corners.to(device)
+        stamped = stamp_triggers(images.to(device), *leaves, patch_size=patch_size, corners=places)
+        upstream = torch.randn(stamped.shape, generator=generator.manual_seed(1)).to(stamped)
+        gradients = torch.autograd.grad(stamped, leaves, upstream)
+        results.append([t.detach().cpu() for t in (stamped, *gradients)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+
+
+def test_a_graph_is_replayed_with_other_corners() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 32, 32, generator=generator).cuda()
+    mask = torch.randn(2, 5, 7, generator=generator).cuda()
+    pattern = torch.randn(2, 3, 5, 7, generator=generator).cuda()
+    corners = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+    gradient = torch.randn(2, 4, 3, 32, 32, generator=generator).cuda()
+    out, buffers = torch.empty_like(gradient), (torch.empty_like(mask), torch.empty_like(pattern))
+
+    def step() -> None:
+        stamp_triggers(images, mask, pattern, corners=corners, out=out)
+        stamp_triggers_gradients(gradient, images, mask, pattern, corners=corners, out=buffers)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for given, moved in (([(1, 2), (20, 9)], None), ([(-3, 99), (0, 0)], [(0, 25), (0, 0)])):
+        corners.copy_(torch.tensor(given))
+        graph.replay()
+        inside = moved or given
+        assert torch.equal(out, stamp_triggers(images, mask, pattern, corners=inside))
+        expected = stamp_triggers_gradients(gradient, images, mask, pattern, corners=inside)
+        assert all(map(torch.equal, buffers, expected))
