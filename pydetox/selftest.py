@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from . import ops
 from .ops import reference
@@ -101,6 +102,11 @@ def cases() -> Iterator[Case]:
         yield from _stamping(8, 16, 3, 64, 64, 8, dtype)
         yield from _stamping(8, 16, 3, 64, 64, None, dtype, own=True)
         yield from _stamping(8, 16, 3, 64, 64, 8, dtype, box=(33, 31))
+    for dtype in (torch.float32, torch.float64):
+        for sizes in ((3, 5, 7, 4), (10, 16, 512, 1000)):
+            yield from _objectives(*sizes, dtype)
+        for sizes in ((3, 2, 7, 5), (8, 3, 64, 64)):
+            yield _update(*sizes, dtype)
     for counts in ((5, 1, 7), (1 << 20, 70001)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             yield from _weights(counts, dtype)
@@ -174,6 +180,94 @@ def _stamping(
     both = {"stamp_triggers_backward": backward, "stamp_triggers_backward_out": backward_out}
     for name, run in both.items():
         yield Case(name, what, logits_dtype, inputs_of_gradient, run, plain_gradients, moved)
+
+
+def _objectives(k: int, b: int, d: int, c: int, dtype: torch.dtype) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(k, b, d, dtype=torch.float64, generator=generator) + 1
+    head = normalize(torch.randn(c, d, dtype=torch.float64, generator=generator), dim=-1).to(dtype)
+    targets = torch.randint(0, c, (k,), generator=generator)
+    z = z.to(dtype)
+
+    def collapse(module: Any, backward: bool) -> Callable[..., Sequence[Tensor]]:
+        def run(z: Tensor) -> Sequence[Tensor]:
+            leaf = z.clone().requires_grad_(backward)
+            cosine = module.embedding_collapse(leaf)
+            return torch.autograd.grad(cosine.sum(), leaf) if backward else (cosine,)
+
+        return run
+
+    def zero_shot(module: Any, backward: bool) -> Callable[..., Sequence[Tensor]]:
+        def run(z: Tensor, head: Tensor, targets: Tensor) -> Sequence[Tensor]:
+            leaf = z.clone().requires_grad_(backward)
+            loss, success = module.zero_shot_loss(leaf, head, targets, 10.0)
+            return torch.autograd.grad(loss.sum(), leaf) if backward else (loss, success)
+
+        return run
+
+    what = f"{k}x{b}x{d}"
+    for suffix, backward in (("", False), ("_backward", True)):
+        yield Case(
+            f"embedding_collapse{suffix}",
+            what,
+            dtype,
+            (z,),
+            collapse(ops, backward),
+            collapse(reference, backward),
+            z.nbytes * (2 if backward else 1),
+        )
+        yield Case(
+            f"zero_shot_loss{suffix}",
+            f"{what}, {c} classes",
+            dtype,
+            (z, head, targets),
+            zero_shot(ops, backward),
+            zero_shot(reference, backward),
+            z.nbytes * (2 if backward else 1) + head.nbytes,
+        )
+
+
+def _update(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    state = [
+        torch.randn(k, *planes, h, w, dtype=torch.float64, generator=generator).to(dtype)
+        for planes in ((), (c,))
+        for _ in range(3)
+    ]
+    # As after some steps: where a second moment is tiny, a step is all rounding.
+    second = [torch.ones_like(state[0]), torch.ones_like(state[3])]
+    vector = torch.linspace(0.1, 0.3, k)
+
+    def run(module: Any) -> Callable[..., Sequence[Tensor]]:
+        def step(*given: Tensor) -> Sequence[Tensor]:
+            mask, g, m, pattern, pg, pm, v, pv, vector = (t.clone() for t in given)
+            steps = torch.full((k,), 3, device=mask.device)
+            norms = module.trigger_update(
+                (mask, pattern),
+                (g, pg),
+                (m, pm),
+                (v, pv),
+                cost=vector,
+                learning_rate=vector,
+                steps=steps,
+                active=torch.ones(k, dtype=torch.bool, device=mask.device),
+                betas=(0.5, 0.9),
+                total_variation=vector / 4,
+            )
+            # Of the scale of the other results.
+            return mask, pattern, m, pm, v, pv, norms / (h * w), steps / k
+
+        return step
+
+    return Case(
+        "trigger_update",
+        f"{k}x{c}x{h}x{w}",
+        dtype,
+        (*state, *second, vector),
+        run(ops),
+        run(reference),
+        7 * sum(t.nbytes for t in second),
+    )
 
 
 def _weights(counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:

@@ -25,6 +25,8 @@ PYDETOX_HD To bit_cast(const From& from) {
   return to;
 }
 
+PYDETOX_HD double not_a_number() { return bit_cast<double>(uint64_t{0x7FF8000000000000}); }
+
 // The upper half of a float32. Conversion rounds to nearest even; a NaN stays a (quiet) NaN.
 struct BFloat16 {
   uint16_t bits;

@@ -19,6 +19,7 @@
 
 #include "csrc/core/dtype.h"
 #include "csrc/core/sigmoid.h"
+#include "csrc/core/square_root.h"
 
 #if !defined(PYDETOX_ISA) || !defined(PYDETOX_VEC_BYTES)
 #error "compile this file through CMake: PYDETOX_ISA and PYDETOX_VEC_BYTES name the instruction set"
@@ -133,6 +134,34 @@ PYDETOX_HD Vec<T, N> widen(const In* from) {
   }
 }
 
+// The square root, correctly rounded.
+template <class T, int N>
+PYDETOX_HD Vec<T, N> root(Vec<T, N> x) {
+  if constexpr (N == 1) {
+    return square_root(x);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      return bit_cast<Vec<T, N>>(_mm512_maskz_sqrt_ps(0xFFFF, bit_cast<__m512>(x)));
+    } else {
+      return bit_cast<Vec<T, N>>(_mm512_maskz_sqrt_pd(0xFF, bit_cast<__m512d>(x)));
+    }
+#elif defined(__AVX__)
+    Vec<T, N> result;
+    for (unsigned i = 0; i < sizeof(x) / 32; ++i) {
+      const char* from = reinterpret_cast<const char*>(&x) + 32 * i;
+      char* to = reinterpret_cast<char*>(&result) + 32 * i;
+      if constexpr (sizeof(T) == 4) {
+        store(to, _mm256_sqrt_ps(load<__m256>(from)));
+      } else {
+        store(to, _mm256_sqrt_pd(load<__m256d>(from)));
+      }
+    }
+    return result;
+#endif
+  }
+}
+
 // a * b + c, rounded once: the same bits with and without an instruction for it.
 template <class V>
 PYDETOX_HD V fused(V a, V b, V c) {
@@ -151,6 +180,30 @@ PYDETOX_HD V fused(V a, V b, V c) {
   }
   return result;
 #endif
+}
+
+// The same for any type: a * b + c of N elements of type T.
+template <class T, int N>
+PYDETOX_HD Vec<T, N> fused_as(Vec<T, N> a, Vec<T, N> b, Vec<T, N> c) {
+  if constexpr (sizeof(T) == 8) {
+    return fused(a, b, c);
+  } else {
+#if PYDETOX_VEC_BYTES == 0
+    return __builtin_fmaf(a, b, c);
+#elif defined(__AVX512F__)
+    return bit_cast<Vec<T, N>>(
+        _mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#else
+    Vec<T, N> result;
+    for (unsigned i = 0; i < sizeof(result) / 32; ++i) {
+      const auto part = [i](const Vec<T, N>& v) {
+        return load<__m256>(reinterpret_cast<const char*>(&v) + 32 * i);
+      };
+      store(reinterpret_cast<char*>(&result) + 32 * i, _mm256_fmadd_ps(part(a), part(b), part(c)));
+    }
+    return result;
+#endif
+  }
 }
 
 #if PYDETOX_VEC_BYTES > 0

@@ -2,7 +2,9 @@
 
 // What csrc/ops calls. No torch, no CUDA header: a stream travels as void*, an error as int.
 
+#include "csrc/core/objectives.h"
 #include "csrc/core/stamp.h"
+#include "csrc/core/trigger_update.h"
 #include "csrc/core/weights.h"
 
 namespace pydetox::cuda {
@@ -23,6 +25,13 @@ int weight_sketch(const WeightTable& table, const int64_t* first_chunk, int64_t 
                   const uint64_t* keys, int64_t size, double* partials, double* sums, void* stream);
 int weight_apply(const WeightTable& table, int64_t vectors, int64_t results,
                  const double* coefficients, bool per_tensor, void* stream);
+
+// All pointers are on the device.
+int trigger_update(const TriggerUpdateParams& params, void* stream);
+int embedding_collapse(const CollapseParams& params, void* stream);
+int zero_shot_loss(const ZeroShotParams& params, void* stream);
+int scale_triggers(const ScaleParams& params, void* stream);
+int64_t max_zero_shot_dim(DType dtype);
 
 // cudaGetErrorString.
 const char* error_string(int error);

@@ -54,6 +54,18 @@ __device__ __forceinline__ void load(const T* from, T* to) {
   }
 }
 
+// What the kernel itself writes, too: not by the read-only path.
+template <int N, class T>
+__device__ __forceinline__ void load_written(const T* from, T* to) {
+  constexpr int kBytes = kAccessBytes<T, N>;
+  using Word = typename WordOf<kBytes>::Type;
+  PYDETOX_UNROLL
+  for (int i = 0; i < static_cast<int>(N * sizeof(T)) / kBytes; ++i) {
+    const Word word = __ldcg(reinterpret_cast<const Word*>(from) + i);
+    memcpy(reinterpret_cast<char*>(to) + i * kBytes, &word, kBytes);
+  }
+}
+
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const T* from) {
   constexpr int kBytes = kAccessBytes<T, N>;

@@ -8,7 +8,8 @@
 //
 // Covered: 3-D grids and blocks, static and dynamic shared memory, __syncthreads, __syncwarp and
 // the shuffles. Dynamic shared memory is filled with NaNs before each block. Global memory is
-// checked (bounds, alignment, inputs not written) and counted where a kernel uses __ldg and __stwb.
+// checked (bounds, alignment, inputs not written) and counted where a kernel uses __ldg, __ldcg and
+// __stwb.
 
 #pragma once
 
@@ -124,6 +125,11 @@ template <class T>
 T __ldg(const T* address) {
   pydetox::emulator::on_load(address, sizeof(T));
   return *address;
+}
+
+template <class T>
+T __ldcg(const T* address) {
+  return __ldg(address);
 }
 
 template <class T>

@@ -40,6 +40,8 @@ PYBIND11_MODULE(_emulator, module) {
       .def_readonly("barriers", &Traffic::barriers);
 
   bind_self_test(module);
+  bind_objectives(module);
   bind_stamp_triggers(module);
+  bind_trigger_update(module);
   bind_weights(module);
 }

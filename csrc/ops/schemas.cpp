@@ -48,4 +48,26 @@ STABLE_TORCH_LIBRARY(pydetox, library) {
   library.def(
       "apply_task_vectors(Tensor[] base, Tensor[] vectors, Tensor coefficients, "
       "Tensor(a!)[] out) -> ()");
+
+  // One step of Adam for K triggers, in place: logits, moments, steps where active; the best where
+  // eligible and smaller. -> float64 [K], |mask|_1 before the step
+  library.def(
+      "trigger_update(Tensor(a!) mask_logits, Tensor(b!) pattern_logits, Tensor mask_gradient, "
+      "Tensor pattern_gradient, Tensor(c!) mask_first, Tensor(d!) pattern_first, "
+      "Tensor(e!) mask_second, Tensor(f!) pattern_second, Tensor cost, Tensor learning_rate, "
+      "Tensor? total_variation, Tensor(g!) steps, Tensor active, Tensor(h!)? best_mask, "
+      "Tensor(i!)? best_pattern, Tensor(j!)? best_norm, Tensor? eligible, float beta1, "
+      "float beta2, float epsilon) -> Tensor");
+
+  // z [K,B,D] -> [K]
+  library.def("embedding_collapse(Tensor z) -> Tensor");
+  library.def("embedding_collapse_backward(Tensor gradient, Tensor z) -> Tensor");
+  // head [C,D], targets int64 [K] -> loss [K], success [K], and with_gradient that of loss[k] by
+  // z[k], [K,B,D]; else [0].
+  library.def(
+      "zero_shot_loss(Tensor z, Tensor head, Tensor targets, float logit_scale, "
+      "bool with_gradient) -> (Tensor, Tensor, Tensor)");
+  // gradient [K] of loss; z only says what the result depends on. -> gradient of z
+  library.def(
+      "zero_shot_loss_backward(Tensor gradient, Tensor z, Tensor embeddings_gradient) -> Tensor");
 }

@@ -7,7 +7,9 @@ not fit this torch.
 from __future__ import annotations
 
 from pydetox.ops._library import cpu_capability, cuda_library_loaded
+from pydetox.ops.objectives import embedding_collapse, zero_shot_loss
 from pydetox.ops.stamp import TriggerGradients, stamp_triggers, stamp_triggers_gradients
+from pydetox.ops.update import BestTriggers, trigger_update
 from pydetox.ops.weights import (
     apply_task_vectors,
     weight_diff_gram,
@@ -16,13 +18,17 @@ from pydetox.ops.weights import (
 )
 
 __all__ = [
+    "BestTriggers",
     "TriggerGradients",
     "apply_task_vectors",
     "cpu_capability",
     "cuda_library_loaded",
+    "embedding_collapse",
     "stamp_triggers",
     "stamp_triggers_gradients",
+    "trigger_update",
     "weight_diff_gram",
     "weight_diff_project",
     "weight_diff_sketch",
+    "zero_shot_loss",
 ]

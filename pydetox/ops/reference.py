@@ -1,18 +1,18 @@
-"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with.
-
-`embedding_collapse`, `zero_shot_loss` and `trigger_update` are definitions only: they have no
-native operator yet.
-"""
+"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from .update import BestTriggers
 
 
 def stamp_triggers(
@@ -161,12 +161,7 @@ def philox(
 
 
 def embedding_collapse(z: Tensor) -> Tensor:
-    """Return the mean cosine over the pairs i != j of z [K, B, D], B at least 2: cosine [K].
-
-    With unit rows u_i that is (|sum u_i|^2 - sum |u_i|^2) / (B (B - 1)), in O(BD) and without a
-    B x B matrix: DECREE's self-supervised objective (Feng et al., CVPR 2023) without its sign. A
-    row of zeros has no direction: its cosine with every row is 0, and it gets no gradient.
-    """
+    """Return (|sum u_i|^2 - sum |u_i|^2) / (B (B - 1)); see `pydetox.ops.embedding_collapse`."""
     count = z.shape[1]
     units = _unit_rows(z)
     total = units.sum(dim=1).square().sum(dim=-1)
@@ -176,19 +171,12 @@ def embedding_collapse(z: Tensor) -> Tensor:
 def zero_shot_loss(
     z: Tensor, head: Tensor, targets: Tensor, logit_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss [K], success [K]) of embeddings z [K, B, D] that must get their target class.
-
-    loss: mean over B of the cross-entropy of `logit_scale * unit(z) @ head.T` with the target.
-    success: the share of images whose largest logit is the target's, without a gradient. Source:
-    Neural Cleanse (Wang et al., S&P 2019).
-
-    head: unit rows [C, D]. targets: int64 [K].
-    """
+    """Return (loss [K], success [K]); see `pydetox.ops.zero_shot_loss`."""
     logits = logit_scale * _unit_rows(z) @ head.T  # [K, B, C]
     wanted = targets[:, None, None].expand(*logits.shape[:2], 1)
     loss = (logits.logsumexp(dim=-1) - logits.gather(-1, wanted)[..., 0]).mean(dim=1)
-    success = logits.detach().argmax(dim=-1).eq(targets[:, None]).to(z.dtype).mean(dim=1)
-    return loss, success
+    hits = logits.detach().argmax(dim=-1).eq(targets[:, None]) & logits.isfinite().all(dim=-1)
+    return loss, hits.to(z.dtype).mean(dim=1)
 
 
 @torch.no_grad()
@@ -204,23 +192,26 @@ def trigger_update(
     active: Tensor,
     betas: tuple[float, float],
     epsilon: float = 1e-8,
+    total_variation: Tensor | None = None,
+    best: BestTriggers | None = None,
 ) -> Tensor:
-    """Take one step of Adam for every active trigger, in place; return |mask|_1 before it.
+    """Take a step of Adam in place; see `pydetox.ops.trigger_update`.
 
-    Minimises objective + cost * |m|_1, m = tanh(w)/2 + 1/2: the mask logits' gradient gains
-    cost * 2 m (1 - m). Adam is algorithm 1 of Kingma and Ba (2015). A trigger that is not active
-    keeps every bit of its state.
-
-    logits, gradients (of the objective alone), first, second (moments): of mask [K, H, W] and
-    pattern [K, C, H, W] each. cost, learning_rate: [K]. steps: int64 [K], steps taken so far,
-    counted up where active. active: bool [K].
-
-    Returns:
-        float64 [K]; NaN for a trigger that is not active, whose mask is not looked at.
+    With m = tanh(w)/2 + 1/2 the mask logits' gradient gains 2 m (1 - m) times cost plus
+    total_variation times the sum, over the neighbours n of a pixel, of the sign of m - m_n.
     """
     mask = torch.tanh(logits[0]) / 2 + 0.5
     norms = mask.sum(dim=(1, 2), dtype=torch.float64)
-    slope = 2 * mask * (1 - mask) * cost[:, None, None]
+    weight = cost.to(mask.dtype)[:, None, None].expand_as(mask)
+    if total_variation is not None:
+        signs = _variation_signs(logits[0])
+        weight = weight + total_variation.to(mask.dtype)[:, None, None] * signs
+    slope = 2 * mask * (1 - mask) * weight
+    if best is not None:
+        better = active & best.eligible & (norms < best.norm)
+        best.norm.copy_(torch.where(better, norms, best.norm))
+        for kept, now in zip(best.logits, logits, strict=True):
+            kept.copy_(torch.where(better.view(-1, *(1,) * (now.dim() - 1)), now, kept))
     steps += active.to(steps.dtype)
     taken = steps.clamp(min=1).double()  # one that was never active is not divided by zero
     rate = learning_rate.double() / (1 - betas[0] ** taken)
@@ -234,6 +225,22 @@ def trigger_update(
         step = rate.to(w.dtype).view(each) * m / denominator
         w.copy_(torch.where(moves, w - step, w))
     return torch.where(active, norms, torch.nan)
+
+
+def _variation_signs(mask_logits: Tensor) -> Tensor:
+    """Return the subgradient of the total variation by the mask, which grows with its logits."""
+
+    def sign(difference: Tensor) -> Tensor:
+        return torch.where(difference.isnan(), 0, difference.sign())
+
+    signs = torch.zeros_like(mask_logits)
+    down = sign(mask_logits[:, 1:] - mask_logits[:, :-1])
+    right = sign(mask_logits[:, :, 1:] - mask_logits[:, :, :-1])
+    signs[:, 1:] += down
+    signs[:, :-1] -= down
+    signs[:, :, 1:] += right
+    signs[:, :, :-1] -= right
+    return signs
 
 
 def _unit_rows(z: Tensor) -> Tensor:

@@ -8,7 +8,10 @@
 #include <limits>
 #include <vector>
 
+#include "csrc/core/logarithm.h"
+#include "csrc/core/objectives.h"
 #include "csrc/core/stamp.h"
+#include "csrc/core/trigger_update.h"
 
 namespace {
 
@@ -177,6 +180,42 @@ void chunks_cover_the_batch() {
   EXPECT(batch_chunks(kBatchChunk + 1) == 2);
 }
 
+void logarithm_is_accurate() {
+  long double worst = 0;
+  for (double step = 1.0000731, x = step; x < 1e9; x *= step) {
+    for (const double value : {x, 1 / x}) {
+      worst = std::fmax(worst, std::fabs(natural_log(value) / std::log(1.0L * value) - 1));
+    }
+  }
+  EXPECT(worst < 2.0 * std::numeric_limits<double>::epsilon());
+  EXPECT(natural_log(1.0) == 0);
+  EXPECT(natural_log(1 + 0x1p-52) == 0x1p-52);
+  EXPECT(std::isnan(natural_log(not_a_number())));
+  EXPECT(std::isinf(natural_log(std::numeric_limits<double>::infinity())));
+}
+
+void powers_are_products() {
+  EXPECT(power(0.9, 0) == 1);
+  EXPECT(power(0.9, 1) == 0.9);
+  EXPECT(power(2.0, 30) == 1 << 30);
+  EXPECT(std::fabs(power(0.999, 12345) / std::pow(0.999L, 12345) - 1) < 1e-12);
+  EXPECT(power(0.5, int64_t{1} << 40) == 0);
+}
+
+void signs_of_differences() {
+  EXPECT(sign_of_difference(1.0, 0.5) == 1);
+  EXPECT(sign_of_difference(0.5, 1.0) == -1);
+  EXPECT(sign_of_difference(0.5, 0.5) == 0);
+  EXPECT(sign_of_difference(std::nan(""), 0.5) == 0);
+}
+
+void rows_of_zeros_have_no_direction_and_infinite_ones_none_that_counts() {
+  EXPECT(inverse_norm(0) == 0);
+  EXPECT(inverse_norm(4) == 0.5);
+  EXPECT(std::isnan(inverse_norm(std::numeric_limits<double>::infinity())));
+  EXPECT(std::isnan(inverse_norm(not_a_number())));
+}
+
 }  // namespace
 
 int main() {
@@ -191,6 +230,10 @@ int main() {
   boxes_stay_inside_of_the_image();
   gradients_are_the_derivatives_of_stamping();
   chunks_cover_the_batch();
+  logarithm_is_accurate();
+  powers_are_products();
+  signs_of_differences();
+  rows_of_zeros_have_no_direction_and_infinite_ones_none_that_counts();
   std::printf("%d failures\n", failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

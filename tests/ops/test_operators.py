@@ -26,6 +26,11 @@ OPERATORS = [
     "weight_diff_project",
     "weight_diff_sketch",
     "apply_task_vectors",
+    "trigger_update",
+    "embedding_collapse",
+    "embedding_collapse_backward",
+    "zero_shot_loss",
+    "zero_shot_loss_backward",
 ]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
 
