@@ -10,8 +10,8 @@
 namespace pydetox::ops {
 namespace {
 
-// Elements that are worth a thread of their own.
-constexpr int64_t kGrainElements = 32768;
+// Elements of embeddings that are worth a thread of their own, and products of them with a head.
+constexpr int64_t kGrainElements = 1 << 18, kGrainProducts = 1 << 21;
 
 int64_t grain(const Embeddings& z) {
   const int64_t each = z.images * z.dim;
@@ -61,12 +61,13 @@ std::tuple<Tensor, Tensor, Tensor> zero_shot_loss(const Tensor& z, const Tensor&
           "zero_shot_loss: targets must be from 0 to ", params.classes - 1, ", not ",
           params.targets[k]);
   }
-  const int64_t work = params.z.rows() * params.classes * params.z.dim;
-  const auto tiling =
-      cpu::row_tiling(params, work < kGrainElements ? 1 : torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, tiling.items, 1, [&](int64_t begin, int64_t end) {
-    cpu::objective_kernels().zero_shot(params, tiling, begin, end);
-  });
+  const int64_t products = params.z.rows() * params.classes * params.z.dim;
+  const bool alone = products < 2 * kGrainProducts;
+  const auto tiling = cpu::row_tiling(params, alone ? 1 : torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, tiling.items, alone ? tiling.items + 1 : 1,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::objective_kernels().zero_shot(params, tiling, begin, end);
+                              });
   if (params.z.dtype == DType::kFloat64) {
     mean_of_rows<double>(params);
   } else {
