@@ -49,6 +49,10 @@ WEIGHT_KERNELS = {
     "sketch_chunks": "sketch",
     "apply_chunks": "apply",
 }
+# K, B, D, C of the objectives and K, C, H, W of the update, as the benchmarks have them.
+OBJECTIVE_SIZES = [10, 16, 512, 1000]
+MANY_DIMENSIONS = [10, 16, 2048, 1000]  # take one row at a time
+UPDATE_SIZES = [8, 3, 224, 224]
 # K, B, C, H, W of the benchmarks.
 PROBLEMS = [(8, 16, 3, 224, 224), (64, 16, 3, 64, 64)]
 
@@ -213,6 +217,88 @@ def weight_traffic_table() -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True)
+class SearchKernel:
+    """One compiled kernel of the objectives or the update."""
+
+    arch: str
+    name: str
+    arguments: str  # of the template
+    registers: int
+    spilled_bytes: int
+
+    def launch(self) -> tuple[int, int]:
+        """Threads and shared bytes of a block, for float32."""
+        sizes = MANY_DIMENSIONS if self.arguments.endswith(", 1") else OBJECTIVE_SIZES
+        norms, sums, gradients = _emulator.objective_launch_shapes("collapse", sizes)
+        _, rows, mean, scale = _emulator.objective_launch_shapes("zero_shot", sizes)
+        masks, plans, triggers = _emulator.trigger_update_launch_shapes(UPDATE_SIZES)
+        _, threads, shared = {
+            "invert_norms": norms,
+            "sum_unit_rows": sums,
+            "collapse_gradients": gradients,
+            "zero_shot_rows": rows,
+            "mean_of_rows": mean,
+            "scale_triggers": scale,
+            "update_masks": masks,
+            "update_plans": plans,
+            "update_triggers": triggers,
+        }[self.name]
+        if self.name == "zero_shot_rows" and "double" in self.arguments:
+            shared *= 2  # nearly
+        return threads, shared
+
+
+def compile_search_kernels(nvcc: str, arch: str) -> Iterator[SearchKernel]:
+    pattern = re.compile(
+        r"Function properties for (?:void )?pydetox::cuda::(\w+)(?:<([^>]*)>)?\(.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    for source in ("objectives.cu", "trigger_update.cu"):
+        log = compiler_log(nvcc, arch, ROOT / "csrc" / "cuda" / source)
+        for name, arguments, stores, loads, registers in pattern.findall(log):
+            yield SearchKernel(arch, name, arguments, int(registers), int(stores) + int(loads))
+
+
+def search_kernel_table(kernels: list[SearchKernel]) -> Iterator[str]:
+    rows: dict[tuple[str, str], list[SearchKernel]] = {}
+    for kernel in kernels:
+        rows.setdefault((kernel.name, kernel.arguments), []).append(kernel)
+    archs = "/".join(f"sm_{kernel.arch}" for kernel in next(iter(rows.values())))
+    yield f"| kernel | threads | shared | registers {archs} | spilled | occupancy {archs} |"
+    yield "|---" * 6 + "|"
+    for (name, arguments), same in sorted(rows.items()):
+        threads, shared = same[0].launch()
+        registers = " / ".join(str(k.registers) for k in same)
+        spilled = " / ".join(str(k.spilled_bytes) for k in same)
+        occupancy = " / ".join(
+            f"{MULTIPROCESSORS[k.arch].occupancy(threads, k.registers, shared):.0%}" for k in same
+        )
+        full = f"{name}<{arguments}>" if arguments else name
+        yield f"| {full} | {threads} | {shared} | {registers} | {spilled} | {occupancy} |"
+
+
+def search_traffic_table() -> Iterator[str]:
+    yield "| operation | float32 | must move | at 3.35 TB/s (prediction) |"
+    yield "|---" * 4 + "|"
+    k, b, d, c = OBJECTIVE_SIZES
+    z, head = 4 * k * b * d, 4 * c * d
+    triggers, channels, height, width = UPDATE_SIZES
+    pixels = 4 * triggers * height * width
+    for operation, sizes, total in (
+        ("embedding_collapse and its gradient", f"{k}×{b}×{d}", 3 * z),
+        ("zero_shot_loss with its gradient", f"{k}×{b}×{d}, {c:,} classes", 2 * z + head),
+        (
+            "trigger_update",
+            f"{triggers}×{channels}×{height}×{width}",
+            7 * (1 + channels) * pixels + pixels,  # and the masks once more, for their norms
+        ),
+    ):
+        seconds = total / H100_BYTES_PER_SECOND
+        yield f"| {operation} | {sizes} | {total / 1e6:.1f} MB | {seconds * 1e6:.1f} µs |"
+
+
 def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
     """One row per kernel; figures that depend on the architecture side by side."""
     rows: dict[tuple[object, ...], list[Kernel]] = {}
@@ -293,15 +379,18 @@ def main() -> int:
     archs = arguments.arch or sorted(MULTIPROCESSORS)
     kernels = [kernel for arch in archs for kernel in compile_kernels(nvcc, arch)]
     weights = [kernel for arch in archs for kernel in compile_weight_kernels(nvcc, arch)]
-    if not kernels or not weights:
+    search = [kernel for arch in archs for kernel in compile_search_kernels(nvcc, arch)]
+    if not kernels or not weights or not search:
         sys.exit("cuda_report: ptxas named no kernel")
-    spilling = [kernel for kernel in [*kernels, *weights] if kernel.spilled_bytes > 0]
+    spilling = [kernel for kernel in [*kernels, *weights, *search] if kernel.spilled_bytes > 0]
     names = ", ".join(f"sm_{arch}" for arch in archs)
     sections = {
         "summary": f"nvcc {release[1] if release else '?'}, `{' '.join(FLAGS)}`, {names}: "
-        f"{(len(kernels) + len(weights)) // len(archs)} kernels each, "
+        f"{(len(kernels) + len(weights) + len(search)) // len(archs)} kernels each, "
         f"{len(spilling)} in all spill registers.",
         "traffic": "\n".join(traffic_table()),
+        "search traffic": "\n".join(search_traffic_table()),
+        "search kernels": "\n".join(search_kernel_table(search)),
         "weights traffic": "\n".join(weight_traffic_table()),
         "weights kernels": "\n".join(weight_kernel_table(weights)),
         "kernels": "\n".join(kernel_table(kernels)),
