@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
 
 from ..errors import UsageError
+from ..ops import embedding_collapse, zero_shot_loss
 
 
 class Objective(Protocol):
@@ -34,10 +34,8 @@ class Objective(Protocol):
 class CollapseObjective:
     """Label-free: all stamped images must land on one embedding, wherever that is.
 
-    loss = -mean over i != j of cos(z_i, z_j), success = the same mean without the sign.
-    With unit vectors u_i the mean over pairs is exactly (|sum_i u_i|^2 - B) / (B (B - 1)): O(BD),
-    never a B x B matrix. Source: DECREE (Feng et al., CVPR 2023), equation of its self-supervised
-    objective.
+    loss = -mean over i != j of cos(z_i, z_j), success = the same mean without the sign: DECREE's
+    self-supervised objective (Feng et al., CVPR 2023); see `ops.embedding_collapse`.
     """
 
     targets: tuple[int, ...] | None = None
@@ -47,8 +45,7 @@ class CollapseObjective:
         count = embeddings.shape[1]
         if count < 2:
             raise UsageError(f"{count} image a step; the label-free objective needs at least 2")
-        total = normalize(embeddings.float(), dim=-1).sum(dim=1)
-        cosine = (total.square().sum(dim=-1) - count) / (count * (count - 1))
+        cosine = embedding_collapse(embeddings.float())
         return -cosine, cosine.detach().clamp(0, 1)
 
 
@@ -56,7 +53,8 @@ class TargetObjective:
     """Class-targeted: every stamped image must get its trigger's target class.
 
     loss = cross-entropy of the zero-shot logits with the target class, success = share of images
-    that get it. Source: Neural Cleanse (Wang et al., S&P 2019), with all classes in one batch.
+    that get it: Neural Cleanse (Wang et al., S&P 2019), with all classes in one batch; see
+    `ops.zero_shot_loss`.
 
     head: unit rows [C, D]. targets: K class indices, one per trigger, repeats allowed (restarts).
     logit_scale: factor of the cosines.
@@ -74,8 +72,4 @@ class TargetObjective:
 
     def __call__(self, embeddings: Tensor, triggers: slice) -> tuple[Tensor, Tensor]:
         """Return (loss [K], success [K]) of embeddings [K, B, D]."""
-        logits = self._scale * normalize(embeddings.float(), dim=-1) @ self._head.T
-        wanted = self._index[triggers, None].expand(logits.shape[:2])
-        loss = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        success = logits.detach().argmax(dim=-1).eq(wanted).float().mean(dim=1)
-        return loss.view(wanted.shape).mean(dim=1), success
+        return zero_shot_loss(embeddings.float(), self._head, self._index[triggers], self._scale)
