@@ -245,7 +245,7 @@ class SearchKernel:
             "update_triggers": triggers,
         }[self.name]
         if self.name == "zero_shot_rows" and "double" in self.arguments:
-            shared *= 2  # nearly
+            shared *= 2  # all of it is of the type of z
         return threads, shared
 
 
