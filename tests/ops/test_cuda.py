@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pydetox.ops import stamp_triggers, stamp_triggers_gradients
+from pydetox.ops import (
+    BestTriggers,
+    embedding_collapse,
+    stamp_triggers,
+    stamp_triggers_gradients,
+    trigger_update,
+    zero_shot_loss,
+)
 
 pytestmark = pytest.mark.cuda
 
@@ -113,3 +120,60 @@ def test_a_graph_is_replayed_with_other_corners() -> None:
         assert torch.equal(out, stamp_triggers(images, mask, pattern, corners=inside))
         expected = stamp_triggers_gradients(gradient, images, mask, pattern, corners=inside)
         assert all(map(torch.equal, buffers, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_objectives_agree(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 7, 300, dtype=dtype, generator=generator)
+    head = torch.nn.functional.normalize(torch.randn(130, 300, generator=generator), dim=-1)
+    targets = torch.tensor([0, 129, 64, 3, 77])
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = z.to(device).requires_grad_()
+        cosine = embedding_collapse(leaf)
+        loss, success = zero_shot_loss(leaf, head.to(device), targets.to(device), 20.0)
+        gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value in (cosine, loss)]
+        results.append(
+            [t.detach().cpu() for t in (cosine, gradients[0], loss, success, *gradients)]
+        )
+    for on_cpu, on_gpu in zip(*(result[:2] for result in results), strict=True):
+        assert torch.equal(on_cpu, on_gpu)
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("optional", [False, True])
+def test_updates_agree_to_the_bit(dtype: torch.dtype, optional: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 67, 71), (4, 3, 67, 71))
+    state = [[torch.randn(s, dtype=dtype, generator=generator) for s in shapes] for _ in range(5)]
+    state[3] = [t.square() for t in state[3]]
+    vector = torch.linspace(0.1, 0.4, 4)
+    results = []
+    for device in ("cpu", "cuda"):
+        logits, gradients, first, second, kept = (
+            (mask.to(device, copy=True), pattern.to(device, copy=True)) for mask, pattern in state
+        )
+        factors = vector.to(device)
+        steps = torch.arange(4, device=device)
+        smallest = torch.tensor([torch.inf, torch.inf, 0, 1e9], device=device).double()
+        eligible = torch.tensor([True, False, True, True], device=device)
+        norms = trigger_update(
+            logits,
+            gradients,
+            first,
+            second,
+            cost=factors,
+            learning_rate=factors,
+            steps=steps,
+            active=torch.tensor([True, True, True, False], device=device),
+            betas=(0.5, 0.9),
+            total_variation=factors if optional else None,
+            best=BestTriggers(kept, smallest, eligible) if optional else None,
+        )
+        written = (norms.nan_to_num(), steps, smallest, *logits, *first, *second, *kept)
+        results.append([t.cpu() for t in written])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert torch.equal(on_cpu, on_gpu)
