@@ -35,16 +35,23 @@ from torch import Tensor
 from benchmarks.recording import holds, record
 from pydetox import weight_space
 from pydetox.models import OpenClipModel
-from pydetox.ops import apply_task_vectors
+from pydetox.ops import apply_task_vectors, weight_diff_matmul
 
 THREADS = 2
 ROUNDS = 7
 ROUNDS_OF_DICTS = 3  # they take long, and their ratio has no bound
 SIZE = 4096
-FIGURES = ["project16.over_read", "gram8.over_read", "apply.over_add", "sketch4096.over_read"]
+WIDTH = 32
+FIGURES = [
+    "project16.over_read",
+    "gram8.over_read",
+    "apply.over_add",
+    "sketch4096.over_read",
+    "matmul32.over_read",
+]
 NAMES = [figure.partition(".")[0] for figure in FIGURES]
 #: How many of the files each reads.
-FILES = {"project16": 18, "gram8": 9, "sketch4096": 2, "apply": 2}
+FILES = {"project16": 18, "gram8": 9, "sketch4096": 2, "apply": 2, "matmul32": 2}
 Weights = dict[str, Tensor]
 Run = Callable[[], object]
 
@@ -104,7 +111,7 @@ def sketch_of_dicts(paths: list[Path]) -> Tensor:
 
 
 def runs(name: str, paths: list[Path]) -> dict[str, Run]:
-    """Ours, the floor and the usual way; what `apply` works on is loaded here."""
+    """Ours, the floor and the usual way; what `apply` and `matmul32` work on is loaded here."""
     paths = paths[: FILES[name]]
     base, *models = paths
     if name == "apply":
@@ -117,6 +124,16 @@ def runs(name: str, paths: list[Path]) -> dict[str, Run]:
                 torch.add(r, v, alpha=1e-9, out=r) for r, v in zip(result, vector, strict=True)
             ],
             "dicts": lambda: {k: weights[k] + 0.3 * change[k] for k in weights},
+        }
+    if name == "matmul32":
+        lists = [[t.clone() for t in load_file(p).values() if t.ndim > 1] for p in paths]
+        thin = [torch.randn(t[0].numel(), WIDTH, dtype=torch.float64) for t in lists[0]]
+        return {
+            "ours": lambda: weight_diff_matmul(*lists, thin),
+            "floor": lambda: [t.sum() for tensors in lists for t in tensors],
+            "dicts": lambda: [
+                (b - a).flatten(1).double() @ f for a, b, f in zip(*lists, thin, strict=True)
+            ],
         }
     ours: dict[str, Run] = {
         "gram8": lambda: weight_space.gram(base, models),
@@ -186,7 +203,7 @@ def test_memory(files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
                 f"\n{name}: {peaks[name, 'ours']:.1f} MiB, dicts take {peaks[name, 'dicts']:.0f}",
                 end="",
             )
-    extra = max(peaks[name, "ours"] for name in NAMES if name != "apply")
+    extra = max(peaks[name, "ours"] for name in NAMES if name not in ("apply", "matmul32"))
     record("stream.extra_mib", extra)
     assert holds("stream.extra_mib", extra)
 

@@ -40,6 +40,7 @@ WEIGHT_PROBLEMS = [
     ("gram", "8 models", 9, 9, 0),
     ("project", "16 directions", 18, 18, 0),
     ("sketch", "to 4,096", 2, 2, 0),
+    ("matmul", "width 32, weights alone", 2, 2, 0),
     ("apply", "1 vector, in place", 3, 2, 1),
 ]
 # The operation that launches a kernel.
@@ -47,6 +48,8 @@ WEIGHT_KERNELS = {
     "gram_chunks": "gram",
     "project_chunks": "project",
     "sketch_chunks": "sketch",
+    "matmul_right": "matmul",
+    "matmul_left": "matmul",
     "apply_chunks": "apply",
 }
 # K, B, D, C of the objectives and K, C, H, W of the update, as the benchmarks have them.

@@ -308,6 +308,20 @@ def _weights(counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         lambda base, other: (reference.weight_diff_sketch(base, other, names, seed=1, size=4096),),
         2 * size,
     )
+    side = 2 ** (max(counts).bit_length() // 2)  # about as many columns as rows
+    matrices = [
+        [t[: len(t) // side * side].reshape(-1, side) for t in m] for m in (base, others[0])
+    ]
+    factors = [torch.randn(side, 8, dtype=f64, generator=generator) for _ in counts]
+    yield Case(
+        "weight_diff_matmul",
+        " + ".join(f"{len(t):,}x{side}" for t in matrices[0]) + ", 8 columns",
+        f64,
+        (*matrices, factors),
+        lambda *inputs: ops.weight_diff_matmul(*inputs),
+        lambda *inputs: reference.weight_diff_matmul(*inputs, side="right"),
+        sum(2 * t.nbytes + 8 * 8 * len(t) for t in matrices[0]),
+    )
     yield Case(
         "apply_task_vectors",
         f"{what}, 3 vectors",
@@ -328,7 +342,7 @@ def _convert(inputs: Any, to: torch.dtype | torch.device) -> Any:
 
 
 def _error(found: Sequence[Tensor], truth: Sequence[Tensor], scale: float) -> float:
-    errors = [(a.double() - b).abs().max() for a, b in zip(found, truth, strict=True)]
+    errors = [(a.double() - b).abs().max() for a, b in zip(found, truth, strict=True) if b.numel()]
     return float(torch.stack(errors).max()) / scale
 
 

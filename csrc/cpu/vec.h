@@ -162,6 +162,12 @@ PYDETOX_HD Vec<T, N> root(Vec<T, N> x) {
   }
 }
 
+// A vector of `value` in every lane.
+template <class V>
+PYDETOX_HD V broadcast(double value) {
+  return value - V{};  // -0 stays -0
+}
+
 // a * b + c, rounded once: the same bits with and without an instruction for it.
 template <class V>
 PYDETOX_HD V fused(V a, V b, V c) {
@@ -214,6 +220,15 @@ PYDETOX_HD Vec<double, kLanes<double>> doubles_of_floats(const void* from) {
 #else
   return __builtin_convertvector(load<Vec<float, kLanes<double>>>(from),
                                  Vec<double, kLanes<double>>);
+#endif
+}
+
+// Doubles rounded to as many floats.
+PYDETOX_HD void store_floats(void* to, Vec<double, kLanes<double>> v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_maskz_cvtpd_ps(0xFF, bit_cast<__m512d>(v)));
+#else
+  store(to, __builtin_convertvector(v, Vec<float, kLanes<double>>));
 #endif
 }
 #endif

@@ -1,11 +1,12 @@
 #pragma once
 
-// The CPU kernels over lists of weights, one set per instruction set. A chunk is the unit of work:
-// each writes partial sums of its own, or its own part of the results, so that the bits depend on
-// neither the number of threads nor the instruction set.
+// The CPU kernels over lists of weights, one set per instruction set. A chunk (of a matrix product:
+// a MatmulUnit) is the unit of work: each writes partial sums of its own, or its own part of the
+// results, so that the bits depend on neither the number of threads nor the instruction set.
 
 #include <cstdint>
 
+#include "csrc/core/matmul.h"
 #include "csrc/core/weights.h"
 
 namespace pydetox::cpu {
@@ -28,6 +29,18 @@ struct SketchParams {
   const int64_t* first_chunk;  // [tensors + 1], of chunks of that many blocks
 };
 
+// Part of one tensor's product: rows of the result (right) or columns (left).
+struct MatmulUnit {
+  int64_t task;
+  int64_t first, count;
+};
+
+struct MatmulParams {
+  const MatmulTask* tasks;
+  const MatmulUnit* units;
+  bool left;
+};
+
 struct WeightKernels {
   // partials: [chunks, M (M + 1) / 2]: pairs i <= j, row by row.
   void (*gram)(const WeightTable&, double* partials, int64_t begin, int64_t end);
@@ -36,6 +49,8 @@ struct WeightKernels {
   // partials: [chunks of SketchParams, size].
   void (*sketch)(const SketchParams&, double* partials, int64_t begin, int64_t end);
   void (*apply)(const ApplyParams&, int64_t begin, int64_t end);
+  // begin, end: of units.
+  void (*matmul)(const MatmulParams&, int64_t begin, int64_t end);
 };
 
 // The kernels for the capability in use (csrc/cpu/capability.h).

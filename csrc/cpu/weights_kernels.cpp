@@ -4,11 +4,7 @@
 // Every kernel walks through a chunk in blocks that stay in the first-level cache: the weights are
 // widened to double there once, and whatever the operation needs is computed from that.
 
-#include <cstdlib>
-#include <new>
-
-#include "csrc/cpu/vec.h"
-#include "csrc/cpu/weights.h"
+#include "csrc/cpu/weights_blocks.h"
 
 namespace pydetox::cpu {
 inline namespace PYDETOX_ISA {
@@ -20,130 +16,68 @@ constexpr int64_t kApplyBlock = 512;  // for results: fewer, longer stretches
 constexpr int64_t kAhead = 1024;
 // Sums run in this many interleaved parts on every instruction set: element i goes to part i % 8.
 constexpr int kParts = 8;
-constexpr int kLane = kLanes<double>;
-using Doubles = Vec<double, kLane>;
+// Sums of blocks are added up in stretches of this many elements, and those over the chunk: an
+// error grows with the longest row of additions, not with the number of elements.
+constexpr int64_t kStretch = 4096;
+// Rows of a tile of a Gram matrix: with four columns, as many sums as the registers hold.
+constexpr int kGramRows = PYDETOX_VEC_BYTES == 64 ? 4 : 2;
 
-// Aligned memory for `count` elements. (Not a std::vector: what is compiled out of line of it here
-// could be the copy that the linker keeps for code that runs without these instructions.)
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
-
-// Data of any alignment: a mapped file may place a tensor anywhere.
-template <class T>
-PYDETOX_HD double element(const char* from, int64_t index) {
-  T value;
-  memcpy(&value, from + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
-  if constexpr (sizeof(T) == 2) {
-    return static_cast<double>(to_float(value));
-  } else {
-    return static_cast<double>(value);
-  }
-}
-
-// Blocks of many lists lie far apart, and the hardware's own prefetching starts anew with each: the
-// blocks after this one are asked for meanwhile, into the second-level cache.
-template <class T, bool kMinus>
-PYDETOX_HD void widen_as(const char* from, const double* __restrict base, int64_t count,
-                         double* __restrict to) {
-  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < count; i += kPerLine) {
-    __builtin_prefetch(from + (i + kAhead) * static_cast<int64_t>(sizeof(T)), 0, 2);
-  }
-  int64_t i = 0;
-#if PYDETOX_VEC_BYTES > 0
-  if constexpr (sizeof(T) == 4) {
-    for (; i + kLane <= count; i += kLane) {
-      Doubles wide = doubles_of_floats(from + i * 4);
-      if constexpr (kMinus) wide -= load<Doubles>(base + i);
-      store(to + i, wide);
-    }
-  }
-#endif
-  for (; i < count; ++i) to[i] = element<T>(from, i) - (kMinus ? base[i] : 0.0);
-}
-
-template <bool kMinus>
-PYDETOX_HD void widen_any(const Source& source, int64_t begin, int64_t count, const double* base,
-                          double* to) {
-  const char* from = static_cast<const char*>(source.data) + begin * size_of(source.dtype);
-  switch (source.dtype) {
-    case DType::kFloat64:
-      return widen_as<double, kMinus>(from, base, count, to);
-    case DType::kFloat32:
-      return widen_as<float, kMinus>(from, base, count, to);
-    case DType::kBFloat16:
-      return widen_as<BFloat16, kMinus>(from, base, count, to);
-    default:
-      return widen_as<Float16, kMinus>(from, base, count, to);
-  }
-}
-
-// `count` elements from `begin` on, exactly.
-PYDETOX_HD void widen(const Source& source, int64_t begin, int64_t count, double* to) {
-  widen_any<false>(source, begin, count, nullptr, to);
-}
-
-// The same, less the base's.
-PYDETOX_HD void difference_to(const Source& source, int64_t begin, int64_t count,
-                              const double* base, double* to) {
-  widen_any<true>(source, begin, count, base, to);
-}
-
-// sums[m, n][i % kParts] += a_m[i] * b_n[i] for M vectors a_m and N vectors b_n at once: what is
-// loaded once serves several products, and the additions of one sum wait for each other, those of
-// several do not. Vectors lie kBlock doubles apart, sums of one a_m kParts, of the next a_m `row`.
-template <int M, int N>
-PYDETOX_HD void dots(const double* a, const double* b, int64_t count, double* sums, int64_t row) {
+// sums[m, n][i % kParts] += the sum of a_m[i] * b_n[i] over a block, for M vectors a_m and N
+// vectors b_n at once: what is loaded once serves several products, and the additions of one sum
+// wait for each other, those of several do not. Vectors lie kBlock doubles apart, sums of one a_m
+// kParts, of the next a_m `row`. kTriangle: b is a, and only n >= m is wanted. `meanwhile(i)` is
+// called as the loop goes on.
+template <int M, int N, bool kTriangle, class Meanwhile>
+PYDETOX_HD void dots(const double* a, const double* b, int64_t count, double* sums, int64_t row,
+                     const Meanwhile& meanwhile) {
   constexpr int kVectors = kParts / kLane;
-  Doubles total[M][N][kVectors];
-  PYDETOX_UNROLL
-  for (int m = 0; m < M; ++m) {
+  constexpr int kTogether = M * N * kVectors <= 16 ? kVectors : 1;
+  const auto wanted = [](int m, int n) { return !kTriangle || n >= m; };
+  for (int first = 0; first < kVectors; first += kTogether) {
+    Doubles total[M][N][kTogether];
     PYDETOX_UNROLL
-    for (int n = 0; n < N; ++n) {
-      PYDETOX_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        total[m][n][v] = load<Doubles>(sums + m * row + n * kParts + v * kLane);
-      }
-    }
-  }
-  int64_t i = 0;
-  for (; i + kParts <= count; i += kParts) {
-    PYDETOX_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      Doubles left[M];
-      PYDETOX_UNROLL
-      for (int m = 0; m < M; ++m) left[m] = load<Doubles>(a + m * kBlock + i + v * kLane);
+    for (int m = 0; m < M; ++m) {
       PYDETOX_UNROLL
       for (int n = 0; n < N; ++n) {
-        const Doubles right = load<Doubles>(b + n * kBlock + i + v * kLane);
         PYDETOX_UNROLL
-        for (int m = 0; m < M; ++m) total[m][n][v] = fused(left[m], right, total[m][n][v]);
+        for (int v = 0; v < kTogether; ++v) total[m][n][v] = Doubles{};
+      }
+    }
+    for (int64_t i = 0; i + kParts <= count; i += kParts) {
+      if (first == 0) meanwhile(i);
+      PYDETOX_UNROLL
+      for (int v = 0; v < kTogether; ++v) {
+        const int64_t at = i + (first + v) * kLane;
+        Doubles left[M];
+        PYDETOX_UNROLL
+        for (int m = 0; m < M; ++m) left[m] = load<Doubles>(a + m * kBlock + at);
+        PYDETOX_UNROLL
+        for (int n = 0; n < N; ++n) {
+          const Doubles right =
+              kTriangle ? left[n < M ? n : 0] : load<Doubles>(b + n * kBlock + at);
+          PYDETOX_UNROLL
+          for (int m = 0; m < M; ++m) {
+            if (wanted(m, n)) total[m][n][v] = fused(left[m], right, total[m][n][v]);
+          }
+        }
+      }
+    }
+    PYDETOX_UNROLL
+    for (int m = 0; m < M; ++m) {
+      PYDETOX_UNROLL
+      for (int n = 0; n < N; ++n) {
+        PYDETOX_UNROLL
+        for (int v = 0; v < kTogether; ++v) {
+          double* sum = sums + m * row + n * kParts + (first + v) * kLane;
+          if (wanted(m, n)) store(sum, load<Doubles>(sum) + total[m][n][v]);
+        }
       }
     }
   }
-  PYDETOX_UNROLL
   for (int m = 0; m < M; ++m) {
-    PYDETOX_UNROLL
-    for (int n = 0; n < N; ++n) {
-      double* sum = sums + m * row + n * kParts;
-      PYDETOX_UNROLL
-      for (int v = 0; v < kVectors; ++v) store(sum + v * kLane, total[m][n][v]);
-      for (int64_t j = i; j < count; ++j) {
-        double& part = sum[j % kParts];
+    for (int n = kTriangle ? m : 0; n < N; ++n) {
+      for (int64_t j = count / kParts * kParts; j < count; ++j) {
+        double& part = sums[m * row + n * kParts + j % kParts];
         part = __builtin_fma(a[m * kBlock + j], b[n * kBlock + j], part);
       }
     }
@@ -154,14 +88,17 @@ PYDETOX_HD void dots(const double* a, const double* b, int64_t count, double* su
 template <int M>
 PYDETOX_HD void dots_with_all(const double* a, const double* b, int64_t vectors, int64_t count,
                               double* sums, int64_t row) {
+  const auto nothing = [](int64_t) {};
   int64_t n = 0;
-  for (; n + 4 <= vectors; n += 4) {
-    dots<M, 4>(a, b + n * kBlock, count, sums + n * kParts, row);
-  }
-  for (; n + 2 <= vectors; n += 2) {
-    dots<M, 2>(a, b + n * kBlock, count, sums + n * kParts, row);
-  }
-  for (; n < vectors; ++n) dots<M, 1>(a, b + n * kBlock, count, sums + n * kParts, row);
+  const auto some = [&](auto columns) {
+    constexpr int N = decltype(columns)::value;
+    for (; n + N <= vectors; n += N) {
+      dots<M, N, false>(a, b + n * kBlock, count, sums + n * kParts, row, nothing);
+    }
+  };
+  some(Width<4>{});
+  some(Width<2>{});
+  some(Width<1>{});
 }
 
 PYDETOX_HD double sum_of_parts(const double* part) {
@@ -188,34 +125,67 @@ void for_each_block(int64_t first, int64_t count, int64_t block, const Visit& vi
   }
 }
 
+PYDETOX_HD void add(double* __restrict to, const double* __restrict from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// totals += the sums over a chunk, for functions add_block(first, elements) that add to `sums`.
+template <class AddBlock>
+void sum_chunk(int64_t first, int64_t count, int64_t size, double* sums, double* totals,
+               const AddBlock& add_block) {
+  const auto bytes = static_cast<size_t>(size) * sizeof(double);
+  memset(totals, 0, bytes);
+  for_each_block(first, count, kStretch, [&](int64_t at, int64_t n) {
+    memset(sums, 0, bytes);
+    for_each_block(at, n, kBlock, add_block);
+    add(totals, sums, size);
+  });
+}
+
+// The products of M differences with each other and with those after them, `left` in all: row by
+// row, sums of the first one's row from its diagonal entry on. Memory is asked for while it adds.
+template <int M>
+PYDETOX_HD void gram_rows(const Source* models, int64_t ahead, const double* differences,
+                          int64_t left, int64_t count, double* sums, int64_t row) {
+  dots<M, M, true>(differences, differences, count, sums, row, [&](int64_t i) {
+    PYDETOX_UNROLL
+    for (int m = 0; m < M; ++m) prefetch(models[m], ahead + i, kParts);
+  });
+  dots_with_all<M>(differences, differences + M * kBlock, left - M, count, sums + M * kParts, row);
+}
+
 void gram(const WeightTable& table, double* partials, int64_t begin, int64_t end) {
   const int64_t models = table.lists - 1, pairs = models * (models + 1) / 2;
-  Buffer<double> base(kBlock), differences(models * kBlock), sums(models * models * kParts);
+  const int64_t row = models * kParts;
+  Buffer<double> base(kBlock), differences(models * kBlock), sums(models * row),
+      totals(models * row);
   const auto add_block = [&](int64_t tensor, int64_t at, int64_t n) {
-    widen(table.source(tensor, 0), at, n, base.get());
+    const Source* sources = &table.source(tensor, 0);
+    prefetch(sources[0], at + kAhead, n);
+    widen(sources[0], at, n, base.get());
     for (int64_t i = 0; i < models; ++i) {
-      difference_to(table.source(tensor, i + 1), at, n, base.get(), differences.get() + i * kBlock);
+      difference_to(sources[i + 1], at, n, base.get(), differences.get() + i * kBlock);
     }
-    // Two rows of the matrix at a time, from their first diagonal entry on.
-    for (int64_t i = 0; i < models; i += 2) {
-      const double* a = differences.get() + i * kBlock;
-      double* row = sums.get() + (i * models + i) * kParts;
-      if (i + 1 < models) {
-        dots_with_all<2>(a, a, models - i, n, row, models * kParts);
-      } else {
-        dots_with_all<1>(a, a, 1, n, row, 0);
+    int64_t i = 0;
+    const auto some = [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      for (; i + M <= models; i += M) {
+        gram_rows<M>(sources + 1 + i, at + kAhead, differences.get() + i * kBlock, models - i, n,
+                     sums.get() + i * (row + kParts), row);
       }
-    }
+    };
+    some(Width<kGramRows>{});
+    if constexpr (kGramRows > 2) some(Width<2>{});
+    some(Width<1>{});
   };
   for_each_chunk(table.first_chunk, table, kChunk, begin, end,
                  [&](int64_t chunk, int64_t tensor, int64_t first, int64_t count) {
-                   memset(sums.get(), 0, models * models * kParts * sizeof(double));
-                   for_each_block(first, count, kBlock,
-                                  [&](int64_t at, int64_t n) { add_block(tensor, at, n); });
+                   sum_chunk(first, count, models * row, sums.get(), totals.get(),
+                             [&](int64_t at, int64_t n) { add_block(tensor, at, n); });
                    double* pair = partials + chunk * pairs;
                    for (int64_t i = 0; i < models; ++i) {
                      for (int64_t j = i; j < models; ++j) {
-                       *pair++ = sum_of_parts(sums.get() + (i * models + j) * kParts);
+                       *pair++ = sum_of_parts(totals.get() + (i * models + j) * kParts);
                      }
                    }
                  });
@@ -225,13 +195,16 @@ void project(const WeightTable& table, double* partials, int64_t begin, int64_t 
   constexpr int64_t kAtOnce = 4;
   const int64_t directions = table.lists - 2;
   Buffer<double> base(kBlock), difference(kBlock), vectors(kAtOnce * kBlock),
-      sums(directions * kParts);
+      sums(directions * kParts), totals(directions * kParts);
   const auto add_block = [&](int64_t tensor, int64_t at, int64_t n) {
-    widen(table.source(tensor, 0), at, n, base.get());
-    difference_to(table.source(tensor, 1), at, n, base.get(), difference.get());
+    prefetch(table.source(tensor, 0), at + kAhead, n);
+    prefetch(table.source(tensor, 1), at + kAhead, n);
+    difference_of(table.source(tensor, 0), table.source(tensor, 1), at, n, base.get(),
+                  difference.get());
     for (int64_t r = 0; r < directions; r += kAtOnce) {
       const int64_t some = directions - r < kAtOnce ? directions - r : kAtOnce;
       for (int64_t k = 0; k < some; ++k) {
+        prefetch(table.source(tensor, 2 + r + k), at + kAhead, n);
         widen(table.source(tensor, 2 + r + k), at, n, vectors.get() + k * kBlock);
       }
       dots_with_all<1>(difference.get(), vectors.get(), some, n, sums.get() + r * kParts, 0);
@@ -239,11 +212,10 @@ void project(const WeightTable& table, double* partials, int64_t begin, int64_t 
   };
   for_each_chunk(table.first_chunk, table, kChunk, begin, end,
                  [&](int64_t chunk, int64_t tensor, int64_t first, int64_t count) {
-                   memset(sums.get(), 0, directions * kParts * sizeof(double));
-                   for_each_block(first, count, kBlock,
-                                  [&](int64_t at, int64_t n) { add_block(tensor, at, n); });
+                   sum_chunk(first, count, directions * kParts, sums.get(), totals.get(),
+                             [&](int64_t at, int64_t n) { add_block(tensor, at, n); });
                    for (int64_t r = 0; r < directions; ++r) {
-                     partials[chunk * directions + r] = sum_of_parts(sums.get() + r * kParts);
+                     partials[chunk * directions + r] = sum_of_parts(totals.get() + r * kParts);
                    }
                  });
 }
@@ -265,10 +237,6 @@ PYDETOX_HD void flip_signs(double* values, const uint64_t* signs, int64_t first,
     const uint64_t bit = signs[(first + j) / 64] >> ((first + j) % 64) & 1;
     values[j] = bit_cast<double>(bit_cast<uint64_t>(values[j]) ^ (bit << 63));
   }
-}
-
-PYDETOX_HD void add(double* __restrict to, const double* __restrict from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
 void sketch(const SketchParams& params, double* partials, int64_t begin, int64_t end) {
@@ -294,9 +262,10 @@ void sketch(const SketchParams& params, double* partials, int64_t begin, int64_t
           }
           for (int64_t j = 0; j < in_block; j += kBlock) {
             const int64_t n = in_block - j < kBlock ? in_block - j : kBlock;
-            widen(table.source(tensor, 0), first + done + j, n, base.get());
-            difference_to(table.source(tensor, 1), first + done + j, n, base.get(),
-                          difference.get());
+            prefetch(table.source(tensor, 0), first + done + j + kAhead, n);
+            prefetch(table.source(tensor, 1), first + done + j + kAhead, n);
+            difference_of(table.source(tensor, 0), table.source(tensor, 1), first + done + j, n,
+                          base.get(), difference.get());
             flip_signs(difference.get(), signs.get(), j, n);
             const int64_t at = (j + rotation) & (size - 1);
             const int64_t straight = n < size - at ? n : size - at;
@@ -341,36 +310,89 @@ PYDETOX_HD void add_scaled(double* __restrict to, double factor, const double* _
   for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
 }
 
+#if PYDETOX_VEC_BYTES > 0
+// The same for float32 throughout, which most weights are, in registers; returns how many elements
+// of `count` it has done. sources: base, vectors, results. factors: [results, vectors].
+int64_t apply_to_floats(const Source* sources, int64_t vectors, int64_t results,
+                        const double* factors, int64_t begin, int64_t count) {
+  constexpr int kUnroll = 4;
+  constexpr int64_t kStep = kUnroll * kLane;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    Doubles start[kUnroll];  // all of it is read before any of it may be overwritten
+    const char* base = address_of(sources[0], begin + i);
+    PYDETOX_UNROLL
+    for (int k = 0; k < kUnroll; ++k) start[k] = doubles_of_floats(base + k * kLane * 4);
+    for (int64_t m = 0; m < results; ++m) {
+      Doubles value[kUnroll];
+      PYDETOX_UNROLL
+      for (int k = 0; k < kUnroll; ++k) value[k] = start[k];
+      for (int64_t r = 0; r < vectors; ++r) {
+        const Doubles factor = broadcast<Doubles>(factors[m * vectors + r]);
+        const char* change = address_of(sources[1 + r], begin + i);
+        PYDETOX_UNROLL
+        for (int k = 0; k < kUnroll; ++k) {
+          value[k] += factor * doubles_of_floats(change + k * kLane * 4);
+        }
+      }
+      char* to = const_cast<char*>(address_of(sources[1 + vectors + m], begin + i));
+      PYDETOX_UNROLL
+      for (int k = 0; k < kUnroll; ++k) store_floats(to + k * kLane * 4, value[k]);
+    }
+  }
+  return i;
+}
+#endif
+
 void apply(const ApplyParams& params, int64_t begin, int64_t end) {
   const WeightTable& table = params.table;
-  const int64_t vectors = params.vectors;
-  Buffer<double> base(kApplyBlock), changes(vectors * kApplyBlock), result(kApplyBlock);
-  for_each_chunk(
-      table.first_chunk, table, kChunk, begin, end,
-      [&](int64_t, int64_t tensor, int64_t first, int64_t count) {
-        for_each_block(first, count, kApplyBlock, [&](int64_t at, int64_t n) {
-          widen(table.source(tensor, 0), at, n, base.get());
-          for (int64_t r = 0; r < vectors; ++r) {
-            widen(table.source(tensor, 1 + r), at, n, changes.get() + r * kApplyBlock);
-          }
-          for (int64_t m = 0; m < params.results; ++m) {
-            memcpy(result.get(), base.get(), static_cast<size_t>(n) * sizeof(double));
-            for (int64_t r = 0; r < vectors; ++r) {
-              const int64_t row = m * vectors + r;
-              const double factor =
-                  params.coefficients[params.per_tensor ? row * table.tensors + tensor : row];
-              add_scaled(result.get(), factor, changes.get() + r * kApplyBlock, n);
-            }
-            narrow_to(table.source(tensor, 1 + vectors + m), at, n, result.get());
-          }
-        });
-      });
+  const int64_t vectors = params.vectors, results = params.results;
+  Buffer<double> base(kApplyBlock), changes(vectors * kApplyBlock), result(kApplyBlock),
+      factors(results * vectors);
+  const auto apply_to_block = [&](const Source* sources, int64_t at, int64_t n) {
+    widen(sources[0], at, n, base.get());
+    for (int64_t r = 0; r < vectors; ++r) {
+      widen(sources[1 + r], at, n, changes.get() + r * kApplyBlock);
+    }
+    for (int64_t m = 0; m < results; ++m) {
+      memcpy(result.get(), base.get(), static_cast<size_t>(n) * sizeof(double));
+      for (int64_t r = 0; r < vectors; ++r) {
+        add_scaled(result.get(), factors.get()[m * vectors + r], changes.get() + r * kApplyBlock,
+                   n);
+      }
+      narrow_to(sources[1 + vectors + m], at, n, result.get());
+    }
+  };
+  for_each_chunk(table.first_chunk, table, kChunk, begin, end,
+                 [&](int64_t, int64_t tensor, int64_t first, int64_t count) {
+                   for (int64_t i = 0; i < results * vectors; ++i) {
+                     factors.get()[i] =
+                         params.coefficients[params.per_tensor ? i * table.tensors + tensor : i];
+                   }
+                   const Source* sources = &table.source(tensor, 0);
+                   [[maybe_unused]] bool floats = true;
+                   for (int64_t list = 0; list < table.lists; ++list) {
+                     floats = floats && sources[list].dtype == DType::kFloat32;
+                   }
+                   for_each_block(first, count, kApplyBlock, [&](int64_t at, int64_t n) {
+                     for (int64_t list = 0; list < 1 + vectors; ++list) {
+                       prefetch(sources[list], at + kAhead, n);
+                     }
+                     int64_t done = 0;
+#if PYDETOX_VEC_BYTES > 0
+                     if (floats) {
+                       done = apply_to_floats(sources, vectors, results, factors.get(), at, n);
+                     }
+#endif
+                     if (done < n) apply_to_block(sources, at + done, n - done);
+                   });
+                 });
 }
 
 }  // namespace
 
 extern const WeightKernels kWeightKernels;
-const WeightKernels kWeightKernels{gram, project, sketch, apply};
+const WeightKernels kWeightKernels{gram, project, sketch, apply, matmul};
 
 }  // namespace PYDETOX_ISA
 }  // namespace pydetox::cpu

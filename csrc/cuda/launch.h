@@ -2,6 +2,7 @@
 
 // What csrc/ops calls. No torch, no CUDA header: a stream travels as void*, an error as int.
 
+#include "csrc/core/matmul.h"
 #include "csrc/core/objectives.h"
 #include "csrc/core/stamp.h"
 #include "csrc/core/trigger_update.h"
@@ -25,6 +26,9 @@ int weight_sketch(const WeightTable& table, const int64_t* first_chunk, int64_t 
                   const uint64_t* keys, int64_t size, double* partials, double* sums, void* stream);
 int weight_apply(const WeightTable& table, int64_t vectors, int64_t results,
                  const double* coefficients, bool per_tensor, void* stream);
+
+// tasks: `count` on the host, pointing to memory on the device.
+int weight_matmul(const MatmulTask* tasks, int64_t count, bool left, void* stream);
 
 // All pointers are on the device.
 int trigger_update(const TriggerUpdateParams& params, void* stream);

@@ -1,6 +1,7 @@
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/launcher.h"
 #include "csrc/cuda/weights_launch.cuh"
+#include "csrc/cuda/weights_matmul_launch.cuh"
 
 namespace pydetox::cuda {
 
@@ -22,6 +23,11 @@ int weight_sketch(const WeightTable& table, const int64_t* first_chunk, int64_t 
   return with_launcher(stream, [&](const auto& launch) {
     return launch_sketch(table, first_chunk, blocks_per_chunk, keys, size, partials, sums, launch);
   });
+}
+
+int weight_matmul(const MatmulTask* tasks, int64_t count, bool left, void* stream) {
+  return with_launcher(
+      stream, [&](const auto& launch) { return launch_matmul(tasks, count, left, launch); });
 }
 
 int weight_apply(const WeightTable& table, int64_t vectors, int64_t results,

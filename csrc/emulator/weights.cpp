@@ -1,10 +1,13 @@
 // The kernels of csrc/cuda/weights.cuh, launched as csrc/cuda/weights.cu does.
 
+#include <array>
+
 #include <pybind11/stl.h>
 
 #include "csrc/emulator/module.h"
 // After cuda_on_host.h, which makes CUDA's keywords known.
 #include "csrc/cuda/weights_launch.cuh"
+#include "csrc/cuda/weights_matmul_launch.cuh"
 
 namespace py = pybind11;
 
@@ -105,6 +108,10 @@ std::vector<py::tuple> launch_shapes(const std::string& operation, std::int64_t 
   if (operation == "sketch") {
     cuda::launch_sketch(table, first_chunk, 64, &key, size, nullptr, nullptr, note);
   }
+  if (operation == "matmul") {  // a row of one tensor for each of the columns, width 32
+    const MatmulTask task{count / size, size, 32, sources[0], sources[0], nullptr, nullptr};
+    cuda::launch_matmul(&task, 1, false, note);
+  }
   if (operation == "apply") cuda::launch_apply(table, lists - 2, 1, nullptr, false, note);
   return shapes;
 }
@@ -155,6 +162,28 @@ std::vector<Traffic> apply(const Lists& lists, std::int64_t vectors, py::array_t
   });
 }
 
+// shapes: rows, columns and width of each tensor.
+std::vector<Traffic> matmul(const Lists& lists,
+                            const std::vector<std::array<std::int64_t, 3>>& shapes,
+                            std::vector<py::array_t<double>> factors,
+                            std::vector<py::array_t<double>> results, bool left,
+                            const Schedule& schedule) {
+  const Weights weights(lists, lists.size());
+  auto memory = weights.memory;
+  std::vector<MatmulTask> tasks;
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const auto [rows, columns, width] = shapes[i];
+    const auto tensor = static_cast<std::int64_t>(i);
+    tasks.push_back({rows, columns, width, weights.table.source(tensor, 0),
+                     weights.table.source(tensor, 1), data(factors[i]), data(results[i])});
+    if (factors[i].size() > 0) memory.push_back(range_of("factor", factors[i], false));
+    if (results[i].size() > 0) memory.push_back(range_of("result", results[i], true));
+  }
+  return run(memory, {}, schedule, [&](const auto& launch) {
+    return cuda::launch_matmul(tasks.data(), static_cast<std::int64_t>(tasks.size()), left, launch);
+  });
+}
+
 }  // namespace
 
 void bind_weights(py::module_& module) {
@@ -167,6 +196,8 @@ void bind_weights(py::module_& module) {
              py::arg("schedule"));
   module.def("weight_apply", &apply, py::arg("lists"), py::arg("vectors"), py::arg("rows"),
              py::arg("per_tensor"), py::arg("schedule"));
+  module.def("weight_matmul", &matmul, py::arg("lists"), py::arg("shapes"), py::arg("factors"),
+             py::arg("results"), py::arg("left"), py::arg("schedule"));
   module.def("weight_launch_shapes", &launch_shapes, py::arg("operation"), py::arg("count"),
              py::arg("lists"), py::arg("size") = 4096);
   module.def("gram_values", &cuda::gram_values, py::arg("models"));

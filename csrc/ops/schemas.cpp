@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(pydetox, library) {
   library.def(
       "weight_diff_sketch(Tensor[] base, Tensor[] model, int[] keys, int size, "
       "int[]? first_blocks=None, Tensor? start=None) -> Tensor");
+  // Tensors [m, ...] as matrices [m, n]; factors: float64 [n, width], left: [m, width], each of a
+  // width of its own. -> float64 [m, width], left: [width, n]
+  library.def(
+      "weight_diff_matmul(Tensor[] base, Tensor[] model, Tensor[] factors, bool left) -> Tensor[]");
   // coefficients: float64 [M, R] or [M, R, tensors]; vectors: R lists; out: M lists.
   library.def(
       "apply_task_vectors(Tensor[] base, Tensor[] vectors, Tensor coefficients, "

@@ -7,6 +7,7 @@
 
 #include "csrc/cpu/weights.h"
 #include "csrc/ops/check.h"
+#include "csrc/ops/matmul_arguments.h"
 #include "csrc/ops/weights_arguments.h"
 
 namespace pydetox::ops {
@@ -25,6 +26,27 @@ void share_out(int64_t chunks, const Work& work) {
     }
   };
   torch::stable::parallel_for(0, std::min(chunks, threads), 1, take);
+}
+
+// Elements that a unit of a left product reads, about; as many columns side by side as that allows,
+// so that memory is read in longer stretches.
+constexpr int64_t kLeftUnit = 1 << 20;
+
+// The parts that the products are computed in.
+std::vector<cpu::MatmulUnit> matmul_units(const std::vector<MatmulTask>& tasks, bool left) {
+  std::vector<cpu::MatmulUnit> units;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const MatmulTask& task = tasks[i];
+    if (task.width == 0) continue;
+    const int64_t size = left ? task.columns : task.rows;   // split up
+    const int64_t depth = left ? task.rows : task.columns;  // summed
+    const int64_t runs = left ? std::clamp<int64_t>(kLeftUnit / (kRun * (depth + 1)), 1, 4) : 1;
+    for (int64_t first = 0; first < size; first += runs * kRun) {
+      const int64_t count = std::min(runs * kRun, size - first);
+      units.push_back({static_cast<int64_t>(i), first, count});
+    }
+  }
+  return units;
 }
 
 // partials [chunks, values], added to `sums` in the order of the chunks.
@@ -119,6 +141,16 @@ Tensor weight_diff_sketch(std::vector<Tensor> base, std::vector<Tensor> model,
   return as_tensor(sums, lists.first());
 }
 
+std::vector<Tensor> weight_diff_matmul(std::vector<Tensor> base, std::vector<Tensor> model,
+                                       std::vector<Tensor> factors, bool left) {
+  MatmulArguments arguments(base, model, factors, left);
+  const auto units = matmul_units(arguments.tasks(), left);
+  const cpu::MatmulParams params{arguments.tasks().data(), units.data(), left};
+  share_out(static_cast<int64_t>(units.size()),
+            [&](int64_t begin, int64_t end) { cpu::weight_kernels().matmul(params, begin, end); });
+  return arguments.results();
+}
+
 void apply_task_vectors(std::vector<Tensor> base, std::vector<Tensor> vectors,
                         const Tensor& coefficients, std::vector<Tensor> out) {
   const auto tensors = static_cast<int64_t>(std::max<size_t>(1, base.size()));
@@ -143,5 +175,6 @@ STABLE_TORCH_LIBRARY_IMPL(pydetox, CPU, library) {
   library.impl("weight_diff_gram", TORCH_BOX(&pydetox::ops::weight_diff_gram));
   library.impl("weight_diff_project", TORCH_BOX(&pydetox::ops::weight_diff_project));
   library.impl("weight_diff_sketch", TORCH_BOX(&pydetox::ops::weight_diff_sketch));
+  library.impl("weight_diff_matmul", TORCH_BOX(&pydetox::ops::weight_diff_matmul));
   library.impl("apply_task_vectors", TORCH_BOX(&pydetox::ops::apply_task_vectors));
 }

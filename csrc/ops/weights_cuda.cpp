@@ -8,6 +8,7 @@
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/weights_layout.h"
 #include "csrc/ops/check.h"
+#include "csrc/ops/matmul_arguments.h"
 #include "csrc/ops/weights_arguments.h"
 
 namespace pydetox::ops {
@@ -100,6 +101,17 @@ Tensor weight_diff_sketch(std::vector<Tensor> base, std::vector<Tensor> model,
   return result;
 }
 
+std::vector<Tensor> weight_diff_matmul(std::vector<Tensor> base, std::vector<Tensor> model,
+                                       std::vector<Tensor> factors, bool left) {
+  const MatmulArguments arguments(base, model, factors, left);
+  const Place place(arguments.first());
+  const auto& tasks = arguments.tasks();
+  check_launch(
+      cuda::weight_matmul(tasks.data(), static_cast<int64_t>(tasks.size()), left, place.stream),
+      "weight_diff_matmul");
+  return arguments.results();
+}
+
 void apply_task_vectors(std::vector<Tensor> base, std::vector<Tensor> vectors,
                         const Tensor& coefficients, std::vector<Tensor> out) {
   const auto tensors = static_cast<int64_t>(std::max<size_t>(1, base.size()));
@@ -125,5 +137,6 @@ STABLE_TORCH_LIBRARY_IMPL(pydetox, CUDA, library) {
   library.impl("weight_diff_gram", TORCH_BOX(&pydetox::ops::weight_diff_gram));
   library.impl("weight_diff_project", TORCH_BOX(&pydetox::ops::weight_diff_project));
   library.impl("weight_diff_sketch", TORCH_BOX(&pydetox::ops::weight_diff_sketch));
+  library.impl("weight_diff_matmul", TORCH_BOX(&pydetox::ops::weight_diff_matmul));
   library.impl("apply_task_vectors", TORCH_BOX(&pydetox::ops::apply_task_vectors));
 }

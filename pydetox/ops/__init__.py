@@ -13,6 +13,7 @@ from pydetox.ops.update import BestTriggers, trigger_update
 from pydetox.ops.weights import (
     apply_task_vectors,
     weight_diff_gram,
+    weight_diff_matmul,
     weight_diff_project,
     weight_diff_sketch,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "stamp_triggers_gradients",
     "trigger_update",
     "weight_diff_gram",
+    "weight_diff_matmul",
     "weight_diff_project",
     "weight_diff_sketch",
     "zero_shot_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,19 @@ def weight_diff_project(
     """Return projections of a difference; see `pydetox.ops.weight_diff_project`."""
     difference = _flat(model) - _flat(base)
     return torch.stack([_flat(direction) for direction in directions]) @ difference
+
+
+def weight_diff_matmul(
+    base: Sequence[Tensor], model: Sequence[Tensor], factors: Sequence[Tensor], *, side: str
+) -> list[Tensor]:
+    """Return products of differences; see `pydetox.ops.weight_diff_matmul`."""
+    products = []
+    for start, end, factor in zip(base, model, factors, strict=True):
+        rows = (start.shape[0], math.prod(start.shape[1:]))
+        difference = end.to(torch.float64).reshape(rows) - start.to(torch.float64).reshape(rows)
+        wide = factor.to(torch.float64)
+        products.append(wide.T @ difference if side == "left" else difference @ wide)
+    return products
 
 
 def apply_task_vectors(

@@ -1,4 +1,4 @@
-"""Operators over the weights of whole models: inner products, projections, sketches, combinations.
+"""Operators over the weights of whole models: products, projections, sketches, combinations.
 
 A model is a list of tensors, as the values of a state dict: float16, bfloat16, float32 and float64
 in any mixture, of any shape and stride (a tensor that is not contiguous is copied, that one alone).
@@ -18,7 +18,9 @@ for files.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -175,6 +177,68 @@ def sketch_key(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def weight_diff_matmul(
+    base: Sequence[Tensor],
+    model: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    *,
+    side: Literal["right", "left"] = "right",
+) -> list[Tensor]:
+    """Multiply every tensor's difference, as a matrix D = model - base, by a thin matrix.
+
+    A tensor [m, ...] counts as the matrix [m, n] of its rows, n the product of the dimensions after
+    the first: a convolution's weight has a row for each output channel, a bias [m] is one column.
+    What a randomised SVD is made of (Halko, Martinsson and Tropp, "Finding structure with
+    randomness", SIAM Review 2011, section 4): `pydetox.spectra` has one.
+
+    Products are added up in runs of 64, and the runs in order, so that the CPU and CUDA give the
+    same bits.
+
+    Args:
+        base: tensors of at least one dimension.
+        model: tensors of the same shapes.
+        factors: one matrix F for each tensor, of a width r of its own, in any floating dtype of
+            the above: [n, r], for the left side [m, r].
+        side: "right": D F. "left": F^T D.
+
+    Returns:
+        For each tensor float64 [m, r], for the left side [r, n].
+
+    Raises:
+        UsageError: lists of different lengths, shapes or devices, integer tensors, tensors without
+            a dimension, factors of another shape, or another side.
+    """
+    name = "weight_diff_matmul"
+    _check(name, base, {"model": model})
+    if side not in ("right", "left"):
+        raise UsageError(f"{name}: side must be 'right' or 'left', found {side!r}")
+    if len(factors) != len(base):
+        raise UsageError(f"{name}: factors must be {len(base)} matrices, found {len(factors)}")
+    for i, (tensor, factor) in enumerate(zip(base, factors, strict=True)):
+        if tensor.ndim == 0:
+            raise UsageError(f"{name}: base[{i}] must have at least one dimension, found none")
+        depth = matrix_shape(tensor)[0 if side == "left" else 1]
+        if factor.ndim != 2 or factor.shape[0] != depth:
+            raise UsageError(
+                f"{name}: factors[{i}] must be [{depth}, r] for the {side} of base[{i}] "
+                f"{list(tensor.shape)}, found {list(factor.shape)}"
+            )
+        if factor.dtype not in _DTYPES or factor.device != tensor.device:
+            raise UsageError(
+                f"{name}: factors[{i}] must be float16, bfloat16, float32 or float64 on "
+                f"{tensor.device}, found {factor.dtype} on {factor.device}"
+            )
+    products: list[Tensor] = torch.ops.pydetox.weight_diff_matmul.default(
+        list(base), list(model), [factor.to(torch.float64) for factor in factors], side == "left"
+    )
+    return products
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a tensor [m, ...] as `weight_diff_matmul` takes it."""
+    return tensor.shape[0], math.prod(tensor.shape[1:])
+
+
 def apply_task_vectors(
     base: Sequence[Tensor],
     vectors: Sequence[Sequence[Tensor]],
@@ -295,4 +359,17 @@ torch.library.register_fake(
         (size,), dtype=torch.float64
     ),
 )
+
+
+def _fake_matmul(
+    base: list[Tensor], model: list[Tensor], factors: list[Tensor], left: bool
+) -> list[Tensor]:
+    shapes = [(*matrix_shape(tensor), f.shape[1]) for tensor, f in zip(base, factors, strict=True)]
+    return [
+        tensor.new_empty((width, columns) if left else (rows, width), dtype=torch.float64)
+        for tensor, (rows, columns, width) in zip(base, shapes, strict=True)
+    ]
+
+
+torch.library.register_fake("pydetox::weight_diff_matmul", _fake_matmul)
 torch.library.register_fake("pydetox::apply_task_vectors", lambda *_: None)

@@ -1,8 +1,8 @@
 """Every CUDA kernel over lists of weights, run from its .cuh by the emulator.
 
-Sketches and linear combinations must be the CPU's, bit for bit. Inner products are added up in
-another order inside a chunk than on the CPU: there the truth is float64 arithmetic, and the bits
-must not depend on the schedule.
+Sketches, linear combinations and products with thin matrices must be the CPU's, bit for bit. Inner
+products are added up in another order inside a chunk than on the CPU: there the truth is float64
+arithmetic, and the bits must not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydetox import _emulator, ops
 from pydetox.ops import reference
-from pydetox.ops.weights import sketch_key
+from pydetox.ops.weights import matrix_shape, sketch_key
 
 Schedule = _emulator.Schedule
 SCHEDULES = [Schedule(), Schedule(seed=1), Schedule(seed=2)]
@@ -73,6 +73,29 @@ def sketch(
     partials, sums = np.zeros((chunks(lists[0], blocks * size), size)), np.full(size, np.nan)
     given = [arrays(one) for one in lists]
     return sums, _emulator.weight_sketch(given, keys, blocks, partials, sums, schedule)
+
+
+def matmul(
+    lists: list[list[Tensor]], factors: list[Tensor], side: str, schedule: Schedule
+) -> tuple[list[np.ndarray], list]:
+    shapes = [(*matrix_shape(t), f.shape[1]) for t, f in zip(lists[0], factors, strict=True)]
+    results = [
+        np.full((width, columns) if side == "left" else (rows, width), np.nan)
+        for rows, columns, width in shapes
+    ]
+    given = [arrays(one) for one in lists]
+    thin = [f.numpy() for f in factors]
+    traffic = _emulator.weight_matmul(given, shapes, thin, results, side == "left", schedule)
+    return results, traffic
+
+
+def factors_of(tensors: list[Tensor], side: str, widths: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    depths = [matrix_shape(t)[side == "right"] for t in tensors]
+    return [
+        torch.randn(depth, widths[i % len(widths)], dtype=F64, generator=generator)
+        for i, depth in enumerate(depths)
+    ]
 
 
 def names(count: int) -> list[str]:
@@ -138,6 +161,66 @@ def test_chunks_and_launches_change_nothing() -> None:
     assert len(traffic) == 2 + 2  # 32 tensors and 9, the sum, the matrix
     expected_sketch = ops.weight_diff_sketch(*lists, names(41), seed=3, size=64)
     assert np.array_equal(sketch(lists, 64, SCHEDULES[0])[0], expected_sketch.numpy())
+
+
+#: More and fewer than a tile and a run, one row or column, none, a convolution, a bias.
+MATRICES = [(65, 33), (3, 5, 7), (1, 130), (130, 1), (0, 4), (4, 0), (9,), (20, 100)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("widths", [[1, 16, 0], [33]], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32,), MIXED], ids=str)
+def test_matmul_has_the_bits_of_the_cpu(
+    side: str, widths: list[int], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    lists = [weights(0, dtypes, MATRICES), weights(1, dtypes[::-1], MATRICES)]
+    factors = factors_of(lists[0], side, widths)
+    expected = ops.weight_diff_matmul(*lists, factors, side=side)
+    for schedule in SCHEDULES:
+        results, _ = matmul(lists, factors, side, schedule)
+        for found, wanted in zip(results, expected, strict=True):
+            assert np.array_equal(found, wanted.numpy())
+
+
+def test_matmul_in_several_launches() -> None:
+    lists = [weights(i, (F32,), [(3, 2)] * 50) for i in range(2)]
+    factors = factors_of(lists[0], "right", [2])
+    results, traffic = matmul(lists, factors, "right", SCHEDULES[0])
+    assert len(traffic) == 2
+    for found, wanted in zip(results, ops.weight_diff_matmul(*lists, factors), strict=True):
+        assert np.array_equal(found, wanted.numpy())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_matmul_reads_every_weight_once(side: str) -> None:
+    """Up to width 32; the factor comes once for every 64 rows (left: columns), from a cache."""
+    lists = [weights(i, (F32,), [(128, 192)]) for i in range(2)]
+    factors = factors_of(lists[0], side, [32])
+    bytes_of_weights = sum(one[0].nbytes for one in lists)
+    (traffic,) = matmul(lists, factors, side, Schedule(cache_bytes=512 * 1024))[1]
+    sides = {"right": 128, "left": 192}[side]
+    assert traffic.bytes_loaded == bytes_of_weights + factors[0].nbytes * sides // 64
+    assert traffic.dram_bytes_read <= 1.05 * (bytes_of_weights + factors[0].nbytes)
+    assert traffic.bytes_stored == sides * 32 * 8
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_matmul_without_a_barrier_is_wrong_in_some_schedule(side: str) -> None:
+    lists = [weights(i, (F32,), [(70, 70)]) for i in range(2)]
+    factors = factors_of(lists[0], side, [16])
+    (expected,), (traffic,) = matmul(lists, factors, side, Schedule())
+    assert len(traffic.barriers) == 2
+    for line in traffic.barriers:
+        wrong = 0
+        for seed in range(1, 6):
+            try:
+                (found,), _ = matmul(
+                    lists, factors, side, Schedule(seed=seed, dropped_barrier=line)
+                )
+                wrong += not np.array_equal(found, expected)
+            except _emulator.KernelError:
+                wrong += 1
+        assert wrong, f"line {line}"
 
 
 def test_every_byte_is_moved_once() -> None:

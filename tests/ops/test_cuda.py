@@ -9,8 +9,10 @@ from pydetox.ops import (
     stamp_triggers,
     stamp_triggers_gradients,
     trigger_update,
+    weight_diff_matmul,
     zero_shot_loss,
 )
+from pydetox.ops.weights import matrix_shape
 
 pytestmark = pytest.mark.cuda
 
@@ -56,6 +58,24 @@ def test_gpu_and_cpu_agree_to_the_bit(
         results.append([t.detach().cpu() for t in (stamped, *gradients)])
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.equal(on_cpu, on_gpu)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_products_of_differences_agree_to_the_bit(dtype: torch.dtype, side: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(768, 3072), (65, 7, 3, 3), (1, 130), (9,), (0, 4)]
+    base, model = (
+        [torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(2)
+    )
+    depths = [matrix_shape(t)[side == "right"] for t in base]
+    factors = [torch.randn(depth, 33, dtype=torch.float64, generator=generator) for depth in depths]
+    on_cpu = weight_diff_matmul(base, model, factors, side=side)
+    on_gpu = weight_diff_matmul(
+        *([t.cuda() for t in tensors] for tensors in (base, model, factors)), side=side
+    )
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(a, b.cpu())
 
 
 def test_the_current_stream_is_used() -> None:

@@ -25,6 +25,7 @@ OPERATORS = [
     "weight_diff_gram",
     "weight_diff_project",
     "weight_diff_sketch",
+    "weight_diff_matmul",
     "apply_task_vectors",
     "trigger_update",
     "embedding_collapse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from pydetox.ops import (
     apply_task_vectors,
     reference,
     weight_diff_gram,
+    weight_diff_matmul,
     weight_diff_project,
     weight_diff_sketch,
 )
-from pydetox.ops.weights import CHUNK, sketch_chunk, sketch_key
+from pydetox.ops.weights import CHUNK, matrix_shape, sketch_chunk, sketch_key
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -247,6 +249,100 @@ def test_what_parts_must_be() -> None:
         operators.weight_diff_sketch(x, x, [0], 64, [0, 0])
 
 
+# ---- products with a thin matrix ----------------------------------------------------------------
+
+#: Runs of 64 and tiles in every remainder, convolutions, one row or column, none, a bias.
+MATRICES = [(65, 130), (3, 5, 2, 2), (300, 64), (1, 257), (257, 1), (0, 4), (4, 0), (70,), (13, 63)]
+
+
+def matrices(seed: int, dtypes: tuple[torch.dtype, ...] = (F32,)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, dtype=F64, generator=generator).to(dtypes[i % len(dtypes)])
+        for i, shape in enumerate(MATRICES)
+    ]
+
+
+def factors(side: str, width: int, dtype: torch.dtype = F64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(matrix_shape(t)[side == "right"], width, dtype=F64, generator=generator).to(
+            dtype
+        )
+        for t in matrices(0)
+    ]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 16, 35])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_matmul(side: str, width: int, dtypes: tuple[torch.dtype, ...], capability: str) -> None:
+    base, model, thin = matrices(0, dtypes), matrices(1, dtypes[::-1]), factors(side, width)
+    found = weight_diff_matmul(base, model, thin, side=side)
+    plain = reference.weight_diff_matmul(base, model, thin, side=side)
+    for a, b, start, end, factor in zip(found, plain, base, model, thin, strict=True):
+        difference = (exact([end]) - exact([start])).reshape(matrix_shape(start))
+        wide = factor.numpy().astype(np.longdouble)
+        if side == "left":
+            expected, size = wide.T @ difference, np.abs(wide).T @ np.abs(difference)
+        else:
+            expected, size = difference @ wide, np.abs(difference) @ np.abs(wide)
+        scale = size * 2.0**-53 + 1e-300  # of sums of nothing the error is 0
+        assert a.dtype == F64
+        assert tuple(a.shape) == expected.shape
+        if expected.size:
+            ours = np.abs((a.numpy() - expected) / scale).max()
+            assert ours <= 2 * np.abs((b.numpy() - expected) / scale).max() + 1
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_matmul_adds_in_runs_of_64(side: str, capability: str) -> None:
+    """The order that every implementation promises, by fused operations on exact fractions."""
+    generator = torch.Generator().manual_seed(3)
+    base, model = (torch.randn(150, 150, generator=generator) for _ in range(2))
+    factor = torch.randn(150, 2, dtype=F64, generator=generator)
+    (found,) = weight_diff_matmul([base], [model], [factor], side=side)
+    difference = model.double() - base.double()
+    for at, k in ((0, 0), (149, 1)):
+        line = (difference[at] if side == "right" else difference[:, at]).tolist()
+        total = 0.0
+        for first in range(0, 150, 64):
+            run = 0.0
+            for x, y in zip(line[first : first + 64], factor[first:, k].tolist(), strict=False):
+                run = float(Fraction(x) * Fraction(y) + Fraction(run))
+            total += run
+        assert float(found[at, k] if side == "right" else found[k, at]) == total
+
+
+def test_matmul_takes_factors_of_any_float_and_each_of_its_own_width() -> None:
+    base, model = matrices(0), matrices(1)
+    thin = [f[:, : 1 + i].clone() for i, f in enumerate(factors("right", 9, F16))]
+    for found, factor, a, b in zip(
+        weight_diff_matmul(base, model, thin), thin, base, model, strict=True
+    ):
+        (alone,) = weight_diff_matmul([a], [b], [factor.double()])
+        assert torch.equal(found, alone)
+        assert found.shape == (a.shape[0], factor.shape[1])
+
+
+def test_matmul_with_no_columns() -> None:
+    base = matrices(0)
+    assert [t.shape[1] for t in weight_diff_matmul(base, base, factors("right", 0))] == [0] * 9
+
+
+@pytest.mark.slow
+def test_matmul_of_a_tall_matrix(capability: str) -> None:
+    """Taller than what fits side by side on one thread: the way it is split up changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    base, model = (torch.randn(5000, 300, generator=generator) for _ in range(2))
+    factor = torch.randn(5000, 9, dtype=F64, generator=generator)
+    (found,) = weight_diff_matmul([base], [model], [factor], side="left")
+    (expected,) = reference.weight_diff_matmul([base], [model], [factor], side="left")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    (part,) = weight_diff_matmul([base[:, 64:70]], [model[:, 64:70]], [factor], side="left")
+    assert torch.equal(part, found[:, 64:70])
+
+
 # ---- linear combinations ------------------------------------------------------------------------
 
 
@@ -316,11 +412,25 @@ def test_in_place_on_the_base() -> None:
 # ---- what holds for all of them -----------------------------------------------------------------
 
 
+def products(base: list[Tensor], model: list[Tensor]) -> list[Tensor]:
+    """Of both sides, with factors that are not contiguous."""
+    wanted = [i for i, t in enumerate(base) if t.ndim]
+    base, model = [base[i] for i in wanted], [model[i] for i in wanted]
+    generator = torch.Generator().manual_seed(4)
+    results = []
+    for side in ("right", "left"):
+        depths = [matrix_shape(t)[side == "right"] for t in base]
+        thin = [torch.randn(5, d, dtype=F64, generator=generator).T for d in depths]
+        results += weight_diff_matmul(base, model, thin, side=side)
+    return results
+
+
 def all_results(base, model, others) -> list[Tensor]:
     return [
         weight_diff_gram(base, [model, *others]),
         weight_diff_project(base, model, others),
         weight_diff_sketch(base, model, names(len(base)), seed=3, size=256),
+        *products(base, model),
         *apply_task_vectors(base, others, [[0.3] * len(others)])[0],
     ]
 
@@ -330,6 +440,8 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(capability: str, thr
 
     dtypes = (F32, BF16, F64, F16)
     lists = weights(0, dtypes), weights(1, dtypes), [weights(2, dtypes), weights(3, dtypes)]
+    for one, seed in zip((lists[0], lists[1], *lists[2]), range(4), strict=True):
+        one += matrices(seed, dtypes)
     torch.set_num_threads(2)
     found = all_results(*lists)
     torch.set_num_threads(1)
@@ -384,6 +496,11 @@ def test_nan_and_infinity_are_not_hidden(value: float, capability: str) -> None:
     assert not torch.isfinite(weight_diff_gram(base, [weights(2), model])[1]).any()
     assert not torch.isfinite(weight_diff_project(base, model, [weights(2)])).any()
     assert (~torch.isfinite(weight_diff_sketch(base, model, names(), seed=0))).sum() == 1
+    base[1][2, 4, 6] = value
+    right, left = products(base[1:2], weights(1)[1:2])
+    assert (~torch.isfinite(right)).any(dim=1).nonzero().tolist() == [[2]]
+    assert (~torch.isfinite(left)).any(dim=0).nonzero().tolist() == [[34]]
+    base[1][2, 4, 6] = 0
     result = apply_task_vectors(base, [model], [[2.0]])[0][0]
     assert (~torch.isfinite(result)).nonzero().tolist() == [[12345]]
 
@@ -400,6 +517,24 @@ def test_nan_and_infinity_are_not_hidden(value: float, capability: str) -> None:
         (lambda b: weight_diff_project(b, [t.int() for t in b], []), r"found torch\.int32"),
         (lambda b: weight_diff_sketch(b, b, ["a", "a"], seed=0), "2, 1 different"),
         (lambda b: weight_diff_sketch(b, b, ["a", "b"], seed=0, size=100), "found 100"),
+        (lambda b: weight_diff_matmul(b, b, [torch.ones(1, 1)]), "must be 2 matrices, found 1"),
+        (
+            lambda b: weight_diff_matmul(b, b, [torch.ones(1, 1), torch.ones(3, 1)]),
+            r"factors\[1\] must be \[2, r\] for the right of base\[1\] \[2, 2\], found \[3, 1\]",
+        ),
+        (
+            lambda b: weight_diff_matmul(b, b, [torch.ones(1, 1), b[1]], side="left"),
+            r"factors\[0\] must be \[3, r\] for the left",
+        ),
+        (
+            lambda b: weight_diff_matmul(b, b, [torch.ones(1, 1), b[1].int()]),
+            r"factors\[1\] must be float16.*found torch\.int32 on cpu",
+        ),
+        (lambda b: weight_diff_matmul(b, b, b, side="top"), "'right' or 'left', found 'top'"),
+        (
+            lambda b: weight_diff_matmul([torch.tensor(1.0)], [torch.tensor(1.0)], [b[1]]),
+            "at least one dimension",
+        ),
         (lambda b: apply_task_vectors(b, [b], [[1.0, 2.0]]), r"must be \[M, 1\].*found \[1, 2\]"),
         (lambda b: apply_task_vectors(b, [b], [[1.0]], out=[b, b]), "out must be 1 lists"),
         (
@@ -424,6 +559,17 @@ def test_the_operators_check_for_themselves() -> None:
         operators.weight_diff_sketch(base, base, [1, 2], 65)
     with pytest.raises(RuntimeError, match="2 tensors need as many keys, not 1"):
         operators.weight_diff_sketch(base, base, [1], 64)
+    one = torch.ones(1, 1, dtype=F64)
+    with pytest.raises(RuntimeError, match="2 tensors need as many factors, not 1"):
+        operators.weight_diff_matmul(base, base, [one], False)
+    with pytest.raises(
+        RuntimeError, match=r"factor 1 must be \[2, width\].*\[2, 2\], not \[1, 1\]"
+    ):
+        operators.weight_diff_matmul(base, base, [one, one], False)
+    with pytest.raises(RuntimeError, match="factors must be float64"):
+        operators.weight_diff_matmul(base, base, [one.float(), one], False)
+    with pytest.raises(RuntimeError, match="base tensor 0 has no dimension"):
+        operators.weight_diff_matmul([one[0, 0]], [one[0, 0]], [one], False)
     with pytest.raises(RuntimeError, match=r"coefficients must be \[1, 1\]"):
         operators.apply_task_vectors(base, base, torch.zeros(2, 1, dtype=F64), base)
     with pytest.raises(RuntimeError, match="float16, bfloat16, float32 or float64"):
@@ -436,6 +582,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.weight_diff_gram.default, (base, model + base, 2))
     torch.library.opcheck(operators.weight_diff_project.default, (base, model, base, 1))
     torch.library.opcheck(operators.weight_diff_sketch.default, (base, model, [1, 2], 64))
+    for left, depths in ((False, (1, 3)), (True, (5, 2))):
+        thin = [torch.randn(depth, 4, dtype=F64) for depth in depths]
+        torch.library.opcheck(operators.weight_diff_matmul.default, (base, model, thin, left))
     rows = torch.ones(1, 1, dtype=F64)
     results = [torch.empty(5), torch.empty(2, 3)]
     torch.library.opcheck(operators.apply_task_vectors.default, (base, model, rows, results))
