@@ -94,7 +94,10 @@ def test_inversion_step(
         model,
         images,
         CollapseObjective(),
-        InversionConfig(steps=rounds + 1, batch_size=BATCH, precision=precision),
+        # No search may converge and leave the batch.
+        InversionConfig(
+            steps=rounds + 1, batch_size=BATCH, precision=precision, patience=rounds + 1
+        ),
         restarts=triggers,
     )
     stamped = torch.randn(count, 3, size, size, generator=generator).requires_grad_()

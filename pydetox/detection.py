@@ -9,13 +9,17 @@ In detail: x_c = log P-L1 of class c, references r = 1..R give mean mu_c, and on
 pooled over classes with C (R - 1) degrees of freedom. For another clean model
 t_c = (mu_c - x_c) / (s sqrt(1 + 1/R)) follows Student's t (the prediction interval of a normal
 sample). The score is max_c t_c and its p-value is corrected for C classes (Sidak).
+
+A class that a scan has dropped on the way is compared with what the references had at the same
+step. It is never the suspect: giving up can miss a backdoor, but raises no false alarm, because the
+largest score of the remaining classes is at most that of all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from statistics import median
 from typing import Any
@@ -52,11 +56,15 @@ class Calibration:
         p_l1: R rows, one per reference model, of C values in (0, 1] or inf; C = 1 without classes.
         key: Names the search and the classes: only scans with an equal key may be compared.
         models: The names of the references.
+        looks: L steps of the search, ascending, after which sizes were noted; may be empty.
+        history: For each of them p_l1 as it was then: [L, R, C].
     """
 
     p_l1: tuple[tuple[float, ...], ...]
     key: str
     models: tuple[str, ...]
+    looks: tuple[int, ...] = ()
+    history: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -65,6 +73,20 @@ class Calibration:
                 f"{len(self.p_l1)} reference scans of {sorted(widths)} classes; a calibration "
                 "needs at least 2 with the same classes"
             )
+        shape = {(len(rows), *map(len, rows)) for rows in self.history}
+        expected = (len(self.p_l1), *map(len, self.p_l1))
+        if len(self.history) != len(self.looks) or not shape <= {expected}:
+            raise UsageError(
+                f"{len(self.looks)} looks, a history of {len(self.history)}; expected the sizes of "
+                "every reference and class at every look"
+            )
+
+    def at(self, step: int) -> Calibration:
+        """Return the same references as they were after `step`; UsageError if nobody looked."""
+        if step not in self.looks:
+            raise UsageError(f"step {step}; the calibration has sizes at {list(self.looks)}")
+        rows = self.history[self.looks.index(step)]
+        return Calibration(rows, self.key, self.models)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -113,20 +135,25 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; infinite values are null."""
-        content = asdict(self)
-        content["p_l1"] = [[v if math.isfinite(v) else None for v in row] for row in self.p_l1]
-        content["models"] = list(self.models)
-        return content
+        return {
+            "p_l1": _rows_to_json(self.p_l1),
+            "key": self.key,
+            "models": list(self.models),
+            "looks": list(self.looks),
+            "history": [_rows_to_json(rows) for rows in self.history],
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
         """Read back what `to_dict` wrote; UsageError for anything else."""
         try:
-            rows = tuple(
-                tuple(math.inf if v is None else float(v) for v in row) for row in content["p_l1"]
+            return cls(
+                _rows_from_json(content["p_l1"]),
+                str(content["key"]),
+                tuple(str(name) for name in content["models"]),
+                tuple(int(step) for step in content["looks"]),
+                tuple(_rows_from_json(rows) for rows in content["history"]),
             )
-            models = tuple(str(name) for name in content["models"])
-            return cls(rows, str(content["key"]), models)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
 
@@ -142,15 +169,20 @@ class Detection:
         verdict: The conclusion.
         reason: One line that says why.
         target: Index of the most suspect class; None without classes or without any evidence.
-        p_l1: P-L1 per class in (0, 1], inf where the search found nothing.
+        p_l1: P-L1 per class in (0, 1], inf where the search found nothing; of a class that was
+            dropped, an upper bound.
         smallest_p_l1: P-L1 of the most suspect class.
         anomaly_index: Neural Cleanse's, of the most suspect class: |L1 - median| / (1.4826 MAD);
-            None when the MAD is 0 or fewer than three classes have a finite size.
-        score: max_c t_c against the calibration; None without one.
+            None when the MAD is 0, when fewer than three classes have a finite size, or when any
+            was dropped: a median of bounds says nothing.
+        score: max_c t_c against the calibration, over classes that were not dropped; None without
+            a calibration.
         threshold: P-L1 of that class below which the verdict is `backdoored`; None without
             calibration.
         p_value: Of the score; None without calibration.
-        class_scores: t_c per class; empty without calibration.
+        class_scores: t_c per class, of one that was dropped at that step; empty without
+            calibration.
+        dropped: Step at which each class was dropped, None for one that was searched to the end.
     """
 
     verdict: Verdict
@@ -163,6 +195,7 @@ class Detection:
     threshold: float | None
     p_value: float | None
     class_scores: tuple[float, ...]
+    dropped: tuple[int | None, ...]
 
 
 def detect(
@@ -172,6 +205,7 @@ def detect(
     has_classes: bool,
     p_backdoored: float = 0.01,
     p_suspicious: float = 0.05,
+    dropped: Sequence[int | None] | None = None,
 ) -> Detection:
     """Judge one model.
 
@@ -179,12 +213,23 @@ def detect(
     or inf. p_backdoored, p_suspicious: chances of a false alarm per model at which the verdict
     changes. Without a calibration the verdict is `inconclusive`, however small the trigger: clean
     models have weak classes too. It is also `inconclusive` when no search found a trigger at all.
-    Raises UsageError for values out of range or another number of classes than the calibration's.
+    dropped: per class the step at which it was given up, or None; default: none was. A class that
+    was is compared with the calibration at that step and never the suspect.
+    Raises UsageError for values out of range, another number of classes than the calibration's,
+    when every class was dropped, and when the calibration has no sizes at a step of `dropped`.
     """
     values = tuple(float(v) for v in p_l1)
     if not values or any(math.isnan(v) or v <= 0 for v in values):
         raise UsageError(f"P-L1 values {list(values)}; expected numbers above 0")
-    weakest = min(range(len(values)), key=values.__getitem__)
+    steps = tuple(dropped) if dropped is not None else (None,) * len(values)
+    judged = [c for c, step in enumerate(steps) if step is None]
+    if len(steps) != len(values) or not judged:
+        raise UsageError(
+            f"{len(values)} classes, {len(steps) - len(judged)} of {len(steps)} dropped; expected "
+            "at least one that was not"
+        )
+    weakest = min(judged, key=values.__getitem__)
+    index = anomaly_index(values, weakest) if len(judged) == len(values) else None
     if calibration is None or not any(map(math.isfinite, values)):
         reason = (
             "no search found a working trigger"
@@ -197,18 +242,22 @@ def detect(
             weakest if has_classes and math.isfinite(values[weakest]) else None,
             values,
             values[weakest],
-            anomaly_index(values, weakest),
+            index,
             None,
             None,
             None,
             (),
+            steps,
         )
     if len(values) != len(calibration.p_l1[0]):
         raise UsageError(
             f"{len(values)} classes, but the calibration has {len(calibration.p_l1[0])}"
         )
-    scores = calibration.score(values)
-    suspect = max(range(len(values)), key=scores.__getitem__)
+    at = {step: calibration if step is None else calibration.at(step) for step in set(steps)}
+    by_step = {step: references.score(values) for step, references in at.items()}
+    scores = tuple(by_step[step][c] for c, step in enumerate(steps))
+    suspect = max(judged, key=scores.__getitem__)
+    index = anomaly_index(values, suspect) if len(judged) == len(values) else None
     p_value = calibration.p_value(scores[suspect])
     if p_value < p_backdoored:
         verdict = Verdict.BACKDOORED
@@ -224,11 +273,12 @@ def detect(
         suspect if has_classes else None,
         values,
         values[suspect],
-        anomaly_index(values, suspect),
+        index,
         scores[suspect],
         calibration.size_threshold(suspect, p_backdoored),
         p_value,
         scores,
+        steps,
     )
 
 
@@ -248,3 +298,11 @@ def anomaly_index(sizes: Sequence[float], index: int) -> float | None:
 
 def _logarithm(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(math.log(v if math.isfinite(v) else _FOUND_NOTHING) for v in values)
+
+
+def _rows_to_json(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    return [[v if math.isfinite(v) else None for v in row] for row in rows]
+
+
+def _rows_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(math.inf if v is None else float(v) for v in row) for row in rows)

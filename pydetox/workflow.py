@@ -25,6 +25,7 @@ from .errors import DataError, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .inversion import (
     CollapseObjective,
+    Elimination,
     InversionConfig,
     InversionResult,
     Objective,
@@ -62,6 +63,9 @@ class ScanConfig:
         reference_training: How those copies are fine-tuned. Choose it as strong as what a suspect
             may have been through: it decides how much scatter counts as harmless.
         p_backdoored, p_suspicious: Chance of a false alarm per model at which the verdict changes.
+        drop_below: With a calibration, a class whose score is below this on the way is given up
+            (see `Detection.class_scores`); None to search all of them to the end. References are
+            always searched to the end: one calibration serves every value.
         seed: Of everything random.
     """
 
@@ -74,6 +78,7 @@ class ScanConfig:
     )
     p_backdoored: float = 0.01
     p_suspicious: float = 0.05
+    drop_below: float | None = 1.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,6 +93,8 @@ class ScanConfig:
                 f"p_backdoored {self.p_backdoored}, p_suspicious {self.p_suspicious}; expected "
                 "0 < p_backdoored <= p_suspicious < 1"
             )
+        if self.drop_below is not None and not math.isfinite(self.drop_below):
+            raise UsageError(f"drop_below {self.drop_below}; expected a finite number or None")
 
     def calibration_key(
         self, class_names: Sequence[str] | None, model_config: Mapping[str, Any]
@@ -140,6 +147,21 @@ class ScanResult:
             return None
         return self.class_names[self.target]
 
+    def class_steps(self) -> list[int]:
+        """Return the steps that each class was searched for, of its longest restart."""
+        steps = self.inversion.trigger_steps.view(len(self.detection.p_l1), -1)
+        return [int(n) for n in steps.max(dim=1).values]
+
+    def reference_sizes(self) -> list[float]:
+        """Return the references' mean P-L1 per class, at the step where the class was dropped."""
+        if self.calibration is None:
+            return []
+        sizes = []
+        for c, step in enumerate(self.detection.dropped):
+            rows = (self.calibration if step is None else self.calibration.at(step)).p_l1
+            sizes.append(sum(row[c] for row in rows) / len(rows))
+        return sizes
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON and reports; images are left out."""
         found, reference = self.detection, self.calibration
@@ -161,9 +183,9 @@ class ScanResult:
             else ["any class"],
             "class_p_l1": list(found.p_l1),
             "class_scores": list(found.class_scores),
-            "reference_p_l1": []
-            if reference is None
-            else [sum(column) / len(column) for column in zip(*reference.p_l1, strict=True)],
+            "class_dropped": list(found.dropped),
+            "class_steps": self.class_steps(),
+            "reference_p_l1": self.reference_sizes(),
             "calibration": None if reference is None else reference.to_dict(),
             "tower": self.inversion.tower,
             "seconds": self.seconds,
@@ -303,6 +325,7 @@ def calibrate(
     if images.labels is None:
         labelled = replace(images, labels=predict(model, images.images, head))
     rows, names = [], []
+    histories: list[list[tuple[float, ...]]] = []
     for k in range(config.references):
         reference = model
         if k > 0:
@@ -321,10 +344,12 @@ def calibrate(
             replace(config, seed=config.seed + 104729 * (k + 1)),
             f"reference {k + 1} of {config.references}: inversion",
         )
-        rows.append(_sizes(one, config))
+        rows.append(_sizes(one.p_l1, config))
+        histories.append([_sizes(then, config) for then in one.history])
         names.append(model.name if k == 0 else f"{model.name}, fine-tuned {k}")
     key = config.calibration_key(_classes(images, config), model.model_config)
-    return Calibration(tuple(rows), key, tuple(names))
+    history = tuple(zip(*histories, strict=True))
+    return Calibration(tuple(rows), key, tuple(names), config.inversion.looks, history)
 
 
 def scan(
@@ -368,13 +393,21 @@ def scan(
             "sizes from different searches do not compare"
         )
     start = time.perf_counter()
-    found = _invert_all(model, images, templates, config, description or f"scan of {model.name}")
+    found = _invert_all(
+        model,
+        images,
+        templates,
+        config,
+        description or f"scan of {model.name}",
+        elimination=_elimination(calibration, config),
+    )
     detection = detect(
-        _sizes(found, config),
+        _sizes(found.p_l1, config),
         calibration,
         has_classes=config.objective == "targeted",
         p_backdoored=config.p_backdoored,
         p_suspicious=config.p_suspicious,
+        dropped=_dropped(found, config),
     )
     target = detection.target
     if config.objective == "label-free" and images.class_names:
@@ -642,6 +675,7 @@ def _invert_all(
     templates: Sequence[Template] | None,
     config: ScanConfig,
     description: str,
+    elimination: Elimination | None = None,
 ) -> InversionResult:
     search = replace(config.inversion, seed=config.seed)
     objective: Objective
@@ -652,14 +686,42 @@ def _invert_all(
     else:
         objective = CollapseObjective()
     return invert(
-        model, images.images, objective, search, restarts=config.restarts, description=description
+        model,
+        images.images,
+        objective,
+        search,
+        restarts=config.restarts,
+        elimination=elimination,
+        description=description,
     )
 
 
-def _sizes(found: InversionResult, config: ScanConfig) -> tuple[float, ...]:
-    """Return the smallest P-L1 of each class over its restarts."""
-    per_class = found.p_l1.view(-1, config.restarts).min(dim=1).values
+def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:
+    """Return the rule that drops classes, where there is something to compare them with."""
+    if calibration is None or not calibration.looks or config.drop_below is None:
+        return None
+
+    def score(step: int, sizes: Sequence[float]) -> Sequence[float]:
+        return calibration.at(step).score(sizes)
+
+    return Elimination(score, config.drop_below, config.restarts)
+
+
+def _sizes(p_l1: torch.Tensor, config: ScanConfig) -> tuple[float, ...]:
+    """Return the smallest P-L1 of each class over its restarts, of all triggers [K]."""
+    per_class = p_l1.view(-1, config.restarts).min(dim=1).values
     return tuple(float(v) for v in per_class)
+
+
+def _dropped(found: InversionResult, config: ScanConfig) -> tuple[int | None, ...]:
+    """Return the step at which each class was dropped, None for one that was not."""
+    steps = found.trigger_steps.tolist()
+    per_class = []
+    for first in range(0, len(found), config.restarts):
+        which = range(first, first + config.restarts)
+        at = [steps[k] for k in which if found.endings[k] == "dropped"]
+        per_class.append(int(at[0]) if at else None)
+    return tuple(per_class)
 
 
 def _accuracy(

@@ -1,12 +1,13 @@
 """Trigger reconstruction by gradient search, for many triggers at once.
 
 `objectives` says what a trigger must do to the embeddings, `schedule` how its size is weighed
-against that, `adam` takes the step, `search` runs the loop and keeps the best triggers, `result`
-holds them.
+against that, `search` takes the steps, `state` holds what they work on, `elimination` says which
+classes to give up, `result` holds the best triggers.
 """
 
 from __future__ import annotations
 
+from .elimination import Elimination, relative_to_smallest
 from .objectives import CollapseObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
@@ -15,6 +16,7 @@ from .search import InversionConfig, InversionSearch, invert
 __all__ = [
     "CollapseObjective",
     "CostSchedule",
+    "Elimination",
     "InversionConfig",
     "InversionResult",
     "InversionSearch",
@@ -22,4 +24,5 @@ __all__ = [
     "RecoveredTrigger",
     "TargetObjective",
     "invert",
+    "relative_to_smallest",
 ]

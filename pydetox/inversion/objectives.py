@@ -20,10 +20,10 @@ class Objective(Protocol):
         """The target class of each trigger; None when triggers have none."""
         ...
 
-    def __call__(self, embeddings: Tensor, triggers: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, embeddings: Tensor, triggers: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss [K], success [K]) of embeddings [K, B, D], both float32.
 
-        triggers: which of the objective's triggers the embeddings belong to.
+        triggers: int64 [K], which of the objective's triggers the embeddings belong to.
 
         loss: differentiable, without the mask term. success: how well the triggers work now, in
         [0, 1], without gradient; comparable with InversionConfig.success_threshold.
@@ -40,7 +40,7 @@ class CollapseObjective:
 
     targets: tuple[int, ...] | None = None
 
-    def __call__(self, embeddings: Tensor, triggers: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, embeddings: Tensor, triggers: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss [K], success [K]) of embeddings [K, B, D], B at least 2."""
         count = embeddings.shape[1]
         if count < 2:
@@ -70,6 +70,6 @@ class TargetObjective:
         self._index = torch.tensor(list(targets), device=head.device)
         self._scale = logit_scale
 
-    def __call__(self, embeddings: Tensor, triggers: slice) -> tuple[Tensor, Tensor]:
+    def __call__(self, embeddings: Tensor, triggers: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss [K], success [K]) of embeddings [K, B, D]."""
         return zero_shot_loss(embeddings.float(), self._head, self._index[triggers], self._scale)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .state import Ending
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +53,17 @@ class InversionResult:
         mask_logits: float32 [K, H, W]; the mask is tanh(.)/2 + 1/2.
         pattern_logits: float32 [K, 3, H, W]; likewise.
         p_l1: float64 [K] on the CPU: |mask|_1 / (H W), in (0, 1); infinite for a search that never
-            succeeded (its logits are then those of the last step).
+            succeeded (its logits are then those of the last step). For a trigger that was dropped,
+            an upper bound of what a search to the end gives.
         success: float32 [K] on the CPU: share of success on the images of the check after the
             search (see Objective).
         targets: Target class of each trigger, or None.
         cost: float32 [K] on the CPU: the final weights of the mask term.
-        steps: Steps taken.
+        trigger_steps: int64 [K] on the CPU: steps that each search took.
+        endings: Why each one ended: "all steps", "converged" or "dropped".
+        looks: L steps after which sizes were noted, ascending; see InversionConfig.
+        history: float64 [L, K] on the CPU: p_l1 as it was then; after the end of a search its last.
+        steps: Steps of the longest search.
         seconds: Wall time.
         tower: How the image tower was run.
     """
@@ -68,6 +74,10 @@ class InversionResult:
     success: Tensor
     targets: tuple[int, ...] | None
     cost: Tensor
+    trigger_steps: Tensor
+    endings: tuple[Ending, ...]
+    looks: tuple[int, ...]
+    history: Tensor
     steps: int
     seconds: float
     tower: str

@@ -14,11 +14,13 @@ from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, freeze
 from ..ops import stamp_triggers, stamp_triggers_gradients
+from ..ops.reference import trigger_update
 from ..progress import Progress
-from .adam import Adam
+from .elimination import Elimination
 from .objectives import Objective
 from .result import InversionResult
 from .schedule import CostSchedule
+from .state import Ending, Triggers
 
 # Bytes that the activations of one pass through the tower may take.
 _ACTIVATIONS = 2 << 30
@@ -29,13 +31,17 @@ class InversionConfig:
     """How to search.
 
     Attributes:
-        steps: Steps of Adam.
+        steps: Steps of Adam, at most; see patience.
         batch_size: Clean images per step, shared by all triggers.
         learning_rate: Adam's rate on the logits, or one per equal third of the steps.
         betas: Adam's decay rates (DECREE's).
         schedule: The weight of the mask's size.
         success_threshold: A trigger works when its success, smoothed over about three steps,
             reaches this.
+        interval: Steps between two looks at the sizes. Only a look waits for the device, notes the
+            sizes, and ends searches.
+        patience: Steps without progress after which a search has converged and ends.
+        least_progress: Progress is when the smallest working mask shrinks by more than this share.
         initial_mask: Centre of the initial mask logits; -2 is a mask of 1.8%.
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
@@ -50,6 +56,9 @@ class InversionConfig:
     betas: tuple[float, float] = (0.5, 0.9)
     schedule: CostSchedule = field(default_factory=CostSchedule)
     success_threshold: float = 0.97
+    interval: int = 10
+    patience: int = 50
+    least_progress: float = 0.02
     initial_mask: float = -2.0
     precision: str = "float32"
     max_batch: int | None = None
@@ -68,6 +77,16 @@ class InversionConfig:
             )
         if not 0 < self.success_threshold <= 1:
             raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
+        if min(self.interval, self.patience) < 1 or not 0 <= self.least_progress < 1:
+            raise UsageError(
+                f"interval {self.interval}, patience {self.patience}, least_progress "
+                f"{self.least_progress}; expected at least 1 each and a share in [0, 1)"
+            )
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The steps after which sizes are noted, ascending; the last one is `steps`."""
+        return (*range(self.interval, self.steps, self.interval), self.steps)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, 0..steps-1."""
@@ -80,8 +99,13 @@ class InversionSearch:
     """The state of K searches, advanced step by step; `invert` is the loop around it.
 
     Minimises objective + cost * |mask|_1 for K triggers at once (DECREE and Neural Cleanse; see
-    `objectives`). The tower is frozen: no weight gets a gradient. Nothing in a step waits for the
-    device.
+    `objectives`). The tower is frozen: no weight gets a gradient. A step waits for the device only
+    when it ends with a look: every `interval` steps and after the last one. Searches end there,
+    because they have converged or because `elimination` drops them; their triggers leave the batch
+    and cost nothing any more.
+
+    Triggers do not see each other. What one of them does depends on which others are in the batch
+    only as far as the rounding of a matrix product depends on its number of rows.
     """
 
     def __init__(
@@ -92,6 +116,7 @@ class InversionSearch:
         config: InversionConfig,
         *,
         restarts: int = 1,
+        elimination: Elimination | None = None,
     ) -> None:
         size = model.image_size
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
@@ -104,81 +129,163 @@ class InversionSearch:
         count = restarts if objective.targets is None else len(objective.targets)
         if count < 1:
             raise UsageError(f"restarts is {restarts}; expected at least 1")
+        if elimination is not None and count % elimination.restarts:
+            raise UsageError(
+                f"{count} triggers; an elimination of {elimination.restarts} restarts per class "
+                "expects a multiple of that"
+            )
         self._start = time.perf_counter()
         self._model, self._objective, self._config = model, objective, config
+        self._elimination = elimination
         device = model.device
         self._images = images.to(device)
         rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
-        shape = (count, size, size)
-        self._mask = _normal(rng, shape, config.initial_mask, device)
-        self._pattern = _normal(rng, (count, 3, size, size), 0.0, device)
-        self._adam = Adam([self._mask, self._pattern], config.betas)
-        self._cost = config.schedule.start(count, device)
-        self._smoothed = torch.zeros(count, device=device)
-        self._smallest = torch.full((count,), math.inf, dtype=torch.float64, device=device)
-        self._best_mask = self._mask.clone()
-        self._best_pattern = self._pattern.clone()
-        # What every step writes anew: a search of a thousand steps allocates these once.
-        self._mask_gradient = torch.empty_like(self._mask)
-        self._pattern_gradient = torch.empty_like(self._pattern)
-        self._rows = torch.empty(0, device=device)
-        batch = min(config.batch_size, len(images))
-        self._batches = _batches(rng, len(images), batch, config.steps).to(device)
+        mask = _normal(rng, (count, size, size), config.initial_mask, device)
+        pattern = _normal(rng, (count, 3, size, size), 0.0, device)
+        self._triggers = Triggers.start(mask, pattern, config.schedule)
+        self._running = list(range(count))  # the triggers' index, where no device is asked
+        self._batch = min(config.batch_size, len(images))
+        self._batches = _batches(rng, len(images), self._batch, config.steps).to(device)
         self._tower = freeze(model.visual, config.precision, name=model.name)
         self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
-        self._chunks = _chunks(count, max(1, self._max_batch // batch))
         self._steps = 0
+        self._make_buffers()
+        # Of all K triggers: what a look notes, and what is left of those whose search has ended.
+        self._history: list[list[float]] = []
+        self._sizes = [math.inf] * count
+        self._progress = [(0, math.inf)] * count  # step and P-L1 of the last progress
+        self._endings: list[Ending | None] = [None] * count
+        self._mask, self._pattern = torch.empty_like(mask), torch.empty_like(pattern)
+        self._final_cost = torch.empty(count, device=device)
+        self._final_steps = torch.empty(count, dtype=torch.int64, device=device)
+
+    @property
+    def done(self) -> bool:
+        """Whether every search has ended."""
+        return len(self._triggers) == 0
 
     def step(self) -> None:
-        """Take one step; at most config.steps of them."""
-        config, step = self._config, self._steps
-        clean = self._images[self._batches[step]]
+        """Take one step; none is left when the search is `done`."""
+        config, now = self._config, self._triggers
+        clean = self._images[self._batches[self._steps]]
         success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
-        share = torch.tanh(self._mask).div_(2).add_(0.5)
-        norms = share.sum(dim=(1, 2), dtype=torch.float64)
-        self._smoothed = success if step == 0 else 0.7 * self._smoothed + 0.3 * success
-        better = (self._smoothed >= config.success_threshold) & (norms < self._smallest)
-        self._smallest = torch.where(better, norms, self._smallest)
-        self._best_mask = torch.where(better[:, None, None], self._mask, self._best_mask)
-        self._best_pattern = torch.where(
-            better[:, None, None, None], self._pattern, self._best_pattern
+        # The update moves the logits that its norms are about.
+        before = self._before[0].copy_(now.mask), self._before[1].copy_(now.pattern)
+        norms = trigger_update(
+            (now.mask, now.pattern),
+            (self._mask_gradient, self._pattern_gradient),
+            (now.first_mask, now.first_pattern),
+            (now.second_mask, now.second_pattern),
+            cost=now.cost,
+            learning_rate=self._rate.fill_(config.rate(self._steps)),
+            steps=now.steps,
+            active=self._active,
+            betas=config.betas,
         )
-        # d |mask|_1 / d logit = 2 m (1 - m)
-        slope = share.mul_(1 - share).mul_(2 * self._cost.cost[:, None, None])
-        self._mask_gradient += slope
-        self._cost = config.schedule.update(self._cost, success >= config.success_threshold)
-        self._adam.step([self._mask_gradient, self._pattern_gradient], config.rate(step))
+        now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
+        better = (now.smoothed >= config.success_threshold) & (norms < now.smallest)
+        now.smallest = torch.where(better, norms, now.smallest)
+        now.best_mask = torch.where(better[:, None, None], before[0], now.best_mask)
+        now.best_pattern = torch.where(better[:, None, None, None], before[1], now.best_pattern)
+        costs = config.schedule.update(now.costs, success >= config.success_threshold)
+        now.cost, now.hits, now.misses = costs.cost, costs.hits, costs.misses
         self._steps += 1
+        if self._steps % config.interval == 0 or self._steps == config.steps:
+            self._look()
 
     def result(self) -> InversionResult:
         """Check the best triggers on more images and return them.
 
-        Raises ArchitectureError when the model's embeddings are not finite.
+        Raises ArchitectureError when the model's embeddings are not finite, and UsageError while
+        the search is not done.
         """
-        found = torch.isfinite(self._smallest)
-        mask = torch.where(found[:, None, None], self._best_mask, self._mask)
-        pattern = torch.where(found[:, None, None, None], self._best_pattern, self._pattern)
+        if not self.done:
+            raise UsageError(f"step {self._steps}; the search is not done")
+        count, device = len(self._mask), self._mask.device
         check = self._images[: self._config.check_images]
         success = []
-        for chunk in _chunks(len(mask), max(1, self._max_batch // len(check))):
-            embeddings = self._embed(check, mask[chunk], pattern[chunk])
+        for chunk in _chunks(count, max(1, self._max_batch // len(check))):
+            embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk])
             if not bool(torch.isfinite(embeddings).all()):
                 raise ArchitectureError(
                     f"{self._model.name}: its embeddings are not finite; "
                     "expected weights without NaN"
                 )
-            success.append(self._objective(embeddings, chunk)[1])
+            which = torch.arange(count, device=device)[chunk]
+            success.append(self._objective(embeddings, which)[1])
+        endings = tuple(ending for ending in self._endings if ending is not None)
+        assert len(endings) == count
+        looks = self._config.looks
+        # Where all searches have ended before the last step, nothing changes any more.
+        history = self._history + [self._sizes] * (len(looks) - len(self._history))
         return InversionResult(
-            mask_logits=mask,
-            pattern_logits=pattern,
-            p_l1=(self._smallest / self._model.image_size**2).cpu(),
+            mask_logits=self._mask,
+            pattern_logits=self._pattern,
+            p_l1=torch.tensor(self._sizes, dtype=torch.float64),
             success=torch.cat(success).cpu(),
             targets=self._objective.targets,
-            cost=self._cost.cost.cpu(),
+            cost=self._final_cost.cpu(),
+            trigger_steps=self._final_steps.cpu(),
+            endings=endings,
+            looks=looks,
+            history=torch.tensor(history, dtype=torch.float64),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
             tower=self._tower.description,
         )
+
+    def _look(self) -> None:
+        """Note the sizes, decide whose search ends here, and take those out of the batch."""
+        config, now, step = self._config, self._triggers, self._steps
+        area = self._model.image_size**2
+        # The one place that waits for the device.
+        sizes: list[float] = (now.smallest / area).tolist()
+        running = self._running
+        for k, size in zip(running, sizes, strict=True):
+            self._sizes[k] = size
+            if size < (1 - config.least_progress) * self._progress[k][1]:
+                self._progress[k] = step, size
+        self._history.append(list(self._sizes))
+        if self._elimination is not None and step < config.steps:
+            contenders = [ending != "dropped" for ending in self._endings]
+            for k, out in enumerate(self._elimination.drop(step, self._sizes, contenders)):
+                if out and self._endings[k] is None:
+                    self._endings[k] = "dropped"
+        for k in running:
+            since, size = self._progress[k]
+            if self._endings[k] is None and step == config.steps:
+                self._endings[k] = "all steps"
+            elif (
+                self._endings[k] is None and math.isfinite(size) and step - since >= config.patience
+            ):
+                self._endings[k] = "converged"
+        ended = [row for row, k in enumerate(running) if self._endings[k] is not None]
+        if not ended:
+            return
+        device = now.index.device
+        left = now.select(torch.tensor(ended, device=device))
+        self._mask[left.index], self._pattern[left.index] = left.final_logits()
+        self._final_cost[left.index] = left.cost
+        self._final_steps[left.index] = left.steps
+        kept = [row for row, k in enumerate(running) if self._endings[k] is None]
+        self._running = [running[row] for row in kept]
+        self._triggers = now.select(torch.tensor(kept, dtype=torch.int64, device=device))
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        """Allocate what every step writes anew, for the triggers that are left.
+
+        A search of a thousand steps does it once, and again when searches end.
+        """
+        now = self._triggers
+        device = now.mask.device
+        self._chunks = _chunks(len(now), max(1, self._max_batch // self._batch))
+        self._mask_gradient = torch.empty_like(now.mask)
+        self._pattern_gradient = torch.empty_like(now.pattern)
+        self._before = torch.empty_like(now.mask), torch.empty_like(now.pattern)
+        self._rate = torch.empty(len(now), device=device)
+        self._active = torch.ones(len(now), dtype=torch.bool, device=device)
+        self._rows = torch.empty(0, device=device)
 
     def _stamp(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
         """Return the tower's input [K * B, ...] for every trigger on every image.
@@ -238,19 +345,20 @@ class InversionSearch:
         Triggers do not see each other, so a chunk's activations are freed before the next one
         starts: the memory of a step does not grow with the number of triggers.
         """
-        mask, pattern = self._mask[chunk], self._pattern[chunk]
+        now = self._triggers
+        mask, pattern, which = now.mask[chunk], now.pattern[chunk], now.index[chunk]
         gradients = self._mask_gradient[chunk], self._pattern_gradient[chunk]
         if len(images) <= self._max_batch:
             rows = self._stamp(images, mask, pattern).requires_grad_()
             embeddings = self._tower(rows).view(len(mask), len(images), -1)
-            loss, success = self._objective(embeddings, chunk)
+            loss, success = self._objective(embeddings, which)
             (rows_gradient,) = torch.autograd.grad(loss.sum(), rows)
             self._pull(images, mask, pattern, rows_gradient, gradients)
             return success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
         embeddings = self._embed(images, mask, pattern).requires_grad_()
-        loss, success = self._objective(embeddings, chunk)
+        loss, success = self._objective(embeddings, which)
         (pull,) = torch.autograd.grad(loss.sum(), embeddings)
         for total in gradients:
             total.zero_()
@@ -271,6 +379,7 @@ def invert(
     config: InversionConfig | None = None,
     *,
     restarts: int = 1,
+    elimination: Elimination | None = None,
     description: str = "inversion",
 ) -> InversionResult:
     """Find small triggers that make the objective hold on clean images.
@@ -281,16 +390,20 @@ def invert(
         objective: Decides K if it has targets.
         config: Default InversionConfig().
         restarts: K for an objective without targets.
+        elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
         description: Shown with the progress bar.
 
     Raises:
         DataError: Images of another type, size or number.
+        UsageError: Less than one restart, or triggers that are no multiple of the elimination's.
         ArchitectureError: The model's embeddings are not finite.
     """
     config = config or InversionConfig()
-    search = InversionSearch(model, images, objective, config, restarts=restarts)
+    search = InversionSearch(
+        model, images, objective, config, restarts=restarts, elimination=elimination
+    )
     with Progress(description, config.steps) as progress:
-        for _ in range(config.steps):
+        while not search.done:
             search.step()
             progress.update(1)
     return search.result()

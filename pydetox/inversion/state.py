@@ -1,0 +1,97 @@
+"""The triggers that a search still works on, and where each one's search ended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .schedule import CostSchedule, CostState
+
+#: Why a trigger's search ended: it took all steps, its mask had stopped shrinking, or its class
+#: could no longer be the outlier.
+Ending = Literal["all steps", "converged", "dropped"]
+
+
+@dataclass(eq=False)
+class Triggers:
+    """A triggers side by side, everything that a step reads or writes.
+
+    Every tensor has A as its first dimension. A step updates them in place or replaces them; a
+    trigger whose search has ended is taken out of all of them, so that it costs nothing.
+
+    Attributes:
+        index: int64 [A], which of the search's K triggers each one is.
+        mask, pattern: float32 [A, H, W] and [A, 3, H, W], logits.
+        first_mask, first_pattern, second_mask, second_pattern: Adam's moments, shaped like them.
+        steps: int64 [A], steps taken.
+        cost, hits, misses: See CostState.
+        smoothed: float32 [A], success over about the last three steps.
+        smallest: float64 [A], L1 norm of the smallest working mask; inf before there is one.
+        best_mask, best_pattern: The logits of that trigger; before there is one, the first ones.
+    """
+
+    index: Tensor
+    mask: Tensor
+    pattern: Tensor
+    first_mask: Tensor
+    first_pattern: Tensor
+    second_mask: Tensor
+    second_pattern: Tensor
+    steps: Tensor
+    cost: Tensor
+    hits: Tensor
+    misses: Tensor
+    smoothed: Tensor
+    smallest: Tensor
+    best_mask: Tensor
+    best_pattern: Tensor
+
+    @classmethod
+    def start(cls, mask: Tensor, pattern: Tensor, schedule: CostSchedule) -> Triggers:
+        """Return the state before the first step. mask, pattern: the initial logits, taken over."""
+        count, device = len(mask), mask.device
+        costs = schedule.start(count, device)
+        return cls(
+            index=torch.arange(count, device=device),
+            mask=mask,
+            pattern=pattern,
+            first_mask=torch.zeros_like(mask),
+            first_pattern=torch.zeros_like(pattern),
+            second_mask=torch.zeros_like(mask),
+            second_pattern=torch.zeros_like(pattern),
+            steps=torch.zeros(count, dtype=torch.int64, device=device),
+            cost=costs.cost,
+            hits=costs.hits,
+            misses=costs.misses,
+            smoothed=torch.zeros(count, device=device),
+            smallest=torch.full((count,), math.inf, dtype=torch.float64, device=device),
+            best_mask=mask.clone(),
+            best_pattern=pattern.clone(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def costs(self) -> CostState:
+        """The state of the cost schedule."""
+        return CostState(self.cost, self.hits, self.misses)
+
+    def select(self, rows: Tensor) -> Triggers:
+        """Return copies of some of the triggers. rows: int64, positions among the A."""
+        return Triggers(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def final_logits(self) -> tuple[Tensor, Tensor]:
+        """Return mask and pattern logits of the smallest working triggers.
+
+        Where a search has found none, they are those of its last step.
+        """
+        found = torch.isfinite(self.smallest)
+        return (
+            torch.where(found[:, None, None], self.best_mask, self.mask),
+            torch.where(found[:, None, None, None], self.best_pattern, self.pattern),
+        )
