@@ -43,6 +43,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "zero_shot_1000.over_products": ("<=", 2.0),
     "update_224.vs_eager": (">=", 5.0),
     "update_224.over_copy": ("<=", 2.0),
+    "targeted10.vs_sequential": ("<=", 0.4),
     "gram8.over_read": ("<=", 1.5),
     "project16.over_read": ("<=", 1.3),
     "sketch4096.over_read": ("<=", 2.0),

@@ -95,8 +95,8 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
         clock = now
 
     attacker, defender, test = digits.split((0.5, 0.2, 0.3), seed=seed)
-    attack = _draw_attack(seed)
-    paths = _make_suspects(attacker, attack, folder / "checkpoints", seed)
+    attack = draw_attack(seed)
+    paths = make_suspects(attacker, attack, folder / "checkpoints", seed)
     lap("make the models")
 
     config = ScanConfig(
@@ -138,12 +138,13 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     return DemoResult(summary, report)
 
 
-def _draw_attack(seed: int) -> Attack:
+def draw_attack(seed: int) -> Attack:
+    """Return the attack that a seed stands for."""
     target = int(np.random.Generator(np.random.PCG64([seed, 7])).integers(len(DIGIT_NAMES)))
     return Attack(badnets(_IMAGE_SIZE, seed=seed), target)
 
 
-def _make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> dict[str, Path]:
+def make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> dict[str, Path]:
     """Train the base, fine-tune a clean and a poisoned copy, and write all three."""
     base = train_on_prompts(
         OpenClipModel.from_config(MINI_CLIP, seed=seed, name="base"),

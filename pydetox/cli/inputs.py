@@ -136,6 +136,8 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     training = TrainConfig(
         epochs=options["reference_epochs"], learning_rate=options["reference_learning_rate"]
     )
+    if options["keep_all"]:
+        config = replace(config, drop_below=None)
     return replace(config, references=options["references"], reference_training=training)
 
 

@@ -109,9 +109,13 @@ def command(
 
     assert triggers.success is not None
     rows = [
-        {"target": name, "p_l1": size, "success": success}
-        for name, size, success in zip(
-            triggers.targets, triggers.p_l1.tolist(), triggers.success.tolist(), strict=True
+        {"target": name, "p_l1": size, "success": success, "steps": steps}
+        for name, size, success, steps in zip(
+            triggers.targets,
+            triggers.p_l1.tolist(),
+            triggers.success.tolist(),
+            triggers.extra["trigger_steps"],
+            strict=True,
         )
     ]
     code = exit_codes.CLEAN if bool(triggers.p_l1.isfinite().any()) else exit_codes.ERROR
@@ -176,7 +180,7 @@ def _best_of(
         targets=tuple(names),
         p_l1=found.p_l1[index],
         success=found.success[index],
-        extra=extra,
+        extra={**extra, "trigger_steps": found.trigger_steps[index].tolist()},
     )
 
 

@@ -86,7 +86,9 @@ model_options = _all(
 )
 
 search_options = _all(
-    click.option("--steps", type=COUNT, default=150, metavar="N", help="Steps of each search."),
+    click.option(
+        "--steps", type=COUNT, default=150, metavar="N", help="Steps of each search, at most."
+    ),
     click.option(
         "--batch-size", type=COUNT, default=16, metavar="N", help="Images in a step of a search."
     ),
@@ -147,6 +149,12 @@ calibration_options = _all(
         default=1e-5,
         metavar="X",
         help="With --base: the learning rate of that fine-tuning.",
+    ),
+    click.option(
+        "--keep-all",
+        is_flag=True,
+        show_default=False,
+        help="Search all classes to the end, also those that can no longer be the outlier.",
     ),
 )
 

@@ -34,8 +34,8 @@ def report_pictures(scan: ScanResult, example: Tensor, caption: str) -> list[dic
     restarts = len(scan.inversion) // max(1, len(scan.detection.p_l1))
     first = 0
     if scan.objective == "targeted":
-        sizes, scores = scan.detection.p_l1, scan.detection.class_scores
-        weakest = int(np.argmax(scores)) if scores else int(np.argmin(sizes))
+        sizes, target = scan.detection.p_l1, scan.detection.target
+        weakest = target if target is not None else int(np.argmin(sizes))
         first = weakest * restarts
     best = first + int(scan.inversion.p_l1[first : first + restarts].argmin())
     name = f"{caption}, {scan.target_name}" if scan.target_name else caption

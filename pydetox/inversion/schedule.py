@@ -27,7 +27,8 @@ class CostSchedule:
         """Return the state of `count` triggers before the first step."""
         cost = torch.full((count,), self.initial, dtype=torch.float32, device=device)
         zeros = torch.zeros(count, dtype=torch.int64, device=device)
-        return CostState(cost, zeros, zeros.clone())
+        never = torch.zeros(count, dtype=torch.bool, device=device)
+        return CostState(cost, zeros, zeros.clone(), never, never.clone())
 
     def update(self, state: CostState, succeeded: Tensor) -> CostState:
         """Return the state after a step. succeeded: bool [K]."""
@@ -36,13 +37,26 @@ class CostSchedule:
         raise_now, lower_now = hits >= self.patience, misses >= self.patience
         cost = torch.where(raise_now, state.cost * self.up, state.cost)
         cost = torch.where(lower_now, cost / self.down, cost)
-        return CostState(cost, torch.where(raise_now, 0, hits), torch.where(lower_now, 0, misses))
+        return CostState(
+            cost,
+            torch.where(raise_now, 0, hits),
+            torch.where(lower_now, 0, misses),
+            state.raised | raise_now,
+            state.balanced | (state.raised & lower_now),
+        )
 
 
 @dataclass(frozen=True)
 class CostState:
-    """cost: float32 [K], the factor of the L1 norm. hits, misses: int64 [K], steps in a row."""
+    """The schedule of K triggers.
+
+    cost: float32 [K], the factor of the L1 norm. hits, misses: int64 [K], steps in a row. raised:
+    bool [K], whether the cost was ever raised. balanced: bool [K], whether it was lowered after
+    that: only then has the size been pressed to where the trigger fails.
+    """
 
     cost: Tensor
     hits: Tensor
     misses: Tensor
+    raised: Tensor
+    balanced: Tensor

@@ -40,7 +40,8 @@ class InversionConfig:
             reaches this.
         interval: Steps between two looks at the sizes. Only a look waits for the device, notes the
             sizes, and ends searches.
-        patience: Steps without progress after which a search has converged and ends.
+        patience: Steps without progress after which a search has converged and ends, once its cost
+            has been raised until the trigger failed: before that, the size is not yet pressed.
         least_progress: Progress is when the smallest working mask shrinks by more than this share.
         initial_mask: Centre of the initial mask logits; -2 is a mask of 1.8%.
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
@@ -139,13 +140,12 @@ class InversionSearch:
         self._elimination = elimination
         device = model.device
         self._images = images.to(device)
-        rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
-        mask = _normal(rng, (count, size, size), config.initial_mask, device)
-        pattern = _normal(rng, (count, 3, size, size), 0.0, device)
+        mask, pattern, batches = starting_point(config, count, size, len(images))
+        mask, pattern = mask.to(device), pattern.to(device)
         self._triggers = Triggers.start(mask, pattern, config.schedule)
         self._running = list(range(count))  # the triggers' index, where no device is asked
-        self._batch = min(config.batch_size, len(images))
-        self._batches = _batches(rng, len(images), self._batch, config.steps).to(device)
+        self._batch = batches.shape[1]
+        self._batches = batches.to(device)
         self._tower = freeze(model.visual, config.precision, name=model.name)
         self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
         self._steps = 0
@@ -153,7 +153,7 @@ class InversionSearch:
         # Of all K triggers: what a look notes, and what is left of those whose search has ended.
         self._history: list[list[float]] = []
         self._sizes = [math.inf] * count
-        self._progress = [(0, math.inf)] * count  # step and P-L1 of the last progress
+        self._last_progress, self._size_then = [0] * count, [math.inf] * count
         self._endings: list[Ending | None] = [None] * count
         self._mask, self._pattern = torch.empty_like(mask), torch.empty_like(pattern)
         self._final_cost = torch.empty(count, device=device)
@@ -187,8 +187,7 @@ class InversionSearch:
         now.smallest = torch.where(better, norms, now.smallest)
         now.best_mask = torch.where(better[:, None, None], before[0], now.best_mask)
         now.best_pattern = torch.where(better[:, None, None, None], before[1], now.best_pattern)
-        costs = config.schedule.update(now.costs, success >= config.success_threshold)
-        now.cost, now.hits, now.misses = costs.cost, costs.hits, costs.misses
+        now.costs = config.schedule.update(now.costs, success >= config.success_threshold)
         self._steps += 1
         if self._steps % config.interval == 0 or self._steps == config.steps:
             self._look()
@@ -239,25 +238,25 @@ class InversionSearch:
         config, now, step = self._config, self._triggers, self._steps
         area = self._model.image_size**2
         # The one place that waits for the device.
-        sizes: list[float] = (now.smallest / area).tolist()
+        sizes, balanced = torch.stack([now.smallest / area, now.balanced.double()]).tolist()
         running = self._running
         for k, size in zip(running, sizes, strict=True):
             self._sizes[k] = size
-            if size < (1 - config.least_progress) * self._progress[k][1]:
-                self._progress[k] = step, size
+            if size < (1 - config.least_progress) * self._size_then[k]:
+                self._last_progress[k], self._size_then[k] = step, size
         self._history.append(list(self._sizes))
         if self._elimination is not None and step < config.steps:
             contenders = [ending != "dropped" for ending in self._endings]
             for k, out in enumerate(self._elimination.drop(step, self._sizes, contenders)):
                 if out and self._endings[k] is None:
                     self._endings[k] = "dropped"
-        for k in running:
-            since, size = self._progress[k]
-            if self._endings[k] is None and step == config.steps:
+        for k, pressed in zip(running, balanced, strict=True):
+            stalled = step - self._last_progress[k] >= config.patience
+            if self._endings[k] is not None:
+                continue
+            if step == config.steps:
                 self._endings[k] = "all steps"
-            elif (
-                self._endings[k] is None and math.isfinite(size) and step - since >= config.patience
-            ):
+            elif pressed and stalled and math.isfinite(self._sizes[k]):
                 self._endings[k] = "converged"
         ended = [row for row, k in enumerate(running) if self._endings[k] is not None]
         if not ended:
@@ -409,19 +408,28 @@ def invert(
     return search.result()
 
 
-def _normal(
-    rng: np.random.Generator, shape: tuple[int, ...], centre: float, device: torch.device
-) -> Tensor:
-    # numpy's generator: the same numbers on every platform and device.
-    values = rng.standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(values).mul_(0.5).add_(centre).to(device)
+def starting_point(
+    config: InversionConfig, count: int, image_size: int, image_count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return everything random of a search: mask and pattern logits, and the images of each step.
 
+    float32 [count, H, W] and [count, 3, H, W]; indices int64 [steps, B], whole passes over the
+    images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
+    on every platform and device.
+    """
+    rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
 
-def _batches(rng: np.random.Generator, n: int, batch: int, steps: int) -> Tensor:
-    """Return image indices int64 [steps, batch]: whole passes, reshuffled, no image left out."""
-    passes = -(-steps * batch // n)
-    order = np.concatenate([rng.permutation(n) for _ in range(passes)])
-    return torch.from_numpy(order[: steps * batch].reshape(steps, batch))
+    def normal(shape: tuple[int, ...], centre: float) -> Tensor:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(values).mul_(0.5).add_(centre)
+
+    mask = normal((count, image_size, image_size), config.initial_mask)
+    pattern = normal((count, 3, image_size, image_size), 0.0)
+    batch = min(config.batch_size, image_count)
+    passes = -(-config.steps * batch // image_count)
+    order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])
+    batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
+    return mask, pattern, batches
 
 
 def _chunks(count: int, size: int) -> list[slice]:

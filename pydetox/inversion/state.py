@@ -28,7 +28,7 @@ class Triggers:
         mask, pattern: float32 [A, H, W] and [A, 3, H, W], logits.
         first_mask, first_pattern, second_mask, second_pattern: Adam's moments, shaped like them.
         steps: int64 [A], steps taken.
-        cost, hits, misses: See CostState.
+        cost, hits, misses, raised, balanced: See CostState.
         smoothed: float32 [A], success over about the last three steps.
         smallest: float64 [A], L1 norm of the smallest working mask; inf before there is one.
         best_mask, best_pattern: The logits of that trigger; before there is one, the first ones.
@@ -45,6 +45,8 @@ class Triggers:
     cost: Tensor
     hits: Tensor
     misses: Tensor
+    raised: Tensor
+    balanced: Tensor
     smoothed: Tensor
     smallest: Tensor
     best_mask: Tensor
@@ -67,6 +69,8 @@ class Triggers:
             cost=costs.cost,
             hits=costs.hits,
             misses=costs.misses,
+            raised=costs.raised,
+            balanced=costs.balanced,
             smoothed=torch.zeros(count, device=device),
             smallest=torch.full((count,), math.inf, dtype=torch.float64, device=device),
             best_mask=mask.clone(),
@@ -79,7 +83,12 @@ class Triggers:
     @property
     def costs(self) -> CostState:
         """The state of the cost schedule."""
-        return CostState(self.cost, self.hits, self.misses)
+        return CostState(self.cost, self.hits, self.misses, self.raised, self.balanced)
+
+    @costs.setter
+    def costs(self, state: CostState) -> None:
+        for field in fields(state):
+            setattr(self, field.name, getattr(state, field.name))
 
     def select(self, rows: Tensor) -> Triggers:
         """Return copies of some of the triggers. rows: int64, positions among the A."""

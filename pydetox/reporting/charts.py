@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from .html import Html, text
-from .values import clean_text, finite, number, percent
+from .values import at_most, clean_text, finite, number, percent
 
 WIDE, NARROW = 720, 350
 
@@ -47,12 +47,21 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar. value, reference: at least 0, or None when there is no result."""
+    """One bar. value, reference: at least 0, or None when there is no result.
+
+    bound: value is only known to be at most that.
+    """
 
     label: str
     value: float | None
     reference: float | None = None
     flagged: bool = False
+    bound: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The value in words."""
+        return at_most(self.value, self.bound)
 
 
 def percent_chart(
@@ -384,14 +393,14 @@ def _draw_bar(
         if end - 2 <= at <= end + 10 + _width_of(ending):
             end = at
     if end + 6 + _width_of(ending) > width:
-        ending = number(bar.value)  # colour, bold name and legend still flag it
+        ending = bar.shown  # colour, bold name and legend still flag it
     return body, _label(end + 6, y + 14, ending, f"value{flagged}")
 
 
 def _bar_text(bar: Bar) -> str:
     if finite(bar.value) is None:
         return "no result"
-    return number(bar.value) + (" flagged" if bar.flagged else "")
+    return bar.shown + (" flagged" if bar.flagged else "")
 
 
 def _box_swatch(kind: str) -> str:

@@ -32,6 +32,11 @@ _SCAN_NOTE = (
     "class that needs far less than the others, and less than the same architecture needs when "
     "it is clean."
 )
+_DROPPED_NOTE = (
+    "Classes marked with ≤ were given up on the way, because they could not become the outlier "
+    "any more: their P-L1 is at most that, and the clean references are shown as they were at the "
+    "same step."
+)
 _ALPHA_NOTE = (
     "The trigger vector, scaled by the coefficient α, is subtracted from the weights: too little "
     "leaves the backdoor, too much costs accuracy."
@@ -46,7 +51,8 @@ def write_detox_report(path: str | PathLike[str], result: Mapping[str, Any]) -> 
       "summary": [{"label", "value", "tone": "good" | "bad" | "warn" | "neutral"}]
       "scans": [{"name", "verdict": "clean" | "suspicious" | "backdoored" | "inconclusive", "p_l1",
         "threshold", "anomaly_index", "score", "target": class name, "class_names": [C],
-        "class_p_l1": [C], "reference_p_l1": [C] of a clean model}]
+        "class_p_l1": [C], "reference_p_l1": [C] of a clean model, "class_steps": [C] of the
+        search, "class_dropped": [C], the step at which a class was given up, or None}]
       "triggers": [{"caption", "image": uint8 [H, W, 3] or [H, W]}]
       "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen"}
       "evaluation": [{"name", "ca", "ca_ci": (low, high), "asr", "asr_ci", "n_clean", "n_attack"}]
@@ -126,7 +132,9 @@ def _scans(scans: Sequence[Mapping[str, Any]]) -> Html:
     largest = max((v for scan in charted for v in _norms(scan)), default=0.0)
     charts = [_scan_chart(scan, largest) for scan in charted]
     shown = table(headers, cells, numeric=3, stack=True)
-    return section("Scans", shown, *charts, note=_SCAN_NOTE)
+    dropped = any(step is not None for scan in charted for step in _dropped(scan))
+    note = f"{_SCAN_NOTE} {_DROPPED_NOTE}" if dropped else _SCAN_NOTE
+    return section("Scans", shown, *charts, note=note)
 
 
 def _verdict(scan: Mapping[str, Any]) -> Html:
@@ -140,14 +148,18 @@ def _norms(scan: Mapping[str, Any]) -> list[float]:
     return [v for value in values if (v := finite(value)) is not None]
 
 
+def _dropped(scan: Mapping[str, Any]) -> Sequence[int | None]:
+    return scan.get("class_dropped") or [None] * len(scan["class_p_l1"])
+
+
 def _scan_chart(scan: Mapping[str, Any], largest: float) -> Html:
     values: Sequence[float | None] = scan["class_p_l1"]
     names = scan.get("class_names") or [f"class {index}" for index in range(len(values))]
     references: Sequence[float | None] = scan.get("reference_p_l1") or [None] * len(values)
     bars = [
-        Bar(str(name), value, reference, is_flagged(scan, index))
-        for index, (name, value, reference) in enumerate(
-            zip(names, values, references, strict=True)
+        Bar(str(name), value, reference, is_flagged(scan, index), bound=step is not None)
+        for index, (name, value, reference, step) in enumerate(
+            zip(names, values, references, _dropped(scan), strict=True)
         )
     ]
     name = str(scan.get("name", ""))
@@ -160,11 +172,16 @@ def _scan_chart(scan: Mapping[str, Any], largest: float) -> Html:
         threshold=scan.get("threshold"),
         maximum=largest,
     )
-    headers = ["Class", "P-L1", *(["Clean reference"] if scan.get("reference_p_l1") else [])]
-    cells = [
-        [text(b.label), text(number(b.value)), text(number(b.reference))][: len(headers)]
-        for b in bars
-    ]
+    columns: dict[str, list[str]] = {
+        "Class": [b.label for b in bars],
+        "P-L1": [b.shown for b in bars],
+    }
+    if scan.get("reference_p_l1"):
+        columns["Clean reference"] = [number(b.reference) for b in bars]
+    if scan.get("class_steps"):
+        columns["Steps"] = [str(steps) for steps in scan["class_steps"]]
+    headers = list(columns)
+    cells = [[text(cell) for cell in row] for row in zip(*columns.values(), strict=True)]
     heading = Html(f"{text(name)} {_verdict(scan)}")
     return subsection(heading, chart, details("The numbers", table(headers, cells)))
 

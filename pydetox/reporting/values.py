@@ -61,6 +61,12 @@ def number(value: SupportsFloat | None) -> str:
     return f"{finite_value:,.{digits}f}"
 
 
+def at_most(value: SupportsFloat | None, bound: bool) -> str:
+    """Write a number, one that is only an upper bound as "≤ 0.0123"; "–" for None and NaN."""
+    written = number(value)
+    return f"≤ {written}" if bound and written != MISSING else written
+
+
 def duration(seconds: SupportsFloat | None) -> str:
     """Write seconds as "0.42 s", "12.3 s" or "3 min 05 s"; "–" for None and NaN."""
     value = finite(seconds)

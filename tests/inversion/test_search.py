@@ -183,6 +183,19 @@ def test_cost_schedule_by_hand():
     np.testing.assert_allclose([h[1] for h in history], [1, 0.2, 0.2, 0.2, 0.04], rtol=1e-6)
 
 
+def test_a_cost_is_balanced_when_it_falls_after_it_has_risen():
+    schedule = CostSchedule(initial=1.0, patience=1)
+    state = schedule.start(3, torch.device("cpu"))
+    balanced = []
+    for hits in ([0, 1, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]):
+        state = schedule.update(state, torch.tensor(hits, dtype=torch.bool))
+        balanced.append(state.balanced.tolist())
+    assert [b[0] for b in balanced] == [False, False, False, True]
+    assert [b[1] for b in balanced] == [False, False, True, True]
+    assert [b[2] for b in balanced] == [False] * 4
+    assert state.raised.tolist() == [True, True, False]
+
+
 def test_amplifying_a_trigger_multiplies_its_mask_up_to_one():
     trigger = RecoveredTrigger(torch.tensor([[0.1, 0.6]]), torch.rand(3, 1, 2), target=4)
     torch.testing.assert_close(trigger.amplified(2.0).mask, torch.tensor([[0.2, 1.0]]))
