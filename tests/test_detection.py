@@ -121,6 +121,103 @@ def test_anomaly_index_by_hand_and_where_it_is_not_defined():
     assert anomaly_index([math.inf, 2, 3, 4], 0) is None
 
 
+def trajectories(references=3, classes=6, seed=0):
+    """Log sizes [2, references + 1, classes] at two looks, of references and one more clean model.
+
+    What a model has at the first look is a part of what it has in the end.
+    """
+    rng = np.random.default_rng(seed)
+    early = 0.2 * rng.standard_normal((references + 1, classes)) - 2.5
+    late = early - 1 + 0.1 * rng.standard_normal((references + 1, classes))
+    return np.stack([early, late])
+
+
+def calibration_of(logs):
+    """The calibration of all models but the last, looked at after 60 and 150 steps."""
+    rows = tuple(tuple(map(tuple, np.exp(look[:-1]).tolist())) for look in logs)
+    names = tuple(f"m{i}" for i in range(logs.shape[1] - 1))
+    return Calibration(rows[-1], "k", names, (60, 150), rows)
+
+
+def test_a_dropped_class_is_compared_with_the_references_at_that_step():
+    logs = trajectories()
+    calibration = calibration_of(logs)
+    early, late = np.exp(logs[:, -1])
+    values = late.copy()
+    values[[1, 4]] = early[[1, 4]]
+    dropped = [None, 60, None, None, 60, None]
+    found = detect(values.tolist(), calibration, has_classes=True, dropped=dropped)
+    assert found.dropped == tuple(dropped)
+    assert calibration.at(150).p_l1 == calibration.p_l1
+    for c, step in enumerate(dropped):
+        look, size = (0, early[c]) if step else (1, late[c])
+        others = logs[look, :-1]
+        deviation = math.sqrt(others.var(axis=0, ddof=1).mean())
+        expected = (others[:, c].mean() - math.log(size)) / (deviation * math.sqrt(1 + 1 / 3))
+        assert found.class_scores[c] == pytest.approx(expected, rel=1e-12)
+    assert found.anomaly_index is None  # there is no median of bounds
+    with pytest.raises(UsageError, match="step 61"):
+        detect(values.tolist(), calibration, has_classes=True, dropped=[61, *dropped[1:]])
+
+
+def test_a_dropped_class_is_never_the_suspect():
+    logs = trajectories()
+    calibration = calibration_of(logs)
+    values = np.exp(logs[1, -1])
+    values[2] = 1e-6  # if it counted, it would be flagged
+    dropped = [None, None, 60, None, None, None]
+    found = detect(values.tolist(), calibration, has_classes=True, dropped=dropped)
+    assert found.verdict is Verdict.CLEAN
+    assert found.target != 2
+    assert max(found.class_scores) == found.class_scores[2] > found.score
+    bare = detect(values.tolist(), None, has_classes=True, dropped=dropped)
+    assert bare.target != 2
+    assert bare.anomaly_index is None
+
+
+def test_dropping_raises_no_false_alarm_and_keeps_a_class_that_stands_out():
+    alarms, alarms_without, hits = 0, 0, 0
+    for seed in range(400):
+        logs = trajectories(seed=seed)
+        if seed % 2:  # a backdoor shows early, if only in part
+            logs[0, -1, 3] -= 1.2
+            logs[1, -1, 3] -= 2.0
+        calibration = calibration_of(logs)
+        scores = calibration.at(60).score(np.exp(logs[0, -1]).tolist())
+        best = int(np.argmax(scores))
+        dropped = [60 if t < 1.5 and c != best else None for c, t in enumerate(scores)]
+        values = np.where([step is not None for step in dropped], *np.exp(logs[:, -1]))
+        found = detect(values.tolist(), calibration, has_classes=True, dropped=dropped)
+        whole = detect(np.exp(logs[1, -1]).tolist(), calibration, has_classes=True)
+        if found.verdict is not Verdict.CLEAN:
+            assert whole.verdict is not Verdict.CLEAN
+        if seed % 2:
+            hits += found.verdict is Verdict.BACKDOORED and found.target == 3
+        else:
+            alarms += found.verdict is not Verdict.CLEAN
+            alarms_without += whole.verdict is not Verdict.CLEAN
+    assert hits >= 195
+    assert alarms <= alarms_without <= 25
+
+
+def test_something_must_be_left_to_judge():
+    calibration = calibration_of(trajectories())
+    with pytest.raises(UsageError, match="6 of 6 dropped"):
+        detect([0.1] * 6, calibration, has_classes=True, dropped=[60] * 6)
+    with pytest.raises(UsageError, match="0 of 5 dropped"):
+        detect([0.1] * 6, calibration, has_classes=True, dropped=[None] * 5)
+
+
+def test_a_history_must_fit():
+    rows = ((0.1, 0.2), (0.1, 0.3))
+    with pytest.raises(UsageError, match="2 looks, a history of 1"):
+        Calibration(rows, "k", ("a", "b"), (60, 150), (rows,))
+    with pytest.raises(UsageError, match="every reference and class"):
+        Calibration(rows, "k", ("a", "b"), (60,), (((0.1,), (0.1,)),))
+    with pytest.raises(UsageError, match="step 60"):
+        Calibration(rows, "k", ("a", "b")).at(60)
+
+
 @pytest.mark.parametrize("values", [[], [math.nan, 1.0], [0.0, 1.0], [0.1, 0.1]])
 def test_bad_sizes_are_refused(values):
     with pytest.raises(UsageError):
@@ -134,7 +231,8 @@ def test_too_few_or_unequal_references_are_refused(rows):
 
 
 def test_calibration_survives_json():
-    calibration = Calibration(((0.1, math.inf), (0.2, 0.3)), "key", ("a", "b"))
+    rows = ((0.1, math.inf), (0.2, 0.3))
+    calibration = Calibration(rows, "key", ("a", "b"), (60, 150), (((math.inf, 1),) * 2, rows))
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
     with pytest.raises(UsageError, match="no calibration"):
         Calibration.from_dict({"p_l1": "x"})

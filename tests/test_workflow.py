@@ -152,6 +152,67 @@ def test_calibrations_of_another_search_or_architecture_are_refused(story):
     )
 
 
+def test_classes_that_cannot_be_the_outlier_are_dropped(story):
+    _, path, data, calibration = story
+    assert calibration.looks == tuple(range(10, 81, 10))
+    assert calibration.at(80).p_l1 == calibration.p_l1
+    without = scan(
+        path,
+        data,
+        calibration=calibration,
+        templates=TEMPLATES,
+        config=replace(CONFIG, drop_below=None),
+    )
+    assert without.detection.dropped == (None,) * 3
+    assert "dropped" not in without.inversion.endings
+    # A floor that only the target class can reach.
+    scores = calibration.at(60).score(without.inversion.history[5].tolist())
+    floor = (scores[TARGET] + max(s for c, s in enumerate(scores) if c != TARGET)) / 2
+    found = scan(
+        path,
+        data,
+        calibration=calibration,
+        templates=TEMPLATES,
+        config=replace(CONFIG, drop_below=floor),
+    )
+    assert found.detection.dropped == (60, 60, None)
+    assert found.verdict is without.verdict is Verdict.BACKDOORED
+    assert found.target == without.target == TARGET
+    assert found.detection.p_l1[TARGET] == pytest.approx(without.detection.p_l1[TARGET], rel=0.02)
+    for c in (0, 1):
+        assert found.detection.p_l1[c] >= without.detection.p_l1[c]
+        assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
+        assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
+    document = json.loads(to_json(found.to_dict()))
+    assert document["class_dropped"] == [60, 60, None]
+    assert document["class_steps"] == [60, 60, 80]
+    rows = calibration.at(60).p_l1
+    assert document["reference_p_l1"][0] == pytest.approx(sum(row[0] for row in rows) / 3)
+    assert document["reference_p_l1"][TARGET] == pytest.approx(
+        sum(row[TARGET] for row in calibration.p_l1) / 3
+    )
+
+
+def test_restarts_of_a_class_are_dropped_together(story):
+    base, _, data, _ = story
+    config = replace(
+        CONFIG, references=2, restarts=2, inversion=InversionConfig(steps=70, batch_size=6)
+    )
+    calibration = calibrate(base, data, templates=TEMPLATES, config=config)
+    assert len(calibration.history[0][0]) == 3
+    found = scan(
+        base,
+        data,
+        calibration=calibration,
+        templates=TEMPLATES,
+        config=replace(config, drop_below=1e9),
+    )
+    # Only the class that stood out most was left.
+    assert sorted(map(str, found.detection.dropped)) == ["60", "60", "None"]
+    steps = found.inversion.trigger_steps.view(3, 2)
+    assert torch.equal(steps[:, 0], steps[:, 1])
+
+
 def test_an_output_that_cannot_be_written_is_noticed_before_the_work(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError):
@@ -171,7 +232,13 @@ def test_same_seed_same_scan_and_references_without_labels(story):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"objective": "x"}, {"restarts": 0}, {"references": 1}, {"p_backdoored": 0.2}],
+    [
+        {"objective": "x"},
+        {"restarts": 0},
+        {"references": 1},
+        {"p_backdoored": 0.2},
+        {"drop_below": math.inf},
+    ],
 )
 def test_configurations_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError):

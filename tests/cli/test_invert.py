@@ -27,6 +27,7 @@ class TestInvert:
         content = json.loads(result.stdout)
         assert content["schema"] == "pydetox.invert/1"
         assert [t["target"] for t in content["triggers"]] == ["cat", "dog", "cow"]
+        assert [t["steps"] for t in content["triggers"]] == [3, 3, 3]
         names = [f"{k:04d}_{n}" for k, n in enumerate(("cat", "dog", "cow"))]
         kinds = ("mask", "pattern", "stamped")
         expected = {f"{name}_{kind}.png" for name in names for kind in kinds}
@@ -40,6 +41,7 @@ class TestInvert:
         assert mask.shape == (3, 16, 16)
         assert pattern.shape == (3, 3, 16, 16)
         assert told["targets"] == ["cat", "dog", "cow"]
+        assert told["trigger_steps"] == [3, 3, 3]
         assert told["sha256"] == load_checkpoint(folder / "suspect").sha256
         found = sizes.isfinite()
         assert bool(found.any())

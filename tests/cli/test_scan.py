@@ -125,6 +125,34 @@ class TestCalibration:
         ]
         assert used.exit_code == made.exit_code
 
+    def test_classes_are_dropped_unless_all_are_wanted(
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        saved = tmp_path / "calibration.json"
+        common = (folder / "suspect", *images, "--steps", "70", "--batch-size", "1")
+        common = (*common, "--format", "json")
+        whole = run(
+            *("scan", *common, *FAST_REFERENCES, "--base", folder / "base", "--keep-all"),
+            *("--save-calibration", saved),
+        )
+        content = json.loads(saved.read_text())
+        assert content["looks"] == [10, 20, 30, 40, 50, 60, 70]
+        (every,) = parse(whole.stdout)["results"]
+        assert every["class_dropped"] == [None, None, None]
+        # Beside references that are this small no class stands out: only the best one is searched
+        # to the end.
+        content["history"] = [[[1e-6] * 3] * 2] * 7
+        content["p_l1"] = content["history"][-1]
+        saved.write_text(json.dumps(content))
+        (few,) = parse(run("scan", *common, "--calibration", saved).stdout)["results"]
+        assert sorted(map(str, few["class_dropped"])) == ["60", "60", "None"]
+        assert sorted(few["class_steps"])[:2] == [60, 60]
+        (kept,) = parse(run("scan", *common, "--calibration", saved, "--keep-all").stdout)[
+            "results"
+        ]
+        assert kept["class_dropped"] == [None, None, None]
+        assert kept["class_p_l1"] == every["class_p_l1"]
+
     @pytest.mark.parametrize(
         "changes",
         [("--steps", "4"), ("--restarts", "2"), ("--objective", "label-free")],

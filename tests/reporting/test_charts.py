@@ -170,6 +170,12 @@ def test_bars_are_proportional(width: int) -> None:
     assert {"0.0200", "0.0400 flagged", "no result", "threshold 0.0600", "P-L1"} <= set(shown)
 
 
+def test_a_bar_that_is_only_a_bound_says_so() -> None:
+    bars = [Bar("one", 0.02, bound=True), Bar("two", 0.04), Bar("three", None, bound=True)]
+    shown = texts(bars_of(bars)[WIDE])
+    assert {"≤ 0.0200", "0.0400", "no result"} <= set(shown)
+
+
 def test_charts_with_one_maximum_have_one_scale() -> None:
     small = bars_of([Bar("name", 0.01)], maximum=0.1)[WIDE]
     large = bars_of([Bar("name", 0.1, flagged=True)], maximum=0.1)[WIDE]

@@ -119,6 +119,18 @@ def test_page_says_everything() -> None:
     assert page.tags.count("img") == 2
 
 
+def test_classes_that_were_dropped_are_shown_as_bounds() -> None:
+    content = result()
+    assert "≤" not in Page(detox_report(content)).text
+    content["scans"][0] |= {"class_dropped": [60, None, None], "class_steps": [60, 150, 140]}
+    page = Page(detox_report(content))
+    assert "≤ 0.0800" in page.text
+    assert "≤ 0.0123" not in page.text
+    assert "given up on the way" in page.text
+    assert "Steps" in page.text
+    assert "140" in page.text
+
+
 def test_page_is_self_contained() -> None:
     page = Page(detox_report(result()))
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)

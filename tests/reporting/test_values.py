@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pydetox.reporting.values import clean_text, duration, finite, interval, number, percent
+from pydetox.reporting.values import (
+    at_most,
+    clean_text,
+    duration,
+    finite,
+    interval,
+    number,
+    percent,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +40,12 @@ from pydetox.reporting.values import clean_text, duration, finite, interval, num
 )
 def test_number(value: float | None, shown: str) -> None:
     assert number(value) == shown
+
+
+def test_bounds() -> None:
+    assert at_most(0.0187, True) == "≤ 0.0187"
+    assert at_most(0.0187, False) == "0.0187"
+    assert at_most(None, True) == at_most(math.inf, True) == "–"
 
 
 def test_shares() -> None:
