@@ -99,11 +99,7 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     paths = make_suspects(attacker, attack, folder / "checkpoints", seed)
     lap("make the models")
 
-    config = ScanConfig(
-        references=3,
-        reference_training=TrainConfig(epochs=10, learning_rate=_FINE_TUNING_RATE),
-        seed=seed,
-    )
+    config = demo_scan_config(seed)
     calibration = calibrate(paths["base"], defender, templates=DIGIT_TEMPLATES, config=config)
     lap("calibrate")
     clean = scan(
@@ -136,6 +132,15 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     write_detox_report(folder / "report.html", report)
     write_file(folder / "summary.json", to_json(summary) + "\n")
     return DemoResult(summary, report)
+
+
+def demo_scan_config(seed: int) -> ScanConfig:
+    """Return how the demo's defender scans."""
+    return ScanConfig(
+        references=3,
+        reference_training=TrainConfig(epochs=10, learning_rate=_FINE_TUNING_RATE),
+        seed=seed,
+    )
 
 
 def draw_attack(seed: int) -> Attack:
