@@ -266,10 +266,12 @@ def detect(
     else:
         verdict = Verdict.CLEAN
     reference = math.exp(calibration.mean[suspect])
+    gone = len(values) - len(judged)
+    given_up = f"; {gone} of {len(values)} classes were given up on the way" if gone else ""
     return Detection(
         verdict,
         f"smallest trigger relative to clean references: P-L1 {values[suspect]:.4f} where they "
-        f"have {reference:.4f} (p = {p_value:.2g})",
+        f"have {reference:.4f} (p = {p_value:.2g}){given_up}",
         suspect if has_classes else None,
         values,
         values[suspect],

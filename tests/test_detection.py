@@ -156,6 +156,7 @@ def test_a_dropped_class_is_compared_with_the_references_at_that_step():
         expected = (others[:, c].mean() - math.log(size)) / (deviation * math.sqrt(1 + 1 / 3))
         assert found.class_scores[c] == pytest.approx(expected, rel=1e-12)
     assert found.anomaly_index is None  # there is no median of bounds
+    assert "2 of 6 classes" in found.reason
     with pytest.raises(UsageError, match="step 61"):
         detect(values.tolist(), calibration, has_classes=True, dropped=[61, *dropped[1:]])
 
