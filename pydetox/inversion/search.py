@@ -13,8 +13,7 @@ from torch import Tensor
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, freeze
-from ..ops import stamp_triggers, stamp_triggers_gradients
-from ..ops.reference import trigger_update
+from ..ops import stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
 from .elimination import Elimination
 from .objectives import Objective
