@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, freeze
-from ..ops import stamp_triggers, stamp_triggers_gradients, trigger_update
+from ..ops import BestTriggers, stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
 from .elimination import Elimination
 from .objectives import Objective
@@ -168,9 +168,8 @@ class InversionSearch:
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
         success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
-        # The update moves the logits that its norms are about.
-        before = self._before[0].copy_(now.mask), self._before[1].copy_(now.pattern)
-        norms = trigger_update(
+        now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
+        trigger_update(
             (now.mask, now.pattern),
             (self._mask_gradient, self._pattern_gradient),
             (now.first_mask, now.first_pattern),
@@ -180,12 +179,12 @@ class InversionSearch:
             steps=now.steps,
             active=self._active,
             betas=config.betas,
+            best=BestTriggers(
+                (now.best_mask, now.best_pattern),
+                now.smallest,
+                now.smoothed >= config.success_threshold,
+            ),
         )
-        now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
-        better = (now.smoothed >= config.success_threshold) & (norms < now.smallest)
-        now.smallest = torch.where(better, norms, now.smallest)
-        now.best_mask = torch.where(better[:, None, None], before[0], now.best_mask)
-        now.best_pattern = torch.where(better[:, None, None, None], before[1], now.best_pattern)
         now.costs = config.schedule.update(now.costs, success >= config.success_threshold)
         self._steps += 1
         if self._steps % config.interval == 0 or self._steps == config.steps:
@@ -280,7 +279,6 @@ class InversionSearch:
         self._chunks = _chunks(len(now), max(1, self._max_batch // self._batch))
         self._mask_gradient = torch.empty_like(now.mask)
         self._pattern_gradient = torch.empty_like(now.pattern)
-        self._before = torch.empty_like(now.mask), torch.empty_like(now.pattern)
         self._rate = torch.empty(len(now), device=device)
         self._active = torch.ones(len(now), dtype=torch.bool, device=device)
         self._rows = torch.empty(0, device=device)
