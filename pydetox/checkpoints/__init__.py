@@ -2,33 +2,68 @@
 
 A checkpoint is hostile until it is read: nothing in it is ever executed. A name (:mod:`naming`)
 leads to files, on the disk or from the hub (:mod:`hub`). A file is indexed without torch and
-without unpickling (:mod:`safetensors_index`, :mod:`torch_index`), then its weights are read in one
-pass that also hashes it (:mod:`weights`), or stay in the file and are mapped (:mod:`mapped`).
-:mod:`writing` writes open_clip's layout atomically.
+without unpickling (:mod:`safetensors_index`, :mod:`torch_index`) in a process of its own
+(:mod:`sandbox`), then its weights are read in one pass that also hashes it (:mod:`weights`), or
+stay in the file and are mapped (:mod:`mapped`). :mod:`writing` writes open_clip's layout
+atomically.
+
+Names are imported on first use: the sandbox and ``pydetox inspect`` run without torch.
 """
 
 from __future__ import annotations
 
-from pydetox.checkpoints.architecture import (
-    check_finite,
-    check_model_config,
-    describe_mismatch,
-    read_config,
-    resolve_model,
-)
-from pydetox.checkpoints.loading import Checkpoint, load_checkpoint, locate_weights
-from pydetox.checkpoints.naming import CheckpointReference, parse_reference
-from pydetox.checkpoints.provenance import Provenance
-from pydetox.checkpoints.writing import CHECKPOINT_FILES, save_checkpoint, save_weights
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydetox.checkpoints.architecture import (
+        check_finite,
+        check_model_config,
+        describe_mismatch,
+        read_config,
+        resolve_model,
+    )
+    from pydetox.checkpoints.conversion import convert_checkpoint
+    from pydetox.checkpoints.index import Finding
+    from pydetox.checkpoints.inspection import Inspection, inspect_checkpoint
+    from pydetox.checkpoints.loading import Checkpoint, load_checkpoint, locate_weights
+    from pydetox.checkpoints.naming import CheckpointReference, parse_reference
+    from pydetox.checkpoints.provenance import Provenance
+    from pydetox.checkpoints.writing import CHECKPOINT_FILES, save_checkpoint, save_weights
+
+_HOME = {
+    "CHECKPOINT_FILES": "writing",
+    "Checkpoint": "loading",
+    "CheckpointReference": "naming",
+    "Finding": "index",
+    "Inspection": "inspection",
+    "Provenance": "provenance",
+    "check_finite": "architecture",
+    "check_model_config": "architecture",
+    "convert_checkpoint": "conversion",
+    "describe_mismatch": "architecture",
+    "inspect_checkpoint": "inspection",
+    "load_checkpoint": "loading",
+    "locate_weights": "loading",
+    "parse_reference": "naming",
+    "read_config": "architecture",
+    "resolve_model": "architecture",
+    "save_checkpoint": "writing",
+    "save_weights": "writing",
+}
 
 __all__ = [
     "CHECKPOINT_FILES",
     "Checkpoint",
     "CheckpointReference",
+    "Finding",
+    "Inspection",
     "Provenance",
     "check_finite",
     "check_model_config",
+    "convert_checkpoint",
     "describe_mismatch",
+    "inspect_checkpoint",
     "load_checkpoint",
     "locate_weights",
     "parse_reference",
@@ -37,3 +72,15 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pydetox.checkpoints.index import WeightsFile, quote
+from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 Config = dict[str, Any]
@@ -182,6 +182,20 @@ def check_finite(state_dict: Mapping[str, torch.Tensor]) -> None:
             f"tensor {quote(bad[0])}: {count} of its {first.numel()} weights are NaN or infinite "
             f"({len(bad)} of {len(state_dict)} tensors are affected)"
         )
+
+
+def nonfinite_findings(state_dict: Mapping[str, torch.Tensor]) -> tuple[Finding, ...]:
+    """A finding for each tensor that is NaN or infinite in places."""
+    findings = Findings()
+    for name, tensor in state_dict.items():
+        if not _is_finite(tensor):
+            count = int((~torch.isfinite(_comparable(tensor))).sum())
+            findings.add(
+                "non-finite",
+                f"tensor {quote(name)}: {count} of its {tensor.numel()} weights are NaN or "
+                "infinite",
+            )
+    return findings.result()
 
 
 def describe_mismatch(

@@ -8,16 +8,9 @@ from pathlib import Path
 
 from pydetox.checkpoints.architecture import CONFIG_NAME, Config, close_matches, named_config
 from pydetox.checkpoints.index import quote
+from pydetox.checkpoints.sources import WEIGHT_NAMES
 from pydetox.errors import CheckpointError, UsageError
 
-#: Names of the weights in open_clip's layout, best first: safetensors cannot hold code.
-WEIGHT_NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pt",
-    "open_clip_pytorch_model.pth",
-)
 _HUB_WEIGHT_NAMES = (WEIGHT_NAMES[0], WEIGHT_NAMES[2])
 
 

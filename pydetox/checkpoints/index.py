@@ -8,14 +8,17 @@ Both formats are brought to the same form: *storages* (spans of bytes in the fil
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import reprlib
 import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-from pydetox.errors import CheckpointError
+from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 Format = Literal["safetensors", "torch"]
 
@@ -45,6 +48,8 @@ ITEM_SIZES = {
 
 _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_EXTENT = 1 << 40
+_MAX_NAME = 4096
+_MAX_SHARING = 16  # tied weights appear two or three times
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,55 @@ class TensorEntry:
     offset: int = 0
 
 
+Rule = Literal[
+    "duplicate-key",
+    "non-finite",
+    "overlapping-storage",
+    "suspicious-name",
+    "unknown-global",
+    "unknown-record",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something odd that does not keep a file from being read.
+
+    Attributes:
+        rule: What kind of thing; these identifiers stay the same from version to version.
+        message: One printable line that names what was found.
+    """
+
+    rule: Rule
+    message: str
+
+
+class Findings:
+    """Collects findings; of each rule the first few are kept and the others counted."""
+
+    _KEPT = 10
+
+    def __init__(self) -> None:
+        self._messages: dict[Rule, dict[str, None]] = {}
+        self._left_out: dict[Rule, int] = {}
+
+    def add(self, rule: Rule, message: str) -> None:
+        """Add a finding; one that is there already is not added again."""
+        messages = self._messages.setdefault(rule, {})
+        if message in messages:
+            return
+        if len(messages) < self._KEPT:
+            messages[message] = None
+        else:
+            self._left_out[rule] = self._left_out.get(rule, 0) + 1
+
+    def result(self) -> tuple[Finding, ...]:
+        """All of them, by rule."""
+        found = [Finding(rule, m) for rule, messages in self._messages.items() for m in messages]
+        found += [Finding(rule, f"and {n} more of this kind") for rule, n in self._left_out.items()]
+        return tuple(sorted(found, key=lambda finding: finding.rule))
+
+
 @dataclass(frozen=True)
 class FileIndex:
     """The contents of one weights file.
@@ -77,8 +131,10 @@ class FileIndex:
         storages: Key to span; the spans do not overlap.
         others: Spans that hold no weights of the model; only their checksums are looked at.
         metadata: The text metadata of a safetensors file, empty otherwise.
-        parsed: The bytes this index was made from, by their offset. Whoever reads the weights
-            compares them again, so that index, weights and hash belong to the same bytes.
+        findings: What is odd about the file.
+        parsed: Where the bytes are that this index was made from, by offset.
+        parsed_sha256: SHA-256 of all of those bytes, in that order. Whoever reads the weights
+            computes it again, so that index, weights and hash belong to the same bytes.
     """
 
     format: Format
@@ -86,7 +142,19 @@ class FileIndex:
     storages: dict[str, Span]
     others: tuple[Span, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
-    parsed: dict[int, bytes] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    parsed: tuple[Span, ...] = ()
+    parsed_sha256: str = hashlib.sha256().hexdigest()
+
+
+def fingerprint(parsed: Mapping[int, bytes]) -> tuple[tuple[Span, ...], str]:
+    """``parsed`` and ``parsed_sha256`` of a :class:`FileIndex`, from bytes by their offset."""
+    hasher = hashlib.sha256()
+    spans = []
+    for offset, data in sorted(parsed.items()):
+        hasher.update(data)
+        spans.append(Span(offset, len(data)))
+    return tuple(spans), hasher.hexdigest()
 
 
 class WeightsFile:
@@ -94,18 +162,22 @@ class WeightsFile:
 
     Args:
         path: The file; symbolic links are followed.
+        descriptor: The file, if it is open already; it is closed with this object.
 
     Raises:
         CheckpointError: It is missing, unreadable, or not a regular file (opening a FIFO must not
             hang).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], descriptor: int | None = None) -> None:
         self.path = os.fspath(path)
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot be opened: {error.strerror}") from error
+        if descriptor is None:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise CheckpointError(f"cannot be opened: {reason}") from error
+        self.descriptor = descriptor
         status = os.fstat(self.descriptor)
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -177,3 +249,85 @@ def check_extents(label: str, values: object, what: str) -> tuple[int, ...]:
                 f"{label}: its {what} holds something that is not an integer in 0..{_MAX_EXTENT}"
             )
     return tuple(values)
+
+
+def check_view(
+    label: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, available: int
+) -> None:
+    """Raise unless a view stays inside a storage of ``available`` elements of its dtype."""
+    if len(shape) != len(strides):
+        raise CheckpointError(f"{label}: {len(shape)} dimensions, but {len(strides)} strides")
+    elements = math.prod(shape)
+    if offset > available or (elements and _last(shape, strides, offset) >= available):
+        raise UnsafeCheckpointError(
+            f"{label}: shape {list(shape)} reaches beyond the {available} elements of its storage"
+        )
+    if elements > available:
+        # A view with stride 0 turns a few bytes into any size as soon as somebody copies it.
+        raise UnsafeCheckpointError(
+            f"{label}: shape {list(shape)} repeats a storage of {available} elements"
+        )
+
+
+def check_sharing(tensors: Iterable[TensorEntry], storages: Mapping[str, Span]) -> None:
+    """Refuse a small file whose tensors, all views of the same weights, are huge together."""
+    claimed = sum(math.prod(entry.shape) * ITEM_SIZES[entry.dtype] for entry in tensors)
+    available = sum(span.nbytes for span in storages.values())
+    if claimed > _MAX_SHARING * available:
+        raise UnsafeCheckpointError(
+            f"its tensors have {claimed} bytes together, but are all views of {available} bytes"
+        )
+
+
+def check_name(name: str, findings: Findings) -> None:
+    """Note a tensor's name that is no name; refuse one that is far too long."""
+    if len(name) > _MAX_NAME:
+        raise UnsafeCheckpointError(
+            f"tensor {quote(name)}: its name has {len(name)} characters, at most {_MAX_NAME} are "
+            "accepted"
+        )
+    if not name.isprintable():
+        findings.add("suspicious-name", f"tensor {quote(name)}: control characters in its name")
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or (len(parts) > 1 and (not parts[0] or parts[0][1:] == ":")):
+        findings.add("suspicious-name", f"tensor {quote(name)}: its name is like a path")
+
+
+def note_overlaps(tensors: Mapping[str, TensorEntry], findings: Findings) -> None:
+    """Note tensors that share some of their weights without being the same view (tied weights)."""
+    by_storage: dict[str, dict[tuple[object, ...], tuple[int, int, str]]] = {}
+    for name, entry in tensors.items():
+        if not math.prod(entry.shape):
+            continue
+        if _may_overlap_itself(entry):
+            findings.add("overlapping-storage", f"tensor {quote(name)}: overlaps itself")
+        size = ITEM_SIZES[entry.dtype]
+        end = (_last(entry.shape, entry.strides, entry.offset) + 1) * size
+        view = (entry.dtype, entry.shape, entry.strides, entry.offset)
+        views = by_storage.setdefault(entry.storage, {})
+        views.setdefault(view, (entry.offset * size, end, name))
+    for different in by_storage.values():
+        spans = sorted(different.values())
+        reached = spans[0]
+        for span in spans[1:]:
+            if span[0] < reached[1]:
+                findings.add(
+                    "overlapping-storage",
+                    f"tensors {quote(reached[2])} and {quote(span[2])}: their storages overlap",
+                )
+            reached = max(reached, span, key=lambda each: each[1])
+
+
+def _last(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> int:
+    """The largest element that a view with at least one element reaches."""
+    return offset + sum((extent - 1) * step for extent, step in zip(shape, strides, strict=True))
+
+
+def _may_overlap_itself(entry: TensorEntry) -> bool:
+    reach = 0
+    for step, extent in sorted(zip(entry.strides, entry.shape, strict=True)):
+        if extent > 1:
+            if step <= reach:
+                return True
+            reach += step * (extent - 1)
+    return False

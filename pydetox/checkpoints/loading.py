@@ -12,17 +12,17 @@ from pydetox.checkpoints.architecture import (
     CONFIG_NAME,
     Config,
     check_finite,
+    nonfinite_findings,
     read_config,
     resolve_model,
 )
-from pydetox.checkpoints.hub import WEIGHT_NAMES, fetch_pretrained, fetch_repository
-from pydetox.checkpoints.index import WeightsFile
+from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository
+from pydetox.checkpoints.index import Finding, quote
 from pydetox.checkpoints.naming import CheckpointReference, parse_reference
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
-from pydetox.checkpoints.weights import index_file, read_weights
+from pydetox.checkpoints.sources import OpenWeights, find_weights, open_weights
+from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
-
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,12 @@ class Checkpoint:
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``), if known.
         name: The name under which it was asked for.
-        path: The weights file.
-        sha256: SHA-256 of that file, in hexadecimal.
+        path: The weights file, or the index of its shards.
+        sha256: SHA-256 of that file, in hexadecimal; of shards, see
+            :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
+        findings: What is odd about the file, without keeping it from being read.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -51,6 +53,7 @@ class Checkpoint:
     sha256: str
     format: str
     metadata: dict[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,13 +91,14 @@ def load_checkpoint(
     """Read a checkpoint without executing anything in it.
 
     Args:
-        reference: A weights file, a folder in open_clip's layout, ``local-dir:…``,
-            ``hf-hub:org/repo[@revision]`` or ``ARCHITECTURE,TAG`` of open_clip.
+        reference: A weights file, a ``*.safetensors.index.json`` with its shards, a folder in
+            open_clip's layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
+            ``ARCHITECTURE,TAG`` of open_clip.
         model: The architecture: open_clip's name of it or the path of a JSON configuration. Then
             an ``open_clip_config.json`` beside the weights is not read at all.
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
-        allow_nonfinite: Accept weights that are NaN or infinite.
+        allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.
@@ -107,15 +111,15 @@ def load_checkpoint(
     files = _find_files(parsed, cache_dir, offline, read_beside=given is None)
     model_config, preprocess_config = given or (files.model_config, files.preprocess_config)
     try:
-        with WeightsFile(files.weights) as file:
-            index = index_file(file)
+        with open_weights(files.weights) as weights:
+            _refuse_transformers_names(weights)
             if model_config is None:
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
                     "one with model= "
                     "(--model), such as ViT-B-32 or a JSON file"
                 )
-            state_dict, digest = read_weights(file, index)
+            state_dict, digest = read_open(weights)
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:
@@ -127,9 +131,20 @@ def load_checkpoint(
         name=parsed.text,
         path=files.weights,
         sha256=digest,
-        format=index.format,
-        metadata=index.metadata,
+        format=weights.format,
+        metadata=weights.metadata,
+        findings=(*weights.findings, *(nonfinite_findings(state_dict) if allow_nonfinite else ())),
     )
+
+
+def _refuse_transformers_names(weights: OpenWeights) -> None:
+    theirs = [n for n in weights.tensors if n.startswith(("vision_model.", "text_model."))]
+    if theirs:
+        raise ArchitectureError(
+            f"its {len(weights.tensors)} tensors are named as in the CLIPModel of transformers "
+            f"({quote(theirs[0])}), expected the names of open_clip ('visual.…'); use the "
+            "repository's weights for open_clip"
+        )
 
 
 def locate_weights(
@@ -169,36 +184,8 @@ def _find_files(
         )
     else:
         assert reference.path is not None  # the remaining kinds both have one
-        weights = _weights_at(reference.path, folder_expected=reference.kind == "local-dir")
+        weights = find_weights(reference.path, folder_expected=reference.kind == "local-dir")
         config = weights.parent / CONFIG_NAME
     if read_beside and config is not None and os.path.lexists(config):
         return _Files(weights, *read_config(config))
     return _Files(weights)
-
-
-def _weights_at(path: Path, *, folder_expected: bool) -> Path:
-    """Find the weights file that a path means: itself, or the one in the folder."""
-    try:
-        is_folder = path.is_dir()
-        exists = path.exists()
-        names = sorted(entry.name for entry in path.iterdir()) if is_folder else []
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-    if not exists:
-        raise CheckpointError(f"{path}: no such file or folder")
-    if not is_folder:
-        if folder_expected:
-            raise CheckpointError(f"{path}: is a file, but local-dir: takes a folder")
-        return path
-    candidates = [name for name in WEIGHT_NAMES if name in names][:1]
-    candidates = candidates or [n for n in names if n.lower().endswith(_WEIGHT_SUFFIXES)]
-    if not candidates:
-        raise CheckpointError(
-            f"{path}: holds no weights, expected {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
-        )
-    if len(candidates) > 1:
-        raise CheckpointError(
-            f"{path}: holds {len(candidates)} weights files ({', '.join(candidates[:3])}); name "
-            "the one you mean"
-        )
-    return path / candidates[0]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pydetox.checkpoints.index import ITEM_SIZES, Span, TensorEntry, WeightsFile
 from pydetox.checkpoints.loading import locate_weights
-from pydetox.checkpoints.weights import index_file
+from pydetox.checkpoints.reading import parsed_sha256
+from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.errors import CheckpointError
 from pydetox.ops._library import native
 
@@ -64,7 +65,9 @@ class MappedWeights:
             raise type(error)(f"{self.path}: {error}") from error
         try:
             self._state = self._look()
-            self._index = index_file(self._file)
+            if self.path.name.lower().endswith(".index.json"):
+                raise CheckpointError("is the index of several shards, expected a single file")
+            self._index = index_in_sandbox(self._file)
             self._damage = native.Damage()
             self.entries = self._index.tensors
             self._copy: tuple[str, Tensor] | None = None
@@ -112,10 +115,7 @@ class MappedWeights:
         To be called after elements were used and before anybody relies on what was made of them.
         """
         same = self._look() == self._state and not self._damage
-        if not same or any(
-            self._file.read_at(offset, len(data), "the index") != data
-            for offset, data in self._index.parsed.items()
-        ):
+        if not same or parsed_sha256(self._file, self._index) != self._index.parsed_sha256:
             raise CheckpointError(f"{self.path}: changed while it was read")
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """What the pickle inside a ``.pt`` file describes, found without unpickling it.
 
 A pickle is a program. This module reads the few instructions that ``torch.save`` emits and builds
-inert descriptions from them: nothing is imported, called or instantiated by a name in the file. A
-name outside the allow-list ends the reading at once, so that a file that would run code under
-another loader is refused here and named.
+inert descriptions from them: nothing is imported, called or instantiated by a name in the file.
+
+Which names it may hold: :mod:`pydetox.checkpoints.pickle_globals`.
 
 Instruction set: CPython ``Lib/pickletools.py``.
 """
@@ -15,91 +15,21 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from pydetox.checkpoints.index import ITEM_SIZES, TensorEntry, check_extents, quote
+from pydetox.checkpoints.index import (
+    ITEM_SIZES,
+    Findings,
+    TensorEntry,
+    check_extents,
+    check_view,
+    quote,
+)
+from pydetox.checkpoints.pickle_globals import DTYPES, MAX_NAME_BYTES, STORAGES, check_global
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 #: An open_clip checkpoint with optimizer state has a pickle of about 0.5 MB and 0.1 million
 #: instructions.
 MAX_PICKLE_BYTES = 16 << 20
 MAX_INSTRUCTIONS = 500_000
-_MAX_NAME_BYTES = 256
-
-_STORAGES: Final = {
-    "torch.DoubleStorage": "float64",
-    "torch.FloatStorage": "float32",
-    "torch.HalfStorage": "float16",
-    "torch.BFloat16Storage": "bfloat16",
-    "torch.LongStorage": "int64",
-    "torch.IntStorage": "int32",
-    "torch.ShortStorage": "int16",
-    "torch.CharStorage": "int8",
-    "torch.ByteStorage": "uint8",
-    "torch.BoolStorage": "bool",
-    "torch.ComplexFloatStorage": "complex64",
-    "torch.ComplexDoubleStorage": "complex128",
-    "torch.storage.UntypedStorage": "uint8",
-}
-_DTYPES: Final = {f"torch.{name}": name for name in ITEM_SIZES}
-
-# Names that harmless checkpoints hold beside tensors (numpy scalars, option objects, sparse or
-# quantised tensors). None of them can run a command whoever unpickles them; here they become an
-# `Opaque` and are never looked up.
-_INERT: Final = frozenset(
-    {
-        "_codecs.encode",
-        "argparse.Namespace",
-        "builtins.bool",
-        "builtins.bytearray",
-        "builtins.complex",
-        "builtins.dict",
-        "builtins.float",
-        "builtins.frozenset",
-        "builtins.int",
-        "builtins.list",
-        "builtins.set",
-        "builtins.slice",
-        "builtins.str",
-        "builtins.tuple",
-        "collections.Counter",
-        "collections.OrderedDict",
-        "collections.defaultdict",
-        "collections.deque",
-        "datetime.date",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "pathlib._local.PosixPath",
-        "torch.QInt32Storage",
-        "torch.QInt8Storage",
-        "torch.QUInt8Storage",
-        "torch.Size",
-        "torch.Tensor",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch._utils._rebuild_device_tensor_from_cpu_tensor",
-        "torch._utils._rebuild_device_tensor_from_numpy",
-        "torch._utils._rebuild_meta_tensor_no_storage",
-        "torch._utils._rebuild_nested_tensor",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_qtensor",
-        "torch._utils._rebuild_sparse_tensor",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch.device",
-        "torch.nn.parameter.Parameter",
-        "torch.per_channel_affine",
-        "torch.per_tensor_affine",
-        "torch.serialization._get_layout",
-    }
-)
 
 
 class Mapping:
@@ -160,12 +90,16 @@ class _Mark:
 _MARK = _Mark()
 
 
-def read_pickle(data: bytes) -> object:
+def read_pickle(data: bytes, findings: Findings | None = None) -> object:
     """Interpret ``data`` and return its inert root value (a :class:`Mapping` for a checkpoint).
 
+    Args:
+        data: The pickle.
+        findings: Takes the names of unknown packages.
+
     Raises:
-        UnsafeCheckpointError: It names something outside the allow-list, uses an instruction that
-            no checkpoint needs, or is built to exhaust memory.
+        UnsafeCheckpointError: It names something that could run code, uses an instruction that no
+            checkpoint needs, or is built to exhaust memory.
         CheckpointError: It is truncated or makes no sense.
     """
     if len(data) > MAX_PICKLE_BYTES:
@@ -173,14 +107,15 @@ def read_pickle(data: bytes) -> object:
             f"its pickle has {len(data)} bytes, at most {MAX_PICKLE_BYTES} are accepted"
         )
     try:
-        return _Reader(data).run()
+        return _Reader(data, findings if findings is not None else Findings()).run()
     except (struct.error, IndexError, UnicodeDecodeError):
         raise CheckpointError("its pickle is truncated or damaged") from None
 
 
 class _Reader:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, findings: Findings) -> None:
         self.data = data
+        self.findings = findings
         self.position = 0
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
@@ -223,7 +158,7 @@ class _Reader:
         return int(value)
 
     def _line(self) -> str:
-        end = self.data.find(b"\n", self.position, self.position + _MAX_NAME_BYTES)
+        end = self.data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
         if end < 0:
             raise CheckpointError("its pickle is truncated or damaged: a name without an end")
         line = self.data[self.position : end].decode("utf-8")
@@ -387,18 +322,18 @@ class _Reader:
 
     def global_(self, _: int) -> None:
         module = self._line()
-        self.stack.append(_allowed(module, self._line()))
+        self.stack.append(_named(module, self._line(), self.findings))
 
     def stack_global(self, _: int) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise CheckpointError("its pickle is damaged: a global without a name")
-        self.stack.append(_allowed(module, name))
+        self.stack.append(_named(module, name, self.findings))
 
     def instance(self, _: int) -> None:
         # INST calls what it names. torch never writes it: refused even for an allowed name.
         module = self._line()
-        found = _allowed(module, self._line())
+        found = _named(module, self._line(), self.findings)
         raise UnsafeCheckpointError(
             f"its pickle creates {quote(found.name)} by the instruction INST, which no checkpoint "
             "needs"
@@ -480,16 +415,9 @@ def _instruction_name(code: int) -> str:
     return f"{known.name} (0x{code:02x})" if known else f"0x{code:02x}, which does not exist"
 
 
-def _allowed(module: str, name: str) -> _Global:
-    # Protocol 2 writes Python 2's name of this module.
-    full = f"{'builtins' if module == '__builtin__' else module}.{name}"
-    if full in _INERT or full in _STORAGES or full in _DTYPES:
-        return _Global(full)
-    raise UnsafeCheckpointError(
-        f"its pickle asks for {quote(full)}, which is not on the list of harmless names: loading "
-        "it elsewhere could "
-        "run code"
-    )
+def _named(module: str, name: str, findings: Findings) -> _Global:
+    """Describe the global of that name; nothing is looked up."""
+    return _Global(check_global(module, name, findings))
 
 
 def _storage(identity: object) -> _Storage:
@@ -500,12 +428,12 @@ def _storage(identity: object) -> _Storage:
     if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
         raise CheckpointError("its pickle is damaged: an external reference that is no storage")
     _, kind, key, _location, count = identity
-    if not isinstance(kind, _Global) or kind.name not in _STORAGES:
+    if not isinstance(kind, _Global) or kind.name not in STORAGES:
         found = quote(kind.name) if isinstance(kind, _Global) else "something else"
         raise CheckpointError(f"holds a storage of the unsupported type {found}")
     if not isinstance(key, str) or type(count) is not int or count < 0:
         raise CheckpointError("its pickle is damaged: a storage without a key or size")
-    return _Storage(key, _STORAGES[kind.name], count)
+    return _Storage(key, STORAGES[kind.name], count)
 
 
 def _call(name: str, arguments: tuple[object, ...]) -> object:
@@ -526,9 +454,9 @@ def _call(name: str, arguments: tuple[object, ...]) -> object:
 
 def _dtype(argument: tuple[object, ...]) -> str:
     found = argument[0] if argument else None
-    if not isinstance(found, _Global) or found.name not in _DTYPES:
+    if not isinstance(found, _Global) or found.name not in DTYPES:
         raise CheckpointError("holds a tensor of an unsupported dtype")
-    return _DTYPES[found.name]
+    return DTYPES[found.name]
 
 
 def _tensor(arguments: tuple[object, ...], dtype: str | None) -> PickledTensor:
@@ -542,30 +470,10 @@ def _tensor(arguments: tuple[object, ...], dtype: str | None) -> PickledTensor:
     (offset,) = check_extents(label, arguments[1:2], "offset")
     nbytes = storage.count * ITEM_SIZES[storage.dtype]
     kind = dtype or storage.dtype
-    if len(shape) != len(strides):
-        raise CheckpointError(f"{label}: {len(shape)} dimensions, but {len(strides)} strides")
     available, rest = divmod(nbytes, ITEM_SIZES[kind])
     if rest:
         raise CheckpointError(f"{label}: {nbytes} bytes are no whole number of {kind}")
-    _check_view(label, shape, strides, offset, available)
+    check_view(label, shape, strides, offset, available)
     return PickledTensor(
         TensorEntry(kind, shape, strides, storage.key, offset), StorageUse(storage.key, nbytes)
     )
-
-
-def _check_view(
-    label: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int, available: int
-) -> None:
-    elements = 1
-    for extent in shape:
-        elements *= extent
-    last = offset + sum((extent - 1) * step for extent, step in zip(shape, strides, strict=True))
-    if offset > available or (elements and last >= available):
-        raise UnsafeCheckpointError(
-            f"{label}: shape {list(shape)} reaches beyond the {available} elements of its storage"
-        )
-    if elements > available:
-        # A view with stride 0 turns a few bytes into any size as soon as somebody copies it.
-        raise UnsafeCheckpointError(
-            f"{label}: shape {list(shape)} repeats a storage of {available} elements"
-        )

@@ -1,22 +1,24 @@
 """Index of a ``.safetensors`` file: length of the header, JSON header, bytes of the tensors.
 
-Format: https://github.com/huggingface/safetensors (README, "Format"). Stricter than the library in
-one place: a name that occurs twice is refused, because two readers may then see two different
-models.
+Format: https://github.com/huggingface/safetensors (README, "Format"). Of a name that occurs twice
+the last entry counts, as in the library; other readers may see another model, so that it is noted.
 """
 
 from __future__ import annotations
 
 import json
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from pydetox.checkpoints.index import (
     ITEM_SIZES,
     FileIndex,
+    Findings,
     Span,
     TensorEntry,
     WeightsFile,
     check_extents,
+    check_name,
+    fingerprint,
     quote,
 )
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
@@ -54,7 +56,7 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
 
     Raises:
         CheckpointError: The file is truncated or damaged.
-        UnsafeCheckpointError: Its header is oversized, or names a tensor twice.
+        UnsafeCheckpointError: Its header is oversized.
     """
     prefix = file.read_at(0, 8, "the header length")
     length = int.from_bytes(prefix, "little")
@@ -63,13 +65,15 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
             f"claims a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted"
         )
     raw = file.read_at(8, length, "the header")
-    header = _parse(raw)
-    metadata = _metadata(header.pop("__metadata__", {}))
+    findings = Findings()
+    header = _object(_parse(raw), findings)
+    metadata = _metadata(header.pop("__metadata__", _Pairs()), findings)
     data = 8 + length
     entries: dict[str, TensorEntry] = {}
     spans: list[tuple[int, int, str]] = []
     for name, value in header.items():
         entry, begin, end = _tensor(name, value)
+        check_name(name, findings)
         entries[name] = entry
         spans.append((begin, end, name))
     position = 0
@@ -87,64 +91,80 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
         )
     if not entries:
         raise CheckpointError("holds no tensors")
+    parsed, digest = fingerprint({0: prefix + raw})
     return FileIndex(
         format="safetensors",
         tensors=entries,
         storages={name: Span(data + begin, end - begin) for begin, end, name in spans},
         metadata=metadata,
-        parsed={0: prefix + raw},
+        findings=findings.result(),
+        parsed=parsed,
+        parsed_sha256=digest,
     )
 
 
-def _parse(raw: bytes) -> dict[str, object]:
+class _Pairs(list[tuple[str, object]]):
+    """A JSON object as it stands in the file, with whatever occurs twice."""
+
+
+def _parse(raw: bytes) -> _Pairs:
     try:
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            raw.decode("utf-8"), object_pairs_hook=_Pairs, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is damaged: its header is not valid JSON ({error})") from None
-    if not isinstance(header, dict) or not raw.startswith(b"{"):
+    if not isinstance(header, _Pairs) or not raw.startswith(b"{"):
         raise CheckpointError("is damaged: its header is not a JSON object")
     return header
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _object(pairs: _Pairs, findings: Findings) -> dict[str, object]:
     result: dict[str, object] = {}
     for key, value in pairs:
+        _check_text(key, f"the name {quote(key)} in its header")
         if key in result:
-            raise UnsafeCheckpointError(f"has the name {quote(key)} twice in its header")
-        if any("\ud800" <= character <= "\udfff" for character in key):
-            raise CheckpointError(f"is damaged: the name {quote(key)} in its header is not text")
+            if key == "__metadata__":
+                raise CheckpointError("is damaged: its metadata is there twice")
+            findings.add("duplicate-key", f"name {quote(key)}: is there twice; the last one counts")
         result[key] = value
     return result
+
+
+def _check_text(text: str, what: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise CheckpointError(f"is damaged: {what} is not text")
 
 
 def _no_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _metadata(value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
+def _metadata(value: object, findings: Findings) -> dict[str, str]:
+    if not isinstance(value, _Pairs):
         raise CheckpointError("is damaged: its metadata is not a JSON object")
-    for key, text in value.items():
+    metadata = _object(value, findings)
+    for key, text in metadata.items():
         if not isinstance(text, str):
             raise CheckpointError(f"is damaged: its metadata {quote(key)} is not text")
-    return value
+        _check_text(text, f"its metadata {quote(key)}")
+    return cast("dict[str, str]", metadata)
 
 
 def _tensor(name: str, value: object) -> tuple[TensorEntry, int, int]:
     """Entry and data offsets (first byte, byte after the last) of one tensor of the header."""
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    fields = dict(value) if isinstance(value, _Pairs) else {}
+    if set(fields) != {"dtype", "shape", "data_offsets"} or len(fields) != len(cast(_Pairs, value)):
         raise CheckpointError(
-            f"tensor {quote(name)}: expected dtype, shape and data_offsets in the header"
+            f"tensor {quote(name)}: expected dtype, shape and data_offsets in the header, each once"
         )
-    code = value["dtype"]
+    code = fields["dtype"]
     dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise CheckpointError(f"tensor {quote(name)}: has the unsupported dtype {quote(code)}")
     label = f"tensor {quote(name)}"
-    shape = check_extents(label, value["shape"], "shape")
-    offsets = check_extents(label, value["data_offsets"], "data_offsets")
+    shape = check_extents(label, fields["shape"], "shape")
+    offsets = check_extents(label, fields["data_offsets"], "data_offsets")
     strides = []
     count = 1
     for extent in reversed(shape):

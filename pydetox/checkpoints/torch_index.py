@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 
-from pydetox.checkpoints.index import ITEM_SIZES, FileIndex, Span, WeightsFile, quote
+from pydetox.checkpoints.index import (
+    FileIndex,
+    Findings,
+    Span,
+    WeightsFile,
+    check_name,
+    check_sharing,
+    fingerprint,
+    note_overlaps,
+    quote,
+)
 from pydetox.checkpoints.pickle_index import (
     MAX_PICKLE_BYTES,
     Mapping,
@@ -24,7 +32,18 @@ _WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _MAX_VERSION = 10
 _MAX_SMALL_RECORD = 64
-_MAX_SHARING = 16  # tied weights appear two or three times
+# What torch.save has written beside `data/`, over its versions.
+_RECORDS = frozenset(
+    {
+        ".data/serialization_id",
+        ".data/version",
+        ".format_version",
+        ".storage_alignment",
+        "byteorder",
+        "data.pkl",
+        "version",
+    }
+)
 
 
 def index_torch(file: WeightsFile) -> FileIndex:
@@ -34,10 +53,16 @@ def index_torch(file: WeightsFile) -> FileIndex:
         CheckpointError: The file is damaged, TorchScript, or holds no dictionary of tensors.
         UnsafeCheckpointError: The file would run code elsewhere, or lies about its sizes.
     """
+    findings = Findings()
     members, parsed = read_members(file)
     root = _archive_root(members)
     _check_records(file, members, root, parsed)
-    tensors = _model_tensors(read_pickle(_record(file, members, f"{root}/data.pkl", parsed)))
+    for member in members:
+        record = member.removeprefix(f"{root}/")
+        if record not in _RECORDS and not record.startswith("data/"):
+            findings.add("unknown-record", f"record {quote(member)}: torch.save writes no such")
+    pickled = read_pickle(_record(file, members, f"{root}/data.pkl", parsed), findings)
+    tensors = _model_tensors(pickled, findings)
     storages: dict[str, Span] = {}
     for name, tensor in tensors.items():
         key, claimed = tensor.storage.key, tensor.storage.nbytes
@@ -50,25 +75,20 @@ def index_torch(file: WeightsFile) -> FileIndex:
                 f"{span.nbytes}"
             )
         storages[key] = span
-    _check_sharing(tensors.values(), storages.values())
+    entries = {name: tensor.entry for name, tensor in tensors.items()}
+    check_sharing(entries.values(), storages)
+    note_overlaps(entries, findings)
     wanted = {span.offset for span in storages.values()} | parsed.keys()
+    spans, digest = fingerprint(parsed)
     return FileIndex(
         format="torch",
-        tensors={name: tensor.entry for name, tensor in tensors.items()},
+        tensors=entries,
         storages=storages,
         others=tuple(s for s in members.values() if s.offset not in wanted),
-        parsed=parsed,
+        findings=findings.result(),
+        parsed=spans,
+        parsed_sha256=digest,
     )
-
-
-def _check_sharing(tensors: Iterable[PickledTensor], storages: Iterable[Span]) -> None:
-    """Refuse a small file whose tensors, all views of the same weights, are huge together."""
-    claimed = sum(math.prod(t.entry.shape) * ITEM_SIZES[t.entry.dtype] for t in tensors)
-    available = sum(span.nbytes for span in storages)
-    if claimed > _MAX_SHARING * available:
-        raise UnsafeCheckpointError(
-            f"its tensors have {claimed} bytes together, but are all views of {available} bytes"
-        )
 
 
 def strip_prefixes(names: list[str]) -> list[str]:
@@ -136,7 +156,7 @@ def _record(
     return data
 
 
-def _model_tensors(value: object) -> dict[str, PickledTensor]:
+def _model_tensors(value: object, findings: Findings) -> dict[str, PickledTensor]:
     weights = value
     if isinstance(value, Mapping):
         nested = (value.get(name) for name in _WEIGHT_ENTRIES)
@@ -150,7 +170,10 @@ def _model_tensors(value: object) -> dict[str, PickledTensor]:
         if not isinstance(entry, PickledTensor):
             raise CheckpointError(f"entry {quote(key)} is {_describe(entry)}, expected a tensor")
         if key in found:
-            raise UnsafeCheckpointError(f"has two tensors of the name {quote(key)}")
+            findings.add(
+                "duplicate-key", f"tensor {quote(key)}: is there twice; the last one counts"
+            )
+        check_name(key, findings)
         found[key] = entry
     if not found:
         raise CheckpointError("holds no tensors")

@@ -7,7 +7,6 @@ before anything is read from a member. Format: PKWARE APPNOTE 6.3.
 
 from __future__ import annotations
 
-import itertools
 import struct
 
 from pydetox.checkpoints.index import Span, WeightsFile, quote
@@ -20,6 +19,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _SIZES_FOLLOW = 0x0008  # sizes are in a descriptor behind the data; the local header holds zeros
+_MAX_DESCRIPTOR = 24  # signature, checksum and two sizes of 8 bytes
 _UTF8 = 0x0800
 _KNOWN_FLAGS = _SIZES_FOLLOW | _UTF8  # others mean encryption or patches
 _DIRECTORY = 0x10  # an MS-DOS attribute; some readers take such a member for empty
@@ -40,7 +40,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
     directory = file.read_at(start, size, "the zip directory")
     parsed[start] = directory
     members: dict[str, Span] = {}
-    regions: list[tuple[int, int, str]] = []
+    regions: list[tuple[int, int, str, int]] = []
     position = 0
     for _ in range(count):
         if position + _ENTRY.size > size:
@@ -73,16 +73,31 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
                 f"record {quote(name)} claims {unpacked} bytes, more than the file has"
             )
         members[name] = Span(data, unpacked, crc)
-        regions.append((offset, data + unpacked, name))
+        regions.append((offset, data + unpacked, name, flags))
     if position != size:
         raise CheckpointError(f"is damaged: {size - position} stray bytes in its zip directory")
-    regions.sort()
-    for (_, end, first), (begin, _, second) in itertools.pairwise(regions):
-        if begin < end:
-            raise UnsafeCheckpointError(
-                f"records {quote(first)} and {quote(second)} overlap in the zip archive"
-            )
+    _check_layout(regions, start)
     return members, parsed
+
+
+def _check_layout(regions: list[tuple[int, int, str, int]], directory: int) -> None:
+    """Check that the members lie one behind the other from the first byte to the directory.
+
+    Args:
+        regions: First byte, byte after the last, name and flags of each member.
+        directory: Where the directory begins.
+    """
+    position, slack, previous = 0, 0, "the start of the file"
+    for begin, end, name, flags in [*sorted(regions), (directory, directory, "", 0)]:
+        here = f"record {quote(name)}" if name else "the zip directory"
+        if begin < position:
+            raise UnsafeCheckpointError(f"{previous} and {here} overlap in the zip archive")
+        if begin - position > slack:
+            raise UnsafeCheckpointError(
+                f"has {begin - position} hidden bytes between {previous} and {here}"
+            )
+        position, previous = end, here
+        slack = _MAX_DESCRIPTOR if flags & _SIZES_FOLLOW else 0
 
 
 def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]:

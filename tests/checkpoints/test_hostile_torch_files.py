@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from pydetox.checkpoints import load_checkpoint
+from pydetox.checkpoints import Finding, load_checkpoint
 from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.pickle_index import (
     MAX_INSTRUCTIONS,
@@ -326,14 +326,22 @@ def test_long_names(write_pt: Callable[..., Path]) -> None:
     )
     pickle_bytes, storages = _saved({"a": torch.ones(1)})
     path = write_pt(pickle_bytes.replace(b"X\1\0\0\0a", text), storages)
-    (name,) = load_checkpoint(path, model="ViT-B-32").state_dict
-    assert name == "module." * 199_999
+    refuse(path, "its name has 1400000 characters, at most 4096 are accepted")
+    long = "module." * 585
+    torch.save({long: torch.ones(1)}, path)
+    assert list(load_checkpoint(path, model="ViT-B-32").state_dict) == ["module." * 584]
 
 
 def test_same_name_twice(write_pt: Callable[..., Path]) -> None:
     pickle_bytes, storages = _saved({"a": torch.ones(1), "b": torch.zeros(1)})
     forged = pickle_bytes.replace(b"X\1\0\0\0b", b"X\1\0\0\0a")
-    refuse(write_pt(forged, storages), "two tensors of the name 'a'")
+    path = write_pt(forged, storages)
+    checkpoint = load_checkpoint(path, model="ViT-B-32")
+    assert checkpoint.findings == (
+        Finding("duplicate-key", "tensor 'a': is there twice; the last one counts"),
+    )
+    expected = torch.load(path, weights_only=True)
+    assert checkpoint.state_dict == expected == {"a": torch.zeros(1)}
 
 
 def _forge_second(**changes: Any) -> Callable[[list[Any]], None]:
@@ -415,7 +423,7 @@ def test_overlapping_members(
 
     path = tmp_path / "a.pt"
     path.write_bytes(make_zip([*members, outer], forge=forge))
-    refuse(path, "'archive/data/0' and 'archive/data/1' overlap")
+    refuse(path, "'archive/data/0' and record 'archive/data/1' overlap")
 
 
 def test_member_that_reaches_into_the_directory(

