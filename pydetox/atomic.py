@@ -125,6 +125,18 @@ class _RehearsalOverError(Exception):
     """Ends a rehearsal before the rename."""
 
 
+def rehearse_file(path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
+    """Do what `atomic_file` does up to the rename, and clean up: before work is invested.
+
+    Raises what `atomic_file` raises.
+    """
+    try:
+        with atomic_file(path, overwrite=overwrite):
+            raise _RehearsalOverError
+    except _RehearsalOverError:
+        pass
+
+
 def rehearse_directory(
     path: str | os.PathLike[str], *, overwrite: bool, replaceable: Collection[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pydetox.atomic import rehearse_file
 from pydetox.checkpoints.architecture import nonfinite_findings
 from pydetox.checkpoints.index import Finding
 from pydetox.checkpoints.naming import parse_reference
@@ -48,6 +49,7 @@ def convert_checkpoint(
         raise UsageError(f"{parsed.text}: expected a file or folder on this machine")
     if Path(output).suffix.lower() != ".safetensors":
         raise UsageError(f"{os.fspath(output)}: expected a name ending in .safetensors")
+    rehearse_file(output, overwrite=overwrite)
     path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
     try:
         with open_weights(path) as weights:

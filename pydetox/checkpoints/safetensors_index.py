@@ -61,6 +61,9 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
     prefix = file.read_at(0, 8, "the header length")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
+        start = file.read_at(0, min(file.size, 32), "the start of the file")
+        if start[8:9] != b"{":
+            raise CheckpointError(f"is not a safetensors file (it begins with {start[:16]!r})")
         raise UnsafeCheckpointError(
             f"claims a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted"
         )

@@ -83,7 +83,7 @@ class Sandbox:
                 f"crashed the process that indexed it ({signal.Signals(number).name})"
             )
         kind, text = answer[:1], answer[1:]
-        if status or kind not in (b"+", b"-", b"!") or len(answer) > MAX_ANSWER:
+        if status or kind not in (b"+", b"-", b"!"):
             raise UnsafeCheckpointError("crashed the process that indexed it")
         if kind == b"+":
             return from_json(text, file.size)
@@ -110,18 +110,20 @@ class Sandbox:
             finally:
                 os.close(writing)
             answer = bytearray()
-            while len(answer) <= MAX_ANSWER:
+            while True:
                 _wait_for(reading, deadline)
                 part = os.read(reading, 1 << 20)
                 if not part:
                     break
                 answer += part
+                if len(answer) > MAX_ANSWER:
+                    raise UnsafeCheckpointError("took over the process that indexed it")
             _wait_for(self._control.fileno(), deadline)
             status = self._control.recv(STATUS.size)
         except OSError as error:
             self.close()
             raise CheckpointError(f"the sandbox has ended: {error.strerror}") from error
-        except BaseException:  # too late, or interrupted: the next answer would be this one's
+        except BaseException:  # too late or interrupted: the next answer would be this one's
             self.close()
             raise
         finally:

@@ -140,7 +140,8 @@ def _dense_tensors(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch
             raise UsageError(f"entry {quote(name)} is a {type(tensor).__name__}, expected a tensor")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UsageError(f"tensor {quote(name)}: expected a dense tensor with data")
-        if name == "__metadata__" or _code(tensor) is None:
+        not_text = any("\ud800" <= character <= "\udfff" for character in name)
+        if name == "__metadata__" or not_text or _code(tensor) is None:
             raise UsageError(
                 f"tensor {quote(name)}: its name or dtype {tensor.dtype} cannot be stored"
             )

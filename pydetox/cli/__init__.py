@@ -1,4 +1,4 @@
-"""The command line: `pydetox scan | invert | unlearn | eval | demo | doctor`.
+"""The command line: `pydetox scan | invert | unlearn | eval | inspect | convert | demo | doctor`.
 
 One file per command, and beside them what they share: `group` (errors and exit codes), `options`,
 `inputs`, `outputs`, `summaries`, `pictures`. Results go to stdout, progress and errors to stderr.

@@ -20,6 +20,8 @@ _COMMANDS = {
     "invert": "invert",
     "unlearn": "unlearn",
     "eval": "evaluate",
+    "inspect": "inspection",
+    "convert": "convert",
     "demo": "demo",
     "doctor": "doctor",
 }

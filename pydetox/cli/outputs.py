@@ -11,13 +11,8 @@ from typing import Any
 
 import click
 
-from ..atomic import atomic_file, write_file
+from ..atomic import rehearse_file, write_file
 from ..errors import OutputError, UsageError
-from ..reporting import print_text, render_text, to_json
-
-
-class _RehearsalOverError(Exception):
-    """Ends a rehearsal."""
 
 
 def check_files(**paths: Path | None) -> None:
@@ -33,11 +28,7 @@ def check_files(**paths: Path | None) -> None:
         if path.resolve() in seen:
             raise UsageError(f"--{seen[path.resolve()]} and --{name} are the same file: {path}")
         seen[path.resolve()] = name
-        try:
-            with atomic_file(path):
-                raise _RehearsalOverError
-        except _RehearsalOverError:
-            pass
+        rehearse_file(path)
 
 
 @contextlib.contextmanager
@@ -63,6 +54,8 @@ def emit(
 
     document: for JSON. text: for people, as `pydetox.reporting.render_text` takes it.
     """
+    from ..reporting import print_text, render_text, to_json
+
     if path is not None:
         content = f"{to_json(document)}\n" if format_ == "json" else render_text(text)
         write_file(path, content)

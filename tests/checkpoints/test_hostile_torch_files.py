@@ -28,6 +28,7 @@ from pydetox.checkpoints.pickle_index import (
 from pydetox.checkpoints.weights import index_file
 from pydetox.checkpoints.zip_index import MAX_DIRECTORY_BYTES
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
+from tests.checkpoints.zip_writer import zip64_bytes
 
 
 def refuse(
@@ -506,23 +507,3 @@ def test_zip64_sizes(tmp_path: Path, make_members: Callable[..., list[Any]]) -> 
     assert load_checkpoint(path, model="ViT-B-32").state_dict["a"].sum().item() == 200
     path.write_bytes(zip64_bytes(members, cut=8))
     refuse(path, "lacks its zip64 sizes", CheckpointError)
-
-
-def zip64_bytes(members: list[Any], cut: int = 0) -> bytes:
-    out = io.BytesIO()
-    entries = []
-    for member in members:
-        sizes = struct.pack("<3Q", member.unpacked, member.packed, out.tell())
-        extra = struct.pack("<2H", 9, 0) + struct.pack("<2H", 1, 24 - cut) + sizes[: 24 - cut]
-        out.write(member.local_header() + member.data)
-        fields = (member.crc, 0xFFFFFFFF, 0xFFFFFFFF, len(member.name), len(extra), 0, 0, 0, 0)
-        head = struct.pack("<4s6H3L5H2L", b"PK\1\2", 0, 0, 0, 0, 0, 0, *fields, 0xFFFFFFFF)
-        entries.append(head + member.name.encode() + extra)
-    start = out.tell()
-    out.write(b"".join(entries))
-    end64 = out.tell()
-    count, size = len(members), end64 - start
-    out.write(struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0, 0, 0, 0, count, count, size, start))
-    out.write(struct.pack("<4sLQL", b"PK\6\7", 0, end64, 1))
-    out.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, size, 0xFFFFFFFF, 0))
-    return out.getvalue()

@@ -1,0 +1,35 @@
+"""`pydetox convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import exit_codes, options
+from .group import one_line
+
+
+@click.command("convert")
+@click.argument("source", metavar="IN")
+@click.argument("output", type=options.FILE, metavar="OUT.safetensors")
+@click.option("--overwrite", is_flag=True, show_default=False, help="Replace an existing file.")
+def command(source: str, output: Path, overwrite: bool) -> int:
+    """Write the weights of an untrusted checkpoint as a .safetensors file.
+
+    IN is a .pt file, or anything else on this machine that `inspect` takes. Nothing in it is
+    unpickled. Names (without a wrapper's `module.`), dtypes, shapes and bytes stay; epoch,
+    optimizer and the like are left out; tensors that share weights get a copy each. What was odd
+    about IN is said on stderr and in the metadata of the result.
+
+    Exit code: 0 written, 2 refused or damaged.
+    """
+    from ..checkpoints import convert_checkpoint
+    from .outputs import to_stdout
+
+    findings = convert_checkpoint(source, output, overwrite=overwrite)
+    for finding in findings:
+        click.echo(one_line(f"finding ({finding.rule}): {finding.message}"), err=True)
+    with to_stdout():
+        click.echo(one_line(str(output)))
+    return exit_codes.CLEAN

@@ -1,0 +1,99 @@
+"""`pydetox inspect`: it must not import torch, so that it starts at once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import exit_codes, options
+from .group import explain, one_line, print_error
+
+if TYPE_CHECKING:
+    from ..checkpoints import Inspection
+
+
+@click.command("inspect")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--hash",
+    "hash_content",
+    is_flag=True,
+    show_default=False,
+    help="Read the files once, for their SHA-256; checksums inside are checked, too.",
+)
+@click.option(
+    "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
+)
+@options.format_option
+def command(checkpoints: tuple[str, ...], hash_content: bool, summary: bool, format_: str) -> int:
+    """Tell what weights files hold, without unpickling them and without reading the weights.
+
+    FILE is a .safetensors or .pt file, a .safetensors.index.json with its shards, or a folder. A
+    finding is something odd that does not keep a file from being read, such as an unknown name in
+    its pickle, two tensors of one name, or a name like a path.
+
+    Exit code: 0 nothing odd, 1 a finding, 2 a file that is damaged or refused.
+    """
+    from ..checkpoints import inspect_checkpoint, parse_reference
+    from .outputs import to_stdout
+
+    for reference in checkpoints:
+        parse_reference(reference)
+    entries: list[dict[str, Any]] = []
+    codes: list[int] = []
+    for reference in checkpoints:
+        try:
+            found = inspect_checkpoint(reference, hash_content=hash_content)
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            print_error(line)
+            unsafe = type(error).__name__ == "UnsafeCheckpointError"
+            entries.append({"name": reference, "error": line, "unsafe": unsafe})
+            codes.append(exit_codes.ERROR)
+            continue
+        content = found.to_dict()
+        if summary:
+            del content["tensors"]
+        entries.append({"name": reference, "error": None, **content})
+        codes.append(exit_codes.FOUND if found.findings else exit_codes.CLEAN)
+        if format_ == "text":
+            with to_stdout():
+                for line in _lines(found, summary):
+                    click.echo(line)
+    code = exit_codes.combine(codes)
+    if format_ == "json":
+        document = {"schema": "pydetox.inspect/1", "exit_code": code, "files": entries}
+        with to_stdout():
+            # ASCII: lone surrogates can stand in a name, and have no UTF-8.
+            click.echo(json.dumps(document, indent=2))
+    return code
+
+
+def _lines(found: Inspection, summary: bool) -> list[str]:
+    from ..checkpoints.index import quote
+
+    dtypes = Counter(entry.dtype for entry in found.tensors.values())
+    rows = [
+        ("format", found.format + (f", {len(found.files)} shards" if found.files else "")),
+        ("bytes", f"{found.nbytes:,}"),
+        ("sha256", found.sha256),
+        ("tensors", f"{len(found.tensors):,}: " + ", ".join(f"{n} {d}" for d, n in dtypes.items())),
+        ("parameters", f"{found.parameters:,}"),
+        *(("metadata", f"{quote(k)}: {quote(v)}") for k, v in sorted(found.metadata.items())),
+        *((f"finding ({f.rule})", f.message) for f in found.findings),
+    ]
+    lines = [one_line(str(found.path))]
+    lines += [one_line(f"{label}: {value}") for label, value in rows if value is not None]
+    if not summary:
+        shown = {name: quote(name) for name in found.tensors}
+        width = min(60, max(map(len, shown.values())))
+        lines += [
+            f"{shown[name]:{width}}  {entry.dtype}{list(entry.shape)}"
+            for name, entry in found.tensors.items()
+        ]
+    return [lines[0], *(f"  {line}" for line in lines[1:])]
