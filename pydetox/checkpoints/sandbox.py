@@ -44,8 +44,8 @@ class Sandbox:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        #: Largest resident set of the last child, in KiB.
-        self.peak_kib = 0
+        #: Of the last child: largest resident set in KiB, seconds of processor time.
+        self.peak_kib, self.cpu_seconds = 0, 0.0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-I", "-S", "-c", _SERVER, str(_ROOT), str(theirs.fileno())]
         kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
@@ -131,7 +131,7 @@ class Sandbox:
         if len(status) != STATUS.size:
             self.close()
             raise CheckpointError("the sandbox has ended")
-        code, self.peak_kib = STATUS.unpack(status)
+        code, self.peak_kib, self.cpu_seconds = STATUS.unpack(status)
         return bytes(answer), code
 
 

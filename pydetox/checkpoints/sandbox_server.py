@@ -20,8 +20,8 @@ from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.index_json import to_json
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
-#: What the child's status looks like on the control socket: wait status, largest resident KiB.
-STATUS = struct.Struct("<iq")
+#: How a child ended: wait status, largest resident KiB, seconds of processor time.
+STATUS = struct.Struct("<iqd")
 MAX_REQUEST = 4096
 #: Bytes of an answer. The largest header that is accepted makes less.
 MAX_ANSWER = 16 << 20
@@ -54,7 +54,7 @@ def serve(control_descriptor: int) -> None:
         os.close(weights)
         os.close(answer)
         _, status, usage = os.wait4(child, 0)
-        control.send(STATUS.pack(status, usage.ru_maxrss))
+        control.send(STATUS.pack(status, usage.ru_maxrss, usage.ru_utime + usage.ru_stime))
 
 
 def _child(path: str, weights: int, answer: int) -> None:

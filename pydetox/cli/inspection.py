@@ -38,6 +38,7 @@ def command(checkpoints: tuple[str, ...], hash_content: bool, summary: bool, for
     Exit code: 0 nothing odd, 1 a finding, 2 a file that is damaged or refused.
     """
     from ..checkpoints import inspect_checkpoint, parse_reference
+    from ..errors import UnsafeCheckpointError, UsageError
     from .outputs import to_stdout
 
     for reference in checkpoints:
@@ -52,9 +53,10 @@ def command(checkpoints: tuple[str, ...], hash_content: bool, summary: bool, for
             if line is None:
                 raise
             print_error(line)
-            unsafe = type(error).__name__ == "UnsafeCheckpointError"
+            unsafe = isinstance(error, UnsafeCheckpointError)
             entries.append({"name": reference, "error": line, "unsafe": unsafe})
-            codes.append(exit_codes.ERROR)
+            usage = isinstance(error, UsageError)
+            codes.append(exit_codes.USAGE if usage else exit_codes.ERROR)
             continue
         content = found.to_dict()
         if summary:

@@ -614,7 +614,10 @@ safe("name that is a path", None, "suspicious-name", lambda: st({"../../etc/pass
 safe("name that is a share", None, "suspicious-name", lambda: st({"\\\\host\\share": entry()}))
 safe("zip appended to safetensors", REFUSED, "describes", lambda: st({"a": entry()}) + plain())
 safe(
-    "page of HTML", REFUSED, "not a safetensors file", lambda: b"<!DOCTYPE html><script>alert(1)</script>"
+    "page of HTML",
+    REFUSED,
+    "not a safetensors file",
+    lambda: b"<!DOCTYPE html><script>alert(1)</script>",
 )
 
 
@@ -664,11 +667,20 @@ sharded("no map", REFUSED, "weight_map", b"[]")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file; seconds of wall time, MiB above the process before it was read."""
+    """What became of a file.
+
+    Attributes:
+        error: What refused it.
+        rules: Of its findings.
+        seconds: Wall time.
+        cpu_seconds: Processor time of this process and of the child.
+        peak_mib: Memory above what the process had before.
+    """
 
     error: CheckpointError | None
     rules: tuple[str, ...]
     seconds: float
+    cpu_seconds: float
     peak_mib: float
 
 
@@ -680,10 +692,10 @@ def measure(path: Path) -> Outcome:
     """
     _start_sandbox()
     assert sandbox._sandbox is not None
-    sandbox._sandbox.peak_kib = 0
+    sandbox._sandbox.peak_kib, sandbox._sandbox.cpu_seconds = 0, 0.0
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     error, rules = None, ()
     try:
         checkpoint = load_checkpoint(path, model="ViT-B-32", allow_nonfinite=True)
@@ -691,9 +703,10 @@ def measure(path: Path) -> Outcome:
     except CheckpointError as caught:
         error = caught
     seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start + sandbox._sandbox.cpu_seconds
     own = _status_kib("VmHWM") - before
     child = sandbox._sandbox.peak_kib - _child_baseline_kib()
-    return Outcome(error, rules, seconds, max(own, child, 0) / 1024)
+    return Outcome(error, rules, seconds, cpu_seconds, max(own, child, 0) / 1024)
 
 
 def _start_sandbox() -> None:

@@ -28,7 +28,7 @@ def test_hostile_file(tmp_path: Path, case: Hostile) -> None:
         assert message.startswith(f"{path}: ")
         assert message.isprintable()
     assert outcome.peak_mib <= MAX_PEAK_MIB
-    assert outcome.seconds <= MAX_SECONDS
+    assert outcome.cpu_seconds <= MAX_SECONDS  # the wall time is that of whatever else runs here
     assert sorted(tmp_path.rglob("*")) == before
 
 

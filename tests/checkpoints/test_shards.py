@@ -1,0 +1,156 @@
+"""Checkpoints in several files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pydetox.checkpoints import inspect_checkpoint, load_checkpoint
+from pydetox.checkpoints.shards import read_shard_index
+from pydetox.errors import ArchitectureError, CheckpointError
+
+STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3).bfloat16(), "ä": torch.zeros(0)}
+SHARDS = {
+    "model-00001-of-00002.safetensors": ["b", "a"],
+    "model-00002-of-00002.safetensors": ["ä"],
+}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder, STATE)
+    return folder
+
+
+def write(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    for name, tensors in SHARDS.items():
+        safetensors.torch.save_file({t: state[t] for t in tensors}, folder / name, {"format": "pt"})
+    weight_map = {tensor: name for name, tensors in SHARDS.items() for tensor in tensors}
+    content = {"metadata": {"total_size": 30}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}", "{}/" + INDEX])
+def test_read(folder: Path, form: str) -> None:
+    checkpoint = load_checkpoint(form.format(folder), model="ViT-B-32")
+    assert checkpoint.path == folder / INDEX
+    assert checkpoint.format == "safetensors"
+    assert checkpoint.metadata == {"format": "pt"}
+    assert checkpoint.findings == ()
+    assert checkpoint.state_dict.keys() == STATE.keys()
+    for name, tensor in STATE.items():
+        found = checkpoint.state_dict[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+
+
+def test_hash_is_that_of_sha256sum(folder: Path) -> None:
+    names = sorted([*SHARDS, INDEX])
+    listing = subprocess.run(["sha256sum", *names], cwd=folder, check=True, capture_output=True)
+    expected = hashlib.sha256(listing.stdout).hexdigest()
+    assert load_checkpoint(folder, model="ViT-B-32").sha256 == expected
+    assert inspect_checkpoint(folder, hash_content=True).sha256 == expected
+    path = folder / SHARDS.copy().popitem()[0]
+    safetensors.torch.save_file({"ä": torch.ones(1)}, path)
+    assert load_checkpoint(folder, model="ViT-B-32").sha256 != expected
+
+
+def test_inspect(folder: Path) -> None:
+    found = inspect_checkpoint(folder)
+    assert found.files == tuple(SHARDS)
+    assert found.nbytes == sum((folder / name).stat().st_size for name in SHARDS)
+    assert found.parameters == 9
+    assert found.sha256 is None
+    shapes = {name: list(entry.shape) for name, entry in found.tensors.items()}
+    assert shapes == {name: list(tensor.shape) for name, tensor in STATE.items()}
+
+
+def test_findings_name_the_shard(folder: Path) -> None:
+    name = "model-00002-of-00002.safetensors"
+    header = b'{"\xc3\xa4":%b,"\xc3\xa4":%b}' % (
+        (b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}',) * 2
+    )
+    (folder / name).write_bytes(len(header).to_bytes(8, "little") + header)
+    (finding,) = load_checkpoint(folder, model="ViT-B-32").findings
+    assert finding.rule == "duplicate-key"
+    assert finding.message.startswith(f"shard '{name}': name '\\xe4'")
+
+
+def test_links_of_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--repo"
+    snapshot = repository / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for name in [*SHARDS, INDEX]:
+        shutil.move(folder / name, repository / "blobs" / f"blob-{name[:12]}")
+        (snapshot / name).symlink_to(f"../../blobs/blob-{name[:12]}")
+    assert load_checkpoint(snapshot, model="ViT-B-32").state_dict.keys() == STATE.keys()
+
+
+def test_link_inside_the_folder(folder: Path) -> None:
+    first = folder / "model-00001-of-00002.safetensors"
+    (folder / "sub").mkdir()
+    first.rename(folder / "sub" / "x.safetensors")
+    first.symlink_to("sub/x.safetensors")
+    assert load_checkpoint(folder, model="ViT-B-32").state_dict.keys() == STATE.keys()
+
+
+def test_two_shards_with_one_tensor(folder: Path) -> None:
+    """Whoever loads all shards gets the last one's weights, whatever the index says."""
+    path = folder / "model-00002-of-00002.safetensors"
+    safetensors.torch.save_file({"ä": torch.zeros(0), "a": torch.ones(6)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"shard 'model-00002.*holds a tensor that .* \('a'\)"
+    ):
+        load_checkpoint(folder, model="ViT-B-32")
+
+
+def test_shard_of_another_format(folder: Path) -> None:
+    torch.save({"ä": torch.zeros(0)}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard 'model-00002.*holds a torch zip archive"):
+        load_checkpoint(folder, model="ViT-B-32")
+
+
+def test_damage_is_said_with_the_shard(folder: Path) -> None:
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"shard 'model-00002.*truncated or damaged"):
+        load_checkpoint(folder, model="ViT-B-32")
+
+
+def test_all_files_are_closed(folder: Path) -> None:
+    index = read_shard_index(folder / INDEX)
+    assert index.files == SHARDS
+    assert index.own_sha256 == hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+    load_checkpoint(folder, model="ViT-B-32")  # the sandbox is there from now on
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    load_checkpoint(folder, model="ViT-B-32")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load_checkpoint(folder, model="ViT-B-32")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_names_of_transformers(tmp_path: Path) -> None:
+    state = {"vision_model.post_layernorm.weight": torch.ones(2), "logit_scale": torch.ones(())}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    for model in (None, "ViT-B-32"):
+        with pytest.raises(ArchitectureError, match="named as in the CLIPModel of transformers"):
+            load_checkpoint(tmp_path, model=model)
+    assert len(inspect_checkpoint(tmp_path).tensors) == 2
+
+
+def test_weights_of_open_clip_go_first(folder: Path) -> None:
+    safetensors.torch.save_file({"own": torch.ones(1)}, folder / "open_clip_model.safetensors")
+    assert list(load_checkpoint(folder, model="ViT-B-32").state_dict) == ["own"]
