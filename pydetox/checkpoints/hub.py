@@ -102,6 +102,8 @@ def _fetch_first(
     offline: bool,
 ) -> Path | None:
     """Fetch the first of ``names`` that the repository has, or ``None``."""
+    if offline:
+        return _cached_first(repository, names, revision, cache_dir)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -120,14 +122,11 @@ def _fetch_first(
                     name,
                     revision=revision,
                     cache_dir=os.fspath(cache_dir) if cache_dir is not None else None,
-                    local_files_only=offline,
                 )
             )
         except RemoteEntryNotFoundError:
             continue
         except LocalEntryNotFoundError as error:
-            if offline:
-                continue
             cause = _first_line(error.__cause__ or error)
             raise CheckpointError(f"{shown}: the hub cannot be reached ({cause})") from error
         except GatedRepoError as error:
@@ -142,6 +141,27 @@ def _fetch_first(
             raise CheckpointError(
                 f"{shown}: {name} cannot be fetched ({type(error).__name__}: {_first_line(error)})"
             ) from error
+    return None
+
+
+def _cached_first(
+    repository: str,
+    names: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Path | None:
+    """Find the first of ``names`` in the cache.
+
+    ``hf_hub_download(local_files_only=True)`` may open a connection nevertheless, to find out what
+    to call itself in requests that it then does not make.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = os.fspath(cache_dir) if cache_dir is not None else None
+    for name in names:
+        found = try_to_load_from_cache(repository, name, folder, revision)
+        if isinstance(found, str):
+            return Path(found)
     return None
 
 

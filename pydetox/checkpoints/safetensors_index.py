@@ -69,16 +69,18 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
         )
     raw = file.read_at(8, length, "the header")
     findings = Findings()
-    header = _object(_parse(raw), findings)
-    metadata = _metadata(header.pop("__metadata__", _Pairs()), findings)
+    header = _parse(raw)
+    metadata = _metadata(_unique(header, findings).get("__metadata__", _Object([])), findings)
     data = 8 + length
     entries: dict[str, TensorEntry] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, value in header.items():
-        entry, begin, end = _tensor(name, value)
-        check_name(name, findings)
-        entries[name] = entry
-        spans.append((begin, end, name))
+    places: dict[str, tuple[int, int]] = {}
+    # All of them, in the library's way: an entry that does not count has to be right as well.
+    for name, value in header.pairs:
+        if name != "__metadata__":
+            check_name(name, findings)
+            entries[name], begin, end = _tensor(name, value)
+            places[name] = begin, end
+    spans = [(begin, end, name) for name, (begin, end) in places.items()]
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -106,25 +108,30 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
     )
 
 
-class _Pairs(list[tuple[str, object]]):
+class _Object:
     """A JSON object as it stands in the file, with whatever occurs twice."""
 
+    __slots__ = ("pairs",)
 
-def _parse(raw: bytes) -> _Pairs:
+    def __init__(self, pairs: list[tuple[str, object]]) -> None:
+        self.pairs = pairs
+
+
+def _parse(raw: bytes) -> _Object:
     try:
         header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_Pairs, parse_constant=_no_constant
+            raw.decode("utf-8"), object_pairs_hook=_Object, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is damaged: its header is not valid JSON ({error})") from None
-    if not isinstance(header, _Pairs) or not raw.startswith(b"{"):
+    if not isinstance(header, _Object) or not raw.startswith(b"{"):
         raise CheckpointError("is damaged: its header is not a JSON object")
     return header
 
 
-def _object(pairs: _Pairs, findings: Findings) -> dict[str, object]:
+def _unique(content: _Object, findings: Findings) -> dict[str, object]:
     result: dict[str, object] = {}
-    for key, value in pairs:
+    for key, value in content.pairs:
         _check_text(key, f"the name {quote(key)} in its header")
         if key in result:
             if key == "__metadata__":
@@ -144,10 +151,10 @@ def _no_constant(constant: str) -> NoReturn:
 
 
 def _metadata(value: object, findings: Findings) -> dict[str, str]:
-    if not isinstance(value, _Pairs):
+    if not isinstance(value, _Object):
         raise CheckpointError("is damaged: its metadata is not a JSON object")
-    metadata = _object(value, findings)
-    for key, text in metadata.items():
+    metadata = _unique(value, findings)
+    for key, text in value.pairs:
         if not isinstance(text, str):
             raise CheckpointError(f"is damaged: its metadata {quote(key)} is not text")
         _check_text(text, f"its metadata {quote(key)}")
@@ -156,8 +163,9 @@ def _metadata(value: object, findings: Findings) -> dict[str, str]:
 
 def _tensor(name: str, value: object) -> tuple[TensorEntry, int, int]:
     """Entry and data offsets (first byte, byte after the last) of one tensor of the header."""
-    fields = dict(value) if isinstance(value, _Pairs) else {}
-    if set(fields) != {"dtype", "shape", "data_offsets"} or len(fields) != len(cast(_Pairs, value)):
+    pairs = value.pairs if isinstance(value, _Object) else []
+    fields = dict(pairs)
+    if set(fields) != {"dtype", "shape", "data_offsets"} or len(fields) != len(pairs):
         raise CheckpointError(
             f"tensor {quote(name)}: expected dtype, shape and data_offsets in the header, each once"
         )

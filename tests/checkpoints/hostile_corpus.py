@@ -581,6 +581,18 @@ safe(
     "expected dtype, shape",
     lambda: st(b'{"a":[' + b"[]," * ((MAX_HEADER_BYTES - 20) // 3) + b"[]]}"),
 )
+safe(
+    "header full of empty objects",
+    REFUSED,
+    "shape holds something",
+    lambda: st(
+        b'{"a":{"dtype":"F32","data_offsets":[0,4],"shape":['
+        + b"{}," * 60
+        + b'{}]},"b":['
+        + b"{}," * ((MAX_HEADER_BYTES - 400) // 3)
+        + b"{}]}"
+    ),
+)
 safe("header of nested lists", REFUSED, "not valid JSON", lambda: st(b'{"a":' + b"[" * 1_000_000))
 safe("NaN as JSON", REFUSED, "not valid JSON", lambda: st(b'{"a":NaN}'))
 safe(
