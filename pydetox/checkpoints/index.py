@@ -96,13 +96,13 @@ class Finding:
 
 
 class Findings:
-    """Collects findings; of each rule the first few are kept and the others counted."""
+    """Collects findings; the first few of each rule, so that no file can flood a report."""
 
     _KEPT = 10
 
     def __init__(self) -> None:
         self._messages: dict[Rule, dict[str, None]] = {}
-        self._left_out: dict[Rule, int] = {}
+        self._more: set[Rule] = set()
 
     def add(self, rule: Rule, message: str) -> None:
         """Add a finding; one that is there already is not added again."""
@@ -112,12 +112,12 @@ class Findings:
         if len(messages) < self._KEPT:
             messages[message] = None
         else:
-            self._left_out[rule] = self._left_out.get(rule, 0) + 1
+            self._more.add(rule)
 
     def result(self) -> tuple[Finding, ...]:
         """All of them, by rule."""
         found = [Finding(rule, m) for rule, messages in self._messages.items() for m in messages]
-        found += [Finding(rule, f"and {n} more of this kind") for rule, n in self._left_out.items()]
+        found += [Finding(rule, "and more of this kind") for rule in self._more]
         return tuple(sorted(found, key=lambda finding: finding.rule))
 
 

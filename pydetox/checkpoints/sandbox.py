@@ -46,6 +46,8 @@ class Sandbox:
         self.owner = os.getpid()
         #: Of the last child: largest resident set in KiB, seconds of processor time.
         self.peak_kib, self.cpu_seconds = 0, 0.0
+        if not sys.executable:
+            raise CheckpointError("cannot start the sandbox: nobody knows where Python is")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-I", "-S", "-c", _SERVER, str(_ROOT), str(theirs.fileno())]
         kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}

@@ -1,0 +1,127 @@
+"""Which names in a pickle are harmless, unknown, or refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pydetox.checkpoints import load_checkpoint
+from pydetox.checkpoints.index import Finding, Findings
+from pydetox.checkpoints.pickle_globals import check_global
+from pydetox.errors import UnsafeCheckpointError
+
+
+def check(full: str) -> tuple[Finding, ...]:
+    findings = Findings()
+    module, _, name = full.rpartition(".")
+    assert check_global(module, name, findings) == full.replace("__builtin__", "builtins")
+    return findings.result()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "collections.OrderedDict",
+        "__builtin__.set",
+        "numpy._core.multiarray.scalar",
+        "numpy.dtype",
+        "argparse.Namespace",
+        "torch.FloatStorage",
+        "torch.float8_e4m3fn",
+        "torch._utils._rebuild_tensor_v2",
+        "pathlib.PosixPath",
+    ],
+)
+def test_harmless(name: str) -> None:
+    assert check(name) == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["someproject.options.TrainArgs", "omegaconf.dictconfig.DictConfig", "größe.Maß"]
+)
+def test_unknown(name: str) -> None:
+    (finding,) = check(name)
+    assert finding.rule == "unknown-global"
+    assert finding.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "posix.system",
+        "collections.namedtuple",
+        "torch.load",
+        "torch._C._something",
+        "numpy.testing._private.utils.runstring",
+        "_io.FileIO",
+        "six.moves.builtins.eval",
+        "someproject.util.os.system",
+        "someproject.Options.__init__.__globals__",
+        "someproject..Options",
+        "someproject.a b",
+        "someproject.\x1b[31m",
+        ".x",
+        "x" * 300 + ".y",
+    ],
+)
+def test_refused(name: str) -> None:
+    with pytest.raises(UnsafeCheckpointError, match="not on the list of harmless names") as caught:
+        check(name)
+    assert str(caught.value).isprintable()
+
+
+def test_many_unknown_names_do_not_flood_a_report() -> None:
+    findings = Findings()
+    for number in range(1000):
+        check_global("someproject", f"Class{number}", findings)
+        check_global("someproject", f"Class{number}", findings)
+    result = findings.result()
+    assert len(result) == 11
+    assert result[-1] == Finding("unknown-global", "and more of this kind")
+
+
+class Options:
+    """Stands for a class of a project that is not installed here."""
+
+
+Options.__module__ = "someproject.options"
+
+
+def test_harmless_values_beside_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("someproject.options")
+    module.Options = Options  # type: ignore[attr-defined]
+    package = types.ModuleType("someproject")
+    package.options = module  # type: ignore[attr-defined]
+    buffer = io.BytesIO()
+    options = Options()
+    options.depth = 3  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "someproject", package)
+        patch.setitem(sys.modules, "someproject.options", module)
+        torch.save(
+            {
+                "state_dict": {"a": torch.ones(2)},
+                "best": np.float64(0.5),
+                "args": argparse.Namespace(lr=1e-3),
+                "options": options,
+            },
+            buffer,
+        )
+    (tmp_path / "a.pt").write_bytes(buffer.getvalue())
+    checkpoint = load_checkpoint(tmp_path / "a.pt", model="ViT-B-32")
+    assert checkpoint.state_dict["a"].tolist() == [1, 1]
+    (finding,) = checkpoint.findings
+    assert finding.rule == "unknown-global"
+    assert "'someproject.options.Options'" in finding.message
+    assert "someproject" not in sys.modules
