@@ -51,6 +51,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "apply.over_add": ("<=", 1.3),
     # MiB of resident memory, above what a process begins with.
     "stream.extra_mib": ("<=", 64.0),
+    # Milliseconds.
     "index_pt.ms": ("<=", 50.0),
     "index_safetensors.ms": ("<=", 50.0),
 }

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from pydetox.checkpoints import inspect_checkpoint, load_checkpoint
+from pydetox.checkpoints.mapped import MappedWeights
 from pydetox.checkpoints.shards import read_shard_index
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -154,3 +155,8 @@ def test_names_of_transformers(tmp_path: Path) -> None:
 def test_weights_of_open_clip_go_first(folder: Path) -> None:
     safetensors.torch.save_file({"own": torch.ones(1)}, folder / "open_clip_model.safetensors")
     assert list(load_checkpoint(folder, model="ViT-B-32").state_dict) == ["own"]
+
+
+def test_shards_are_not_mapped(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"index\.json: is the index of several shards"):
+        MappedWeights(folder)
