@@ -37,3 +37,26 @@ class OutputError(PydetoxError):
 
 class NativeLibraryError(PydetoxError):
     """The native library is missing, built for something else, or lacks what is asked of it."""
+
+
+class EngineError(PydetoxError):
+    """The workers of a scan cannot be started or reached."""
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line that says what went wrong, or None when the error is a bug of ours."""
+    if isinstance(error, PydetoxError):
+        return one_line(str(error))
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return one_line(f"{where}{error.strerror or error}")
+    # torch's errors by what they say: this module does not import torch.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or (isinstance(error, RuntimeError) and "not enough memory" in str(error)):
+        return one_line(f"out of memory: {error}" if str(error) else "out of memory")
+    return None
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line that cannot steer a terminal: names in it come from files."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))

@@ -31,10 +31,22 @@ from rich.text import Text
 T = TypeVar("T")
 
 
-class _RateColumn(ProgressColumn):
+class RateColumn(ProgressColumn):
+    """Units per second."""
+
     def render(self, task: Task) -> Text:
+        """Return the rate of a task."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
+
+
+_silent = False
+
+
+def silence() -> None:
+    """Draw no bars in this process from now on: for one of several that share a terminal."""
+    global _silent
+    _silent = True
 
 
 @final
@@ -56,12 +68,12 @@ class Progress:
     def __enter__(self) -> Progress:
         console = self._console or Console(file=sys.stderr)
         # Not the console's own opinion: FORCE_COLOR makes it take a pipe for a terminal.
-        if self._console is not None or sys.stderr.isatty():
+        if not _silent and (self._console is not None or sys.stderr.isatty()):
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                _RateColumn(),
+                RateColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,

@@ -1,7 +1,7 @@
-"""The command line: `pydetox scan | invert | unlearn | eval | inspect | convert | demo | doctor`.
+"""The command line; `pydetox --help` lists the commands.
 
 One file per command, and beside them what they share: `group` (errors and exit codes), `options`,
-`inputs`, `outputs`, `summaries`, `pictures`. Results go to stdout, progress and errors to stderr.
+`inputs`, `outputs`, `runs`, `summaries`. Results go to stdout, progress and errors to stderr.
 torch is imported by a command when it runs, so that `--help` is quick.
 """
 

@@ -47,7 +47,7 @@ def command(selftest: bool, format_: str) -> int:
     not.
     """
     from .. import build_info
-    from .group import one_line
+    from ..errors import one_line
     from .outputs import emit, to_stdout
 
     info = build_info()

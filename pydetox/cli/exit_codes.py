@@ -7,6 +7,7 @@ from collections.abc import Iterable
 CLEAN = 0  # nothing found, or the work is done
 FOUND = 1  # a backdoor, or a suspicion of one
 ERROR = 2  # something could not be done or judged; it outranks a finding
+NOTHING = 3  # there is nothing to scan
 USAGE = 4  # the command line makes no sense; nothing was done
 INTERRUPTED = 130  # Ctrl-C, as shells report it: 128 + SIGINT
 

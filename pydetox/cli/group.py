@@ -11,12 +11,14 @@ from typing import Any
 
 import click
 
-from ..errors import PydetoxError, UsageError
+from ..errors import UsageError, explain, one_line
 from . import exit_codes
 
 # Name of a command and what its module is called; in the order in which --help shows them.
 _COMMANDS = {
     "scan": "scan",
+    "report": "report",
+    "compare": "compare",
     "invert": "invert",
     "unlearn": "unlearn",
     "eval": "evaluate",
@@ -49,6 +51,7 @@ Exit codes
   0    clean, or the work is done
   1    a backdoor, or a suspicion of one
   2    an error, or no verdict (inconclusive); outranks 1
+  3    nothing to scan
   4    wrong usage
   130  interrupted
 
@@ -91,25 +94,6 @@ class Cli(click.Group):
         if standalone_mode:
             sys.exit(code)
         return code
-
-
-def explain(error: BaseException) -> str | None:
-    """Return one line that says what went wrong, or None when the error is a bug of ours."""
-    if isinstance(error, PydetoxError):
-        return one_line(str(error))
-    if isinstance(error, OSError):
-        where = "" if error.filename is None else f"{error.filename}: "
-        return one_line(f"{where}{error.strerror or error}")
-    # torch's errors by what they say: this module does not import torch.
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or (isinstance(error, RuntimeError) and "not enough memory" in str(error)):
-        return one_line(f"out of memory: {error}" if str(error) else "out of memory")
-    return None
-
-
-def one_line(message: str) -> str:
-    """Return a message as one line that cannot steer a terminal: names in it come from files."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))
 
 
 def print_error(message: str) -> None:

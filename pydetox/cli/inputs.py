@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atomic import write_file
+from ..calibration_file import read_calibration
 from ..checkpoints import load_checkpoint
-from ..data import (
-    DEFAULT_TEMPLATES,
-    DIGIT_TEMPLATES,
-    ImageSet,
-    load_class_names,
-    load_images,
-    load_templates,
-)
+from ..data import ImageSet, ImageSource
 from ..detection import Calibration
 from ..errors import DataError, UsageError
 from ..inversion import InversionConfig, RecoveredTrigger
 from ..inversion.trigger_file import load_triggers
 from ..models import OpenClipModel
-from ..reporting import to_json
+from ..models.device import find_device
 from ..reporting.values import clean_text
 from ..training import TrainConfig
 from ..workflow import ScanConfig, calibrate
-
-CALIBRATION_SCHEMA = "pydetox.calibration/1"
-
-# A calibration of 1000 classes and 100 references has 2 MB.
-_MAX_CALIBRATION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -45,31 +31,17 @@ class LoadedModel:
     sha256: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     """Reads models and the images that fit them; images of one size are decoded once.
 
-    Attributes are the options of the same names.
+    Attributes: source: the images. model, offline, device: the options of the same names.
     """
 
-    images: str
-    class_names: Path | None
-    templates: Path | None
-    max_images: int | None
-    resize: bool
+    source: ImageSource
     model: str | None
     offline: bool
-    seed: int
     device: torch.device
-    _names: tuple[str, ...] | None = field(init=False)
-    _decoded: dict[tuple[int, str], ImageSet] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._names = None if self.class_names is None else load_class_names(self.class_names)
-        if self.templates is not None:
-            self.prompts: tuple[str, ...] = load_templates(self.templates)
-        else:
-            self.prompts = DIGIT_TEMPLATES if self.images == "digits" else DEFAULT_TEMPLATES
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Inputs:
@@ -79,9 +51,14 @@ class Inputs:
         """
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
-        names = ("images", "class_names", "templates", "max_images", "resize", "model", "offline")
-        taken = {name: options[name] for name in names}
-        return cls(**taken, seed=options["seed"], device=find_device(options["device"]))
+        names = ("class_names", "templates", "max_images", "resize", "seed")
+        source = ImageSource(options["images"], **{name: options[name] for name in names})
+        return cls(source, options["model"], options["offline"], find_device(options["device"]))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt templates."""
+        return self.source.prompts
 
     def read_model(self, reference: str) -> LoadedModel:
         """Read a checkpoint; raises what `load_checkpoint` and `OpenClipModel` raise."""
@@ -94,32 +71,7 @@ class Inputs:
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""
         interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        key = (model.image_size, interpolation)
-        if key not in self._decoded:
-            self._decoded[key] = load_images(
-                self.images,
-                image_size=model.image_size,
-                max_images=self.max_images,
-                seed=self.seed,
-                class_names=self._names,
-                interpolation=interpolation,
-                resize=self.resize,
-            )
-        return self._decoded[key]
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device; UsageError when there is none of that name."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r}; expected cpu, cuda or cuda:1")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"device {name!r}: torch sees {count} GPUs here")
-    return device
+        return self.source.read(model.image_size, interpolation)
 
 
 def scan_config(options: dict[str, Any]) -> ScanConfig:
@@ -141,28 +93,6 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     return replace(config, references=options["references"], reference_training=training)
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Read a calibration file; DataError, naming it, for anything else."""
-    try:
-        if path.stat().st_size > _MAX_CALIBRATION_BYTES:
-            raise DataError(f"{path}: too large for a calibration")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no calibration: not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("schema") != CALIBRATION_SCHEMA:
-        raise DataError(f'{path}: no calibration: expected "schema": "{CALIBRATION_SCHEMA}"')
-    try:
-        calibration = Calibration.from_dict(content)
-    except UsageError as error:
-        raise DataError(f"{path}: {error}") from error
-    sizes = [value for row in calibration.p_l1 for value in row]
-    if not all(0 < value <= 1 or value == math.inf for value in sizes):
-        raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
-    return calibration
-
-
 def find_calibration(
     options: dict[str, Any], inputs: Inputs, config: ScanConfig
 ) -> Calibration | None:
@@ -179,12 +109,6 @@ def find_calibration(
         return None
     model = inputs.read_model(base).model
     return calibrate(model, inputs.read_images(model), templates=inputs.prompts, config=config)
-
-
-def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write a calibration file for `read_calibration`."""
-    content = {"schema": CALIBRATION_SCHEMA, **calibration.to_dict()}
-    write_file(path, f"{to_json(content)}\n")
 
 
 def class_index(name: str, class_names: Sequence[str] | None, source: str) -> int:

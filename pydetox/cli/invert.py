@@ -193,7 +193,7 @@ def _in_words(row: dict[str, Any]) -> str:
 
 
 def _write_pictures(folder: Path, triggers: TriggerFile, example: Tensor) -> None:
-    from .pictures import png, trigger_pictures
+    from ..reporting.pictures import png, trigger_pictures
 
     for index, target in enumerate(triggers.targets):
         # A class name may be anything: only its harmless characters go into a file name.

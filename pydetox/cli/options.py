@@ -175,6 +175,14 @@ format_option = click.option(
     help="Of the result on stdout.",
 )
 
+run_format_option = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "sarif", "html"]),
+    default="text",
+    help="Of the result on stdout.",
+)
+
 report_option = click.option(
     "--report", type=FILE, metavar="FILE", help="Write a report as one HTML file, too."
 )

@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import exit_codes, options
-from .group import explain, print_error
+from .group import print_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..scanning import ScannerConfig, ScanRecord
 
-    from ..detection import Calibration
-    from ..workflow import ScanConfig, ScanResult
-    from .inputs import Inputs
+FAIL_ON = ("backdoored", "suspicious")
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: Any) -> int | None:
+    """Read a number of bytes, such as 2000000, 500M or 2G."""
+    if value is None:
+        return None
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    text = str(value).strip().upper().removesuffix("B")
+    number = text.rstrip("KMGT")
+    unit = units.get(text[len(number) :])
+    if unit and number.isascii() and number.isdigit() and int(number) > 0:
+        return int(number) * unit
+    raise click.BadParameter(f"{value!r}; expected such as 2000000, 500M or 2G", ctx, param)
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[int, int] | None:
+    """Read i/n with 1 <= i <= n."""
+    if value is None:
+        return None
+    first, _, second = str(value).partition("/")
+    numbers = all(part.isascii() and part.isdigit() for part in (first, second))
+    if numbers and 1 <= int(first) <= int(second):
+        return int(first), int(second)
+    raise click.BadParameter(f"{value!r}; expected such as 1/4 to 4/4", ctx, param)
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Make the entries of a file the defaults of the options."""
+    if path is None:
+        return
+    from ..scanning.config import read_json_object
+
+    names = {p.name for p in ctx.command.params if isinstance(p, click.Option)} - {"config"}
+    content = {
+        {"calibration": "calibration_file", "format": "format_"}.get(key, key): value
+        for key, value in read_json_object(path).items()
+    }
+    unknown = sorted(set(content) - {str(name) for name in names})
+    if unknown:
+        raise click.UsageError(f"{path}: {unknown[0]!r} is no option of scan", ctx)
+    ctx.default_map = {**(ctx.default_map or {}), **content}
 
 
 @click.command("scan")
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
 @options.image_options
 @options.calibration_options
 @click.option(
@@ -28,12 +68,70 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="With --base: write the calibration, for later scans of the same images and options.",
 )
+@click.option(
+    "--known-vector",
+    "known_vectors",
+    multiple=True,
+    metavar="FILE",
+    help="With --base: a weight difference of a known attack (.safetensors), to compare with.",
+)
 @options.objective
 @options.search_options
 @options.restarts("per class")
+@click.option(
+    "--inversion/--no-inversion",
+    default=True,
+    help="Reconstruct triggers; without, the weights are only read, checked and compared.",
+)
 @options.model_options
 @options.machine_options
-@options.format_option
+@click.option(
+    "--run", type=options.FILE, metavar="FOLDER", help="Keep all results there; resume from there."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "inline", "local", "ray"]),
+    default="auto",
+    help="Where to work: this process, processes of this machine, a Ray cluster. auto: a single "
+    "target in this process, more in processes.",
+)
+@click.option(
+    "--workers",
+    type=options.COUNT,
+    metavar="N",
+    help="How many. Without it, one per GPU or per four CPU cores.",
+)
+@click.option("--address", metavar="ADDRESS", help="Of the Ray cluster. Without it, this machine.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give a checkpoint up after that time.",
+)
+@click.option("--max-size", callback=_size, metavar="SIZE", help="Skip larger files, such as 2G.")
+@click.option("--shard", callback=_shard, metavar="I/N", help="Scan the I-th of N parts, from 1.")
+@click.option(
+    "--retry-errors", is_flag=True, show_default=False, help="With --run: try errors again."
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(FAIL_ON),
+    default="suspicious",
+    help="The weakest verdict that gives exit code 1.",
+)
+@click.option(
+    "--dry-run", is_flag=True, show_default=False, help="Only list what would be scanned."
+)
+@click.option(
+    "--config",
+    type=options.FILE,
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help='JSON file with options, such as {"max_images": 500}; the command line overrides it.',
+)
+@options.run_format_option
 @click.option(
     "--output",
     type=options.FILE,
@@ -44,6 +142,9 @@ if TYPE_CHECKING:
 def command(
     checkpoints: tuple[str, ...],
     save_calibration: Path | None,
+    run: Path | None,
+    fail_on: str,
+    dry_run: bool,
     output: Path | None,
     report: Path | None,
     format_: str,
@@ -51,90 +152,73 @@ def command(
 ) -> int:
     """Reconstruct a trigger for every class, and say whether one of them is too small.
 
-    Trigger sizes mean nothing on their own. They are compared with those of clean references,
-    scanned in the same way: give a clean --base, from which some are made, or a --calibration that
-    was saved. With neither, the verdict is `inconclusive`.
+    A target is a checkpoint (see pydetox --help), a folder or a glob that holds some, or a text
+    file that names some, one per line. Trigger sizes mean nothing on their own. They are compared
+    with those of clean references, scanned in the same way: give a clean --base, from which some
+    are made, or a --calibration that was saved. With neither, the verdict is `inconclusive`.
 
-    Several checkpoints share the references. One that cannot be scanned is reported as an error,
-    the others are scanned all the same.
+    All targets share the references. One that cannot be scanned is reported as an error, the others
+    are scanned all the same. With --run, the same command goes on where it was interrupted.
 
     Exit code: 0 all clean, 1 something backdoored or suspicious, 2 something not scanned or
-    inconclusive.
+    inconclusive, 3 no checkpoint found.
     """
-    from ..checkpoints import parse_reference
+    from ..calibration_file import write_calibration
+    from ..detection import Calibration
     from ..errors import UsageError
-    from ..reporting import write_detox_report
-    from .inputs import Inputs, find_calibration, scan_config, write_calibration
-    from .outputs import check_files, emit
-    from .pictures import report_pictures
-    from .summaries import scan_report
+    from ..models.device import find_device
+    from ..scanning import Scanner, find_targets
+    from ..scanning.display import Display
+    from .outputs import check_files
+    from .runs import emit_dry_run, emit_run, exit_code
 
-    for reference in checkpoints:
-        parse_reference(reference)
     if save_calibration is not None and given["base"] is None:
         raise UsageError("--save-calibration needs --base to make the calibration")
-    config = scan_config(given)
-    inputs = Inputs.of(given)
+    find_device(given["device"])
+    config = _config(given)
+    if dry_run:
+        emit_dry_run(find_targets(checkpoints, shard=config.shard), format_, output)
+        return exit_codes.CLEAN
     check_files(output=output, report=report, save_calibration=save_calibration)
-    calibration = find_calibration(given, inputs, config)
-    if calibration is not None and save_calibration is not None:
-        write_calibration(save_calibration, calibration)
 
-    entries: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
-    codes: list[int] = []
-    for reference in checkpoints:
-        try:
-            result, example = _scan(reference, inputs, calibration, config)
-        except Exception as error:
-            line = explain(error)
-            if line is None:
-                raise
-            print_error(line)
-            entries.append({"name": reference, "verdict": None, "error": line})
-            usage = isinstance(error, UsageError)
-            codes.append(exit_codes.USAGE if usage else exit_codes.ERROR)
-            continue
-        entries.append({**_without_calibration(result), "error": None})
-        codes.append(exit_codes.of_verdict(result.verdict.value))
-        pictures += report_pictures(result, example, result.name)
-    code = exit_codes.combine(codes)
-    document = {
-        "schema": "pydetox.scan/1",
-        "exit_code": code,
-        "seed": config.seed,
-        "images": given["images"],
-        "calibration": None if calibration is None else calibration.to_dict(),
-        "results": entries,
-    }
-    compared = (
-        "compared with nothing: no calibration"
-        if calibration is None
-        else "compared with " + ", ".join(calibration.models)
+    with Display() as display:
+
+        def notify(event: str, **particulars: Any) -> None:
+            display(event, **particulars)
+            if event == "calibrated" and save_calibration is not None:
+                calibration = Calibration.from_dict(particulars["calibration"])
+                write_calibration(save_calibration, calibration)
+
+        scanner = Scanner(config, run=run, notify=notify)
+        records: list[ScanRecord] = []
+        with contextlib.closing(scanner.scan(checkpoints)) as found:
+            for record in found:
+                records.append(record)
+                if record.error is not None:
+                    display.log(record.error)
+    order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
+    records.sort(key=lambda record: order[record.name])
+    if not records:
+        print_error("nothing to scan: no checkpoint is among the targets")
+    code = exit_code(records, fail_on)
+    emit_run(
+        records,
+        code=code,
+        seed=config.seed,
+        images=config.images,
+        calibration=scanner.calibration,
+        ignored=scanner.targets.ignored,
+        run=run,
+        format_=format_,
+        output=output,
+        report=report,
     )
-    text = scan_report(entries, compared)
-    if report is not None:
-        write_detox_report(report, {**text, "triggers": pictures})
-    emit(document, text, format_, output)
     return code
 
 
-def _scan(
-    reference: str, inputs: Inputs, calibration: Calibration | None, config: ScanConfig
-) -> tuple[ScanResult, Tensor]:
-    """Return the result and an image to show triggers on."""
-    from dataclasses import replace
+def _config(given: dict[str, Any]) -> ScannerConfig:
+    from ..scanning import ScannerConfig
 
-    from .. import workflow
-
-    loaded = inputs.read_model(reference)
-    images = inputs.read_images(loaded.model)
-    result = workflow.scan(
-        loaded.model, images, calibration=calibration, templates=inputs.prompts, config=config
-    )
-    return replace(result, sha256=loaded.sha256), images.images[0]
-
-
-def _without_calibration(result: ScanResult) -> dict[str, Any]:
-    """The calibration is the same for all checkpoints and stands above them."""
-    return {key: value for key, value in result.to_dict().items() if key != "calibration"}
+    values: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    values["calibration"] = values.pop("calibration_file")
+    return ScannerConfig(**values)

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..reporting.result import VERDICT_TONES
-
-NOT_SCANNED = "not scanned"
 
 
 def card(label: str, value: str, verdict: str = "") -> dict[str, str]:
     """Return one line of a report's summary, in the colour of a verdict."""
     return {"label": label, "value": value, "tone": VERDICT_TONES.get(verdict, "neutral")}
-
-
-def scan_report(entries: Sequence[Mapping[str, Any]], calibration: str) -> dict[str, Any]:
-    """Return the report of `pydetox scan`.
-
-    entries: ScanResult.to_dict() of each checkpoint, or "name" and "error" of one that could not
-    be scanned. calibration: what they were compared with, in words.
-    """
-    summary = []
-    for entry in entries:
-        error = entry.get("error")
-        verdict = NOT_SCANNED if error else str(entry["verdict"])
-        summary.append(card(entry["name"], f"{verdict}: {error or entry['reason']}", verdict))
-    return {
-        "title": "pydetox scan",
-        "subtitle": calibration,
-        "summary": summary,
-        "scans": [
-            {"name": e["name"], "verdict": NOT_SCANNED} if e.get("error") else e for e in entries
-        ],
-        "provenance": {
-            f"sha256 of {entry['name']}": entry["sha256"] for entry in entries if "sha256" in entry
-        },
-    }
 
 
 def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -345,7 +345,7 @@ def _document(
 
 
 def _pictures(result: DetoxResult, images: ImageSet) -> list[dict[str, Any]]:
-    from .pictures import report_pictures
+    from ..reporting.pictures import report_pictures
 
     scans = [("before", result.before)]
     if result.after is not None:

@@ -13,12 +13,14 @@ from .names import (
     load_class_names,
     load_templates,
 )
+from .source import ImageSource
 
 __all__ = [
     "DEFAULT_TEMPLATES",
     "DIGIT_NAMES",
     "DIGIT_TEMPLATES",
     "ImageSet",
+    "ImageSource",
     "Template",
     "fill_template",
     "load_class_names",

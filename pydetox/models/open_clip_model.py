@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import open_clip
@@ -22,6 +23,26 @@ from .frozen import freeze
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
+class HeadMemo:
+    """Zero-shot heads that were computed, by text tower, class names and templates.
+
+    Models that share one and have the same text tower share its heads. It keeps the last few.
+    """
+
+    _LIMIT = 8
+
+    def __init__(self) -> None:
+        self._heads: dict[object, Tensor] = {}
+
+    def get(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the head of a key, computing it if it is not there."""
+        if key not in self._heads:
+            while len(self._heads) >= self._LIMIT:
+                del self._heads[next(iter(self._heads))]
+            self._heads[key] = compute()
+        return self._heads[key]
+
+
 class OpenClipModel:
     """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
 
@@ -34,6 +55,8 @@ class OpenClipModel:
         image_size: Height and width of an input image in pixels.
         mean, std: Normalisation per channel, for pixels in [0, 1].
         embed_dim: D, the dimension of the joint embedding.
+        heads: Where zero-shot heads are kept, None to compute each anew. It is for models whose
+            weights stay as they are.
     """
 
     def __init__(
@@ -60,6 +83,7 @@ class OpenClipModel:
             )
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
+        self.heads: HeadMemo | None = None
         self.mean = tuple(
             float(v) for v in self.preprocess_config.get("mean", open_clip.OPENAI_DATASET_MEAN)
         )
@@ -147,6 +171,7 @@ class OpenClipModel:
     def clone(self) -> OpenClipModel:
         """Return a model with a copy of the weights."""
         twin = copy.copy(self)
+        twin.heads = None
         twin.clip = copy.deepcopy(self.clip).eval().requires_grad_(False)
         return twin
 
@@ -223,6 +248,12 @@ class OpenClipModel:
                 f"{len(class_names)} class names and {len(templates)} templates; "
                 "expected at least one of each"
             )
+        if self.heads is not None and all(isinstance(t, str) for t in templates):
+            key = (self._text_digest(), self.device, tuple(class_names), tuple(templates))
+            return self.heads.get(key, lambda: self._head(class_names, templates))
+        return self._head(class_names, templates)
+
+    def _head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
         rows = []
         with torch.no_grad():
             for name in class_names:
@@ -230,6 +261,16 @@ class OpenClipModel:
                 units = normalize(self.encode_tokens(self.tokenize(prompts)), dim=-1)
                 rows.append(normalize(units.mean(dim=0), dim=-1))
         return torch.stack(rows)
+
+    def _text_digest(self) -> str:
+        """Return a hash of everything that text embeddings depend on."""
+        config = sorted((k, v) for k, v in self.model_config.items() if k != "vision_cfg")
+        hasher = hashlib.blake2b(repr(config).encode(), digest_size=32)
+        for name, value in self.clip.state_dict().items():
+            if not name.startswith("visual."):
+                hasher.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return hasher.hexdigest()
 
     def storage_state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the weights on the CPU, in the dtypes of the checkpoint's file."""

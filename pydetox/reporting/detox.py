@@ -129,8 +129,8 @@ def _scans(scans: Sequence[Mapping[str, Any]]) -> Html:
     ]
     headers = ["Model", "Verdict", "Target class", *(name for name, _ in columns)]
     charted = [scan for scan in scans if scan.get("class_p_l1")]
-    largest = max((v for scan in charted for v in _norms(scan)), default=0.0)
-    charts = [_scan_chart(scan, largest) for scan in charted]
+    largest = max((v for scan in charted for v in shown_norms(scan)), default=0.0)
+    charts = [scan_chart(scan, largest) for scan in charted]
     shown = table(headers, cells, numeric=3, stack=True)
     dropped = any(step is not None for scan in charted for step in _dropped(scan))
     note = f"{_SCAN_NOTE} {_DROPPED_NOTE}" if dropped else _SCAN_NOTE
@@ -142,8 +142,8 @@ def _verdict(scan: Mapping[str, Any]) -> Html:
     return badge(verdict, VERDICT_TONES.get(verdict, "neutral"))
 
 
-def _norms(scan: Mapping[str, Any]) -> list[float]:
-    """All mask norms that a scan's chart shows."""
+def shown_norms(scan: Mapping[str, Any]) -> list[float]:
+    """Return all mask norms that a scan's chart shows."""
     values = [*scan["class_p_l1"], *(scan.get("reference_p_l1") or []), scan.get("threshold")]
     return [v for value in values if (v := finite(value)) is not None]
 
@@ -152,7 +152,8 @@ def _dropped(scan: Mapping[str, Any]) -> Sequence[int | None]:
     return scan.get("class_dropped") or [None] * len(scan["class_p_l1"])
 
 
-def _scan_chart(scan: Mapping[str, Any], largest: float) -> Html:
+def scan_chart(scan: Mapping[str, Any], largest: float) -> Html:
+    """Return the P-L1 of each class of a scan as a chart of [0, largest], and as numbers."""
     values: Sequence[float | None] = scan["class_p_l1"]
     names = scan.get("class_names") or [f"class {index}" for index in range(len(values))]
     references: Sequence[float | None] = scan.get("reference_p_l1") or [None] * len(values)

@@ -12,6 +12,8 @@ VERDICT_TONES = {
     "suspicious": "warn",
     "backdoored": "bad",
     "inconclusive": "neutral",
+    "error": "warn",
+    "skipped": "neutral",
 }
 
 ASR_NOTE = (

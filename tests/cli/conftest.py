@@ -98,7 +98,7 @@ def run() -> Run:
 
 def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES) -> Path:
     """Write a calibration for FAST scans, with references of which every class has that P-L1."""
-    from pydetox.cli.inputs import write_calibration
+    from pydetox.calibration_file import write_calibration
     from pydetox.detection import Calibration
     from pydetox.inversion import InversionConfig
     from pydetox.workflow import ScanConfig

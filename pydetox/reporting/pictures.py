@@ -14,6 +14,9 @@ from torch import Tensor
 from ..inversion import RecoveredTrigger
 from ..workflow import ScanResult
 
+#: The pictures of a trigger, and what they are called.
+PICTURES = {"mask": "mask", "pattern": "mask × pattern", "stamped": "stamped image"}
+
 
 def trigger_pictures(trigger: RecoveredTrigger, example: Tensor) -> dict[str, NDArray[np.uint8]]:
     """Return mask [H, W], pattern [H, W, 3] and the stamped example [H, W, 3], all uint8.
@@ -29,19 +32,22 @@ def trigger_pictures(trigger: RecoveredTrigger, example: Tensor) -> dict[str, ND
     }
 
 
-def report_pictures(scan: ScanResult, example: Tensor, caption: str) -> list[dict[str, Any]]:
-    """Return the "triggers" of a report: those of the most suspect class of a scan."""
+def weakest_trigger(scan: ScanResult) -> int:
+    """Return the index of the smallest trigger of the most suspect class, of a scan's inversion."""
     restarts = len(scan.inversion) // max(1, len(scan.detection.p_l1))
     first = 0
     if scan.objective == "targeted":
         sizes, target = scan.detection.p_l1, scan.detection.target
         weakest = target if target is not None else int(np.argmin(sizes))
         first = weakest * restarts
-    best = first + int(scan.inversion.p_l1[first : first + restarts].argmin())
+    return first + int(scan.inversion.p_l1[first : first + restarts].argmin())
+
+
+def report_pictures(scan: ScanResult, example: Tensor, caption: str) -> list[dict[str, Any]]:
+    """Return the "triggers" of a report: those of the most suspect class of a scan."""
     name = f"{caption}, {scan.target_name}" if scan.target_name else caption
-    pictures = trigger_pictures(scan.inversion.trigger(best), example)
-    shown = {"mask": "mask", "pattern": "mask × pattern", "stamped": "stamped image"}
-    return [{"caption": f"{name}: {shown[k]}", "image": v} for k, v in pictures.items()]
+    pictures = trigger_pictures(scan.inversion.trigger(weakest_trigger(scan)), example)
+    return [{"caption": f"{name}: {PICTURES[k]}", "image": v} for k, v in pictures.items()]
 
 
 def png(image: NDArray[np.uint8]) -> bytes:

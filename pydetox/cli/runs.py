@@ -1,0 +1,138 @@
+"""Runs over many checkpoints: from records to documents, exit codes and output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..atomic import write_file
+from ..reporting import print_text, render_text, to_json
+from ..reporting.run import run_document, run_text
+from ..reporting.run_html import run_page
+from ..reporting.sarif import to_sarif
+from ..scanning.store import read_artifacts
+from . import exit_codes
+from .outputs import to_stdout
+
+if TYPE_CHECKING:
+    from ..scanning import ScanRecord, Targets
+
+
+def exit_code(records: Iterable[ScanRecord], fail_on: str, *, complete: bool = True) -> int:
+    """Return the exit code of a run.
+
+    fail_on: the weakest verdict that counts as found. complete: whether all targets were reached.
+    """
+    codes = [_code(record, fail_on) for record in records]
+    if not complete:
+        codes.append(exit_codes.ERROR)
+    return exit_codes.combine(codes) if codes else exit_codes.NOTHING
+
+
+def _code(record: ScanRecord, fail_on: str) -> int:
+    if record.error_kind == "usage":
+        return exit_codes.USAGE
+    if record.verdict == "suspicious" and fail_on == "backdoored":
+        return exit_codes.CLEAN
+    return exit_codes.of_verdict(record.verdict)
+
+
+def emit_run(
+    records: Sequence[ScanRecord],
+    *,
+    code: int,
+    seed: int,
+    images: str,
+    calibration: Mapping[str, Any] | None,
+    ignored: Iterable[Sequence[str]],
+    run: Path | None,
+    format_: str,
+    output: Path | None,
+    report: Path | None,
+    not_reached: Sequence[str] = (),
+) -> None:
+    """Write the results of a run to stdout or a file, and an HTML report if one is wanted."""
+    document = run_document(
+        [record.to_dict() for record in records],
+        exit_code=code,
+        seed=seed,
+        images=images,
+        calibration=calibration,
+        ignored=ignored,
+        not_reached=not_reached,
+    )
+    kept = {record.key: record.artifacts for record in records if record.artifacts}
+
+    def pictures(result: Mapping[str, Any]) -> Mapping[str, bytes]:
+        key = result["key"]
+        if key in kept or run is None or key is None:
+            return kept.get(key, {})
+        return read_artifacts(run, key)
+
+    if report is not None:
+        write_file(report, run_page(document, pictures))
+    if format_ == "text":
+        text = run_text(document)
+        if output is not None:
+            write_file(output, render_text(text))
+        else:
+            with to_stdout():
+                print_text(text)
+        return
+    if format_ == "json":
+        content = f"{to_json(document)}\n"
+    elif format_ == "sarif":
+        content = f"{to_json(to_sarif(document, version=_version()))}\n"
+    else:
+        content = run_page(document, pictures)
+    write_out(content, output)
+
+
+def emit_dry_run(targets: Targets, format_: str, output: Path | None) -> None:
+    """Write what would be scanned and what would be passed over."""
+    if format_ == "json":
+        document = {
+            "schema": "pydetox.targets/1",
+            "targets": [
+                {"name": target.name, "path": target.path, "problem": target.problem}
+                for target in targets.targets
+            ],
+            "ignored": [{"name": name, "reason": reason} for name, reason in targets.ignored],
+            "other_shards": targets.other_shards,
+        }
+        write_out(f"{to_json(document)}\n", output)
+        return
+    lines = [
+        f"{target.name}" + (f" ({target.problem})" if target.problem else "")
+        for target in targets.targets
+    ]
+    lines += [f"passed over: {name}: {reason}" for name, reason in targets.ignored]
+    lines.append(f"{len(targets.targets)} to scan, {len(targets.ignored)} passed over")
+    if targets.other_shards:
+        lines[-1] += f", {targets.other_shards} in other shards"
+    from ..errors import one_line
+
+    write_out("".join(f"{one_line(line)}\n" for line in lines), output)
+
+
+def write_out(content: str, output: Path | None) -> None:
+    """Write text to a file or, without one, to stdout, as UTF-8 whatever the terminal is."""
+    data = content.encode("utf-8", "backslashreplace")
+    if output is not None:
+        write_file(output, data)
+        return
+    with to_stdout():
+        click.echo(data, nl=False)
+        sys.stdout.flush()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("pydetox")
+    except metadata.PackageNotFoundError:
+        return "0+source"

@@ -1,0 +1,243 @@
+"""Everything that a scan of many checkpoints can be told, in one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..workflow import ScanConfig
+
+EngineName = Literal["auto", "inline", "local", "ray"]
+
+#: How a run is carried out: has no influence on what it finds.
+EXECUTION = (
+    "engine",
+    "workers",
+    "threads",
+    "address",
+    "timeout",
+    "max_size",
+    "shard",
+    "offline",
+    "retry_errors",
+)
+
+
+@dataclass(frozen=True)
+class ScannerConfig:
+    """How checkpoints are scanned: the same schema as the options of `pydetox scan`.
+
+    What decides the results:
+
+    Attributes:
+        images: Clean images: a folder, a .npz file or `digits`.
+        class_names: Text file with one class name per line; None for those of the images.
+        templates: Text file with one prompt per line; None for built-in prompts.
+        max_images: Use a random sample of that many images; None for all.
+        resize: Scale .npz images of another size.
+        model: Architecture, where a checkpoint does not tell.
+        base: A clean model to calibrate with and to take weight differences to.
+        calibration: A calibration file, instead of one made from `base`.
+        references: Clean models of a calibration made from `base`, at least 2.
+        reference_epochs, reference_learning_rate: Their fine-tuning.
+        known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
+            attacks: each checkpoint's difference to `base` is compared with them.
+        inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
+            and every verdict is `inconclusive`.
+        objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
+        device: `cpu`, or `cuda` for all GPUs, or `cuda:1` for one.
+
+    How they are computed:
+
+    Attributes:
+        engine: `local` for processes on this machine, `ray` for a Ray cluster, `inline` for this
+            process; `auto` takes `inline` for a single checkpoint without a timeout, else `local`.
+        workers: Number of workers; None for one per GPU or per four CPU cores.
+        threads: CPU threads of each worker; None to share out the cores.
+        address: Of the Ray cluster; None to start one on this machine.
+        timeout: Seconds that one step of one checkpoint may take; None for no limit.
+        max_size: Weights files of more bytes are skipped; None for no limit.
+        shard: (i, n): scan the i-th of n parts of the targets, i in 1..n.
+        offline: Use only what is on this machine.
+        retry_errors: Scan again what ended in an error in an earlier run.
+
+    Raises UsageError for values out of range.
+    """
+
+    images: str
+    class_names: str | None = None
+    templates: str | None = None
+    max_images: int | None = None
+    resize: bool = False
+    model: str | None = None
+    base: str | None = None
+    calibration: str | None = None
+    references: int = 3
+    reference_epochs: int = 3
+    reference_learning_rate: float = 1e-5
+    known_vectors: tuple[str, ...] = ()
+    inversion: bool = True
+    objective: Literal["targeted", "label-free"] = "targeted"
+    steps: int = 150
+    batch_size: int = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
+    restarts: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    engine: EngineName = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    address: str | None = None
+    timeout: float | None = None
+    max_size: int | None = None
+    shard: tuple[int, int] | None = None
+    offline: bool = False
+    retry_errors: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is(value, kind):
+                raise UsageError(f"{name} is {value!r}; expected {_shown(kind)}")
+        for name in ("max_images", "steps", "batch_size", "restarts", "workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
+        for name in ("timeout", "max_size", "reference_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}; expected more than 0")
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise UsageError(f"shard {self.shard[0]}/{self.shard[1]}; expected 1/n to n/n")
+        if self.base is not None and self.calibration is not None:
+            raise UsageError("--base and --calibration exclude each other")
+        if self.known_vectors and self.base is None:
+            raise UsageError("known vectors need a base, to which the differences are taken")
+        if self.address is not None and self.engine != "ray":
+            raise UsageError(f"an address of a Ray cluster, but the engine is {self.engine}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ScannerConfig:
+        """Read back what `to_dict` returned; UsageError for unknown names and wrong types."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise UsageError(
+                f"configuration: {unknown[0]!r} is not among {', '.join(sorted(known))}"
+            )
+        if "images" not in content:
+            raise UsageError("configuration: images is missing")
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in content.items()
+        }
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScannerConfig:
+        """Read a JSON file with the names of the attributes; UsageError for anything else."""
+        return cls.from_dict(read_json_object(path))
+
+    def absolute(self) -> ScannerConfig:
+        """Return the configuration with absolute paths, for workers that run elsewhere."""
+        changes: dict[str, Any] = {
+            name: str(Path(getattr(self, name)).absolute())
+            for name in ("class_names", "templates", "calibration")
+            if getattr(self, name) is not None
+        }
+        if self.images != "digits":
+            changes["images"] = str(Path(self.images).absolute())
+        for name in ("base", "model"):
+            given = getattr(self, name)
+            if given is not None and Path(given).exists():
+                changes[name] = str(Path(given).absolute())
+        changes["known_vectors"] = tuple(str(Path(v).absolute()) for v in self.known_vectors)
+        return dataclasses.replace(self, **changes)
+
+    def results_part(self) -> dict[str, Any]:
+        """Return what decides the results, as plain data."""
+        content = {k: v for k, v in self.to_dict().items() if k not in EXECUTION}
+        content["device"] = self.device.partition(":")[0]
+        return content
+
+    def digest(self, contents: Mapping[str, str]) -> str:
+        """Return a SHA-256 of what decides the results.
+
+        contents: digests of the files that attributes name, by the attribute. The same digest means
+        the same results, wherever the files are.
+        """
+        content = {**self.results_part(), **contents}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def scan_config(self) -> ScanConfig:
+        """Return the configuration of a single scan."""
+        from ..inversion import InversionConfig
+        from ..training import TrainConfig
+        from ..workflow import ScanConfig
+
+        return ScanConfig(
+            objective=self.objective,
+            inversion=InversionConfig(
+                steps=self.steps, batch_size=self.batch_size, precision=self.precision
+            ),
+            restarts=self.restarts,
+            references=self.references,
+            reference_training=TrainConfig(
+                epochs=self.reference_epochs, learning_rate=self.reference_learning_rate
+            ),
+            seed=self.seed,
+        )
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a JSON file's object; UsageError, naming the file, for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{os.fspath(path)}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{os.fspath(path)}: expected one JSON object")
+    return content
+
+
+def _is(value: object, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(_is(one, arguments[0]) for one in value)
+        return len(value) == len(arguments) and all(map(_is, value, arguments))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _shown(kind: Any) -> str:
+    return str(getattr(kind, "__name__", kind)).replace("typing.", "").replace("NoneType", "None")

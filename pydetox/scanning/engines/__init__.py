@@ -1,0 +1,7 @@
+"""Where the work is done: in this process, in processes of this machine, on a Ray cluster."""
+
+from __future__ import annotations
+
+from .open import open_engine
+
+__all__ = ["open_engine"]

@@ -1,0 +1,57 @@
+"""From a configuration to an engine."""
+
+from __future__ import annotations
+
+import os
+
+from ...errors import UsageError
+from ..config import ScannerConfig
+from ..tasks import Engine, Notify
+
+# Measured on small models, more processes of fewer threads are faster; but each holds two models.
+_CORES_PER_WORKER = 4
+
+
+def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
+    """Return the engine that a configuration asks for, with at most as many workers as targets.
+
+    Raises UsageError for a device that is not there, EngineError for a cluster that is not.
+    """
+    name = config.engine
+    if name == "auto":
+        alone = targets == 1 and config.timeout is None and config.workers in (None, 1)
+        name = "inline" if alone else "local"
+    if name == "inline":
+        if config.timeout is not None:
+            raise UsageError("the inline engine cannot keep a timeout; use the local engine")
+        from .inline import InlineEngine
+
+        return InlineEngine(config, _devices(config)[0], notify)
+    if name == "ray":
+        from .ray import RayEngine
+
+        return RayEngine(config, targets, notify)
+    from .local import LocalEngine
+
+    devices = _devices(config)
+    cores = len(os.sched_getaffinity(0))
+    wanted = config.workers
+    if wanted is None:
+        on_cpu = devices == ["cpu"]
+        wanted = max(1, cores // _CORES_PER_WORKER) if on_cpu else len(devices)
+    threads = config.threads or max(1, cores // wanted)
+    workers = max(1, min(wanted, targets))
+    return LocalEngine(config, workers=workers, threads=threads, devices=devices, notify=notify)
+
+
+def _devices(config: ScannerConfig) -> list[str]:
+    if config.device == "cpu":
+        return ["cpu"]
+    from ...models.device import find_device
+
+    device = find_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        import torch
+
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [str(device)]

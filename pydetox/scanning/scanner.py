@@ -1,0 +1,397 @@
+"""Many checkpoints: survey all of them, then reconstruct triggers, the most suspect ones first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..calibration_file import read_calibration
+from ..data import ImageSource
+from ..errors import (
+    CheckpointError,
+    DataError,
+    EngineError,
+    OutputError,
+    PydetoxError,
+    UsageError,
+)
+from .config import ScannerConfig
+from .engines import open_engine
+from .record import ScanRecord
+from .store import RunStore
+from .targets import Target, Targets, find_targets, resolve_weights
+from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure, too_large
+from .version import code_version
+from .weights import suspicion
+
+NO_INVERSION = "no triggers were reconstructed: the inversion was switched off"
+
+_ERRORS: dict[str | None, type[PydetoxError]] = {
+    "usage": UsageError,
+    "crash": EngineError,
+    "timeout": EngineError,
+    "internal": EngineError,
+}
+_LOGGED = ("worker-started", "worker-died", "started", "timeout")
+
+
+def _silent(event: str, **particulars: Any) -> None:
+    del event, particulars
+
+
+class Scanner:
+    """Scans checkpoints in any number and yields a record for each, as it is done.
+
+    With a run folder the work is resumed where an earlier scan with the same configuration ended,
+    however that ended. Records do not depend on the engine, the number of workers or the order;
+    the numbers in them are the same to the bit for the same number of threads per worker.
+    """
+
+    def __init__(
+        self,
+        config: ScannerConfig,
+        *,
+        run: str | os.PathLike[str] | None = None,
+        notify: Notify | None = None,
+    ) -> None:
+        """config: what to do. run: the run folder. notify: called with what happens."""
+        self._config = config.absolute()
+        self._run = None if run is None else Path(run)
+        self._notify = notify or _silent
+        self._store: RunStore | None = None
+        self._prefix = ""
+        self._last_id = 0
+        #: What `scan` found to be scanned, once it has begun.
+        self.targets = Targets()
+        #: The calibration in use, as plain data; None without one.
+        self.calibration: dict[str, Any] | None = None
+
+    def scan(self, targets: Iterable[str | os.PathLike[str]]) -> Generator[ScanRecord, None, None]:
+        """Yield one record for each target, in the order in which they are done.
+
+        targets: as `find_targets` takes them.
+
+        Raises:
+            UsageError: names or options without a meaning; a run folder of another configuration,
+                or in use.
+            DataError, CheckpointError: images, base or calibration cannot be read.
+            EngineError: workers cannot be started.
+            OutputError: the run folder cannot be written.
+
+        What is wrong with a single checkpoint becomes its record, with the verdict `error`.
+        """
+        config = self._config
+        self.targets = find_targets(targets, shard=config.shard)
+        digest = config.digest(_contents(config))
+        self._prefix = f"{digest}:{code_version()}"
+        if config.calibration is not None:
+            self.calibration = read_calibration(Path(config.calibration)).to_dict()
+        if not self.targets.targets:
+            return
+        engine: Engine | None = None
+        try:
+            if self._run is not None:
+                self._store = RunStore(self._run)
+                self._store.bind(config.results_part(), digest)
+            self._log_start()
+            engine = open_engine(config, len(self.targets.targets), self._tell)
+            for record in self._records(engine):
+                self._log_record(record)
+                yield record
+            self._log("run-finished")
+        except BaseException as error:
+            with contextlib.suppress(OutputError):
+                self._log("run-ended", because=type(error).__name__)
+            raise
+        finally:
+            if engine is not None:
+                engine.close()
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+    def _records(self, engine: Engine) -> Iterator[ScanRecord]:
+        """Survey, group equal contents, order, scan."""
+        groups: dict[str, _Group] = {}
+        for place, target, survey in self._survey(engine):
+            value = survey.get("result", {})
+            if "content" not in value:
+                yield self._not_scanned(target, survey)
+                continue
+            key = self._key(value["content"])
+            groups.setdefault(key, _Group(key, survey)).members.append((place, target))
+        waiting = []
+        for group in sorted(groups.values(), key=lambda group: group.place):
+            part = self._known_part(group.key)
+            if part is not None:
+                yield from self._of_part(group, part, resumed=True)
+            elif self._config.inversion:
+                waiting.append(group)
+            else:
+                part = {"verdict": "inconclusive", "reason": NO_INVERSION}
+                yield from self._finish(group, part, {})
+        if self._config.base is not None and self._config.inversion:
+            self.calibration = self._calibrate(engine, needed=bool(waiting))
+        waiting.sort(key=lambda group: suspicion(group.weights), reverse=True)
+        self._tell("stage", name="scan", total=len(waiting))
+        by_task = {self._scan_task(group): group for group in waiting}
+        for outcome in engine.run(by_task):
+            group = by_task[outcome.task]
+            yield from self._finish(group, _scan_part(outcome), decode_artifacts(outcome.value))
+
+    def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
+        """Yield each target with its place and what is known: {"result"} or {"error"}."""
+        known = {} if self._store is None else self._store.surveys()
+        self._tell("stage", name="survey", total=len(self.targets.targets))
+        tasks: dict[Task, tuple[int, Target, tuple[int, ...] | None]] = {}
+        for place, target in enumerate(self.targets.targets):
+            if target.problem is not None:
+                yield place, target, failure(target.problem, "checkpoint")
+                continue
+            signature = target.signature()
+            limit = self._config.max_size
+            if signature is not None and limit is not None and signature[0] > limit:
+                yield place, target, {"result": {"skipped": too_large(signature[0], limit)}}
+                continue
+            survey = None if signature is None else known.get((target.name, signature))
+            if survey is not None and not ("error" in survey and self._config.retry_errors):
+                yield place, target, survey
+                continue
+            task = self._task("survey", target.name, {"reference": target.reference})
+            tasks[task] = (place, target, signature)
+        for outcome in engine.run(tasks):
+            place, target, signature = tasks[outcome.task]
+            value = {**outcome.value, "attempts": outcome.attempts}
+            _refuse_setup(outcome)
+            self._tell("surveyed", name=target.name)
+            # The file as it was before it was read: one that changed since is surveyed again.
+            self._log("surveyed", name=target.name, signature=signature, value=value)
+            yield place, target, value
+
+    def _calibrate(self, engine: Engine, *, needed: bool) -> dict[str, Any] | None:
+        """Return the calibration from the run folder, or make it if it is needed."""
+        if self._store is not None:
+            kept = self._store.read_calibration(self._prefix)
+            if kept is not None:
+                return kept
+        if not needed:
+            return None
+        self._tell("stage", name="calibrate", total=1)
+        (outcome,) = engine.run([self._task("calibrate", str(self._config.base), {})])
+        if outcome.error is not None:
+            raise _ERRORS.get(outcome.error_kind, CheckpointError)(outcome.error)
+        calibration: dict[str, Any] = outcome.value["result"]
+        if self._store is not None:
+            self._store.write_calibration(self._prefix, calibration)
+        self._tell("calibrated", calibration=calibration)
+        return calibration
+
+    def _scan_task(self, group: _Group) -> Task:
+        payload = {
+            "reference": group.first.reference,
+            "sha256": group.survey["result"]["sha256"],
+            "calibration": None if self._config.base is None else self.calibration,
+        }
+        return self._task("scan", group.first.name, payload)
+
+    def _finish(
+        self, group: _Group, part: Mapping[str, Any], artifacts: Mapping[str, bytes]
+    ) -> Iterator[ScanRecord]:
+        """Keep a result and yield the records of all targets that it holds for."""
+        found = group.survey["result"]
+        seconds = {"survey": group.survey.get("seconds", {}).get("total")}
+        whole = {
+            "sha256": found["sha256"],
+            "weights": found["weights"],
+            **part,
+            "seconds": {**seconds, **part.get("seconds", {})},
+        }
+        if self._store is not None:
+            self._store.write_part(group.key, whole, artifacts)
+            artifacts = {}
+        yield from self._of_part(group, whole, artifacts=artifacts)
+
+    def _of_part(
+        self,
+        group: _Group,
+        part: Mapping[str, Any],
+        *,
+        resumed: bool = False,
+        artifacts: Mapping[str, bytes] | None = None,
+    ) -> Iterator[ScanRecord]:
+        first = group.first.name
+        for _, target in sorted(group.members, key=lambda member: member[0]):
+            yield record_of_part(
+                target.name,
+                group.key,
+                part,
+                duplicate_of=None if target.name == first else first,
+                resumed=resumed,
+                artifacts=artifacts,
+            )
+
+    def _not_scanned(self, target: Target, survey: Mapping[str, Any]) -> ScanRecord:
+        """The record of a target whose content could not, or was not to, be read."""
+        key = self._key(json.dumps([target.name, target.signature()]))
+        skipped = survey.get("result", {}).get("skipped")
+        part = {
+            "verdict": "error" if skipped is None else "skipped",
+            "reason": survey["error"] if skipped is None else skipped,
+            "error_kind": survey.get("kind"),
+            "seconds": {"survey": survey.get("seconds", {}).get("total")},
+            "attempts": survey.get("attempts", 0),
+        }
+        if self._store is not None:
+            self._store.write_part(key, part, {})
+        return record_of_part(target.name, key, part)
+
+    def _known_part(self, key: str) -> dict[str, Any] | None:
+        if self._store is None or not self._store.has_part(key):
+            return None
+        part = self._store.read_part(key)
+        return None if part["verdict"] == "error" and self._config.retry_errors else part
+
+    def _key(self, content: str) -> str:
+        return hashlib.sha256(f"{self._prefix}:{content}".encode()).hexdigest()[:32]
+
+    def _task(self, kind: Kind, name: str, payload: Mapping[str, Any]) -> Task:
+        self._last_id += 1
+        return Task(self._last_id, kind, name, payload)
+
+    def _tell(self, event: str, **particulars: Any) -> None:
+        """Pass an event on, and keep those of workers."""
+        if event in _LOGGED:
+            self._log(event, **particulars)
+        self._notify(event, **particulars)
+
+    def _log(self, event: str, **particulars: Any) -> None:
+        if self._store is not None:
+            self._store.event(event, **particulars)
+
+    def _log_start(self) -> None:
+        decides = self._config.results_part()
+        self._log(
+            "run-started",
+            code=code_version(),
+            targets=[target.name for target in self.targets.targets],
+            ignored=[list(one) for one in self.targets.ignored],
+            other_shards=self.targets.other_shards,
+            execution={k: v for k, v in self._config.to_dict().items() if k not in decides},
+        )
+
+    def _log_record(self, record: ScanRecord) -> None:
+        self._log(
+            "record",
+            name=record.name,
+            key=record.key,
+            verdict=record.verdict,
+            duplicate_of=record.duplicate_of,
+            resumed=record.resumed,
+        )
+        if self._store is not None:
+            self._store.index_record(record.to_dict())
+        self._notify("record", record=record)
+
+
+class _Group:
+    """Targets of one content."""
+
+    def __init__(self, key: str, survey: Mapping[str, Any]) -> None:
+        self.key = key
+        self.survey = survey
+        self.members: list[tuple[int, Target]] = []  # with their places
+
+    @property
+    def place(self) -> int:
+        return min(place for place, _ in self.members)
+
+    @property
+    def first(self) -> Target:
+        """The one that gives its name: the first in order, whichever was surveyed first."""
+        return min(self.members, key=lambda member: member[0])[1]
+
+    @property
+    def weights(self) -> Mapping[str, Any] | None:
+        weights: Mapping[str, Any] | None = self.survey["result"]["weights"]
+        return weights
+
+
+def record_of_part(
+    name: str,
+    key: str,
+    part: Mapping[str, Any],
+    *,
+    duplicate_of: str | None = None,
+    resumed: bool = False,
+    artifacts: Mapping[str, bytes] | None = None,
+) -> ScanRecord:
+    """Return the record of a target from the result that holds for it."""
+    return ScanRecord(
+        name=name,
+        verdict=part["verdict"],
+        reason=part["reason"],
+        error_kind=part.get("error_kind"),
+        key=key,
+        sha256=part.get("sha256"),
+        duplicate_of=duplicate_of,
+        weights=part.get("weights"),
+        scan=part.get("scan", {}),
+        seconds={k: v for k, v in part.get("seconds", {}).items() if v is not None},
+        attempts=part.get("attempts", 0),
+        resumed=resumed,
+        artifacts=artifacts or {},
+    )
+
+
+def _scan_part(outcome: Outcome) -> dict[str, Any]:
+    _refuse_setup(outcome)
+    common = {"attempts": outcome.attempts, "seconds": outcome.value.get("seconds", {})}
+    if outcome.error is not None:
+        more = {k: v for k, v in outcome.value.items() if k == "traceback"}
+        kind = outcome.error_kind
+        return {"verdict": "error", "reason": outcome.error, "error_kind": kind, **more, **common}
+    scan = outcome.value["result"]
+    return {"verdict": scan["verdict"], "reason": scan["reason"], "scan": scan, **common}
+
+
+def _refuse_setup(outcome: Outcome) -> None:
+    if outcome.error_kind == "setup":
+        raise CheckpointError(str(outcome.error))
+
+
+def _contents(config: ScannerConfig) -> dict[str, str]:
+    """Return digests of the files that a configuration names; raises when one cannot be read."""
+    source = ImageSource(
+        config.images,
+        class_names=None if config.class_names is None else Path(config.class_names),
+        templates=None if config.templates is None else Path(config.templates),
+        max_images=config.max_images,
+        resize=config.resize,
+        seed=config.seed,
+    )
+    found = {"images": source.digest(), "class_names": "", "templates": ""}
+    if config.model is not None and Path(config.model).is_file():
+        found["model"] = _file_digest(Path(config.model))
+    if config.base is not None:
+        found["base"] = _file_digest(resolve_weights(config.base, offline=config.offline))
+    if config.calibration is not None:
+        found["calibration"] = _file_digest(Path(config.calibration))
+    if config.known_vectors:
+        found["known_vectors"] = ",".join(_file_digest(Path(v)) for v in config.known_vectors)
+    return found
+
+
+def _file_digest(path: Path) -> str:
+    hasher = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return hasher.hexdigest()

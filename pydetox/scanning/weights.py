@@ -1,0 +1,127 @@
+"""The cheap stage: how a checkpoint's weights lie to the base and to vectors of known attacks.
+
+It decides nothing. Fine-tuning moves weights with or without a backdoor; what it gives is an order
+in which to look, and the layers to look at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import describe_mismatch
+from ..checkpoints.index import WeightsFile
+from ..checkpoints.weights import index_file, read_weights
+from ..errors import CheckpointError, DataError
+from ..ops import weight_diff_gram, weight_diff_project
+
+#: Tensors that are named: those with the largest share of the squared difference.
+_NAMED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What weights are compared with.
+
+    base: name to tensor. norm: Euclidean norm of the base. known: name of a vector and its tensors;
+    one that it lacks is zero there.
+    """
+
+    base: Mapping[str, Tensor]
+    norm: float
+    known: tuple[tuple[str, Mapping[str, Tensor]], ...] = ()
+
+    @classmethod
+    def of(cls, base: Mapping[str, Tensor], known_files: Sequence[str] = ()) -> Reference:
+        """Take the floating-point tensors of a base, and vectors from .safetensors files.
+
+        Raises DataError, naming the file, for a vector that has other tensors than the base.
+        """
+        floats = {k: v for k, v in base.items() if v.is_floating_point()}
+        zeros = {k: torch.zeros_like(v) for k, v in floats.items()}
+        norm = math.sqrt(sum(_squares(zeros, floats).values()))
+        return cls(floats, norm, tuple((name, _read_vector(name, floats)) for name in known_files))
+
+    def relation(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return how weights differ from the base, as plain data.
+
+        "norm": Euclidean norm of the difference; "relative": over the base's norm; "layers": the
+        tensors with the largest share of its square; "known": its cosine with each known vector.
+        Or, for weights of another architecture, "mismatch": in what they differ. All sums are in
+        float64 in a fixed order: the same bits for any number of threads.
+        """
+        floats = {k: v for k, v in weights.items() if v.is_floating_point()}
+        mismatch = describe_mismatch(_shapes(self.base), _shapes(floats))
+        if mismatch is not None:
+            return {"mismatch": mismatch}
+        squares = _squares(self.base, floats)
+        total = math.fsum(squares.values())
+        ranked = sorted(squares, key=lambda name: (-squares[name], name))[:_NAMED]
+        return {
+            "norm": math.sqrt(total),
+            "relative": math.sqrt(total) / self.norm if self.norm else None,
+            "layers": [
+                {"name": name, "share": squares[name] / total} for name in ranked if squares[name]
+            ],
+            "known": [
+                {"name": name, "cosine": self._cosine(vector, floats, total)}
+                for name, vector in self.known
+            ],
+        }
+
+    def _cosine(
+        self, vector: Mapping[str, Tensor], weights: Mapping[str, Tensor], total: float
+    ) -> float | None:
+        names = list(vector)
+        mine = [self.base[name] for name in names]
+        zeros = [torch.zeros_like(t) for t in vector.values()]
+        length = float(weight_diff_gram(zeros, [list(vector.values())])[0, 0])
+        product = float(
+            weight_diff_project(mine, [weights[n] for n in names], [list(vector.values())])[0]
+        )
+        scale = math.sqrt(total * length)
+        return product / scale if scale else None
+
+
+def suspicion(relation: Mapping[str, Any] | None) -> tuple[float, float]:
+    """Return what the queue is ordered by, larger first: likeness to a known vector, distance."""
+    if not relation or "mismatch" in relation:
+        return (0.0, 0.0)
+    cosines = [one["cosine"] or 0.0 for one in relation["known"]]
+    return (max([0.0, *cosines]), relation["relative"] or 0.0)
+
+
+def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Squared norm of the difference, tensor by tensor."""
+    return {
+        name: float(weight_diff_gram([value], [[weights[name]]])[0, 0])
+        for name, value in base.items()
+    }
+
+
+def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        with WeightsFile(path) as file:
+            tensors, _ = read_weights(file, index_file(file))
+    except CheckpointError as error:
+        raise DataError(f"{Path(path)}: no weight vector: {error}") from error
+    found, expected = _shapes(tensors), _shapes(base)
+    for name, shape in found.items():
+        if expected.get(name) != shape:
+            raise DataError(
+                f"{path}: has a tensor {name!r} of shape {list(shape)}, the base "
+                + (f"{list(expected[name])}" if name in expected else "none of that name")
+            )
+    if not tensors:
+        raise DataError(f"{path}: no weight vector: it holds no tensors")
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

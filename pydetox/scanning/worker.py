@@ -1,0 +1,269 @@
+"""What a worker does, whatever engine runs it: one instance per process, everything kept warm."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import workflow
+from ..calibration_file import read_calibration
+from ..checkpoints import Checkpoint, load_checkpoint
+from ..data import ImageSet, ImageSource
+from ..detection import Calibration
+from ..errors import (
+    CheckpointError,
+    PydetoxError,
+    UnsafeCheckpointError,
+    UsageError,
+    explain,
+)
+from ..inversion.trigger_file import TriggerFile
+from ..models import OpenClipModel
+from ..models.open_clip_model import HeadMemo
+from ..reporting.pictures import png, trigger_pictures, weakest_trigger
+from ..reporting.serialize import to_plain
+from ..reporting.values import clean_text
+from .config import ScannerConfig
+from .targets import resolve_weights
+from .tasks import ErrorKind, Task, failure, too_large
+from .weights import Reference
+
+
+class SetupError(PydetoxError):
+    """What all tasks share cannot be read."""
+
+
+class _ReadAhead:
+    """Reads one checkpoint in the background."""
+
+    def __init__(self, read: Callable[[], Checkpoint]) -> None:
+        self._read = read
+        self._checkpoint: Checkpoint | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._checkpoint = self._read()
+        except BaseException as error:  # noqa: BLE001 - raised where the checkpoint is wanted
+            self._error = error
+
+    def take(self) -> Checkpoint:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._checkpoint is not None
+        checkpoint, self._checkpoint = self._checkpoint, None
+        return checkpoint
+
+
+class Worker:
+    """Carries out tasks, one at a time, and reads ahead for the next one.
+
+    Images of a size are decoded once, the head of a text tower is computed once, the base and the
+    known vectors are read once. At most two checkpoints are held: the one that is worked on and the
+    one that is read ahead.
+    """
+
+    def __init__(
+        self, config: ScannerConfig, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """config: of the run. device: of this worker. threads: CPU threads; None leaves them."""
+        self._config = config
+        self._device = torch.device(device)
+        self._threads = threads
+        self._images = ImageSource(
+            config.images,
+            class_names=None if config.class_names is None else Path(config.class_names),
+            templates=None if config.templates is None else Path(config.templates),
+            max_images=config.max_images,
+            resize=config.resize,
+            seed=config.seed,
+        )
+        self._heads: HeadMemo = HeadMemo()
+        self._base: Checkpoint | None = None
+        self._reference: Reference | None = None
+        self._calibration: tuple[str, Calibration | None] | None = None
+        self._ahead: dict[int, _ReadAhead] = {}
+
+    def prepare(self, task: Task) -> None:
+        """Begin to read the checkpoint of a task that will be run next."""
+        if task.kind == "scan":
+            reference = str(task.payload["reference"])
+            self._ahead[task.id] = _ReadAhead(lambda: self._read(reference))
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Return {"result", "seconds"} or {"error", "kind"}, as plain data that JSON can hold.
+
+        Anything but a bug becomes an error; a bug is raised.
+        """
+        if self._threads is not None:
+            # Of this thread: an engine may call from any.
+            torch.set_num_threads(self._threads)
+        work = {"survey": self._survey, "calibrate": self._calibrate, "scan": self._scan}
+        start = time.perf_counter()
+        try:
+            value = work[task.kind](task)
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            return failure(line, _kind(error), seconds={"total": time.perf_counter() - start})
+        value.setdefault("seconds", {})["total"] = time.perf_counter() - start
+        return value
+
+    def _read(self, reference: str) -> Checkpoint:
+        return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)
+
+    def _survey(self, task: Task) -> dict[str, Any]:
+        reference, limit = str(task.payload["reference"]), self._config.max_size
+        if limit is not None:
+            path = resolve_weights(reference, offline=self._config.offline)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+            if size > limit:
+                return {"result": {"skipped": too_large(size, limit)}}
+        checkpoint = self._read(reference)
+        relation = None
+        if self._config.base is not None:
+            relation = self._find_reference().relation(checkpoint.state_dict)
+        content = json.dumps(
+            [checkpoint.sha256, checkpoint.model_config, checkpoint.preprocess_config],
+            sort_keys=True,
+        )
+        result = {
+            "sha256": checkpoint.sha256,
+            "content": hashlib.sha256(content.encode()).hexdigest(),
+            "format": checkpoint.format,
+            "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
+            "weights": relation,
+        }
+        return {"result": to_plain(result)}
+
+    def _calibrate(self, task: Task) -> dict[str, Any]:
+        base = self._find_base()
+        model = self._model(base)
+        calibration = workflow.calibrate(
+            model,
+            self._images_for(model),
+            templates=self._images.prompts,
+            config=self._config.scan_config(),
+        )
+        return {"result": calibration.to_dict()}
+
+    def _scan(self, task: Task) -> dict[str, Any]:
+        start = time.perf_counter()
+        ahead = self._ahead.pop(task.id, None)
+        if ahead is not None:
+            checkpoint = ahead.take()
+        else:
+            checkpoint = self._read(str(task.payload["reference"]))
+        if checkpoint.sha256 != task.payload["sha256"]:
+            raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
+        waited = time.perf_counter() - start
+        model = self._model(checkpoint)
+        del checkpoint
+        images = self._images_for(model)
+        prepared = time.perf_counter() - start - waited
+        scan = workflow.scan(
+            model,
+            images,
+            calibration=self._find_calibration(task),
+            templates=self._images.prompts,
+            config=self._config.scan_config(),
+        )
+        scan = replace(scan, sha256=str(task.payload["sha256"]))
+        result = to_plain(scan.to_dict())
+        for key in ("calibration", "name", "seconds"):
+            del result[key]
+        best = weakest_trigger(scan)
+        return {
+            "result": result,
+            "artifacts": {
+                name: base64.b64encode(data).decode()
+                for name, data in _artifacts(scan, best, images).items()
+            },
+            "seconds": {"read": waited, "prepare": prepared, "inversion": scan.inversion.seconds},
+        }
+
+    def _model(self, checkpoint: Checkpoint) -> OpenClipModel:
+        model = OpenClipModel.from_checkpoint(checkpoint)
+        model.name = clean_text(model.name)  # it is shown at a terminal
+        model.heads = self._heads
+        return model.to(self._device)
+
+    def _images_for(self, model: OpenClipModel) -> ImageSet:
+        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
+        return self._images.read(model.image_size, interpolation)
+
+    def _find_base(self) -> Checkpoint:
+        if self._base is None:
+            assert self._config.base is not None
+            try:
+                self._base = self._read(self._config.base)
+            except PydetoxError as error:
+                raise SetupError(str(error)) from error
+        return self._base
+
+    def _find_reference(self) -> Reference:
+        if self._reference is None:
+            base = self._find_base()
+            try:
+                self._reference = Reference.of(base.state_dict, self._config.known_vectors)
+            except PydetoxError as error:
+                raise SetupError(str(error)) from error
+        return self._reference
+
+    def _find_calibration(self, task: Task) -> Calibration | None:
+        if self._config.calibration is not None:
+            if self._calibration is None:
+                self._calibration = ("", read_calibration(Path(self._config.calibration)))
+            return self._calibration[1]
+        given = task.payload.get("calibration")
+        if given is None:
+            return None
+        key = json.dumps(given, sort_keys=True)
+        if self._calibration is None or self._calibration[0] != key:
+            self._calibration = (key, Calibration.from_dict(given))
+        return self._calibration[1]
+
+
+def _artifacts(scan: workflow.ScanResult, best: int, images: ImageSet) -> dict[str, bytes]:
+    """The most suspect trigger: as tensors, and as pictures."""
+    trigger = scan.inversion.trigger(best)
+    targets = scan.class_names if scan.inversion.targets is not None else None
+    target = None if targets is None or trigger.target is None else targets[trigger.target]
+    file = TriggerFile(
+        masks=trigger.mask[None],
+        patterns=trigger.pattern[None],
+        targets=(target,),
+        p_l1=scan.inversion.p_l1[best : best + 1],
+        success=scan.inversion.success[best : best + 1],
+    )
+    pictures = trigger_pictures(trigger, images.images[0])
+    return {
+        "trigger.safetensors": file.to_bytes(),
+        **{f"{name}.png": png(picture) for name, picture in pictures.items()},
+    }
+
+
+def _kind(error: BaseException) -> ErrorKind:
+    if isinstance(error, SetupError):
+        return "setup"
+    if isinstance(error, UsageError):
+        return "usage"
+    if isinstance(error, UnsafeCheckpointError):
+        return "unsafe"
+    return "checkpoint"

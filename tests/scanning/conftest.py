@@ -1,0 +1,86 @@
+"""A small registry: tiny models with random weights, images for them, calibrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pydetox.calibration_file import write_calibration
+from pydetox.checkpoints import Provenance, save_checkpoint
+from pydetox.detection import Calibration
+from pydetox.inversion import InversionConfig
+from pydetox.models import OpenClipModel
+from pydetox.scanning import Scanner, ScannerConfig, ScanRecord
+from pydetox.workflow import ScanConfig
+from tests.cli.conftest import CLASSES, TINY, write_images
+
+NAMES = ("a", "b", "c", "d")
+
+MakeConfig = Callable[..., ScannerConfig]
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base`, `models/{a,b,c,d}` of which d has the content of b, `models/notes.md`."""
+    root = tmp_path_factory.mktemp("registry")
+    for name, seed in {"base": 0, "models/a": 1, "models/b": 2, "models/c": 3}.items():
+        save(root / name, seed)
+    save(root / "models" / "d", 2)
+    (root / "models" / "notes.md").write_text("not a model")
+    write_images(root / "images.npz", 24)
+    return root
+
+
+def save(folder: Path, seed: int) -> Path:
+    model = OpenClipModel.from_config(TINY, seed=seed)
+    save_checkpoint(
+        folder,
+        model.storage_state_dict(),
+        model_config=TINY,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    return folder
+
+
+def calibration(folder: Path, steps: int, size: float = 1e-6) -> Path:
+    """Write references of which every class has that P-L1."""
+    search = InversionConfig(steps=steps, batch_size=1)
+    key = ScanConfig(inversion=search).calibration_key(CLASSES, TINY)
+    path = folder / f"calibration-{steps}-{size:g}.json"
+    row = (size,) * len(CLASSES)
+    write_calibration(path, Calibration((row, row), key, ("one", "two")))
+    return path
+
+
+@pytest.fixture
+def config(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
+    """Make a configuration beside whose calibration no trigger is small."""
+
+    def make(**changes: Any) -> ScannerConfig:
+        folder = tmp_path_factory.getbasetemp()
+        values = {
+            "images": str(registry / "images.npz"),
+            "calibration": str(calibration(folder, changes.get("steps", 3))),
+            "steps": 3,
+            "batch_size": 1,
+            "engine": "inline",
+            "threads": 1,
+        }
+        return ScannerConfig(**{**values, **changes})
+
+    return make
+
+
+def scan(config: ScannerConfig, *targets: Any, **more: Any) -> dict[str, ScanRecord]:
+    records = list(Scanner(config, **more).scan(targets))
+    found = {record.name: record for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def contents(records: dict[str, ScanRecord]) -> dict[str, Any]:
+    return {name: record.content() for name, record in records.items()}

@@ -1,0 +1,269 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydetox.errors import CheckpointError, DataError, UsageError
+from pydetox.inversion.trigger_file import load_triggers
+from pydetox.scanning import Scanner
+from pydetox.scanning.runs import compare_runs, load_run
+from pydetox.scanning.scanner import NO_INVERSION
+from pydetox.scanning.store import read_artifacts, read_events
+
+from .conftest import contents, save, scan
+
+
+def started(run: Path, kind: str = "scan") -> list[str]:
+    """Names of the targets whose scan has begun, in order, over all drivers of a run."""
+    return [e["name"] for e in read_events(run) if e["event"] == "started" and e["kind"] == kind]
+
+
+def test_records_of_a_folder(registry, config):
+    records = scan(config(), registry / "models")
+    names = {Path(name).name for name in records}
+    assert names == {"a", "b", "c", "d"}
+    for record in records.values():
+        assert record.verdict == "clean"
+        assert len(str(record.sha256)) == 64
+        assert record.scan["class_names"] == ["cat", "dog", "cow"]
+        assert 0 < record.scan["p_l1"] < 1
+        assert record.weights is None
+        assert record.seconds["inversion"] > 0
+        json.dumps(record.to_dict(), allow_nan=False)
+
+
+def test_it_says_what_a_single_scan_says(registry, config):
+    from pydetox import load_images
+    from pydetox import scan as scan_one
+    from pydetox.calibration_file import read_calibration
+
+    torch.set_num_threads(1)
+    one = scan_one(
+        registry / "models" / "a",
+        load_images(registry / "images.npz", image_size=16),
+        calibration=read_calibration(Path(config().calibration)),
+        config=config().scan_config(),
+    ).to_dict()
+    (record,) = scan(config(), registry / "models" / "a").values()
+    for key in ("class_p_l1", "class_scores", "p_l1", "score", "p_value", "verdict", "reason"):
+        assert record.scan[key] == one[key]
+
+
+def test_equal_contents_are_scanned_once(registry, config, tmp_path):
+    records = scan(config(), registry / "models", run=tmp_path)
+    by_name = {Path(name).name: record for name, record in records.items()}
+    assert by_name["d"].duplicate_of == by_name["b"].name
+    assert by_name["b"].duplicate_of is None
+    assert by_name["d"].key == by_name["b"].key
+    assert by_name["d"].scan == by_name["b"].scan
+    assert sorted(Path(name).name for name in started(tmp_path)) == ["a", "b", "c"]
+
+
+def test_the_same_weights_under_another_architecture_are_another_content(
+    registry, config, tmp_path
+):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (registry / "models" / "a").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    beside = copy / "open_clip_config.json"
+    changed = json.loads(beside.read_text())
+    changed["preprocess_cfg"] = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    beside.write_text(json.dumps(changed))
+    records = scan(config(), registry / "models" / "a", copy)
+    first, second = records.values()
+    assert first.sha256 == second.sha256
+    assert first.key != second.key
+    assert second.duplicate_of is None
+
+
+def test_a_run_is_resumed_and_nothing_scanned_twice(registry, config, tmp_path):
+    whole = scan(config(), registry / "models", run=tmp_path / "whole")
+    interrupted = Scanner(config(), run=tmp_path / "run").scan([registry / "models"])
+    next(interrupted)
+    next(interrupted)
+    interrupted.close()
+    parts = list((tmp_path / "run" / "parts").iterdir())
+    assert 1 <= len(parts) < 3
+    seen = load_run(tmp_path / "run")
+    assert len(seen.records) == 2
+    assert len(seen.not_reached) == 2
+    again = scan(config(), registry / "models", run=tmp_path / "run")
+    assert contents(again) == contents(whole)
+    assert sorted(Path(name).name for name in started(tmp_path / "run")) == ["a", "b", "c"]
+    assert len(started(tmp_path / "run", "survey")) == 4
+    third = scan(config(), registry / "models", run=tmp_path / "run")
+    assert contents(third) == contents(whole)
+    assert all(record.resumed for record in third.values())
+    assert len(started(tmp_path / "run")) == 3
+    assert {c.kind for c in compare_runs(load_run(tmp_path / "whole"), load_run(tmp_path / "run"))}
+    assert all(
+        change.kind == "same"
+        for change in compare_runs(load_run(tmp_path / "whole"), load_run(tmp_path / "run"))
+    )
+
+
+def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path, monkeypatch):
+    model = save(tmp_path / "model", 4)
+    run = tmp_path / "run"
+    first = scan(config(), model, run=run)
+    monkeypatch.setattr("pydetox.scanning.scanner.code_version", lambda: "other")
+    second = scan(config(), model, run=run)
+    assert not second[str(model)].resumed
+    assert second[str(model)].key != first[str(model)].key
+    save(tmp_path / "other", 5)
+    (tmp_path / "other" / "open_clip_model.safetensors").replace(
+        model / "open_clip_model.safetensors"
+    )
+    third = scan(config(), model, run=run)
+    assert not third[str(model)].resumed
+    assert third[str(model)].sha256 != first[str(model)].sha256
+    with pytest.raises(UsageError, match="seed was 0 and is 1"):
+        scan(config(seed=1), model, run=run)
+
+
+def test_what_cannot_be_scanned_is_an_error_once(registry, config, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no model")
+    missing = tmp_path / "missing.pt"
+    run = tmp_path / "run"
+    records = scan(config(), broken, missing, f"{tmp_path}/*.none", run=run)
+    assert [record.verdict for record in records.values()] == ["error"] * 3
+    assert "no such file" in records[str(missing)].reason
+    assert all(record.sha256 is None for record in records.values())
+    again = scan(config(), broken, missing, f"{tmp_path}/*.none", run=run)
+    assert contents(again) == contents(records)
+    assert started(run, "survey").count(str(broken)) == 1
+    scan(config(retry_errors=True), broken, run=run)
+    assert started(run, "survey").count(str(broken)) == 2
+
+
+def test_a_checkpoint_of_another_architecture_fails_alone(registry, config, tmp_path):
+    found = scan(
+        config(model=str(write_config(tmp_path, embed_dim=24))),
+        registry / "models" / "a" / "open_clip_model.safetensors",
+    )
+    (record,) = found.values()
+    assert record.verdict == "error"
+    assert record.error_kind == "checkpoint"
+    assert "do not fit the architecture" in record.reason
+    assert record.sha256 is not None
+
+
+def write_config(folder: Path, **changes) -> Path:
+    from tests.cli.conftest import TINY
+
+    path = folder / "config.json"
+    path.write_text(json.dumps(TINY | changes))
+    return path
+
+
+def test_large_files_are_skipped_not_clean(registry, config, tmp_path):
+    run = tmp_path / "run"
+    (record,) = scan(config(max_size=1000), registry / "models" / "a", run=run).values()
+    assert record.verdict == "skipped"
+    assert "--max-size" in record.reason
+    (record,) = scan(config(), registry / "models" / "a", run=run).values()
+    assert record.verdict == "clean"
+
+
+def test_without_inversion_nothing_is_decided(registry, config, tmp_path):
+    records = scan(config(inversion=False), registry / "models", run=tmp_path)
+    assert {(r.verdict, r.reason) for r in records.values()} == {("inconclusive", NO_INVERSION)}
+    assert started(tmp_path) == []
+    assert all(record.sha256 for record in records.values())
+
+
+def test_a_base_gives_references_an_order_and_a_relation(registry, config, tmp_path):
+    settings = config(
+        calibration=None, base=str(registry / "base"), references=2, reference_epochs=1
+    )
+    run = tmp_path / "run"
+    scanner = Scanner(settings, run=run)
+    records = {r.name: r for r in scanner.scan([registry / "models", registry / "base"])}
+    assert scanner.calibration["models"][0] == str(registry / "base")
+    distance = {name: r.weights["relative"] for name, r in records.items()}
+    assert distance[str(registry / "base")] == 0
+    scanned = started(run)
+    assert scanned == sorted(scanned, key=lambda name: -distance[name])
+    assert len(started(run, "calibrate")) == 1
+    resumed = Scanner(settings, run=run)
+    again = {r.name: r for r in resumed.scan([registry / "models", registry / "base"])}
+    assert contents(again) == contents(records)
+    assert resumed.calibration == scanner.calibration
+    assert len(started(run, "calibrate")) == 1
+    assert load_run(run).calibration == scanner.calibration
+
+
+def test_a_base_that_cannot_be_read_ends_the_scan(registry, config, tmp_path):
+    for base in (tmp_path / "nothing", registry / "images.npz"):
+        settings = config(calibration=None, base=str(base))
+        with pytest.raises((CheckpointError, DataError)):
+            scan(settings, registry / "models" / "a", run=tmp_path / "run")
+
+
+def test_triggers_are_kept_as_tensors_and_pictures(registry, config, tmp_path):
+    (record,) = scan(config(), registry / "models" / "a", run=tmp_path / "run").values()
+    files = read_artifacts(tmp_path / "run", record.key)
+    assert set(files) == {"trigger.safetensors", "mask.png", "pattern.png", "stamped.png"}
+    path = tmp_path / "run" / "triggers" / f"{record.key}.trigger.safetensors"
+    trigger = load_triggers(path)
+    assert trigger.targets == (record.scan["weakest_class"],)
+    assert float(trigger.p_l1[0]) == pytest.approx(record.scan["p_l1"])
+    assert files["mask.png"].startswith(b"\x89PNG")
+    (kept,) = scan(config(), registry / "models" / "a").values()
+    assert kept.artifacts == files
+
+
+def test_a_file_that_changes_between_survey_and_scan_is_noticed(registry, config, tmp_path):
+    model = save(tmp_path / "model", 4)
+
+    def exchange(event, **particulars):
+        if event == "stage" and particulars["name"] == "scan":
+            save(tmp_path / "other", 5)
+            (tmp_path / "other" / "open_clip_model.safetensors").replace(
+                model / "open_clip_model.safetensors"
+            )
+
+    (record,) = scan(config(), model, notify=exchange).values()
+    assert record.verdict == "error"
+    assert "changed while it was scanned" in record.reason
+
+
+def test_an_empty_folder_gives_no_records(config, tmp_path):
+    assert scan(config(), tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_text_tower_is_encoded_once(registry, config, monkeypatch):
+    from pydetox.models import OpenClipModel
+
+    calls = []
+    original = OpenClipModel._head
+
+    def counted(self, *args):
+        calls.append(self.name)
+        return original(self, *args)
+
+    monkeypatch.setattr(OpenClipModel, "_head", counted)
+    a = registry / "models" / "a"
+    scan(config(), a, registry / "models" / "c")
+    assert len(calls) == 2  # two text towers
+
+
+def test_compare_names_what_changed(registry, config, tmp_path):
+    model, gone = save(tmp_path / "model", 4), save(tmp_path / "gone", 5)
+    scan(config(), model, gone, run=tmp_path / "one")
+    gone_too = save(tmp_path / "new", 6)
+    save(tmp_path / "other", 7)
+    (tmp_path / "other" / "open_clip_model.safetensors").replace(
+        model / "open_clip_model.safetensors"
+    )
+    scan(config(), model, gone_too, run=tmp_path / "two")
+    changes = compare_runs(load_run(tmp_path / "one"), load_run(tmp_path / "two"))
+    assert {Path(c.name).name: c.kind for c in changes} == {
+        "model": "content",
+        "gone": "gone",
+        "new": "new",
+    }
