@@ -102,7 +102,7 @@ def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
         }
         for result in listed
     ]
-    counts = count_cards(document) if len(results) > 1 else []
+    counts = count_cards(document) if len(results) != 1 or document["not_reached"] else []
     return {
         "title": "pydetox scan",
         "subtitle": compared_with(document),

@@ -98,6 +98,8 @@ class Scanner:
             if self._run is not None:
                 self._store = RunStore(self._run)
                 self._store.bind(config.results_part(), digest)
+                if self.calibration is not None:
+                    self._store.write_calibration(self._prefix, self.calibration)
             self._log_start()
             engine = open_engine(config, len(self.targets.targets), self._tell)
             for record in self._records(engine):

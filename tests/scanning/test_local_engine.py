@@ -79,12 +79,13 @@ def test_a_killed_worker_costs_one_attempt(registry, config, tmp_path):
 def test_a_checkpoint_that_kills_its_worker_twice_is_an_error(registry, config, tmp_path):
     victim = str(registry / "models" / "a")
     killer = Killer("scan", victim, times=2)
-    settings = config(engine="local", workers=2, steps=400)
+    settings = config(engine="local", workers=2, steps=40)
     found = scan(settings, registry / "models", run=tmp_path, notify=killer)
     assert found[victim].verdict == "error"
     assert found[victim].error_kind == "crash"
     assert "SIGKILL" in found[victim].reason
-    assert sum(record.verdict == "error" for record in found.values()) == 1
+    others = [r.reason for r in found.values() if r.verdict == "error" and r.name != victim]
+    assert others == []
 
 
 def test_a_survey_that_dies_is_an_error_too(registry, config):
@@ -134,12 +135,12 @@ def test_workers_end_with_the_iterator(registry, config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_that_ends_can_be_resumed(registry, config, tmp_path, how):
-    settings = config(engine="local", workers=2, steps=200)
-    expected = contents(scan(config(steps=200), registry / "models"))
+    settings = config(engine="local", workers=2, steps=60)
+    expected = contents(scan(config(steps=60), registry / "models"))
     run = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "pydetox", "scan", str(registry / "models"), "--run", str(run)),
-        *("--images", settings.images, "--steps", "200", "--batch-size", "1", "--threads", "1"),
+        *("--images", settings.images, "--steps", "60", "--batch-size", "1", "--threads", "1"),
         *("--calibration", str(settings.calibration), "--workers", "2"),
     ]
     process = subprocess.Popen(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import traceback
 from collections import deque
@@ -35,8 +36,9 @@ class _Actor:
         silence()
         self._worker = Worker(ScannerConfig.from_dict(json.loads(config)), device, threads)
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> int:
+        """Return the process's number on its machine, once everything is imported."""
+        return os.getpid()
 
     def prepare(self, task: str) -> None:
         self._worker.prepare(Task.from_dict(json.loads(task)))
@@ -100,7 +102,7 @@ class RayEngine:
         """Yield outcomes as they come. Raises EngineError when no actor can be started."""
         queue = deque(tasks)
         attempts: dict[int, int] = {}
-        while queue or any(slot.task for slot in self._slots):
+        while queue or self._busy():
             while len(self._slots) < min(self._limit, len(queue) + self._busy()):
                 self._hire()
             self._await_ready()
@@ -128,33 +130,32 @@ class RayEngine:
             self._own = False
 
     def _busy(self) -> int:
-        return sum(slot.task is not None for slot in self._slots)
+        return sum(slot.task is not None or slot.next is not None for slot in self._slots)
 
     def _hire(self) -> None:
         numbers = {slot.number for slot in self._slots}
         number = next(n for n in range(self._limit) if n not in numbers)
-        options: dict[str, Any] = {
-            "num_cpus": self._threads,
-            "num_gpus": 1 if self._gpu else 0,
-            "concurrency_groups": {"io": 1},
-            "max_restarts": 0,
-        }
         # The actor's own GPU is the only one that it sees.
         device = "cuda:0" if self._gpu else "cpu"
-        actor = self._ray.remote(_Actor).options(**options)
+        actor = self._ray.remote(
+            num_cpus=self._threads,
+            num_gpus=1 if self._gpu else 0,
+            concurrency_groups={"io": 1},
+            max_restarts=0,
+        )(_Actor)
         handle = actor.remote(json.dumps(self._config.to_dict()), device, self._threads)
         self._slots.append(_Slot(number, handle))
-        self._notify("worker-started", worker=number, pid=None)
 
     def _await_ready(self) -> None:
         """Let new actors import what they need before a timeout counts."""
         new = [slot for slot in self._slots if not slot.ready]
         try:
-            self._ray.get([slot.handle.ready.remote() for slot in new])
+            numbers = self._ray.get([slot.handle.ready.remote() for slot in new])
         except self._ray.exceptions.RayActorError as error:
             raise EngineError(f"an actor cannot be started: {error}") from error
-        for slot in new:
+        for slot, pid in zip(new, numbers, strict=True):
             slot.ready = True
+            self._notify("worker-started", worker=slot.number, pid=pid)
 
     def _assign(self, slot: _Slot, queue: deque[Task], attempts: dict[int, int]) -> None:
         if slot.task is None:

@@ -1,0 +1,241 @@
+"""`scan` with a run folder, `report` and `compare`: what the commands print and exit with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .conftest import FAST, Run, error_line
+
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "scan.schema.json"
+
+
+def parse(text: str) -> dict:
+    """Read a document that has to be as its schema says."""
+    jsonschema = pytest.importorskip("jsonschema")
+    content = json.loads(text)
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(content, schema)
+    return content
+
+
+@pytest.fixture
+def models(folder: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    for name in ("base", "suspect"):
+        shutil.copytree(folder / name, root / name)
+    (root / "broken.pt").write_bytes(b"PK\x03\x04no")
+    (root / "notes.md").touch()
+    return root
+
+
+def common(images: tuple, calibration: Path, *more: object) -> tuple:
+    return (*images, *FAST, "--calibration", calibration, "--engine", "inline", *more)
+
+
+class TestRun:
+    def test_report_says_what_scan_said(
+        self, run: Run, models: Path, images: tuple, says_backdoored: Path, tmp_path: Path
+    ) -> None:
+        args = common(images, says_backdoored, "--run", tmp_path / "run")
+        first = run("scan", models, *args, "--format", "json")
+        assert first.exit_code == 2
+        assert "broken.pt" in error_line(first)
+        shown = run("report", tmp_path / "run", "--format", "json")
+        assert shown.exit_code == 2
+        scanned, reported = parse(first.stdout), parse(shown.stdout)
+        assert reported["results"] == scanned["results"]
+        assert reported["counts"] == {
+            "backdoored": 2,
+            "suspicious": 0,
+            "error": 1,
+            "inconclusive": 0,
+            "skipped": 0,
+            "clean": 0,
+        }
+        passed = {Path(one["name"]).name for one in reported["ignored"]}
+        assert passed == {"notes.md", "open_clip_config.json", "README.md"} & passed | {"notes.md"}
+        again = run("scan", models, *args, "--format", "json")
+        assert again.exit_code == 2
+        assert all(one["resumed"] for one in json.loads(again.stdout)["results"] if one["sha256"])
+
+    def test_another_configuration_is_4(
+        self, run: Run, models: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        args = (*images, *FAST, "--run", tmp_path / "run", "--no-inversion", "--engine", "inline")
+        assert run("scan", models / "base", *args).exit_code == 2
+        result = run("scan", models / "base", *args, "--seed", "3")
+        assert result.exit_code == 4
+        assert "seed was 0 and is 3" in error_line(result)
+
+    def test_html_holds_pictures_and_escapes(
+        self, run: Run, models: Path, images: tuple, says_backdoored: Path, tmp_path: Path
+    ) -> None:
+        evil = models / "<script>alert(1)\x1b[31m"
+        (models / "suspect").rename(evil)
+        args = common(images, says_backdoored, "--run", tmp_path / "run")
+        page = run("scan", evil, *args, "--format", "html").stdout
+        assert page.startswith("<!doctype html>")
+        assert "<script" not in page
+        assert "&lt;script&gt;" in page
+        assert "\x1b" not in page
+        assert page.count("data:image/png;base64,") == 3
+        assert run("report", tmp_path / "run", "--format", "html").stdout == page
+        for format_ in ("text", "json", "sarif"):
+            assert "\x1b" not in run("report", tmp_path / "run", "--format", format_).stdout
+
+    def test_no_run_is_2(self, run: Run, tmp_path: Path) -> None:
+        result = run("report", tmp_path)
+        assert result.exit_code == 2
+        assert "config.json" in error_line(result)
+
+    def test_fail_on(
+        self, run: Run, models: Path, images: tuple, tmp_path: Path, folder: Path
+    ) -> None:
+        args = (*images, *FAST, "--run", tmp_path / "run", "--no-inversion", "--engine", "inline")
+        run("scan", models / "base", *args)
+        (part,) = (tmp_path / "run" / "parts").glob("*.json")
+        content = json.loads(part.read_text())
+        part.write_text(json.dumps(content | {"verdict": "suspicious"}))
+        assert run("report", tmp_path / "run").exit_code == 1
+        assert run("report", tmp_path / "run", "--fail-on", "backdoored").exit_code == 0
+        part.write_text(json.dumps(content | {"verdict": "backdoored"}))
+        assert run("report", tmp_path / "run", "--fail-on", "backdoored").exit_code == 1
+
+    def test_what_was_not_reached_is_not_clean(
+        self, run: Run, models: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        args = (*images, *FAST, "--run", tmp_path / "run", "--no-inversion", "--engine", "inline")
+        run("scan", models / "base", models / "suspect", *args)
+        log = tmp_path / "run" / "events.jsonl"
+        lines = log.read_text().splitlines(keepends=True)
+        last = next(i for i, line in reversed(list(enumerate(lines))) if '"record"' in line)
+        log.write_text("".join(lines[:last]))
+        result = run("report", tmp_path / "run", "--format", "json")
+        assert result.exit_code == 2
+        assert parse(result.stdout)["not_reached"] == [str(models / "suspect")]
+        assert "not reached" in run("report", tmp_path / "run").stdout
+        assert "not reached" in run("report", tmp_path / "run", "--format", "sarif").stdout
+
+
+class TestSchema:
+    def test_with_a_base(self, run: Run, models: Path, images: tuple, tmp_path: Path) -> None:
+        args = (*images, *FAST, "--engine", "inline", "--format", "json", "--run", tmp_path / "run")
+        base = ("--base", models / "base", "--references", "2", "--reference-epochs", "1")
+        content = parse(run("scan", models, *args, *base).stdout)
+        assert content["calibration"]["models"][0] == str(models / "base")
+        assert parse(run("report", tmp_path / "run", "--format", "json").stdout) == content
+
+    def test_what_it_refuses(self, run: Run, models: Path, images: tuple) -> None:
+        import jsonschema
+
+        args = (*images, *FAST, "--engine", "inline", "--format", "json", "--no-inversion")
+        content = parse(run("scan", models / "base", *args).stdout)
+        for change in ({"verdict": "clean"}, {"verdict": "fine"}, {"surprise": 1}, {"key": "x"}):
+            bad = {**content, "results": [{**content["results"][0], **change}]}
+            with pytest.raises(jsonschema.ValidationError):
+                parse(json.dumps(bad))
+
+
+class TestCompare:
+    def test_changes(self, run: Run, models: Path, images: tuple, tmp_path: Path) -> None:
+        args = (*images, *FAST, "--no-inversion", "--engine", "inline")
+        run("scan", models / "base", models / "suspect", *args, "--run", tmp_path / "a")
+        run("scan", models / "base", *args, "--run", tmp_path / "b")
+        same = run("compare", tmp_path / "a", tmp_path / "a")
+        assert (same.exit_code, same.stdout) == (0, "0 changed, 2 the same\n")
+        result = run("compare", tmp_path / "a", tmp_path / "b", "--format", "json")
+        assert result.exit_code == 1
+        (change,) = json.loads(result.stdout)["changes"]
+        assert (change["kind"], change["name"]) == ("gone", str(models / "suspect"))
+        shown = run("compare", tmp_path / "b", tmp_path / "a").stdout
+        assert f"new: {models / 'suspect'}: not there -> inconclusive" in shown
+
+
+class TestTargets:
+    def test_dry_run_lists_and_scans_nothing(
+        self, run: Run, models: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        result = run("scan", models, *images, "--dry-run", "--run", tmp_path / "run")
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1].startswith("3 to scan, ")
+        assert "notes.md: is no weights file by its name" in result.stdout
+        assert not (tmp_path / "run").exists()
+        document = json.loads(run("scan", models, *images, "--dry-run", "--format", "json").stdout)
+        assert [Path(one["name"]).name for one in document["targets"]] == [
+            "broken.pt",
+            "base",
+            "suspect",
+        ]
+
+    def test_shards_make_up_the_whole(self, run: Run, models: Path, images: tuple) -> None:
+        names = []
+        for shard in ("1/2", "2/2"):
+            args = ("--dry-run", "--format", "json", "--shard", shard)
+            document = json.loads(run("scan", models, *images, *args).stdout)
+            names += [one["name"] for one in document["targets"]]
+            assert len(document["targets"]) + document["other_shards"] == 3
+        assert len(set(names)) == 3
+
+    def test_nothing_to_scan_is_3(self, run: Run, images: tuple, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        result = run("scan", tmp_path / "empty", *images)
+        assert result.exit_code == 3
+        assert "nothing to scan" in error_line(result)
+
+    def test_too_large_is_skipped_and_2(
+        self, run: Run, models: Path, images: tuple, says_clean: Path
+    ) -> None:
+        args = common(images, says_clean, "--max-size", "1K")
+        result = run("scan", models / "base", *args)
+        assert result.exit_code == 2
+        assert "not scanned" in result.stdout
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ("--max-size", "big"),
+            ("--max-size", "0"),
+            ("--shard", "0/2"),
+            ("--shard", "3/2"),
+            ("--shard", "x"),
+            ("--timeout", "0"),
+            ("--engine", "magic"),
+            ("--engine", "inline", "--timeout", "5"),
+            ("--address", "auto"),
+            ("--known-vector", "v"),
+            ("--config", "nothing.json"),
+        ],
+    )
+    def test_usage(self, run: Run, folder: Path, images: tuple, args: tuple) -> None:
+        result = run("scan", folder / "base", *images, *args)
+        assert result.exit_code == 4
+        assert result.stdout == ""
+        error_line(result)
+
+
+class TestConfigFile:
+    def test_gives_defaults_that_the_command_line_overrides(
+        self, run: Run, folder: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "scan.json"
+        content = {"images": images[1], "steps": 3, "batch_size": 1, "seed": 5, "format": "json"}
+        path.write_text(json.dumps(content | {"calibration": str(says_clean)}))
+        result = run("scan", folder / "suspect", "--config", path)
+        assert json.loads(result.stdout)["seed"] == 5
+        result = run("scan", folder / "suspect", "--config", path, "--seed", "6")
+        assert json.loads(result.stdout)["seed"] == 6
+
+    @pytest.mark.parametrize("content", [{"step": 3}, {"steps": "many"}, {"steps": 0}, []])
+    def test_is_checked(
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path, content: object
+    ) -> None:
+        path = tmp_path / "scan.json"
+        path.write_text(json.dumps(content))
+        result = run("scan", folder / "suspect", *images, "--config", path)
+        assert result.exit_code == 4
+        error_line(result)
