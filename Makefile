@@ -3,6 +3,7 @@
 #   make demo    plant a backdoor in a small CLIP, find it, remove it: runs/demo/report.html
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
+#   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make lint    ruff, mypy, clang-format
 #   make setup   only what the others do first: .venv, torch, the native build
 #   make clean   delete what was built (distclean: the environment .venv as well)
@@ -24,7 +25,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean distclean always
+.PHONY: help setup demo test bench check-scan lint format clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -55,6 +56,9 @@ bench: $(ready)
 	for file in benchmarks/bench_*.py; do $(python) -m pytest "$$file" || status=1; done
 	$(python) benchmarks/report.py
 	exit $$status
+
+check-scan: $(ready)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/check_scan.py
 
 lint: $(ready)
 	$(VENV)/bin/ruff check

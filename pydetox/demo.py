@@ -49,7 +49,7 @@ MINI_CLIP: dict[str, Any] = {
 }
 
 _POISON_RATE = 0.1
-_FINE_TUNING_RATE = 3e-4
+FINE_TUNING_RATE = 3e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ def demo_scan_config(seed: int) -> ScanConfig:
     """Return how the demo's defender scans."""
     return ScanConfig(
         references=3,
-        reference_training=TrainConfig(epochs=10, learning_rate=_FINE_TUNING_RATE),
+        reference_training=TrainConfig(epochs=10, learning_rate=FINE_TUNING_RATE),
         seed=seed,
     )
 
@@ -162,7 +162,7 @@ def make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> 
     models = {"base": base}
     for number, (name, data) in enumerate({"clean": images, "backdoored": poisoned}.items()):
         tuning = TrainConfig(
-            epochs=15, learning_rate=_FINE_TUNING_RATE, seed=1000 * (number + 1) + seed
+            epochs=15, learning_rate=FINE_TUNING_RATE, seed=1000 * (number + 1) + seed
         )
         models[name] = train_on_prompts(
             base, data, DIGIT_TEMPLATES, tuning, description=f"fine-tuning the {name} suspect"
