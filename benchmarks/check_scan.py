@@ -141,7 +141,7 @@ def make_registry(count: int, seed: int) -> Path:
     paths = make_suspects(attacker, draw_attack(seed), FOLDER / "victims", seed)
     sources = {name: load_checkpoint(path) for name, path in paths.items()}
     for i in range(count):
-        kind = "backdoored" if i % 10 == 5 else "clean"
+        kind = "backdoored" if i % 10 == 3 else "clean"
         source = sources[kind]
         rng = np.random.default_rng([seed, i])
         weights = {

@@ -132,7 +132,10 @@ def _location(name: str) -> dict[str, Any]:
 
 def _uri(name: str) -> str:
     """A valid URI reference, whatever the name holds."""
-    raw = name.encode("utf-8", "surrogateescape")
+    try:
+        raw = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raw = name.encode("utf-8", "backslashreplace")
     if name.startswith("/"):
         return "file://" + quote(raw, safe="/")
     return quote(raw, safe="/")

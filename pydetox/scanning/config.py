@@ -66,7 +66,7 @@ class ScannerConfig:
         workers: Number of workers; None for one per GPU or per four CPU cores.
         threads: CPU threads of each worker; None to share out the cores.
         address: Of the Ray cluster; None to start one on this machine.
-        timeout: Seconds that one step of one checkpoint may take; None for no limit.
+        timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
         max_size: Weights files of more bytes are skipped; None for no limit.
         shard: (i, n): scan the i-th of n parts of the targets, i in 1..n.
         offline: Use only what is on this machine.

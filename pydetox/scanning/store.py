@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from ..atomic import output_error, write_file
 from ..errors import DataError, UsageError
-from ..reporting.serialize import to_json
+from ..reporting.serialize import to_json, to_plain
 
 CONFIG_SCHEMA = "pydetox.run/1"
 PART_SCHEMA = "pydetox.part/1"
@@ -152,7 +152,7 @@ class RunStore:
     def index_record(self, record: Mapping[str, Any]) -> None:
         """Put a record into the table."""
         assert self._index is not None
-        row = [record.get(column) for column in _COLUMNS]
+        row = [to_plain(record.get(column)) for column in _COLUMNS]
         marks = ", ".join("?" * len(row))
         self._index.execute(f"INSERT OR REPLACE INTO records VALUES ({marks})", row)
         self._index.commit()
@@ -220,6 +220,11 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         if not isinstance(content, dict) or not isinstance(content.get("event"), str):
             raise DataError(f"{path}, line {number}: is damaged")
         yield content
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder looks like one that `RunStore` has made."""
+    return (Path(folder) / _EVENTS).is_file() and (Path(folder) / "parts").is_dir()
 
 
 def read_run_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

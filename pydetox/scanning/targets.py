@@ -19,6 +19,7 @@ from ..checkpoints import parse_reference
 from ..checkpoints.architecture import CONFIG_NAME
 from ..checkpoints.hub import WEIGHT_NAMES, fetch_pretrained, fetch_repository
 from ..errors import CheckpointError, UsageError
+from .store import is_run
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 LIST_SUFFIX = ".txt"
@@ -200,6 +201,9 @@ def _walk(top: Path, found: Targets) -> Iterator[Target]:
             elif name.startswith("."):
                 folders.remove(name)
                 found.ignored.append((str(inner), "is a hidden folder"))
+            elif is_run(inner):
+                folders.remove(name)
+                found.ignored.append((str(inner), "is a run folder"))
         yield from _in_folder(Path(folder), sorted(files), found)
         yield from problems
         problems.clear()
@@ -251,5 +255,5 @@ def _is_weights(name: str) -> bool:
 
 
 def _bucket(name: str, count: int) -> int:
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).digest()
     return int.from_bytes(digest[:8], "little") % count

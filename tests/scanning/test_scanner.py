@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 
 from pydetox.errors import CheckpointError, DataError, UsageError
 from pydetox.inversion.trigger_file import load_triggers
+from pydetox.reporting import to_json, to_plain
 from pydetox.scanning import Scanner
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.scanner import NO_INVERSION
@@ -39,12 +42,14 @@ def test_it_says_what_a_single_scan_says(registry, config):
     from pydetox.calibration_file import read_calibration
 
     torch.set_num_threads(1)
-    one = scan_one(
-        registry / "models" / "a",
-        load_images(registry / "images.npz", image_size=16),
-        calibration=read_calibration(Path(config().calibration)),
-        config=config().scan_config(),
-    ).to_dict()
+    one = to_plain(
+        scan_one(
+            registry / "models" / "a",
+            load_images(registry / "images.npz", image_size=16),
+            calibration=read_calibration(Path(config().calibration)),
+            config=config().scan_config(),
+        ).to_dict()
+    )
     (record,) = scan(config(), registry / "models" / "a").values()
     for key in ("class_p_l1", "class_scores", "p_l1", "score", "p_value", "verdict", "reason"):
         assert record.scan[key] == one[key]
@@ -229,6 +234,19 @@ def test_a_file_that_changes_between_survey_and_scan_is_noticed(registry, config
     (record,) = scan(config(), model, notify=exchange).values()
     assert record.verdict == "error"
     assert "changed while it was scanned" in record.reason
+
+
+def test_any_name_and_a_run_among_the_targets(registry, config, tmp_path):
+    strange = tmp_path / "models" / os.fsdecode(b"\xff\n\x1b[31m")
+    shutil.copytree(registry / "models" / "a", strange)
+    run = tmp_path / "models" / "run"
+    for _ in range(2):
+        (record,) = scan(config(), tmp_path / "models", run=run).values()
+        assert record.name == str(strange)
+        assert record.verdict == "clean"
+    assert record.resumed
+    (known,) = load_run(run).records
+    assert known.content() == json.loads(to_json(record.content()))
 
 
 def test_an_empty_folder_gives_no_records(config, tmp_path):

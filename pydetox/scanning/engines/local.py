@@ -162,7 +162,7 @@ class LocalEngine:
             return
         limit = self._config.timeout
         late = limit is not None and time.monotonic() - worker.since > limit
-        if late and worker.tasks and worker.ready:
+        if late and worker.ready and worker.tasks and worker.tasks[0].kind != "calibrate":
             task = worker.tasks.popleft()
             queue.extendleft(reversed(worker.tasks))
             del self._workers[worker.number]

@@ -199,7 +199,9 @@ class RayEngine:
 
     def _expire(self, slot: _Slot, queue: deque[Task], attempts: dict[int, int]) -> Outcome | None:
         limit = self._config.timeout
-        if limit is None or slot.task is None or time.monotonic() - slot.since <= limit:
+        if limit is None or slot.task is None or slot.task.kind == "calibrate":
+            return None
+        if time.monotonic() - slot.since <= limit:
             return None
         task = self._dismiss(slot, queue)
         self._ray.kill(slot.handle)
