@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from ..errors import one_line
 from . import exit_codes, options
-from .group import one_line
 
 
 @click.command("convert")

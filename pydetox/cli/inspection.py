@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import explain, one_line
 from . import exit_codes, options
-from .group import explain, one_line, print_error
+from .group import print_error
 
 if TYPE_CHECKING:
     from ..checkpoints import Inspection

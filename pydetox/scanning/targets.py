@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ..checkpoints import parse_reference
 from ..checkpoints.architecture import CONFIG_NAME
-from ..checkpoints.hub import WEIGHT_NAMES, fetch_pretrained, fetch_repository
+from ..checkpoints.hub import fetch_pretrained, fetch_repository
+from ..checkpoints.sources import WEIGHT_NAMES
 from ..errors import CheckpointError, UsageError
 from .store import is_run
 
