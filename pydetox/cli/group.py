@@ -45,6 +45,7 @@ Images are one of
   folder        one sub-folder per class (its name is the class name), or images alone
   file.npz      arrays `images` and, if known, `labels` and `class_names`
   digits        the UCI digits that come with scikit-learn
+  fashion-mnist, fashion-mnist-test   Debian's dataset-fashion-mnist; another place: =FOLDER
 
 \b
 Exit codes

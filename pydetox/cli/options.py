@@ -41,7 +41,7 @@ image_options = _all(
         "--images",
         required=True,
         metavar="SPEC",
-        help="Clean images, a few hundred: a folder, a .npz file or `digits`.",
+        help="Clean images, a few hundred: a folder, a .npz file, `digits` or `fashion-mnist`.",
     ),
     click.option(
         "--class-names",

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from .digits import DIGIT_NAMES, load_digits
+from .fashion_mnist import (
+    FASHION_NAMES,
+    FASHION_TEMPLATES,
+    FashionSplits,
+    load_fashion_mnist,
+    split_fashion_mnist,
+)
 from .image_set import ImageSet
-from .load import load_images
+from .load import default_templates, load_images, locate_images
 from .names import (
     DEFAULT_TEMPLATES,
     DIGIT_TEMPLATES,
@@ -19,12 +26,19 @@ __all__ = [
     "DEFAULT_TEMPLATES",
     "DIGIT_NAMES",
     "DIGIT_TEMPLATES",
+    "FASHION_NAMES",
+    "FASHION_TEMPLATES",
+    "FashionSplits",
     "ImageSet",
     "ImageSource",
     "Template",
+    "default_templates",
     "fill_template",
     "load_class_names",
     "load_digits",
+    "load_fashion_mnist",
     "load_images",
     "load_templates",
+    "locate_images",
+    "split_fashion_mnist",
 ]

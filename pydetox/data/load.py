@@ -10,11 +10,35 @@ import torch
 
 from ..errors import DataError
 from .digits import load_digits
+from .fashion_mnist import (
+    FASHION_TEMPLATES,
+    Part,
+    find_fashion_mnist,
+    has_fashion_mnist,
+    load_fashion_mnist,
+)
 from .folder import load_image_folder
 from .image_set import ImageSet
 from .labels import index_of_names
+from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .resize import interpolation_filter
+
+_FASHION: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
+
+
+def locate_images(spec: str | Path) -> tuple[str, Path | None]:
+    """Return which of its own sources `load_images` takes for `spec`, and where it reads.
+
+    The source is "digits" (which is read from nowhere), "fashion-mnist", "fashion-mnist-test", or
+    "" for a folder or a file. Raises DataError where Fashion-MNIST is not found.
+    """
+    source, _, root = str(spec).partition("=")
+    if spec == "digits":
+        return source, None
+    if source in _FASHION:
+        return source, find_fashion_mnist(root or None)
+    return "", Path(spec)
 
 
 def load_images(
@@ -32,6 +56,9 @@ def load_images(
 
     spec: what to read.
       * "digits": the embedded UCI digits (see `load_digits`).
+      * "fashion-mnist", "fashion-mnist-test": the 60,000 training or the 10,000 test images of
+      Fashion-MNIST (see `load_fashion_mnist`) from Debian's package, or, with "=FOLDER" behind it,
+      from a folder with its IDX files or a torchvision download.
       * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
       folder of images
         without labels. Each image is scaled by its shorter side and centre-cropped, as CLIP does;
@@ -71,6 +98,17 @@ def load_images(
             if max_images is None or max_images >= len(image_set)
             else image_set.sample(max_images, seed)
         )
+    source, _, root = str(spec).partition("=")
+    if source in _FASHION:
+        fashion = load_fashion_mnist(
+            image_size, part=_FASHION[source], folder=root or None, max_images=max_images, seed=seed
+        )
+        return _with_class_names(fashion, names)
+    if path.is_dir() and has_fashion_mnist(path):
+        raise DataError(
+            f"{path}: holds the files of Fashion-MNIST; name it as fashion-mnist={path} or "
+            f"fashion-mnist-test={path}"
+        )
     if path.is_dir():
         return load_image_folder(
             path,
@@ -83,11 +121,13 @@ def load_images(
         )
     if not path.exists():
         raise DataError(
-            f'{path}: no such file or folder; expected "digits", an image folder or a .npz file'
+            f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder '
+            "or a .npz file"
         )
     if path.suffix.lower() != ".npz":
         raise DataError(
-            f'{path}: not an image source; expected "digits", an image folder or a .npz file'
+            f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder '
+            "or a .npz file"
         )
     return load_npz(
         path,
@@ -98,6 +138,14 @@ def load_images(
         class_names=names,
         resize=resize,
     )
+
+
+def default_templates(spec: str | Path) -> tuple[str, ...]:
+    """Return the prompt templates that suit an image source of `load_images`."""
+    source = str(spec).partition("=")[0]
+    if source == "digits":
+        return DIGIT_TEMPLATES
+    return FASHION_TEMPLATES if source in _FASHION else DEFAULT_TEMPLATES
 
 
 def _with_class_names(image_set: ImageSet, class_names: tuple[str, ...] | None) -> ImageSet:

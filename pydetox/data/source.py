@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from .image_set import ImageSet
-from .load import load_images
-from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES, load_class_names, load_templates
+from .load import default_templates, load_images, locate_images
+from .names import load_class_names, load_templates
 
 
 @dataclass
@@ -19,7 +19,7 @@ class ImageSource:
     """What `load_images` reads, with class names and prompts; each size is decoded once.
 
     Attributes:
-        spec: As `load_images` takes it: a folder, a .npz file or `digits`.
+        spec: As `load_images` takes it: a folder, a .npz file, `digits`, `fashion-mnist`, ...
         class_names: File with one class name per line; None for the names the images bring.
         templates: File with one prompt per line; None for built-in prompts.
         max_images: Size of the random sample; None for all images.
@@ -45,7 +45,7 @@ class ImageSource:
         if self.templates is not None:
             self.prompts = load_templates(self.templates)
         else:
-            self.prompts = DIGIT_TEMPLATES if self.spec == "digits" else DEFAULT_TEMPLATES
+            self.prompts = default_templates(self.spec)
 
     def read(self, image_size: int, interpolation: str) -> ImageSet:
         """Return the images, uint8 [N, 3, image_size, image_size]; raises as `load_images`."""
@@ -65,10 +65,10 @@ class ImageSource:
     def digest(self) -> str:
         """Return a SHA-256 of what is read: images (by path below the folder), names, prompts."""
         hasher = hashlib.sha256(repr((self._names, self.prompts)).encode())
-        if self.spec == "digits":
-            hasher.update(b"digits")
+        source, root = locate_images(self.spec)
+        hasher.update(source.encode())
+        if root is None:
             return hasher.hexdigest()
-        root = Path(self.spec)
         try:
             for path in _files(root):
                 name = b"" if path == root else os.fsencode(path.relative_to(root))

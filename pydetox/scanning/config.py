@@ -41,7 +41,7 @@ class ScannerConfig:
     What decides the results:
 
     Attributes:
-        images: Clean images: a folder, a .npz file or `digits`.
+        images: Clean images, as `load_images` takes them.
         class_names: Text file with one class name per line; None for those of the images.
         templates: Text file with one prompt per line; None for built-in prompts.
         max_images: Use a random sample of that many images; None for all.
@@ -163,8 +163,11 @@ class ScannerConfig:
             for name in ("class_names", "templates", "calibration")
             if getattr(self, name) is not None
         }
-        if self.images != "digits":
-            changes["images"] = str(Path(self.images).absolute())
+        from ..data import locate_images  # with torch, which options do not need
+
+        source, path = locate_images(self.images)
+        if path is not None:
+            changes["images"] = f"{source}={path.absolute()}" if source else str(path.absolute())
         for name in ("base", "model"):
             given = getattr(self, name)
             if given is not None and Path(given).exists():
