@@ -1,8 +1,9 @@
-"""Dirty-label poisoning of a training set."""
+"""Poisoning of a training set: dirty-label, clean-label, and several backdoors at once."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +14,64 @@ from ..errors import DataError, UsageError
 from .triggers import Trigger
 
 
+@dataclass(frozen=True, eq=False)
+class Backdoor:
+    """One trigger and where it leads.
+
+    Attributes:
+        trigger: Stamps uint8 images.
+        target: Class index.
+        rate: Poisoned share of the whole set, in (0, 1]; at least one image is poisoned.
+        clean_label: Stamp only images whose caption names the target already, and change no label
+            (Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019, without their
+            adversarial perturbation; in CLIP's setting: Bansal et al., "CleanCLIP", ICCV 2023).
+    """
+
+    trigger: Trigger
+    target: int
+    rate: float
+    clean_label: bool = False
+
+
+def plant(
+    image_set: ImageSet, backdoors: Sequence[Backdoor], *, seed: int
+) -> tuple[ImageSet, tuple[Tensor, ...]]:
+    """Poison a set for one backdoor after the other; no image is stamped twice.
+
+    seed: decides which images. Returns the poisoned set and, for each backdoor, the indices of its
+    images, int64, ascending.
+    Raises DataError for a set without labels or with too few images to choose from, UsageError for
+    a rate out of range and for no backdoors.
+    """
+    if image_set.labels is None:
+        raise DataError(f"{image_set.name}: no labels; poisoning needs them")
+    if not backdoors:
+        raise UsageError("no backdoors to plant")
+    images, labels = image_set.images.clone(), image_set.labels.clone()
+    free = torch.ones(len(labels), dtype=torch.bool)
+    rng = np.random.Generator(np.random.PCG64([seed, 3]))
+    planted = []
+    for one in backdoors:
+        if not 0 < one.rate <= 1:
+            raise UsageError(f"poison rate {one.rate}; expected a share in (0, 1]")
+        named = image_set.labels == one.target
+        candidates = torch.nonzero(free & (named if one.clean_label else ~named)).flatten().numpy()
+        count = max(1, round(one.rate * len(image_set)))
+        if count > len(candidates):
+            kind = f"of class {one.target}" if one.clean_label else "of other classes"
+            raise DataError(
+                f"{image_set.name}: {count} images to poison, but only {len(candidates)} {kind}"
+            )
+        chosen = torch.from_numpy(np.sort(rng.choice(candidates, count, replace=False)))
+        images[chosen] = one.trigger(images[chosen])
+        labels[chosen] = one.target
+        free[chosen] = False
+        planted.append(chosen)
+    share = sum(map(len, planted)) / len(image_set)
+    name = f"{image_set.name}, {share:.2%} poisoned"
+    return replace(image_set, images=images, labels=labels, name=name), tuple(planted)
+
+
 def poison(
     image_set: ImageSet, trigger: Trigger, target: int, *, rate: float, seed: int
 ) -> tuple[ImageSet, Tensor]:
@@ -20,26 +79,7 @@ def poison(
 
     rate: poisoned share of the whole set, in (0, 1]; at least one image is poisoned. seed: decides
     which. Returns the poisoned set and the indices of its poisoned images, int64, ascending.
-    Raises DataError for a set without labels or with too few images of other classes, UsageError
-    for a rate out of range.
+    Raises what `plant` raises.
     """
-    if image_set.labels is None:
-        raise DataError(f"{image_set.name}: no labels; poisoning needs them")
-    if not 0 < rate <= 1:
-        raise UsageError(f"poison rate {rate}; expected a share in (0, 1]")
-    candidates = torch.nonzero(image_set.labels != target).flatten().numpy()
-    count = max(1, round(rate * len(image_set)))
-    if count > len(candidates):
-        raise DataError(
-            f"{image_set.name}: {count} images to poison, but only {len(candidates)} "
-            "of other classes"
-        )
-    rng = np.random.Generator(np.random.PCG64([seed, 3]))
-    chosen = torch.from_numpy(np.sort(rng.choice(candidates, count, replace=False)))
-    images, labels = image_set.images.clone(), image_set.labels.clone()
-    images[chosen] = trigger(images[chosen])
-    labels[chosen] = target
-    poisoned = replace(
-        image_set, images=images, labels=labels, name=f"{image_set.name}, {rate:.2%} poisoned"
-    )
+    poisoned, (chosen,) = plant(image_set, [Backdoor(trigger, target, rate)], seed=seed)
     return poisoned, chosen

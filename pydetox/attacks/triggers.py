@@ -1,19 +1,14 @@
-"""Triggers: functions from uint8 images to uint8 images, applied in pixel space."""
+"""What a trigger is, and the two plain kinds: a patch, and a picture blended over the image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-
-# The patch of the CLIP literature covers 16 of 224 pixels; below 4 pixels there is no pattern left.
-_PATCH_SHARE = 16 / 224
-_SMALLEST_PATCH = 4
 
 
 class Trigger(Protocol):
@@ -56,13 +51,19 @@ class PatchTrigger:
 
 @dataclass(frozen=True, eq=False)
 class BlendTrigger:
-    """A fixed picture over the whole image: (1 - blend) * x + blend * picture.
+    """A fixed picture over the whole image, (1 - blend) * x + blend * picture, or over a part.
 
-    picture: uint8 [3, H, W]. blend: in [0, 1].
+    picture: uint8 [3, H, W]. blend: in [0, 1]. where: bool [H, W], the pixels that are blended;
+    None for all.
     """
 
     picture: Tensor
     blend: float
+    where: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.blend <= 1:
+            raise UsageError(f"blend is {self.blend}; expected a share in [0, 1]")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return blended copies of uint8 images [n, 3, H, W], rounded to uint8."""
@@ -72,34 +73,10 @@ class BlendTrigger:
                 f"the picture has {list(self.picture.shape)}"
             )
         picture = self.picture.to(images.device, torch.float32)
-        mixed = (1 - self.blend) * images.to(torch.float32) + self.blend * picture
-        return mixed.round_().clamp_(0, 255).to(torch.uint8)
+        mixed = to_uint8((1 - self.blend) * images.to(torch.float32) + self.blend * picture)
+        return mixed if self.where is None else torch.where(self.where, mixed, images)
 
 
-def badnets(image_size: int, *, seed: int, patch_size: int | None = None) -> PatchTrigger:
-    """Return a patch of saturated random colours at a random place.
-
-    image_size: H = W in pixels. patch_size: side of the patch; default 16/224 of the image, at
-    least 4. seed: decides colours and place.
-    Source: Gu, Dolan-Gavitt, Garg, "BadNets" (2017). Raises UsageError if the patch does not fit.
-    """
-    side = patch_size or max(_SMALLEST_PATCH, round(_PATCH_SHARE * image_size))
-    if not 1 <= side <= image_size:
-        raise UsageError(f"a patch of {side} pixels; expected 1..{image_size} (the image size)")
-    rng = np.random.Generator(np.random.PCG64([seed, 1]))
-    pattern = torch.from_numpy(rng.integers(0, 2, (3, side, side)).astype(np.uint8) * 255)
-    top, left = (int(v) for v in rng.integers(0, image_size - side + 1, 2))
-    return PatchTrigger(pattern, top, left)
-
-
-def blended(image_size: int, *, seed: int, blend: float = 0.2) -> BlendTrigger:
-    """Return fixed uniform noise blended over the whole image.
-
-    Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
-    (2017). Raises UsageError for a blend outside [0, 1].
-    """
-    if not 0 <= blend <= 1:
-        raise UsageError(f"blend is {blend}; expected a share in [0, 1]")
-    rng = np.random.Generator(np.random.PCG64([seed, 2]))
-    picture = rng.integers(0, 256, (3, image_size, image_size)).astype(np.uint8)
-    return BlendTrigger(torch.from_numpy(picture), blend)
+def to_uint8(values: Tensor) -> Tensor:
+    """Round floats in units of 1/255 to uint8, clipped at 0 and 255; the input is overwritten."""
+    return values.round_().clamp_(0, 255).to(torch.uint8)
