@@ -1,0 +1,129 @@
+"""Defences that subtract a trigger vector: the paper's, and pydetox's two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..models import OpenClipModel
+from ..unlearning import (
+    CoefficientSearch,
+    UnlearnConfig,
+    search_coefficient,
+    subtract,
+    trigger_vector,
+)
+from ..workflow import detox
+from .base import DefenderData, Outcome, Stopwatch
+
+
+@dataclass(frozen=True)
+class PlainTbar:
+    """TBAR as published: strengthen the backdoor on triggered images, subtract the change.
+
+    Source: Abdelraheem, Favero, Bovet, Frossard, arXiv 2510.14845. The forget set is a few hundred
+    images; alpha is the smallest with ASR <= 1% at 97% of CA, else the least ASR at that CA.
+    """
+
+    name: str = "plain TBAR"
+    needs_trigger: bool = True
+    forget_set: int = 256
+    grid: tuple[UnlearnConfig, ...] = tuple(
+        UnlearnConfig("strengthen", steps, rate, safety_factor=1.0)
+        for steps in (20, 80)
+        for rate in (1e-4, 3e-4)
+    )
+
+    def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
+        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger."""
+        return _subtract_known(self.name, model, data, config, self.forget_set)
+
+
+@dataclass(frozen=True)
+class PydetoxKnown:
+    """pydetox with the true trigger: the forget-direction vector (see `pydetox.unlearning`)."""
+
+    name: str = "pydetox, known trigger"
+    needs_trigger: bool = True
+    grid: tuple[UnlearnConfig, ...] = tuple(
+        UnlearnConfig("forget", steps, rate) for steps in (240, 80) for rate in (2e-4, 1e-4)
+    )
+
+    def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
+        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger."""
+        return _subtract_known(self.name, model, data, config)
+
+
+@dataclass(frozen=True)
+class PydetoxUnknown:
+    """pydetox told nothing: scan, recover triggers, subtract, scan again, at most three times.
+
+    A model that the scan calls clean is left as it is.
+    """
+
+    name: str = "pydetox, unknown trigger"
+    needs_trigger: bool = False
+    grid: tuple[UnlearnConfig, ...] = (
+        UnlearnConfig(),
+        UnlearnConfig(safety_factor=1.5),
+        UnlearnConfig(amplifications=(1.0, 2.0, 4.0, 8.0)),
+        UnlearnConfig(learning_rate=3e-4),
+    )
+
+    def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
+        """Return the repaired model; details["detox"] is the whole DetoxResult."""
+        watch = Stopwatch(len(data.images), data.label_count)
+        result = detox(
+            model,
+            data.images,
+            calibration=data.calibration,
+            templates=data.templates,
+            config=data.scan,
+            unlearning=config,
+        )
+        return Outcome(result.model, watch.stop(), {"detox": result})
+
+
+def _subtract_known(
+    name: str,
+    model: OpenClipModel,
+    data: DefenderData,
+    config: UnlearnConfig,
+    forget_set: int | None = None,
+) -> Outcome:
+    """Subtract the vectors of the known triggers.
+
+    The forget direction asks for no target class, so one vector serves all triggers, with the
+    largest alpha that one of them needs. The others are made and subtracted one after the other,
+    the accuracy always compared with the first model's.
+    forget_set: at most that many images make a vector, out of the 60% that may.
+    """
+    triggers = data.known(name)
+    watch = Stopwatch(len(data.images), data.label_count)
+    head = data.head(model)
+    forget, _ = data.images.split((0.6, 0.4), seed=config.seed)
+    if forget_set is not None:
+        forget = forget.subset(range(min(forget_set, len(forget))))
+    repaired = model.clone()
+    searches = list[CoefficientSearch]()
+    for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:
+        stamps = [one.trigger for one in group]
+        vector = trigger_vector(
+            repaired, forget.images, stamps, head, group[0].target, config, description=name
+        )
+        before = searches[0].clean_accuracy[0] if searches else None
+        found = [
+            search_coefficient(
+                repaired,
+                vector,
+                data.images,
+                [one.trigger],
+                head,
+                one.target,
+                config,
+                accuracy_before=before,
+            )
+            for one in group
+        ]
+        repaired = subtract(repaired, vector, max(one.coefficient for one in found))
+        searches += found
+    return Outcome(repaired, watch.stop(), {"searches": searches})
