@@ -21,6 +21,7 @@ _COMMANDS = {
     "compare": "compare",
     "invert": "invert",
     "unlearn": "unlearn",
+    "localize": "localize",
     "eval": "evaluate",
     "inspect": "inspection",
     "convert": "convert",

@@ -74,14 +74,18 @@ class Inputs:
         return self.source.read(model.image_size, interpolation)
 
 
-def scan_config(options: dict[str, Any]) -> ScanConfig:
-    """Return the configuration that the options describe."""
-    inversion = InversionConfig(
+def inversion_config(options: dict[str, Any]) -> InversionConfig:
+    """Return the search that `search_options` describe."""
+    return InversionConfig(
         steps=options["steps"], batch_size=options["batch_size"], precision=options["precision"]
     )
+
+
+def scan_config(options: dict[str, Any]) -> ScanConfig:
+    """Return the configuration that the options describe."""
     config = ScanConfig(
         objective=options["objective"],
-        inversion=inversion,
+        inversion=inversion_config(options),
         restarts=options["restarts"],
         seed=options["seed"],
     )

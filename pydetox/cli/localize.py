@@ -1,0 +1,195 @@
+"""`pydetox localize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import exit_codes, options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@click.command("localize")
+@click.argument("checkpoint")
+@options.image_options
+@click.option(
+    "--trigger",
+    type=options.FILE,
+    metavar="FILE",
+    help="The trigger, a file as `invert` writes. Without it, triggers into --target are recovered "
+    "first.",
+)
+@click.option("--target", metavar="NAME", help="The class the trigger leads to.")
+@click.option(
+    "--base",
+    metavar="REF",
+    help="The clean model that the checkpoint was fine-tuned from: gives overlaps and ξ.",
+)
+@click.option(
+    "--vector",
+    type=click.Choice(["forget", "paired", "strengthen"]),
+    default="forget",
+    help="How the trigger vector is made, see `unlearn`.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Coefficient of the vector. Without it, chosen as `unlearn` does.",
+)
+@click.option(
+    "--grid",
+    type=click.IntRange(min=2),
+    default=9,
+    metavar="N",
+    help="With --base: coefficients from -2 to 2 in each direction of the map of ξ.",
+)
+@options.search_options
+@options.model_options
+@options.machine_options
+@options.format_option
+@options.report_option
+def command(
+    checkpoint: str,
+    trigger: Path | None,
+    target: str | None,
+    base: str | None,
+    alpha: float | None,
+    grid: int,
+    format_: str,
+    report: Path | None,
+    **given: Any,
+) -> int:
+    """Say where in the weights a backdoor sits.
+
+    Makes a trigger vector and reports its energy by layer and by kind of module, the effective rank
+    of its matrices, and what subtracting it in one layer alone does to clean accuracy (CA) and
+    attack success (ASR). With --base also its overlap with the whole fine-tuning and the
+    disentanglement error ξ over a grid of coefficients.
+
+    Exit code: 0 if it was computed, 2 otherwise; it does not judge the model. See `scan`.
+    """
+    from ..atomic import write_file
+    from ..errors import UsageError
+    from ..localization import localize, removals
+    from ..reporting.localization import localization_report
+    from ..task_vectors import TaskVector
+    from ..unlearning import UnlearnConfig, search_coefficient, trigger_vector
+    from ..workflow import ScanConfig, recover_triggers
+    from .inputs import (
+        Inputs,
+        class_index,
+        inversion_config,
+        read_triggers,
+        require_class_names,
+    )
+    from .outputs import check_files, emit
+
+    if trigger is None and target is None:
+        raise UsageError("give --trigger, --target, or both")
+    inputs = Inputs.of(given)
+    check_files(report=report)
+    loaded = inputs.read_model(checkpoint)
+    model = loaded.model
+    images = inputs.read_images(model)
+    names = require_class_names(images)
+    if images.labels is None:
+        raise UsageError(f"{images.name}: no labels; localize measures accuracy and needs them")
+    head = model.zero_shot_head(names, inputs.prompts)
+    if trigger is not None:
+        index, stamps = read_triggers(trigger, target, images)
+    else:
+        index = class_index(str(target), names, images.name)
+        search = ScanConfig(inversion=inversion_config(given), seed=given["seed"])
+        found = recover_triggers(model, images, index, templates=inputs.prompts, config=search)
+        order = [int(k) for k in found.p_l1.argsort()]
+        stamps = [found.trigger(k) for k in order]
+    unlearning = UnlearnConfig(vector=given["vector"], seed=given["seed"])
+    forget, held = images.split((0.6, 0.4), seed=given["seed"])
+    vector = trigger_vector(model, forget.images, stamps, head, index, unlearning)
+    if alpha is None:
+        alpha = search_coefficient(
+            model, vector, images, stamps, head, index, unlearning
+        ).coefficient
+    assert held.labels is not None
+    removed = removals(model, vector, alpha, held.images, held.labels, stamps[0], index, head)
+    whole, xi = None, None
+    if base is not None:
+        start = inputs.read_model(base).model
+        whole = TaskVector.between(start.clip.state_dict(), model.clip.state_dict())
+        xi = _disentanglement(start, whole, vector * alpha, held.images, stamps[0], head, grid)
+    located = localize(vector, whole=whole, removed=removed, disentanglement=xi)
+    document = {
+        "schema": "pydetox.localize/1",
+        "exit_code": exit_codes.CLEAN,
+        "name": model.name,
+        "sha256": loaded.sha256,
+        "target": names[index],
+        "alpha": alpha,
+        "vector": given["vector"],
+        "seed": given["seed"],
+        "localization": located.to_dict(),
+    }
+    if report is not None:
+        sources = {"sha256": loaded.sha256, "seed": given["seed"], "base": base or "not given"}
+        write_file(report, localization_report({**document, "provenance": sources}))
+    emit(document, _text(document), format_)
+    return exit_codes.CLEAN
+
+
+def _disentanglement(
+    start: Any, whole: Any, trigger: Any, clean: Any, stamp: Any, head: Any, grid: int
+) -> Any:
+    """Return ξ between what fine-tuning did besides the backdoor, and the backdoor."""
+    from ..localization import disentanglement_error
+
+    points = [round(-2 + 4 * k / (grid - 1), 6) for k in range(grid)]
+    return disentanglement_error(
+        start,
+        whole - trigger,
+        trigger,
+        clean,
+        stamp(clean),
+        head,
+        first_coefficients=points,
+        second_coefficients=points,
+    )
+
+
+def _text(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report for the terminal."""
+    from ..reporting.values import number, percent
+
+    found = document["localization"]
+    summary = [
+        {"label": "target class, α", "value": f"{document['target']}, {document['alpha']:g}"}
+    ]
+    if found["overlap"] is not None:
+        summary.append({"label": "overlap with the fine-tuning", "value": number(found["overlap"])})
+    if found["disentanglement"] is not None:
+        mean = number(found["disentanglement"]["mean"])
+        summary.append({"label": "ξ, mean over [0, 1]²", "value": mean})
+    for kind in ("layers", "modules"):
+        for one in found[kind]:
+            value = f"{percent(one['energy'])} of the energy, density {number(one['density'])}"
+            if one["overlap"] is not None:
+                value += f", overlap {number(one['overlap'])}"
+            summary.append({"label": one["group"], "value": value})
+    rows = [
+        {
+            "name": f"removed in {one['layer']}",
+            "ca": one["clean_accuracy"],
+            "asr": one["attack_success_rate"],
+        }
+        for one in found["removals"]
+    ]
+    return {
+        "title": "pydetox localize",
+        "subtitle": document["name"],
+        "summary": summary,
+        "evaluation": rows,
+    }
