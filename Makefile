@@ -4,11 +4,13 @@
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
+#   make bench-defenses   every attack against every defence: runs/defenses/report.html
 #   make lint    ruff, mypy, clang-format
 #   make setup   only what the others do first: .venv, torch, the native build
 #   make clean   delete what was built (distclean: the environment .venv as well)
 #
 #   SEED=3                   another model and another attack in the demo
+#   BENCH="--quick --data digits"   options of pydetox bench for bench-defenses
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
 #   PYTHON=python3.12        the interpreter to make .venv with
@@ -17,6 +19,7 @@
 VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 SEED ?= 0
+BENCH ?=
 export TORCH
 
 SHELL := /bin/bash
@@ -25,7 +28,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench check-scan lint format clean distclean always
+.PHONY: help setup demo test bench bench-defenses check-scan lint format clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -53,12 +56,15 @@ test: $(ready)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(ready)
 	@status=0
-	for file in benchmarks/bench_*.py; do $(python) -m pytest "$$file" || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
 	$(python) benchmarks/report.py
 	exit $$status
 
 check-scan: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/check_scan.py
+
+bench-defenses: $(ready)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py $(BENCH)
 
 lint: $(ready)
 	$(VENV)/bin/ruff check

@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": "evaluate",
     "inspect": "inspection",
     "convert": "convert",
+    "bench": "bench",
     "demo": "demo",
     "doctor": "doctor",
 }

@@ -6,7 +6,6 @@ from .digits import DIGIT_NAMES, load_digits
 from .fashion_mnist import (
     FASHION_NAMES,
     FASHION_TEMPLATES,
-    FashionSplits,
     load_fashion_mnist,
     split_fashion_mnist,
 )
@@ -21,6 +20,7 @@ from .names import (
     load_templates,
 )
 from .source import ImageSource
+from .splits import Splits, split_in_four
 
 __all__ = [
     "DEFAULT_TEMPLATES",
@@ -28,9 +28,9 @@ __all__ = [
     "DIGIT_TEMPLATES",
     "FASHION_NAMES",
     "FASHION_TEMPLATES",
-    "FashionSplits",
     "ImageSet",
     "ImageSource",
+    "Splits",
     "Template",
     "default_templates",
     "fill_template",
@@ -41,4 +41,5 @@ __all__ = [
     "load_templates",
     "locate_images",
     "split_fashion_mnist",
+    "split_in_four",
 ]

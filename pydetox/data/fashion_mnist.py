@@ -5,7 +5,6 @@ Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST" (arXiv 1708.07747). Nothing is do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from ..errors import DataError
 from .idx import read_idx
 from .image_set import ImageSet
 from .sampling import stratified_order
+from .splits import Splits
 
 Part = Literal["train", "test"]
 
@@ -50,21 +50,6 @@ _HOW_TO_GET_IT = (
     "torchvision.datasets.FashionMNIST(root, download=True) and give that root, or give a folder "
     "with the four IDX files of https://github.com/zalandoresearch/fashion-mnist"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class FashionSplits:
-    """Disjoint parts, each stratified by class.
-
-    attacker: what base models and victims are trained on. defender: what a defence may use.
-    validation: what settings are chosen on. All three come from the 60,000 training images; test
-    comes from the 10,000 test images and is for the final figures alone.
-    """
-
-    attacker: ImageSet
-    defender: ImageSet
-    validation: ImageSet
-    test: ImageSet
 
 
 def find_fashion_mnist(folder: str | Path | None = None) -> Path:
@@ -137,7 +122,7 @@ def split_fashion_mnist(
     test: int,
     seed: int,
     folder: str | Path | None = None,
-) -> FashionSplits:
+) -> Splits:
     """Draw the parts of a benchmark, in those numbers of images.
 
     Raises DataError when there are not enough images, and what `load_fashion_mnist` raises.
@@ -154,7 +139,7 @@ def split_fashion_mnist(
             raise DataError(f"{part.name}: {count:,} images wanted, but there are {len(part):,}")
     shares = [n / wanted for n in (attacker, defender, validation)]
     parts = drawn.split(shares, seed=seed)
-    return FashionSplits(parts[0], parts[1], parts[2], tested)
+    return Splits(parts[0], parts[1], parts[2], tested)
 
 
 def _file(folder: Path, name: str) -> Path:

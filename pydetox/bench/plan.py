@@ -1,0 +1,129 @@
+"""What a benchmark run consists of: every number that decides a result, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..attacks import ATTACKS
+from ..demo import MINI_CLIP
+from ..errors import UsageError
+from ..inversion import InversionConfig
+from ..training import TrainConfig
+from ..workflow import ScanConfig
+
+#: Poisoned share of the fine-tuning set, by attack. Those that a model of this size learns only
+#: from many examples get the largest one; chosen on models of the tuning seed alone.
+RATES: dict[str, float] = dict.fromkeys(ATTACKS, 0.05) | {
+    "badnets": 0.02,
+    "blended": 0.005,
+    "sig": 0.02,
+    "triangles": 0.02,
+    "badclip": 0.005,
+    "two-backdoors": 0.02,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole configuration of a run.
+
+    Attributes:
+        data: Image source of `load_images`; fashion-mnist brings its own test part.
+        attacker, defender, validation, test: Images in each part (see `data.Splits`).
+        fine_tuning_images: Of the attacker's part, what suspects are fine-tuned on.
+        attacks: Names (`attacks.ATTACKS`).
+        rates: Poisoned share of the fine-tuning set, for each backdoor, by attack.
+        seeds: One base model, one set of victims and clean models, one calibration per seed.
+        clean_models: Clean fine-tunes per seed.
+        tuning_seed: A further seed, whose models serve to choose settings and for nothing else.
+        tuning_attacks: The attacks of those models.
+        model_config: open_clip's.
+        base_training, fine_tuning: Of the base and of every suspect.
+        scan: How the defender scans; its seed is replaced by that of the models.
+        least_planted: A victim counts when each of its triggers succeeds at least so often on
+            validation images before any defence.
+        least_ca_kept: In tuning, a setting must keep this share of CA before its ASR counts.
+        xi_points: Coefficients from -2 to 2 in each direction of the maps of xi.
+    """
+
+    data: str = "fashion-mnist"
+    attacker: int = 12_000
+    defender: int = 1_000
+    validation: int = 1_000
+    test: int = 2_000
+    fine_tuning_images: int = 8_000
+    attacks: tuple[str, ...] = ATTACKS
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    clean_models: int = 8
+    tuning_seed: int = 100
+    tuning_attacks: tuple[str, ...] = ("badnets", "blended")
+    model_config: dict[str, Any] = field(default_factory=lambda: MINI_CLIP)
+    base_training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(10, 1e-3, batch_size=64, train_text=True)
+    )
+    fine_tuning: TrainConfig = field(default_factory=lambda: TrainConfig(5, 1e-3, batch_size=64))
+    scan: ScanConfig = field(
+        default_factory=lambda: ScanConfig(
+            inversion=InversionConfig(steps=200),
+            references=5,
+            reference_training=TrainConfig(10, 1e-3, batch_size=64),
+        )
+    )
+    least_planted: float = 0.5
+    least_ca_kept: float = 0.97
+    xi_points: int = 9
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.attacks) | set(self.tuning_attacks)) if self.attacks else []
+        wrong = [name for name in unknown if name not in ATTACKS]
+        if wrong or not self.attacks or not self.seeds:
+            raise UsageError(
+                f"attacks {list(self.attacks)}, seeds {list(self.seeds)}; expected at least one "
+                f"seed and some of {', '.join(ATTACKS)}"
+            )
+        if self.tuning_seed in self.seeds:
+            raise UsageError(
+                f"seed {self.tuning_seed} is kept for tuning; its models cannot be measured too"
+            )
+        if self.clean_models < 1 or self.xi_points < 2:
+            raise UsageError(
+                f"clean_models {self.clean_models}, xi_points {self.xi_points}; expected at least "
+                "1 and 2"
+            )
+
+    def rate(self, attack: str) -> float:
+        """Return the poisoned share of the fine-tuning set for each backdoor of an attack."""
+        return self.rates[attack]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def quick_plan(data: str = "fashion-mnist") -> Plan:
+    """Return a run of minutes, that shows that everything works, not how well."""
+    few = data == "digits"  # 1,797 images in all: more passes over them
+    return Plan(
+        data=data,
+        attacker=3_000,
+        defender=250,
+        validation=150,
+        test=400,
+        fine_tuning_images=2_000,
+        attacks=("badnets", "blended"),
+        rates=dict.fromkeys(ATTACKS, 0.1),
+        seeds=(0,),
+        clean_models=2,
+        tuning_attacks=(),
+        base_training=TrainConfig(20 if few else 5, 1e-3, batch_size=64, train_text=True),
+        fine_tuning=TrainConfig(12 if few else 5, 1e-3, batch_size=64),
+        scan=ScanConfig(
+            inversion=InversionConfig(steps=60),
+            references=2,
+            reference_training=TrainConfig(4, 1e-3, batch_size=64),
+        ),
+        xi_points=3,
+    )

@@ -1,0 +1,218 @@
+"""A whole small run: every step, from the cache the second time, the same for any workers."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pydetox.attacks import ATTACKS
+from pydetox.bench import Plan, quick_plan, run, write_outputs
+from pydetox.bench import lab as lab_module
+from pydetox.bench.cache import Cache, code_digest, data_digest, key_of
+from pydetox.bench.lab import Lab, Suspect
+from pydetox.defenses import FineTuning, PydetoxKnown, PydetoxUnknown
+from pydetox.errors import DataError, UsageError
+from pydetox.inversion import InversionConfig
+from pydetox.training import TrainConfig
+from pydetox.workflow import ScanConfig
+from tests.cli.conftest import TINY
+from tests.mini import mini_images
+from tests.test_training import coloured
+
+DEFENSES = [PydetoxKnown().name, PydetoxUnknown().name, FineTuning().name]
+
+
+def small_plan(folder: Path, **changes) -> Plan:
+    images = coloured(240)
+    path = folder / "images.npz"
+    np.savez(
+        path,
+        images=images.images.numpy(),
+        labels=images.labels.numpy(),
+        class_names=np.array(images.class_names),
+    )
+    given = {
+        "data": str(path),
+        "attacks": ("badnets", "two-backdoors"),
+        "rates": dict.fromkeys(ATTACKS, 0.2),
+        "seeds": (0,),
+        "clean_models": 1,
+        "tuning_attacks": (),
+        "model_config": TINY,
+        "base_training": TrainConfig(30, 3e-3, train_text=True),
+        "fine_tuning": TrainConfig(30, 2e-3),
+        "scan": ScanConfig(
+            inversion=InversionConfig(steps=5, batch_size=4),
+            references=2,
+            reference_training=TrainConfig(1, 1e-3),
+        ),
+        "xi_points": 3,
+    }
+    return Plan(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    plan = small_plan(folder)
+    return plan, folder / "cache", run(plan, folder / "cache", defenses=DEFENSES, workers=1)
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_run_measures_every_victim_with_every_defence(finished):
+    plan, _, result = finished
+    before = {row["suspect"]: row for row in result["before"]}
+    assert list(before) == ["badnets-seed0", "two-backdoors-seed0", "clean-0-seed0"]
+    assert before["badnets-seed0"]["counts"]
+    assert before["badnets-seed0"]["asr"][0] > 0.8
+    assert before["clean-0-seed0"]["asr"] == [None]
+    counted = [name for name, row in before.items() if row["counts"]]
+    assert [(r["defense"], r["suspect"]) for r in result["rows"]] == [
+        (d, s) for d in DEFENSES for s in counted
+    ]
+    for row in result["rows"]:
+        assert (row["images"], row["labels"]) == (36, 36)
+        assert row["n_attack"][0] < row["n_clean"] == 60
+        assert row["ca_ci"][0] <= row["ca"] <= row["ca_ci"][1]
+        assert ("relapse" in row) == (row["defense"] != FineTuning().name)
+    assert {s["suspect"] for s in result["scans"]} == {*counted, "clean-0-seed0"}
+    assert result["summary"]["known.asr_mean"] < 0.5
+    assert len(result["xi"]["backdoor"]["error"]) == plan.xi_points
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(finished, monkeypatch):
+    plan, cache, result = finished
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(lab_module, "train_on_prompts", refuse)
+    again = run(plan, cache, defenses=DEFENSES, workers=1)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in result.items() if k != "seconds"
+    }
+    # A change in the plan changes what depends on it, and only that.
+    with pytest.raises(AssertionError, match="trained again"):
+        run(replace(plan, fine_tuning=TrainConfig(1, 1e-3)), cache, defenses=DEFENSES, workers=1)
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_matter(finished, tmp_path):
+    plan, _, result = finished
+    again = run(plan, tmp_path, defenses=DEFENSES, workers=2)
+    assert without_seconds(again["rows"]) == without_seconds(result["rows"])
+    assert without_seconds(again["scans"]) == without_seconds(result["scans"])
+    assert again["summary"] == result["summary"]
+
+
+@pytest.mark.slow
+def test_settings_are_chosen_on_models_of_their_own(finished):
+    plan, cache, _ = finished
+    tuned = replace(plan, attacks=("badnets",), tuning_attacks=("badnets",))
+    result = run(tuned, cache, defenses=[FineTuning().name], workers=1)
+    found = result["settings"][FineTuning().name]
+    assert [one["setting"] for one in found["tried"]] == [0, 1, 2, 3]
+    good = [one for one in found["tried"] if one["ca_kept"] >= tuned.least_ca_kept]
+    if good:
+        assert found["setting"] == min(good, key=lambda o: (o["asr"], o["setting"]))["setting"]
+    assert all(row["seed"] != tuned.tuning_seed for row in result["rows"])
+    assert all(row["setting"] == found["setting"] for row in result["rows"])
+
+
+def test_what_is_written_is_whole_and_readable(finished, tmp_path):
+    result = finished[2]
+    write_outputs(tmp_path, result)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == result["summary"]
+    files = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert len(files) == len(result["before"]) + len(result["rows"])
+    assert "badnets-seed0_pydetox-known-trigger.json" in files
+    with (tmp_path / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(files)
+    page = (tmp_path / "report.html").read_text()
+    for heading in ("CA and ASR over α", "Disentanglement error ξ", "Detection", "Settings"):
+        assert heading in page
+    assert "| Defence | badnets |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_parts_of_the_data_share_no_image(tmp_path):
+    lab = Lab(small_plan(tmp_path), 0, tmp_path)
+    parts = [lab.splits.attacker, lab.splits.defender, lab.splits.validation, lab.splits.test]
+    seen = [{x.numpy().tobytes() for x in part.images} for part in parts]
+    for k, one in enumerate(seen):
+        for other in seen[k + 1 :]:
+            assert not one & other
+    assert [len(p) for p in parts] == [120, 36, 24, 60]
+
+
+def test_keys_depend_on_everything_that_decides_a_model(tmp_path):
+    plan = small_plan(tmp_path)
+    victim = Suspect(0, "badnets")
+    key = Lab(plan, 0, tmp_path).key(victim)
+    assert key == Lab(plan, 0, tmp_path / "elsewhere").key(victim)
+    for other in (
+        Lab(plan, 1, tmp_path).key(victim),
+        Lab(plan, 0, tmp_path).key(Suspect(0, "blended")),
+        Lab(plan, 0, tmp_path).key(Suspect(0, None, 1)),
+        Lab(replace(plan, rates={"badnets": 0.1}), 0, tmp_path).key(victim),
+        Lab(replace(plan, fine_tuning=TrainConfig(2, 2e-3)), 0, tmp_path).key(victim),
+        Lab(replace(plan, base_training=TrainConfig(2, 2e-3)), 0, tmp_path).key(victim),
+    ):
+        assert other != key
+    one, two = mini_images(4), mini_images(4, seed=1)
+    assert data_digest(one) != data_digest(two)
+    assert data_digest(one) == data_digest(mini_images(4))
+    assert code_digest(("attacks",)) != code_digest(("attacks", "data"))
+    assert key_of("a", {"x": 1}) != key_of("a", {"x": 2})
+
+
+def test_the_cache_gives_back_what_it_was_given(tmp_path):
+    cache = Cache(tmp_path)
+    assert cache.weights("k") is None
+    assert cache.document("k") is None
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.arange(3)}
+    cache.keep_weights("k", tensors)
+    found = cache.weights("k")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert cache.keep_document("k", {"x": float("nan"), "y": (1, 2)}) == {"x": None, "y": [1, 2]}
+    assert cache.document("k") == {"x": None, "y": [1, 2]}
+
+
+def test_plans_that_cannot_be_meant_are_refused(tmp_path):
+    for wrong in (
+        {"attacks": ("magic",)},
+        {"attacks": ()},
+        {"seeds": ()},
+        {"seeds": (100,)},
+        {"clean_models": 0},
+        {"xi_points": 1},
+    ):
+        with pytest.raises(UsageError):
+            Plan(**wrong)
+    with pytest.raises(UsageError, match="expected one of pydetox, known"):
+        run(small_plan(tmp_path), tmp_path, defenses=["magic"], workers=1)
+    images = coloured(20)
+    plan = replace(small_plan(tmp_path), data=str(tmp_path / "bare.npz"))
+    np.savez(tmp_path / "bare.npz", images=images.images.numpy())
+    with pytest.raises(DataError, match="needs labels"):
+        _ = Lab(plan, 0, tmp_path).splits
+
+
+def test_the_plans_of_the_command_are_the_stated_ones():
+    plan = Plan()
+    assert plan.attacks == ATTACKS
+    assert len(plan.seeds) * plan.clean_models >= 16
+    assert len(plan.seeds) * len(plan.attacks) >= 16
+    assert all(0.005 <= plan.rate(attack) <= 0.05 for attack in plan.attacks)
+    assert quick_plan("digits").data == "digits"
