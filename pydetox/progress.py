@@ -30,7 +30,6 @@ from rich.text import Text
 
 T = TypeVar("T")
 
-
 class RateColumn(ProgressColumn):
     """Units per second."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,36 @@ from ..checkpoints.index import WeightsFile
 from ..checkpoints.safetensors_index import index_safetensors
 from ..checkpoints.weights import read_weights
 from ..data import ImageSet
+from ..defenses import Defense
 from ..reporting import to_json, to_plain
 
-#: What decides the weights of a base model or victim, besides its configuration.
+#: What decides the weights of a base model or suspect, besides its configuration.
 TRAINING_CODE = ("attacks", "data", "training.py", "models/open_clip_model.py", "bench/lab.py")
 
-#: What decides the result of a defence, besides that.
-DEFENSE_CODE = (
-    *TRAINING_CODE,
-    "defenses",
-    "detection.py",
-    "evaluation.py",
-    "inversion",
-    "localization.py",
-    "models",
-    "ops",
-    "task_vectors.py",
-    "unlearning.py",
-    "workflow.py",
-)
+#: What decides CA and ASR of a model, besides that.
+EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models")
+
+#: What decides a trigger vector and its coefficient.
+_VECTOR_CODE = ("unlearning.py", "task_vectors.py")
+
+#: What decides a scan.
+SCAN_CODE = (*EVALUATION_CODE, "detection.py", "inversion", "ops", "workflow.py")
+
+#: What decides a map of the disentanglement error.
+XI_CODE = (*EVALUATION_CODE, "localization.py", "task_vectors.py")
 
 
+def defense_code(defense: Defense[Any]) -> tuple[str, ...]:
+    """Return what decides the result of a defence: its own module, and what that rests on."""
+    module = type(defense).__module__.rpartition(".")[2]
+    own = (f"defenses/{module}.py", "defenses/augmentation.py", "defenses/base.py")
+    if module != "trigger_vectors":
+        return (*EVALUATION_CODE, *own)
+    scans = () if defense.needs_trigger else SCAN_CODE
+    return tuple(dict.fromkeys((*EVALUATION_CODE, *own, *_VECTOR_CODE, *scans)))
+
+
+@cache
 def code_digest(parts: tuple[str, ...]) -> str:
     """Return a digest of the Python sources under those parts of the package, and torch's version.
 

@@ -21,7 +21,7 @@ from ..data import (
     split_fashion_mnist,
     split_in_four,
 )
-from ..defenses import DEFENSES, DefenderData, Defense, KnownTrigger, Outcome
+from ..defenses import DEFENSES, DefenderData, Defense, KnownTrigger, Outcome, PydetoxUnknown
 from ..detection import FINDINGS, Calibration
 from ..errors import DataError, UsageError
 from ..evaluation import Evaluation, evaluate
@@ -32,7 +32,17 @@ from ..reporting.images import png_data_uri
 from ..task_vectors import TaskVector
 from ..training import TrainConfig, train_on_prompts
 from ..workflow import DetoxResult, ScanResult, calibrate, scan
-from .cache import DEFENSE_CODE, TRAINING_CODE, Cache, code_digest, data_digest, key_of
+from .cache import (
+    EVALUATION_CODE,
+    SCAN_CODE,
+    TRAINING_CODE,
+    XI_CODE,
+    Cache,
+    code_digest,
+    data_digest,
+    defense_code,
+    key_of,
+)
 from .plan import Plan
 
 #: The attack that the maps of xi are drawn for.
@@ -75,6 +85,7 @@ class Lab:
         self.plan, self.seed = plan, seed
         self.cache = Cache(folder)
         self.templates = default_templates(plan.data)
+        self._planted: dict[str, tuple[Backdoor, ...]] = {}
 
     @cached_property
     def splits(self) -> Splits:
@@ -155,9 +166,11 @@ class Lab:
         """Return what was planted; empty for a clean model."""
         if suspect.attack is None:
             return ()
-        view = AttackerView(self.base, self.splits.attacker.images[:1000], self.head)
-        rate = self.plan.rate(suspect.attack)
-        return draw_attack(suspect.attack, view, rate=rate, seed=self.seed)
+        name = suspect.attack
+        if name not in self._planted:  # BadCLIP optimises its patch
+            view = AttackerView(self.base, self.splits.attacker.images[:1000], self.head)
+            self._planted[name] = draw_attack(name, view, rate=self.plan.rate(name), seed=self.seed)
+        return self._planted[name]
 
     def key(self, suspect: Suspect) -> str:
         """Return the name of a suspect's weights."""
@@ -201,7 +214,7 @@ class Lab:
         config = replace(self.plan.scan, seed=self.seed)
         key = key_of(
             "calibration",
-            {"base": self._base_key, "scan": config, "code": code_digest(DEFENSE_CODE)}
+            {"base": self._base_key, "scan": config, "code": code_digest(SCAN_CODE)}
             | {"data": data_digest(self.splits.defender)},
         )
         document = self.cache.document(key)
@@ -237,7 +250,7 @@ class Lab:
 
     def train(self, suspect: Suspect) -> dict[str, Any]:
         """Make a suspect and measure it before any defence."""
-        key = self._result_key("before", suspect, {})
+        key = self._result_key("before", suspect, EVALUATION_CODE, {})
         found = self.cache.document(key)
         if found is None:
             model = self.model(suspect)
@@ -248,13 +261,14 @@ class Lab:
             least = min((p for p in planted if p is not None), default=0.0)
             counts = suspect.attack is not None and least >= self.plan.least_planted
             row |= {"planted": planted, "counts": counts, "ca_base": base}
+            row["ca_validation"] = validation[0].clean_accuracy
             found = self.cache.keep_document(key, row)
         return dict(found)
 
     def scan(self, suspect: Suspect) -> dict[str, Any]:
         """Judge a suspect."""
         config = replace(self.plan.scan, seed=self.seed + 17)
-        key = self._result_key("scan", suspect, {"scan": config})
+        key = self._result_key("scan", suspect, SCAN_CODE, {"scan": config})
         found = self.cache.document(key)
         if found is None:
             calibration = self.calibration()
@@ -279,7 +293,9 @@ class Lab:
         defense = defense_named(name)
         config = defense.grid[setting]
         content = {"defense": name, "config": config, "part": part, "relapse": relapse}
-        key = self._result_key("defense", suspect, content | {"scan": self.plan.scan})
+        if isinstance(defense, PydetoxUnknown):
+            content["scan"] = self.plan.scan
+        key = self._result_key("defense", suspect, defense_code(defense), content)
         found = self.cache.document(key)
         if found is not None:
             return dict(found)
@@ -310,7 +326,7 @@ class Lab:
             round(-2 + 4 * k / (self.plan.xi_points - 1), 6) for k in range(self.plan.xi_points)
         ]
         victim = Suspect(self.seed, _XI_ATTACK)
-        key = self._result_key("xi", victim, {"points": points})
+        key = self._result_key("xi", victim, XI_CODE, {"points": points})
         found = self.cache.document(key)
         if found is not None:
             return dict(found)
@@ -351,19 +367,24 @@ class Lab:
 
     # --- parts of the steps
 
-    def _result_key(self, kind: str, suspect: Suspect, content: dict[str, Any]) -> str:
+    def _result_key(
+        self, kind: str, suspect: Suspect, code: tuple[str, ...], content: dict[str, Any]
+    ) -> str:
         return key_of(
             kind,
             {
                 "model": self.key(suspect),
-                "code": code_digest(DEFENSE_CODE),
-                "defender": data_digest(self.splits.defender),
-                "validation": data_digest(self.splits.validation),
-                "test": data_digest(self.splits.test),
+                "code": code_digest(code),
+                "data": self._defender_digests,
                 "least": self.plan.least_planted,
                 **content,
             },
         )
+
+    @cached_property
+    def _defender_digests(self) -> list[str]:
+        parts = (self.splits.defender, self.splits.validation, self.splits.test)
+        return [data_digest(part) for part in parts]
 
     def _moved(self, start: dict[str, Tensor], model: OpenClipModel) -> TaskVector:
         return TaskVector.between(start, model.clip.state_dict())

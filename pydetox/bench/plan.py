@@ -57,7 +57,7 @@ class Plan:
     attacks: tuple[str, ...] = ATTACKS
     rates: Mapping[str, float] = field(default_factory=lambda: RATES)
     seeds: tuple[int, ...] = (0, 1, 2)
-    clean_models: int = 8
+    clean_models: int = 6
     tuning_seed: int = 100
     tuning_attacks: tuple[str, ...] = ("badnets", "blended")
     model_config: dict[str, Any] = field(default_factory=lambda: MINI_CLIP)
@@ -67,7 +67,7 @@ class Plan:
     fine_tuning: TrainConfig = field(default_factory=lambda: TrainConfig(5, 1e-3, batch_size=64))
     scan: ScanConfig = field(
         default_factory=lambda: ScanConfig(
-            inversion=InversionConfig(steps=200),
+            inversion=InversionConfig(steps=150),
             references=5,
             reference_training=TrainConfig(10, 1e-3, batch_size=64),
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import progress
 from ..defenses import DEFENSES
 from ..errors import PydetoxError
 from ..progress import Progress
@@ -23,6 +25,8 @@ from .summary import summarize
 
 #: A step for a worker: what `_work` dispatches on, and its arguments.
 _Step = tuple[str, int, dict[str, Any]]
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 _plan: Plan | None = None
 _folder: Path | None = None
@@ -64,9 +68,10 @@ def run(
         seeds = [*plan.seeds, *([plan.tuning_seed] if tuning else [])]
         stage("bases", [("base", s, {}) for s in seeds])
         before = stage("suspects", [("train", s.seed, {"suspect": s}) for s in victims + clean])
-        stage("tuning models", [("train", s.seed, {"suspect": s}) for s in tuning])
+        starts = stage("tuning models", [("train", s.seed, {"suspect": s}) for s in tuning])
         stage("calibrations", [("calibrate", s, {}) for s in seeds])
-        settings = _tune(plan, chosen, tuning, stage)
+        accuracy = {row["suspect"]: row["ca_validation"] for row in starts}
+        settings = _tune(plan, chosen, tuning, accuracy, stage)
         counted = [v for v, row in zip(victims, before, strict=False) if row["counts"]]
         rows = stage(
             "defences",
@@ -108,10 +113,12 @@ def _tune(
     plan: Plan,
     defenses: Sequence[str],
     tuning: Sequence[Suspect],
+    accuracy: Mapping[str, float],
     stage: Callable[[str, Sequence[_Step]], list[dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
     """Choose each defence's setting on the tuning models; without any, its first one.
 
+    accuracy: CA of the tuning models on their validation images, before any defence.
     Chosen is the least mean ASR among the settings that keep `least_ca_kept` of the clean accuracy,
     or, where none does, the greatest difference of kept accuracy and ASR.
     """
@@ -137,8 +144,6 @@ def _tune(
         )
         for name, k, suspect in jobs
     ]
-    starts = stage("tuning, before", [("train", s.seed, {"suspect": s}) for s in tuning])
-    accuracy = {row["suspect"]: row["ca"] for row in starts}
     tried: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for (name, k, suspect), row in zip(jobs, stage("tuning", steps), strict=True):
         kept = row["ca"] / accuracy[suspect.name]
@@ -173,16 +178,16 @@ class _Workers:
         self._plan, self._folder, self._count = plan, folder, count
         self._pool: ProcessPoolExecutor | None = None
         self._threads = torch.get_num_threads()
+        self._environment = dict(os.environ)
 
     def __enter__(self) -> _Workers:
         if self._count > 1:
             # So that torch, imported anew in each, starts no pool of threads.
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-                os.environ[name] = "1"
+            os.environ.update(_ONE_THREAD)
             self._pool = ProcessPoolExecutor(
                 self._count,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_begin,
+                initializer=_begin_worker,
                 initargs=(self._plan, self._folder),
             )
         else:
@@ -193,27 +198,40 @@ class _Workers:
         torch.set_num_threads(self._threads)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        for name in _ONE_THREAD:
+            before = self._environment.get(name)
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
     def run(self, description: str, steps: Sequence[_Step]) -> list[dict[str, Any]]:
         """Return the documents of the steps, in their order."""
-        with Progress(description, len(steps)) as progress:
+        with Progress(description, len(steps)) as bar:
             if self._pool is None:
                 done = []
                 for step in steps:
                     done.append(_work(*step))
-                    progress.update(1)
+                    bar.update(1)
                 return done
             futures: list[Future[dict[str, Any]]] = [self._pool.submit(_work, *s) for s in steps]
             try:
                 for future in as_completed(futures):
                     future.result()
-                    progress.update(1)
+                    bar.update(1)
             except BrokenProcessPool as error:
                 raise PydetoxError(f"{description}: a worker process ended: {error}") from error
             finally:
                 for future in futures:
                     future.cancel()
             return [future.result() for future in futures]
+
+
+def _begin_worker(plan: Plan, folder: Path) -> None:
+    progress.disable()
+    # Ctrl-C reaches the driver, which cancels what has not begun.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _begin(plan, folder)
 
 
 def _begin(plan: Plan, folder: Path) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import pydetox
 from pydetox.attacks import ATTACKS
 from pydetox.bench import Plan, quick_plan, run, write_outputs
 from pydetox.bench import lab as lab_module
-from pydetox.bench.cache import Cache, code_digest, data_digest, key_of
+from pydetox.bench.cache import Cache, code_digest, data_digest, defense_code, key_of
 from pydetox.bench.lab import Lab, Suspect
+from pydetox.defenses import DEFENSES as DEFENSES_ALL
 from pydetox.defenses import FineTuning, PydetoxKnown, PydetoxUnknown
 from pydetox.errors import DataError, UsageError
 from pydetox.inversion import InversionConfig
@@ -174,6 +176,19 @@ def test_keys_depend_on_everything_that_decides_a_model(tmp_path):
     assert data_digest(one) == data_digest(mini_images(4))
     assert code_digest(("attacks",)) != code_digest(("attacks", "data"))
     assert key_of("a", {"x": 1}) != key_of("a", {"x": 2})
+
+
+def test_a_result_depends_on_its_own_method_alone():
+    code = {one.name: defense_code(one) for one in DEFENSES_ALL}
+    for name in ("fine-tuning", "CleanCLIP", "PAR", "fine-pruning", "gradient ascent"):
+        assert "unlearning.py" not in code[name]
+        assert "inversion" not in code[name]
+    assert "defenses/fine_tuning.py" in code["PAR"]
+    assert "unlearning.py" in code["plain TBAR"]
+    assert "inversion" not in code["pydetox, known trigger"]
+    assert {"inversion", "workflow.py", "unlearning.py"} <= set(code["pydetox, unknown trigger"])
+    root = Path(pydetox.__file__).parent
+    assert all((root / part).exists() for parts in code.values() for part in parts)
 
 
 def test_the_cache_gives_back_what_it_was_given(tmp_path):
