@@ -1,0 +1,70 @@
+"""`pydetox bench`: the plan that the options make, and where the results go."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import pydetox.bench
+from pydetox.attacks import ATTACKS
+from pydetox.bench import summarize
+
+from .conftest import error_line
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command asked `run` for; no model is trained."""
+    calls = []
+
+    def fake(plan, folder, *, defenses, workers, log):
+        log("nothing: 0 steps")
+        calls.append((plan, folder, defenses, workers))
+        content = {"before": [], "rows": [], "scans": [], "xi": None, "settings": {}}
+        return {**content, "plan": plan.to_dict(), "seconds": {}, "summary": summarize(content)}
+
+    monkeypatch.setattr(pydetox.bench, "run", fake)
+    return calls
+
+
+def test_results_go_to_the_folder_and_the_figures_to_stdout(run, asked, tmp_path):
+    out = tmp_path / "out"
+    result = run("bench", "--quick", "--data", "digits", "--output", out, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["schema"] == "pydetox.bench/1"
+    assert document["summary"] == json.loads((out / "summary.json").read_text())
+    assert "nothing: 0 steps" in result.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"plan.json", "summary.json", "run.json", "report.html", "results.csv"}
+    ((plan, folder, defenses, workers),) = asked
+    assert (plan.data, plan.seeds, folder, defenses, workers) == (
+        "digits", (0,), out / "cache", None, 2,
+    )  # fmt: skip
+
+
+def test_the_options_narrow_the_plan(run, asked, tmp_path):
+    result = run(
+        "bench", "--attack", "sig", "--attack", "wanet", "--defense", "PAR", "--seeds", "2",
+        "--workers", "1", "--cache", tmp_path / "cache", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "| figure | value |" in result.stdout
+    ((plan, folder, defenses, workers),) = asked
+    assert plan.attacks == ("sig", "wanet")
+    assert plan.seeds == (0, 1)
+    assert (folder, defenses, workers) == (tmp_path / "cache", ("PAR",), 1)
+
+
+def test_wrong_usage_is_told_before_any_work(run, tmp_path):
+    result = run("bench", "--attack", "magic", "--output", tmp_path / "out")
+    assert result.exit_code == 4
+    assert ATTACKS[0] in error_line(result)
+    result = run("bench", "--defense", "magic", "--output", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "'magic'" in error_line(result)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    result = run("bench", "--output", blocked / "out")
+    assert result.exit_code == 2
