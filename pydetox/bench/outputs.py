@@ -136,7 +136,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         effort = (
             f"{TUNING_EFFORT} settings tried per method, on models of seed {plan['tuning_seed']}"
         )
+    made = result.get("made")
     parts = [
+        *([f"`{made['command']}`, {made['date']}.", ""] if made else []),
         f"ASR under the true triggers, mean over the seeds {seeds}; of two backdoors the worse. "
         "Images of the target class are left out. CA kept: share of the victim's own. Tuning: "
         f"{effort}.",

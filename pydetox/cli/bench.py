@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import click
@@ -93,6 +96,7 @@ def command(
         workers=workers,
         log=lambda line: click.echo(line, err=True),
     )
+    result["made"] = {"date": date.today().isoformat(), "command": _command_line()}
     write_outputs(output, result)
     with to_stdout():
         if format_ == "json":
@@ -106,3 +110,8 @@ def command(
             click.echo(markdown(result))
     click.echo(f"report: {click.format_filename(output / 'report.html')}", err=True)
     return exit_codes.CLEAN
+
+
+def _command_line() -> str:
+    """Return what was typed, without the path of the program."""
+    return shlex.join(["pydetox", *sys.argv[1:]])

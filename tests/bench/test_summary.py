@@ -143,6 +143,8 @@ def test_tables_hold_what_was_measured(result):
     page = markdown(result)
     assert "| known.asr_mean | 0.0300 |" in page
     assert "seed 100" in page
+    made = {"date": "2026-01-02", "command": "pydetox bench"}
+    assert markdown({**result, "made": made}).startswith("`pydetox bench`, 2026-01-02.\n\n")
     rows = csv_table(result).splitlines()
     assert len(rows) == 1 + 5 + 12
     assert rows[0].startswith("attack,seed,targets,rate,defense,ca,")
