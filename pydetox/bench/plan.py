@@ -125,5 +125,5 @@ def quick_plan(data: str = "fashion-mnist") -> Plan:
             references=2,
             reference_training=TrainConfig(4, 1e-3, batch_size=64),
         ),
-        xi_points=3,
+        xi_points=5,
     )
