@@ -30,6 +30,7 @@ from rich.text import Text
 
 T = TypeVar("T")
 
+
 class RateColumn(ProgressColumn):
     """Units per second."""
 

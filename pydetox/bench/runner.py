@@ -228,7 +228,7 @@ class _Workers:
 
 
 def _begin_worker(plan: Plan, folder: Path) -> None:
-    progress.disable()
+    progress.silence()
     # Ctrl-C reaches the driver, which cancels what has not begun.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _begin(plan, folder)
