@@ -69,6 +69,8 @@ class ImageSource:
         hasher.update(source.encode())
         if root is None:
             return hasher.hexdigest()
+        if not root.exists():
+            raise DataError(f"{self.spec}: no such file or folder")
         try:
             for path in _files(root):
                 name = b"" if path == root else os.fsencode(path.relative_to(root))

@@ -56,6 +56,7 @@ class ScannerConfig:
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
             and every verdict is `inconclusive`.
         objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
+        keep_all: Search all classes to the end, also those that can no longer be the outlier.
         device: `cpu`, or `cuda` for all GPUs, or `cuda:1` for one.
 
     How they are computed:
@@ -93,6 +94,7 @@ class ScannerConfig:
     batch_size: int = 16
     precision: Literal["float32", "bfloat16"] = "float32"
     restarts: int = 1
+    keep_all: bool = False
     seed: int = 0
     device: str = "cpu"
     engine: EngineName = "auto"
@@ -196,7 +198,7 @@ class ScannerConfig:
         from ..training import TrainConfig
         from ..workflow import ScanConfig
 
-        return ScanConfig(
+        config = ScanConfig(
             objective=self.objective,
             inversion=InversionConfig(
                 steps=self.steps, batch_size=self.batch_size, precision=self.precision
@@ -208,6 +210,7 @@ class ScannerConfig:
             ),
             seed=self.seed,
         )
+        return dataclasses.replace(config, drop_below=None) if self.keep_all else config
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -110,4 +110,6 @@ def _calibration(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    return {key: content[key] for key in ("p_l1", "key", "models") if key in content}
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected one JSON object")
+    return {key: value for key, value in content.items() if key not in ("schema", "made_with")}

@@ -98,7 +98,9 @@ def test_a_survey_that_dies_is_an_error_too(registry, config):
 
 
 def test_a_timeout_ends_one_checkpoint(registry, config, tmp_path):
-    settings = config(engine="local", workers=1, steps=10_000_000, timeout=2)
+    settings = config(
+        engine="local", workers=1, steps=10_000, restarts=500, calibration=None, timeout=2
+    )
     targets = [registry / "models" / "a", registry / "models" / "b"]
     found = scan(settings, *targets, run=tmp_path)
     assert [r.verdict for r in found.values()] == ["error", "error"]

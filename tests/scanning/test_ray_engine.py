@@ -64,6 +64,8 @@ def test_a_killed_actor_costs_one_attempt(cluster, registry, config, tmp_path):
 
 
 def test_a_timeout_ends_one_checkpoint(cluster, registry, config):
-    settings = config(engine="ray", workers=1, steps=10_000_000, timeout=3)
+    settings = config(
+        engine="ray", workers=1, steps=10_000, restarts=500, calibration=None, timeout=3
+    )
     (record,) = scan(settings, registry / "models" / "a").values()
     assert record.error_kind == "timeout"
