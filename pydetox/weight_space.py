@@ -46,7 +46,7 @@ from pydetox.progress import Progress
 Reference = str | os.PathLike[str]
 
 #: Bytes that a step looks at, of all files together, unless told otherwise.
-MEMORY = 32 << 20
+MEMORY = 48 << 20
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _DOUBLE = 8
@@ -375,8 +375,10 @@ class _Files:
             name: sum(ITEM_SIZES[weights.entries[name].dtype] for weights in opened)
             for name in counts
         }
+
         for parts in _steps(counts, width, unit, unit_bytes, memory):
-            lists = [[w.elements(p.name, p.first, p.count) for p in parts] for w in opened]
+            places = [(part.name, part.first, part.count) for part in parts]
+            lists = [weights.window(places) for weights in opened]
             yield _Step(parts, lists)
             for tensors in lists:
                 tensors.clear()  # also in the hands of others: memory is freed before the next step

@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -104,6 +105,16 @@ class MappedWeights:
         except CheckpointError as error:
             raise type(error)(f"{self.path}: {error}") from error
 
+    def window(self, parts: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+        """Return `elements` of several parts (name, first, count).
+
+        Parts that lie one behind the other in the file are mapped together.
+        """
+        try:
+            return self._window(parts)
+        except CheckpointError as error:
+            raise type(error)(f"{self.path}: {error}") from error
+
     def tensor(self, name: str) -> Tensor:
         """Return a whole tensor, in the file's memory where it can be; see `elements`."""
         shape = self.entries[name].shape
@@ -140,19 +151,51 @@ class MappedWeights:
             file.close()
 
     def _elements(self, name: str, first: int, count: int) -> Tensor:
+        (tensor,) = self._window([(name, first, count)])
+        return tensor
+
+    def _window(self, parts: Sequence[tuple[str, int, int]]) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        run: list[tuple[torch.dtype, int]] = []  # dtype and elements of what is mapped next
+        begin = end = 0
+
+        def map_run() -> None:
+            if not run:
+                return
+            mapped = self._map(begin, end - begin)
+            offset = 0
+            for dtype, count in run:
+                tensors.append(torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset))
+                offset += count * dtype.itemsize
+            run.clear()
+
+        for name, first, count in parts:
+            entry = self.entries[name]
+            dtype: torch.dtype = getattr(torch, entry.dtype)
+            place = self._place(entry) if count else None
+            if place is None:
+                map_run()
+                whole = (
+                    self._stored_otherwise(name, dtype) if count else torch.empty(0, dtype=dtype)
+                )
+                tensors.append(whole[first : first + count])
+                continue
+            here = place + first * dtype.itemsize
+            if here != end:
+                map_run()
+            if not run:
+                begin = here
+            end = here + count * dtype.itemsize
+            run.append((dtype, count))
+        map_run()
+        return tensors
+
+    def _stored_otherwise(self, name: str, dtype: torch.dtype) -> Tensor:
         entry = self.entries[name]
-        dtype: torch.dtype = getattr(torch, entry.dtype)
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        place = self._place(entry)
-        if place is None:
-            if self._copy is None or self._copy[0] != name:
-                self._copy = None  # not two at a time
-                self._copy = (name, self._copied(entry, dtype))
-            return self._copy[1][first : first + count]
-        begin = place + first * ITEM_SIZES[entry.dtype]
-        mapped = self._map(begin, count * ITEM_SIZES[entry.dtype])
-        return torch.frombuffer(mapped, dtype=dtype)
+        if self._copy is None or self._copy[0] != name:
+            self._copy = None  # not two at a time
+            self._copy = (name, self._copied(entry, dtype))
+        return self._copy[1]
 
     def _map(self, offset: int, count: int) -> Any:
         try:
