@@ -342,7 +342,7 @@ def test_a_signal_during_the_work(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "pydetox", command, folder / "suspect", *images),
-            *("--steps", "1000000", "--output", output, "--report", old, *more),
+            *("--steps", "10000", "--restarts", "500", "--output", output, "--report", old, *more),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
