@@ -11,7 +11,7 @@ from .detection import Calibration
 from .errors import DataError, UsageError
 from .reporting.serialize import to_json
 
-CALIBRATION_SCHEMA = "pydetox.calibration/1"
+CALIBRATION_SCHEMA = "pydetox.calibration/2"
 
 # A calibration of 1000 classes and 100 references has 2 MB.
 _MAX_CALIBRATION_BYTES = 64 << 20
@@ -33,7 +33,8 @@ def read_calibration(path: Path) -> Calibration:
         calibration = Calibration.from_dict(content)
     except UsageError as error:
         raise DataError(f"{path}: {error}") from error
-    sizes = [value for row in calibration.p_l1 for value in row]
+    every = (calibration, *calibration.others)
+    sizes = [value for one in every for row in one.p_l1 for value in row]
     if not all(0 < value <= 1 or value == math.inf for value in sizes):
         raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
     return calibration

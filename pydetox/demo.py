@@ -290,9 +290,9 @@ def _card(label: str, value: str, *, good: str) -> dict[str, str]:
 def _pictures(result: DetoxResult, attack: Attack, test: ImageSet) -> list[dict[str, Any]]:
     sample = test.images[:1]
     pictures = [("clean image", sample[0]), ("with the true trigger", attack.trigger(sample)[0])]
-    triggers = None if not result.rounds else result.rounds[0].triggers
-    if triggers is not None:
-        best = triggers.trigger(triggers.best())
+    if result.rounds:
+        patches = result.rounds[0].triggers[0]
+        best = patches.trigger(patches.best())
         mask = (255 * best.mask).round().to(torch.uint8)
         visible = (255 * best.mask * best.pattern).round().to(torch.uint8)
         pictures += [

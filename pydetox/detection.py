@@ -58,6 +58,8 @@ class Calibration:
         models: The names of the references.
         looks: L steps of the search, ascending, after which sizes were noted; may be empty.
         history: For each of them p_l1 as it was then: [L, R, C].
+        family: Which triggers were searched for (see `inversion.FAMILIES`).
+        others: The same references under the searches for other families.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -65,6 +67,8 @@ class Calibration:
     models: tuple[str, ...]
     looks: tuple[int, ...] = ()
     history: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    family: str = "patch"
+    others: tuple[Calibration, ...] = ()
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -86,7 +90,17 @@ class Calibration:
         if step not in self.looks:
             raise UsageError(f"step {step}; the calibration has sizes at {list(self.looks)}")
         rows = self.history[self.looks.index(step)]
-        return Calibration(rows, self.key, self.models)
+        return Calibration(rows, self.key, self.models, family=self.family)
+
+    def of(self, family: str) -> Calibration:
+        """Return the sizes of one family; UsageError if it was not searched for."""
+        for one in (self, *self.others):
+            if one.family == family:
+                return one
+        raise UsageError(
+            f"the calibration has the families {[o.family for o in (self, *self.others)]}; this "
+            f"scan needs {family!r}"
+        )
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -141,6 +155,8 @@ class Calibration:
             "models": list(self.models),
             "looks": list(self.looks),
             "history": [_rows_to_json(rows) for rows in self.history],
+            "family": self.family,
+            "others": [one.to_dict() for one in self.others],
         }
 
     @classmethod
@@ -153,6 +169,8 @@ class Calibration:
                 tuple(str(name) for name in content["models"]),
                 tuple(int(step) for step in content["looks"]),
                 tuple(_rows_from_json(rows) for rows in content["history"]),
+                str(content["family"]),
+                tuple(cls.from_dict(one) for one in content["others"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
@@ -206,6 +224,7 @@ def detect(
     p_backdoored: float = 0.01,
     p_suspicious: float = 0.05,
     dropped: Sequence[int | None] | None = None,
+    families: int = 1,
 ) -> Detection:
     """Judge one model.
 
@@ -215,6 +234,8 @@ def detect(
     models have weak classes too. It is also `inconclusive` when no search found a trigger at all.
     dropped: per class the step at which it was given up, or None; default: none was. A class that
     was is compared with the calibration at that step and never the suspect.
+    families: how many families of triggers are searched for in the same model, each judged by a
+    call of its own: p-values are corrected for that many (Sidak).
     Raises UsageError for values out of range, another number of classes than the calibration's,
     when every class was dropped, and when the calibration has no sizes at a step of `dropped`.
     """
@@ -258,7 +279,8 @@ def detect(
     scores = tuple(by_step[step][c] for c, step in enumerate(steps))
     suspect = max(judged, key=scores.__getitem__)
     index = anomaly_index(values, suspect) if len(judged) == len(values) else None
-    p_value = calibration.p_value(scores[suspect])
+    single = min(calibration.p_value(scores[suspect]), 1 - 1e-16)
+    p_value = -math.expm1(families * math.log1p(-single))
     if p_value < p_backdoored:
         verdict = Verdict.BACKDOORED
     elif p_value < p_suspicious:
@@ -277,7 +299,7 @@ def detect(
         values[suspect],
         index,
         scores[suspect],
-        calibration.size_threshold(suspect, p_backdoored),
+        calibration.size_threshold(suspect, -math.expm1(math.log1p(-p_backdoored) / families)),
         p_value,
         scores,
         steps,

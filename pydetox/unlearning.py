@@ -7,9 +7,10 @@ weights are theta_b - alpha tau. Three ways to get tau:
 * `strengthen`: the paper's. Triggered images are pushed to the target class; tau is what changed.
 * `paired`: the same, while the same clean images are held to the model's own predictions.
 * `forget` (default): triggered images are pushed to what the model says of them *without* the
-  trigger, clean ones are held; tau is the change with its sign turned. On small models, where the
-  backdoor is less disentangled than in the paper, it removes most for the least clean accuracy: at
-  theta_b the loss of the other two is already close to 0, that of this one is not.
+  trigger, the target class left out, and clean ones are held; tau is the change with its sign
+  turned. On small models, where the backdoor is less disentangled than in the paper, it removes
+  most for the least clean accuracy: at theta_b the loss of the other two is already close to 0,
+  that of this one is not.
 
 None of them needs labels.
 """
@@ -23,14 +24,18 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from .data import ImageSet
 from .errors import ArchitectureError, DataError, UsageError
 from .evaluation import Stamp, predict
+from .inversion import InversionResult
 from .models import OpenClipModel
 from .task_vectors import TaskVector
 from .training import optimize
+
+# Images that each trigger is tried on for every alpha, however many triggers there are.
+_LEAST_ATTACKED = 50
 
 VectorKind = Literal["forget", "paired", "strengthen"]
 
@@ -44,12 +49,22 @@ class UnlearnConfig:
         steps: Optimiser steps of the fine-tuning.
         learning_rate: Its peak rate.
         batch_size: Clean images per step; as many triggered ones are added.
-        amplifications: Factors of a recovered trigger's mask; each trigger is used with each. The
+        certainly_target: With `forget`, triggered images whose clean version has at least this
+            probability of the target class keep it; all others are pushed away from that class,
+            the nearer ones among them too: a clean model takes a few images for the target anyway,
+            and those that it takes for something else by a hair are the first to follow a trigger.
+        forget_share: Share of the given images that make the trigger vector; alpha is chosen on
+            all of them.
+        passes: With recovered triggers, how often to recover and subtract before the next scan: the
+            triggers that still work on the repaired model join those found before.
+        amplifications: Factors of a recovered patch's mask; each trigger is used with each. The
             search ends with the faintest mask that works, and a model that forgot only that still
             obeys the attacker's stronger one.
+        blend_amplifications: The same for recovered blends.
         coefficients: Candidate values of alpha, ascending.
         max_attack_success: ASR on validation images that is small enough, a share.
-        attacked_images: Images on which each trigger is tried for every alpha, at most.
+        attacked_images: Stamped images to try for every alpha, shared out over the triggers, but at
+            least 50 with each, if there are so many.
         safety_factor: The smallest alpha within the limits is raised by up to this factor while the
             accuracy allows it: recovered triggers only estimate the attacker's.
         min_accuracy_kept: Least share of the clean accuracy of theta_b to keep.
@@ -57,13 +72,17 @@ class UnlearnConfig:
     """
 
     vector: VectorKind = "forget"
-    steps: int = 240
-    learning_rate: float = 2e-4
+    steps: int = 160
+    learning_rate: float = 4e-4
     batch_size: int = 64
+    certainly_target: float = 0.9
+    forget_share: float = 0.8
+    passes: int = 2
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
+    blend_amplifications: tuple[float, ...] = (1.0, 2.0)
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
     max_attack_success: float = 0.01
-    attacked_images: int = 150
+    attacked_images: int = 1000
     safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
     seed: int = 0
@@ -78,13 +97,37 @@ class UnlearnConfig:
                 f"steps {self.steps}, batch_size {self.batch_size}, learning_rate "
                 f"{self.learning_rate}; expected all above 0"
             )
+        if not 0 < self.certainly_target <= 1 or not 0 < self.forget_share <= 1 or self.passes < 1:
+            raise UsageError(
+                f"certainly_target {self.certainly_target}, forget_share {self.forget_share}, "
+                f"passes {self.passes}; expected shares in (0, 1] and at least 1"
+            )
         if self.attacked_images < 1 or self.safety_factor < 1:
             raise UsageError(
                 f"attacked_images {self.attacked_images}, safety_factor {self.safety_factor}; "
                 "expected at least 1 each"
             )
+        if not self.amplifications or not self.blend_amplifications:
+            raise UsageError("no amplifications; expected at least one factor for each family")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
+
+    def forget_set(self, images: ImageSet) -> ImageSet:
+        """Return the images that make the trigger vector."""
+        if self.forget_share == 1:
+            return images
+        return images.split((self.forget_share, 1 - self.forget_share), seed=self.seed)[0]
+
+    def amplified(self, recovered: InversionResult) -> list[Stamp]:
+        """Return the recovered triggers that work, each with each factor of its family."""
+        blend = recovered.family == "blend"
+        working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
+        return [
+            recovered.trigger(k).amplified(factor)
+            # Where no search succeeded, what it ended with is still the best guess.
+            for k in working or range(len(recovered))
+            for factor in (self.blend_amplifications if blend else self.amplifications)
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,6 +142,7 @@ class CoefficientSearch:
             sends elsewhere: what it takes for the target anyway says nothing about a trigger.
         chosen: Index of the chosen alpha.
         reached: Whether both limits hold there.
+        accuracy_before: What the clean accuracy was compared with.
     """
 
     coefficients: tuple[float, ...]
@@ -106,6 +150,7 @@ class CoefficientSearch:
     attack_success_rate: tuple[float, ...]
     chosen: int
     reached: bool
+    accuracy_before: float
 
     @property
     def coefficient(self) -> float:
@@ -118,7 +163,7 @@ def trigger_vector(
     images: Tensor,
     triggers: Sequence[Stamp],
     head: Tensor,
-    target: int,
+    targets: int | Sequence[int],
     config: UnlearnConfig | None = None,
     *,
     description: str = "trigger vector",
@@ -127,7 +172,7 @@ def trigger_vector(
 
     images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
     triggers: known or recovered; each image gets one of them, at random, anew in every step.
-    head: zero-shot head [C, D]. target: the class the triggers lead to.
+    head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
     Raises DataError without images and UsageError without triggers.
     """
     config = config or UnlearnConfig()
@@ -135,12 +180,24 @@ def trigger_vector(
         raise DataError(f"{len(images)} image; a trigger vector needs at least 2")
     if not triggers:
         raise UsageError("no triggers; a trigger vector needs at least one")
+    led_to = [targets] * len(triggers) if isinstance(targets, int) else list(targets)
+    if len(led_to) != len(triggers):
+        raise UsageError(
+            f"{len(triggers)} triggers, {len(led_to)} target classes; expected as many"
+        )
     tuned = model.clone()
     scale = model.logit_scale
     with torch.no_grad():
-        clean_targets = torch.cat(
+        held = torch.cat(
             [_probabilities(model, part, head, scale) for part in torch.split(images, 256)]
         )
+    pushed = {
+        target: _without_target(held, target, config.certainly_target)
+        if config.vector == "forget"
+        else one_hot(torch.full((len(held),), target, device=held.device), held.shape[1]).float()
+        for target in set(led_to)
+    }
+    pushed_to = torch.stack([pushed[target] for target in led_to])
     stamped = torch.stack([trigger(images) for trigger in triggers])
     rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
     size = min(config.batch_size, len(images))
@@ -153,16 +210,10 @@ def trigger_vector(
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
-        inputs, wanted = stamped[which, index], clean_targets[index]
-        if config.vector != "forget":
-            triggered = torch.zeros_like(wanted)
-            triggered[:, target] = 1
-        else:
-            triggered = wanted
+        inputs, wanted = stamped[which, index], pushed_to[which, index]
         if config.vector != "strengthen":
-            inputs, triggered = torch.cat([images[index], inputs]), torch.cat([wanted, triggered])
-        logits = _logits(tuned, inputs, head, scale)
-        return cross_entropy(logits, triggered)
+            inputs, wanted = torch.cat([images[index], inputs]), torch.cat([held[index], wanted])
+        return cross_entropy(_logits(tuned, inputs, head, scale), wanted)
 
     optimize(
         list(tuned.visual.parameters()),
@@ -239,7 +290,7 @@ def search_coefficient(
     attacked = validation.images[(labels != target) & (own != target)]
     if not len(attacked):
         raise DataError(f"{validation.name}: no images outside the target class {target}")
-    attacked = attacked[: config.attacked_images]
+    attacked = attacked[: max(_LEAST_ATTACKED, config.attacked_images // len(triggers))]
     stamped = torch.cat([trigger(attacked) for trigger in triggers])
     candidates = _Candidates(model, vector)
     accuracy, success = [], []
@@ -261,7 +312,7 @@ def search_coefficient(
         good = [k for k in good if config.coefficients[k] <= largest]
     chosen = good[-1] if good else min(keeping or [0], key=lambda k: (success[k], k))
     return CoefficientSearch(
-        config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good)
+        config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good), accuracy_before
     )
 
 
@@ -272,3 +323,14 @@ def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) ->
 
 def _probabilities(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
     return _logits(model, images, head, scale).softmax(dim=-1)
+
+
+def _without_target(probabilities: Tensor, target: int, certain: float) -> Tensor:
+    """Return what triggered images are pushed to: probabilities [N, C] without the target class.
+
+    Rows whose probability of the target is at least `certain` are left as they are.
+    """
+    rest = probabilities.clone()
+    rest[:, target] = 0
+    rest /= rest.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.where(probabilities[:, target, None] >= certain, probabilities, rest)

@@ -30,6 +30,7 @@ from .inversion import (
     InversionResult,
     Objective,
     TargetObjective,
+    TriggerFamily,
     invert,
 )
 from .models import OpenClipModel
@@ -56,7 +57,10 @@ class ScanConfig:
     Attributes:
         objective: `targeted` looks for a trigger into each class (needs class names), `label-free`
             for one that makes all images alike (needs neither labels nor a text tower).
-        inversion: The search. Its seed is replaced by one derived from `seed`.
+        inversion: The search. Its seed is replaced by one derived from `seed`, its family by each
+            of `families`.
+        families: Kinds of triggers to search for; the verdict is that of the kind that stands out
+            most, its p-value corrected for their number. A label-free scan searches for the first.
         restarts: Searches per class, or in all without classes; the smallest mask counts.
         references: Clean reference models of a calibration: the base and copies of it fine-tuned
             on the defender's images, at least 2.
@@ -71,6 +75,7 @@ class ScanConfig:
 
     objective: ObjectiveName = "targeted"
     inversion: InversionConfig = field(default_factory=lambda: InversionConfig(steps=150))
+    families: tuple[TriggerFamily, ...] = ("patch", "blend")
     restarts: int = 1
     references: int = 3
     reference_training: TrainConfig = field(
@@ -84,6 +89,10 @@ class ScanConfig:
     def __post_init__(self) -> None:
         if self.objective not in ("targeted", "label-free"):
             raise UsageError(f"objective {self.objective!r}; expected targeted or label-free")
+        if not self.families or len(set(self.families)) < len(self.families):
+            raise UsageError(f"families {list(self.families)}; expected at least one, each once")
+        for family in self.families:
+            self.search(family)
         if self.restarts < 1 or self.references < 2:
             raise UsageError(
                 f"restarts {self.restarts}, references {self.references}; expected at least 1 and 2"
@@ -96,17 +105,48 @@ class ScanConfig:
         if self.drop_below is not None and not math.isfinite(self.drop_below):
             raise UsageError(f"drop_below {self.drop_below}; expected a finite number or None")
 
+    @property
+    def searched(self) -> tuple[TriggerFamily, ...]:
+        """The families that a scan searches for."""
+        return self.families if self.objective == "targeted" else self.families[:1]
+
+    def search(self, family: TriggerFamily) -> InversionConfig:
+        """Return the search for one family."""
+        return replace(self.inversion, family=family)
+
     def calibration_key(
-        self, class_names: Sequence[str] | None, model_config: Mapping[str, Any]
+        self,
+        class_names: Sequence[str] | None,
+        model_config: Mapping[str, Any],
+        family: TriggerFamily,
     ) -> str:
         """Return what two scans must share for their sizes to be comparable, as one line.
 
-        class_names: None in a label-free scan. model_config: open_clip's ``model_cfg``.
+        class_names: None in a label-free scan. model_config: open_clip's ``model_cfg``. family: of
+        the triggers.
         """
-        search = {k: v for k, v in asdict(self.inversion).items() if k not in ("seed", "max_batch")}
+        search = asdict(self.search(family))
+        search = {k: v for k, v in search.items() if k not in ("seed", "max_batch")}
         classes = list(class_names or [])
         content = [self.objective, search, self.restarts, classes, dict(model_config)]
         return json.dumps(content, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyScan:
+    """What the search for one family of triggers found.
+
+    Attributes:
+        family: Of the triggers (see `inversion.FAMILIES`).
+        detection: Verdict and numbers.
+        inversion: The recovered triggers: `restarts` per class, classes in order.
+        calibration: What the sizes were compared with, or None.
+    """
+
+    family: TriggerFamily
+    detection: Detection
+    inversion: InversionResult
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +163,9 @@ class ScanResult:
         inversion: The recovered triggers: `restarts` per class, classes in order.
         calibration: What the sizes were compared with, or None.
         seconds: Wall time of the scan without the calibration.
+        family: Which family of triggers these are: of all that were searched for the one with the
+            smallest p-value, the first without a calibration.
+        others: What the searches for the other families found.
     """
 
     name: str
@@ -134,6 +177,8 @@ class ScanResult:
     inversion: InversionResult
     calibration: Calibration | None
     seconds: float
+    family: TriggerFamily = "patch"
+    others: tuple[FamilyScan, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -189,6 +234,19 @@ class ScanResult:
             "calibration": None if reference is None else reference.to_dict(),
             "tower": self.inversion.tower,
             "seconds": self.seconds,
+            "family": self.family,
+            "other_families": [
+                {
+                    "family": one.family,
+                    "verdict": one.detection.verdict.value,
+                    "p_l1": one.detection.smallest_p_l1,
+                    "score": one.detection.score,
+                    "p_value": one.detection.p_value,
+                    "class_p_l1": list(one.detection.p_l1),
+                    "class_scores": list(one.detection.class_scores),
+                }
+                for one in self.others
+            ],
         }
 
 
@@ -196,13 +254,16 @@ class ScanResult:
 class UnlearnRound:
     """One trigger vector that was subtracted.
 
-    target: Class index. triggers: What was recovered, None for a known trigger. search: CA and ASR
+    Several of them may follow each other before the model is scanned again.
+
+    target: Class index. triggers: What was recovered for it, by family; empty for a known trigger.
+    search: CA and ASR
     over alpha. vector: The trigger vector. rescan: The model afterwards; None when it was not
     scanned again.
     """
 
     target: int
-    triggers: InversionResult | None
+    triggers: tuple[InversionResult, ...]
     search: CoefficientSearch
     vector: TaskVector
     rescan: ScanResult | None
@@ -265,7 +326,7 @@ class DetoxResult:
                         "alpha": list(one.search.coefficients),
                         "ca": list(one.search.clean_accuracy),
                         "asr": list(one.search.attack_success_rate),
-                        "asr_kind": "recovered" if one.triggers is not None else "known",
+                        "asr_kind": "recovered" if one.triggers else "known",
                         "chosen": one.search.coefficient,
                     },
                     "verdict": None if one.rescan is None else one.rescan.verdict.value,
@@ -324,8 +385,8 @@ def calibrate(
     labelled = images
     if images.labels is None:
         labelled = replace(images, labels=predict(model, images.images, head))
-    rows, names = [], []
-    histories: list[list[tuple[float, ...]]] = []
+    names = list[str]()
+    found: dict[TriggerFamily, list[InversionResult]] = {family: [] for family in config.searched}
     for k in range(config.references):
         reference = model
         if k > 0:
@@ -337,19 +398,33 @@ def calibrate(
                 training,
                 description=f"reference {k + 1} of {config.references}: fine-tuning",
             )
-        one = _invert_all(
-            reference,
-            images,
-            templates,
-            replace(config, seed=config.seed + 104729 * (k + 1)),
-            f"reference {k + 1} of {config.references}: inversion",
-        )
-        rows.append(_sizes(one.p_l1, config))
-        histories.append([_sizes(then, config) for then in one.history])
+        for family in config.searched:
+            one = _invert_all(
+                reference,
+                images,
+                templates,
+                replace(config, seed=config.seed + 104729 * (k + 1)),
+                family,
+                f"reference {k + 1} of {config.references}: inversion ({family})",
+            )
+            found[family].append(one)
         names.append(model.name if k == 0 else f"{model.name}, fine-tuned {k}")
-    key = config.calibration_key(_classes(images, config), model.model_config)
-    history = tuple(zip(*histories, strict=True))
-    return Calibration(tuple(rows), key, tuple(names), config.inversion.looks, history)
+    classes = _classes(images, config)
+
+    def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
+        histories = [[_sizes(then, config) for then in one.history] for one in found[family]]
+        return Calibration(
+            tuple(_sizes(one.p_l1, config) for one in found[family]),
+            config.calibration_key(classes, model.model_config, family),
+            tuple(names),
+            config.inversion.looks,
+            tuple(zip(*histories, strict=True)),
+            family,
+            others,
+        )
+
+    first, *rest = config.searched
+    return of(first, tuple(of(family) for family in rest))
 
 
 def scan(
@@ -386,29 +461,40 @@ def scan(
     classes = _classes(images, config)
     if calibration is None and base is not None:
         calibration = calibrate(base, images, templates=templates, config=config)
-    key = config.calibration_key(classes, model.model_config)
-    if calibration is not None and calibration.key != key:
-        raise UsageError(
-            f"the calibration was made with {calibration.key}; this scan has {key}: "
-            "sizes from different searches do not compare"
-        )
+    if calibration is not None:
+        for family in config.searched:
+            key = config.calibration_key(classes, model.model_config, family)
+            if calibration.of(family).key != key:
+                raise UsageError(
+                    f"the calibration was made with {calibration.of(family).key}; this scan has "
+                    f"{key}: sizes from different searches do not compare"
+                )
     start = time.perf_counter()
-    found = _invert_all(
-        model,
-        images,
-        templates,
-        config,
-        description or f"scan of {model.name}",
-        elimination=_elimination(calibration, config),
-    )
-    detection = detect(
-        _sizes(found.p_l1, config),
-        calibration,
-        has_classes=config.objective == "targeted",
-        p_backdoored=config.p_backdoored,
-        p_suspicious=config.p_suspicious,
-        dropped=_dropped(found, config),
-    )
+    description = description or f"scan of {model.name}"
+    families = list[FamilyScan]()
+    for family in config.searched:
+        compared = None if calibration is None else calibration.of(family)
+        found = _invert_all(
+            model,
+            images,
+            templates,
+            config,
+            family,
+            description if len(config.searched) == 1 else f"{description} ({family})",
+            elimination=_elimination(compared, config),
+        )
+        detection = detect(
+            _sizes(found.p_l1, config),
+            compared,
+            has_classes=config.objective == "targeted",
+            p_backdoored=config.p_backdoored,
+            p_suspicious=config.p_suspicious,
+            dropped=_dropped(found, config),
+            families=len(config.searched),
+        )
+        families.append(FamilyScan(family, detection, found, compared))
+    chosen = min(families, key=_evidence)
+    detection, found = chosen.detection, chosen.inversion
     target = detection.target
     if config.objective == "label-free" and images.class_names:
         head = zero_shot_head(model, images, templates)
@@ -422,8 +508,10 @@ def scan(
         detection=detection,
         target=target,
         inversion=found,
-        calibration=calibration,
+        calibration=chosen.calibration,
         seconds=time.perf_counter() - start,
+        family=chosen.family,
+        others=tuple(one for one in families if one is not chosen),
     )
 
 
@@ -432,12 +520,13 @@ def recover_triggers(
     images: ImageSet,
     target: int,
     *,
-    restarts: int = 8,
+    restarts: int = 3,
+    family: TriggerFamily = "patch",
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> InversionResult:
-    """Reconstruct several triggers into one class, from different starting points.
+    """Reconstruct several triggers of one family into one class, from different starting points.
 
     target: Class index. Raises UsageError for a class outside the image set's.
     """
@@ -445,8 +534,9 @@ def recover_triggers(
     model, _ = as_model(checkpoint, architecture=architecture)
     head = zero_shot_head(model, images, templates)
     objective = TargetObjective(head, [target] * restarts, model.logit_scale)
-    search = replace(config.inversion, seed=config.seed + 15485863)
-    return invert(model, images.images, objective, search, description=f"{restarts} restarts")
+    search = replace(config.search(family), seed=config.seed + 15485863)
+    description = f"{restarts} restarts ({family})"
+    return invert(model, images.images, objective, search, description=description)
 
 
 def unlearn(
@@ -455,65 +545,73 @@ def unlearn(
     target: int,
     *,
     triggers: Sequence[Stamp] | None = None,
-    restarts: int = 8,
+    restarts: int = 3,
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     unlearning: UnlearnConfig | None = None,
     architecture: str | None = None,
     accuracy_before: float | None = None,
-) -> tuple[OpenClipModel, UnlearnRound]:
-    """Subtract one trigger vector: TBAR with a known trigger, or with recovered ones.
+) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
+    """Subtract trigger vectors of one class: TBAR with a known trigger, or with recovered ones.
 
     Args:
         checkpoint: The backdoored model. It is not changed.
-        images: Clean images; 60% are the forget set, all of them choose alpha.
+        images: Clean images; most of them are the forget set, all of them choose alpha.
         target: Index of the class the trigger leads to.
-        triggers: Known triggers; None to recover `restarts` of them first, of which a quarter is
-            kept from the fine-tuning and only used to choose alpha.
+        triggers: Known triggers: one vector is subtracted. None to recover `restarts` of each of
+            the configuration's families, subtract, and do so again for what then still works
+            (`UnlearnConfig.passes`).
         restarts: See triggers.
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
-        architecture: As in `scan`.
         unlearning: Default UnlearnConfig().
-        accuracy_before: As in `search_coefficient`.
+        architecture: As in `scan`.
+        accuracy_before: As in `search_coefficient`; default: that of the given model.
 
     Returns:
-        The repaired model and what was done (without a re-scan).
+        The repaired model and what was done (without a re-scan), pass by pass.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
     model, _ = as_model(checkpoint, architecture=architecture)
     head = zero_shot_head(model, images, templates)
     if not 0 <= target < head.shape[0]:
         raise UsageError(f"target class {target}; expected 0..{head.shape[0] - 1}")
-    recovered = None
-    if triggers is None:
-        recovered = recover_triggers(
-            model, images, target, restarts=restarts, templates=templates, config=config
+    forget = unlearning.forget_set(images).images
+    rounds = list[UnlearnRound]()
+    known = list(triggers or ())
+    for number in range(unlearning.passes if triggers is None else 1):
+        found: tuple[InversionResult, ...] = ()
+        if triggers is None:
+            found = tuple(
+                recover_triggers(
+                    model,
+                    images,
+                    target,
+                    restarts=restarts,
+                    family=family,
+                    templates=templates,
+                    config=replace(config, seed=config.seed + 86028121 * number),
+                )
+                for family in config.families
+            )
+            # Those of earlier passes stay: what was forgotten must not come back.
+            known += [stamp for one in found for stamp in unlearning.amplified(one)]
+        vector = trigger_vector(model, forget, known, head, target, unlearning)
+        search = search_coefficient(
+            model,
+            vector,
+            images,
+            known,
+            head,
+            target,
+            unlearning,
+            accuracy_before=accuracy_before,
         )
-        # Only searches that ended in a working trigger have something to forget.
-        working = [k for k in range(restarts) if torch.isfinite(recovered.p_l1[k])]
-        found_triggers = [recovered.trigger(k) for k in working or range(restarts)]
-        kept = max(1, len(found_triggers) * 3 // 4)
-        factors = unlearning.amplifications
-        known: list[Stamp] = [t.amplified(f) for t in found_triggers[:kept] for f in factors]
-        # All of them judge, those that the fine-tuning has not seen among them: the worst counts.
-        triggers = known + [t.amplified(f) for t in found_triggers[kept:] for f in factors]
-    else:
-        known = list(triggers)
-    forget, _ = images.split((0.6, 0.4), seed=unlearning.seed)
-    vector = trigger_vector(model, forget.images, known, head, target, unlearning)
-    found = search_coefficient(
-        model,
-        vector,
-        images,
-        triggers,
-        head,
-        target,
-        unlearning,
-        accuracy_before=accuracy_before,
-    )
-    repaired = subtract(model, vector, found.coefficient)
-    return repaired, UnlearnRound(target, recovered, found, vector, None)
+        if accuracy_before is None:
+            accuracy_before = search.accuracy_before
+        model = subtract(model, vector, search.coefficient)
+        rounds.append(UnlearnRound(target, found, search, vector, None))
+    return model, tuple(rounds)
 
 
 def detox(
@@ -545,7 +643,8 @@ def detox(
         templates: As in `scan`.
         config: As in `scan`.
         unlearning: Default UnlearnConfig().
-        max_rounds: Trigger vectors to subtract at most; a model can hold more than one backdoor.
+        max_rounds: Classes to unlearn at most, one after another, a scan after each; a model can
+            hold more than one backdoor.
         architecture: As in `scan`.
 
     Raises:
@@ -573,26 +672,30 @@ def detox(
     lap("scan")
     evaluation_before = _accuracy(model, images, templates)
     repaired, current, rounds = model, before, list[UnlearnRound]()
-    while current.verdict in FINDINGS and current.target is not None and len(rounds) < max_rounds:
-        repaired, one = unlearn(
+    repairs, accuracy = 0, None
+    while current.verdict in FINDINGS and current.target is not None and repairs < max_rounds:
+        repaired, passes = unlearn(
             repaired,
             images,
             current.target,
             templates=templates,
-            config=replace(config, seed=config.seed + len(rounds)),
+            config=replace(config, seed=config.seed + repairs),
             unlearning=unlearning,
+            accuracy_before=accuracy,
         )
+        accuracy = accuracy or passes[0].search.accuracy_before
+        repairs += 1
         lap("unlearn")
         current = scan(
             repaired,
             images,
             calibration=calibration,
             templates=templates,
-            config=replace(config, seed=config.seed + 32452843 * (len(rounds) + 1)),
+            config=replace(config, seed=config.seed + 32452843 * repairs),
             description=f"re-scan of {model.name}",
         )
         lap("rescan")
-        rounds.append(replace(one, rescan=current))
+        rounds += [*passes[:-1], replace(passes[-1], rescan=current)]
     evaluation_after = _accuracy(repaired, images, templates) if rounds else None
     path = None
     if output is not None and rounds:
@@ -674,10 +777,11 @@ def _invert_all(
     images: ImageSet,
     templates: Sequence[Template] | None,
     config: ScanConfig,
+    family: TriggerFamily,
     description: str,
     elimination: Elimination | None = None,
 ) -> InversionResult:
-    search = replace(config.inversion, seed=config.seed)
+    search = replace(config.search(family), seed=config.seed)
     objective: Objective
     if config.objective == "targeted":
         head = zero_shot_head(model, images, templates)
@@ -694,6 +798,12 @@ def _invert_all(
         elimination=elimination,
         description=description,
     )
+
+
+def _evidence(found: FamilyScan) -> float:
+    """Return what the search that stands out most has least of."""
+    p_value = found.detection.p_value
+    return math.inf if p_value is None else p_value
 
 
 def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:

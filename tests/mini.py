@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from pydetox.data import ImageSet
+from pydetox.detection import Calibration
+from pydetox.inversion import TriggerFamily
 from pydetox.models import OpenClipModel
+from pydetox.workflow import ScanConfig
 
 CLASS_NAMES = ("cat", "dog", "owl")
 
@@ -34,3 +37,20 @@ def mini_images(count: int = 24, *, seed: int = 0, labels: bool = True) -> Image
     return ImageSet(
         images, torch.arange(count) % len(CLASS_NAMES) if labels else None, CLASS_NAMES, "mini"
     )
+
+
+def flat_calibration(
+    config: ScanConfig,
+    classes: tuple[str, ...],
+    model_config: dict[str, Any],
+    size: float,
+) -> Calibration:
+    """Return two references of which every class has that P-L1, for each family of the scan."""
+    row = (size,) * len(classes)
+
+    def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
+        key = config.calibration_key(classes, model_config, family)
+        return Calibration((row, row), key, ("one", "two"), family=family, others=others)
+
+    first, *rest = config.searched
+    return of(first, tuple(of(family) for family in rest))

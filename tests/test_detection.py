@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,3 +238,29 @@ def test_calibration_survives_json():
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
     with pytest.raises(UsageError, match="no calibration"):
         Calibration.from_dict({"p_l1": "x"})
+
+
+def test_searching_for_more_families_raises_the_bar():
+    calibration = references()
+    values = [math.exp(v) for v in calibration.mean]
+    values[1] *= 0.7
+    one = detect(values, calibration, has_classes=True)
+    two = detect(values, calibration, has_classes=True, families=2)
+    assert two.score == one.score
+    assert two.p_value == pytest.approx(1 - (1 - one.p_value) ** 2, rel=1e-9)
+    assert two.threshold < one.threshold
+    at_bar = list(values)
+    at_bar[1] = two.threshold
+    found = detect(at_bar, calibration, has_classes=True, families=2)
+    assert found.p_value == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_calibration_holds_the_families_and_survives_a_file():
+    first = references()
+    blend = Calibration(first.p_l1, "blend's", first.models, family="blend")
+    both = replace(first, others=(blend,))
+    assert both.of("blend") is blend
+    assert both.of("patch") is both
+    assert Calibration.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+    with pytest.raises(UsageError, match="'blend'"):
+        first.of("blend")

@@ -1,3 +1,4 @@
+import math
 import sys
 from dataclasses import replace
 
@@ -7,11 +8,18 @@ import torch
 from pydetox.attacks import PatchTrigger, poison
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
+from pydetox.inversion import InversionConfig, TargetObjective, invert
 from pydetox.models import OpenClipModel
 from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.unlearning import UnlearnConfig, search_coefficient, subtract, trigger_vector
-from tests.mini import CLASS_NAMES, mini_model
+from pydetox.unlearning import (
+    UnlearnConfig,
+    _without_target,
+    search_coefficient,
+    subtract,
+    trigger_vector,
+)
+from tests.mini import CLASS_NAMES, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
 TARGET = 1
@@ -161,3 +169,39 @@ def test_bad_input_is_refused(victim):
     ):
         with pytest.raises(UsageError):
             UnlearnConfig(**wrong)
+
+
+def test_triggered_images_are_pushed_away_from_the_target_unless_they_surely_are_of_it():
+    probabilities = torch.tensor([[0.2, 0.5, 0.3], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1]])
+    pushed = _without_target(probabilities, 1, 0.9)
+    expected = [[0.4, 0.0, 0.6], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1]]
+    assert torch.allclose(pushed, torch.tensor(expected))
+    # Nothing else is left: no division by zero.
+    assert _without_target(torch.tensor([[0.0, 1.0]]), 1, 1.0).tolist() == [[0.0, 1.0]]
+
+
+def test_triggers_into_different_classes_share_a_vector(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=3)
+    other = PatchTrigger(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, 0)
+    both = trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET, 2], config)
+    same = trigger_vector(model, data.images, [TRIGGER, other], head, TARGET, config)
+    assert both.norm() > 0
+    assert any(not torch.equal(both.tensors[n], same.tensors[n]) for n in both.tensors)
+    with pytest.raises(UsageError, match="2 triggers, 1 target"):
+        trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET], config)
+
+
+def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_out():
+    model, config = mini_model(), UnlearnConfig(blend_amplifications=(1.0, 1.5, 2.0, 3.0))
+    objective = TargetObjective(torch.eye(16)[:3], [0, 1], model.logit_scale)
+    images = mini_images().images
+    for family, factors in (("patch", (1.0, 2.0, 4.0)), ("blend", (1.0, 1.5, 2.0, 3.0))):
+        search = InversionConfig(steps=2, batch_size=4, family=family)
+        found = invert(model, images, objective, search)
+        found = replace(found, p_l1=torch.tensor([math.inf, 0.1], dtype=torch.float64))
+        stamps = config.amplified(found)
+        expected = [found.trigger(1).amplified(f).mask for f in factors]
+        assert all(torch.equal(s.mask, e) for s, e in zip(stamps, expected, strict=True))
+        nothing = replace(found, p_l1=torch.full((2,), math.inf, dtype=torch.float64))
+        assert len(config.amplified(nothing)) == 2 * len(factors)

@@ -109,7 +109,7 @@ def test_a_known_trigger_needs_no_scan(story):
     )
     head = repaired.zero_shot_head(CLASS_NAMES, TEMPLATES)
     after = evaluate(repaired, data, head, trigger=TRIGGER, target=TARGET)
-    assert done.triggers is None
+    assert [one.triggers for one in done] == [()]
     assert after.attack_success_rate <= 0.05
     with pytest.raises(UsageError, match="target class 9"):
         unlearn(path, data, 9, triggers=[TRIGGER])
@@ -147,9 +147,54 @@ def test_calibrations_of_another_search_or_architecture_are_refused(story):
     other = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
     with pytest.raises(UsageError, match="calibration"):
         scan(base, data, calibration=calibration, config=other)
-    assert CONFIG.calibration_key(("a",), {"embed_dim": 1}) != CONFIG.calibration_key(
-        ("a",), {"embed_dim": 2}
+    keys = {
+        CONFIG.calibration_key(("a",), {"embed_dim": size}, family)
+        for size in (1, 2)
+        for family in ("patch", "blend")
+    }
+    assert len(keys) == 4
+    with pytest.raises(UsageError, match=r"\['patch'\]; this scan needs 'blend'"):
+        scan(base, data, calibration=replace(calibration, others=()), config=CONFIG)
+
+
+def test_the_family_that_stands_out_most_decides(story):
+    _, path, data, calibration = story
+    found = scan(path, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
+    (other,) = found.others
+    assert {found.family, other.family} == {"patch", "blend"}
+    assert found.detection.p_value <= other.detection.p_value
+    assert found.calibration == calibration.of(found.family)
+    assert found.inversion.family == found.family
+    # Each family's numbers are those of a scan for it alone, but for the correction of p-values.
+    alone = scan(
+        path,
+        data,
+        calibration=calibration.of(found.family),
+        templates=TEMPLATES,
+        config=replace(CONFIG, families=(found.family,)),
     )
+    assert alone.others == ()
+    assert alone.detection.p_l1 == found.detection.p_l1
+    once = alone.detection.p_value
+    assert found.detection.p_value == pytest.approx(1 - (1 - once) ** 2, rel=1e-6, abs=1e-15)
+    assert found.to_dict()["other_families"][0]["family"] == other.family
+
+
+def test_each_pass_recovers_every_family_and_subtracts_once(story):
+    _, path, data, _ = story
+    _, done = unlearn(
+        path,
+        data,
+        TARGET,
+        restarts=2,
+        templates=TEMPLATES,
+        config=CONFIG,
+        unlearning=replace(UNLEARNING, passes=2),
+    )
+    assert [[one.family for one in step.triggers] for step in done] == [["patch", "blend"]] * 2
+    assert all(len(one) == 2 for step in done for one in step.triggers)
+    # The accuracy is held to that of the model given, not of the pass before.
+    assert done[0].search.accuracy_before == done[1].search.accuracy_before
 
 
 def test_classes_that_cannot_be_the_outlier_are_dropped(story):
@@ -236,6 +281,9 @@ def test_same_seed_same_scan_and_references_without_labels(story):
         {"objective": "x"},
         {"restarts": 0},
         {"references": 1},
+        {"families": ()},
+        {"families": ("patch", "patch")},
+        {"families": ("warp",)},
         {"p_backdoored": 0.2},
         {"drop_below": math.inf},
     ],

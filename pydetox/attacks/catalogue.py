@@ -41,6 +41,11 @@ class AttackerView:
 _Make = Callable[[AttackerView, int, int, int], Trigger]
 
 
+# WaNet's own strength, 0.5, moves pixels by a quarter of one; small models do not learn that from
+# 5% of their images (ASR 21% after 8 passes over 20,000). At 2 they move by one.
+_WARP = 2.0
+
+
 @dataclass(frozen=True)
 class _Recipe:
     make: _Make
@@ -61,7 +66,7 @@ _RECIPES: dict[str, _Recipe] = {
     "blended-random": _Recipe(lambda _, __, ___, seed: RandomBlend(0.2, seed)),
     "stripes": _Recipe(lambda _, size, __, seed: stripes(size, seed=seed)),
     "sig": _Recipe(lambda *_: SinusoidTrigger()),
-    "wanet": _Recipe(lambda _, size, __, seed: wanet(size, seed=seed)),
+    "wanet": _Recipe(lambda _, size, __, seed: wanet(size, seed=seed, s=_WARP)),
     "triangles": _Recipe(lambda _, size, __, ___: triangles(size)),
     "text": _Recipe(lambda _, size, __, seed: text_overlay(size, seed=seed)),
     "badclip": _Recipe(_badclip),

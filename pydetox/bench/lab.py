@@ -180,7 +180,7 @@ class Lab:
             "number": suspect.number,
             "rate": None if suspect.attack is None else self.plan.rate(suspect.attack),
             "images": len(self._poisonable),
-            "training": self.plan.fine_tuning,
+            "training": self.plan.training(suspect.attack),
         }
         return key_of("model", content)
 
@@ -197,7 +197,7 @@ class Lab:
                 self.base,
                 images,
                 self.templates,
-                replace(self.plan.fine_tuning, seed=seed),
+                replace(self.plan.training(suspect.attack), seed=seed),
                 description=suspect.name,
             )
             tensors = {
@@ -441,7 +441,7 @@ class Lab:
             details["rounds"] = len(result.rounds)
             details["repaired"] = result.repaired
             searches = [one.search for one in result.rounds]
-            recovered = [one.triggers for one in result.rounds if one.triggers is not None]
+            recovered = [found for one in result.rounds for found in one.triggers]
             pictures = self._pictures(suspect, recovered)
         details["searches"] = [
             {

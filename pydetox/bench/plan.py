@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..attacks import ATTACKS
@@ -13,15 +13,24 @@ from ..inversion import InversionConfig
 from ..training import TrainConfig
 from ..workflow import ScanConfig
 
-#: Poisoned share of the fine-tuning set, by attack. Those that a model of this size learns only
-#: from many examples get the largest one; chosen on models of the tuning seed alone.
+#: Poisoned share of the fine-tuning set, for each backdoor, by attack: 2% where that plants it in
+#: models of this size, else more, up to 5%; chosen on models of the tuning seed alone.
 RATES: dict[str, float] = dict.fromkeys(ATTACKS, 0.05) | {
     "badnets": 0.02,
-    "blended": 0.005,
+    "blended": 0.02,
     "sig": 0.02,
-    "triangles": 0.02,
-    "badclip": 0.005,
+    "triangles": 0.03,
+    "text": 0.02,
+    "badclip": 0.03,
     "two-backdoors": 0.02,
+}
+
+#: Passes over the fine-tuning set where they are more than `Plan.fine_tuning` has: these attacks
+#: are learned late. Chosen like the rates.
+EPOCHS: dict[str, int] = {
+    "badnets-random-place": 10,
+    "badnets-random-pattern": 10,
+    "clean-label": 10,
 }
 
 
@@ -35,6 +44,7 @@ class Plan:
         fine_tuning_images: Of the attacker's part, what suspects are fine-tuned on.
         attacks: Names (`attacks.ATTACKS`).
         rates: Poisoned share of the fine-tuning set, for each backdoor, by attack.
+        epochs: Passes over it, for attacks that need more than `fine_tuning` has.
         seeds: One base model, one set of victims and clean models, one calibration per seed.
         clean_models: Clean fine-tunes per seed.
         tuning_seed: A further seed, whose models serve to choose settings and for nothing else.
@@ -49,15 +59,16 @@ class Plan:
     """
 
     data: str = "fashion-mnist"
-    attacker: int = 12_000
+    attacker: int = 20_000
     defender: int = 1_000
     validation: int = 1_000
     test: int = 2_000
-    fine_tuning_images: int = 8_000
+    fine_tuning_images: int = 12_000
     attacks: tuple[str, ...] = ATTACKS
     rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    epochs: Mapping[str, int] = field(default_factory=lambda: EPOCHS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    clean_models: int = 6
+    clean_models: int = 7
     tuning_seed: int = 100
     tuning_attacks: tuple[str, ...] = ("badnets", "blended")
     model_config: dict[str, Any] = field(default_factory=lambda: MINI_CLIP)
@@ -70,6 +81,9 @@ class Plan:
             inversion=InversionConfig(steps=150),
             references=5,
             reference_training=TrainConfig(10, 1e-3, batch_size=64),
+            p_backdoored=0.005,
+            p_suspicious=0.02,
+            drop_below=0.0,
         )
     )
     least_planted: float = 0.5
@@ -98,6 +112,11 @@ class Plan:
         """Return the poisoned share of the fine-tuning set for each backdoor of an attack."""
         return self.rates[attack]
 
+    def training(self, attack: str | None) -> TrainConfig:
+        """Return how a victim, or a clean model (None), is fine-tuned."""
+        more = None if attack is None else self.epochs.get(attack)
+        return self.fine_tuning if more is None else replace(self.fine_tuning, epochs=more)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
@@ -115,6 +134,7 @@ def quick_plan(data: str = "fashion-mnist") -> Plan:
         fine_tuning_images=2_000,
         attacks=("badnets", "blended"),
         rates=dict.fromkeys(ATTACKS, 0.1),
+        epochs={},
         seeds=(0,),
         clean_models=2,
         tuning_attacks=(),

@@ -109,7 +109,8 @@ def command(
         order = [int(k) for k in found.p_l1.argsort()]
         stamps = [found.trigger(k) for k in order]
     unlearning = UnlearnConfig(vector=given["vector"], seed=given["seed"])
-    forget, held = images.split((0.6, 0.4), seed=given["seed"])
+    share = unlearning.forget_share
+    forget, held = images.split((share, 1 - share), seed=given["seed"])
     vector = trigger_vector(model, forget.images, stamps, head, index, unlearning)
     if alpha is None:
         alpha = search_coefficient(

@@ -65,14 +65,14 @@ if TYPE_CHECKING:
 @click.option(
     "--vector-steps",
     type=options.COUNT,
-    default=240,
+    default=160,
     metavar="N",
     help="Steps of the fine-tuning that makes the trigger vector.",
 )
 @click.option(
     "--vector-learning-rate",
     type=options.RATE,
-    default=2e-4,
+    default=4e-4,
     metavar="X",
     help="Learning rate of that fine-tuning.",
 )
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     type=options.COUNT,
     default=3,
     metavar="N",
-    help="Trigger vectors to subtract at most, one after another; without a verdict it is one.",
+    help="Classes to unlearn at most, one after another; without a verdict it is one.",
 )
 @options.objective
 @options.search_options
@@ -220,7 +220,7 @@ def _unlearn_directly(
     before = scan(loaded.model, images, calibration=calibration, templates=prompts, config=config)
     seconds["scan"] = time.perf_counter() - start
     start = time.perf_counter()
-    repaired, one = unlearn(
+    repaired, rounds = unlearn(
         loaded.model,
         images,
         target,
@@ -246,7 +246,7 @@ def _unlearn_directly(
     ]
     return DetoxResult(
         before=before,
-        rounds=(replace(one, rescan=after),),
+        rounds=(*rounds[:-1], replace(rounds[-1], rescan=after)),
         after=after,
         model=repaired,
         evaluation_before=evaluations[0],

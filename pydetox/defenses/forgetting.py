@@ -66,7 +66,8 @@ class GradientAscent:
     name: str = "gradient ascent"
     needs_trigger: bool = True
     grid: tuple[ForgettingConfig, ...] = tuple(
-        ForgettingConfig(rate, retain=retain) for retain in (1.0, 0.0) for rate in (1e-4, 1e-5)
+        ForgettingConfig(rate, retain=retain)
+        for rate, retain in ((1e-4, 1.0), (3e-5, 1.0), (1e-5, 1.0), (1e-5, 0.0))
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: ForgettingConfig) -> Outcome:

@@ -45,7 +45,10 @@ class PydetoxKnown:
     name: str = "pydetox, known trigger"
     needs_trigger: bool = True
     grid: tuple[UnlearnConfig, ...] = tuple(
-        UnlearnConfig("forget", steps, rate) for steps in (240, 80) for rate in (2e-4, 1e-4)
+        # The trigger is the attacker's own, so no success of it needs to be accepted.
+        UnlearnConfig("forget", steps, rate, max_attack_success=0.002)
+        for steps in (160, 80)
+        for rate in (4e-4, 2e-4)
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
@@ -64,9 +67,9 @@ class PydetoxUnknown:
     needs_trigger: bool = False
     grid: tuple[UnlearnConfig, ...] = (
         UnlearnConfig(),
-        UnlearnConfig(safety_factor=1.5),
-        UnlearnConfig(amplifications=(1.0, 2.0, 4.0, 8.0)),
-        UnlearnConfig(learning_rate=3e-4),
+        UnlearnConfig(learning_rate=2e-4),
+        UnlearnConfig(amplifications=(1.0, 2.0)),
+        UnlearnConfig(blend_amplifications=(1.0, 1.5)),
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
@@ -95,12 +98,12 @@ def _subtract_known(
     The forget direction asks for no target class, so one vector serves all triggers, with the
     largest alpha that one of them needs. The others are made and subtracted one after the other,
     the accuracy always compared with the first model's.
-    forget_set: at most that many images make a vector, out of the 60% that may.
+    forget_set: at most that many images make a vector.
     """
     triggers = data.known(name)
     watch = Stopwatch(len(data.images), data.label_count)
     head = data.head(model)
-    forget, _ = data.images.split((0.6, 0.4), seed=config.seed)
+    forget = config.forget_set(data.images)
     if forget_set is not None:
         forget = forget.subset(range(min(forget_set, len(forget))))
     repaired = model.clone()
@@ -108,7 +111,13 @@ def _subtract_known(
     for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:
         stamps = [one.trigger for one in group]
         vector = trigger_vector(
-            repaired, forget.images, stamps, head, group[0].target, config, description=name
+            repaired,
+            forget.images,
+            stamps,
+            head,
+            [one.target for one in group],
+            config,
+            description=name,
         )
         before = searches[0].clean_accuracy[0] if searches else None
         found = [

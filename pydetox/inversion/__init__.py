@@ -11,9 +11,11 @@ from .elimination import Elimination, relative_to_smallest
 from .objectives import CollapseObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
-from .search import InversionConfig, InversionSearch, invert
+from .search import FAMILIES, InversionConfig, InversionSearch, invert
+from .state import TriggerFamily
 
 __all__ = [
+    "FAMILIES",
     "CollapseObjective",
     "CostSchedule",
     "Elimination",
@@ -23,6 +25,7 @@ __all__ = [
     "Objective",
     "RecoveredTrigger",
     "TargetObjective",
+    "TriggerFamily",
     "invert",
     "relative_to_smallest",
 ]

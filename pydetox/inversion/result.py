@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .state import Ending
+from .state import Ending, TriggerFamily
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,7 @@ class InversionResult:
         steps: Steps of the longest search.
         seconds: Wall time.
         tower: How the image tower was run.
+        family: What the masks could be (see InversionConfig).
     """
 
     mask_logits: Tensor
@@ -81,6 +82,7 @@ class InversionResult:
     steps: int
     seconds: float
     tower: str
+    family: TriggerFamily = "patch"
 
     def __len__(self) -> int:
         return int(self.p_l1.shape[0])

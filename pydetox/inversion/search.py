@@ -19,7 +19,10 @@ from .elimination import Elimination
 from .objectives import Objective
 from .result import InversionResult
 from .schedule import CostSchedule
-from .state import Ending, Triggers
+from .state import Ending, TriggerFamily, Triggers
+
+#: Kinds of triggers that a search can look for, and the centre of each one's initial mask logits.
+FAMILIES: dict[TriggerFamily, float] = {"patch": -2.0, "blend": -0.7}
 
 # Bytes that the activations of one pass through the tower may take.
 _ACTIVATIONS = 2 << 30
@@ -42,7 +45,11 @@ class InversionConfig:
         patience: Steps without progress after which a search has converged and ends, once its cost
             has been raised until the trigger failed: before that, the size is not yet pressed.
         least_progress: Progress is when the smallest working mask shrinks by more than this share.
-        initial_mask: Centre of the initial mask logits; -2 is a mask of 1.8%.
+        family: What a mask may be. `patch`: any, so that small ones win. `blend`: the same value
+            for all pixels, so that the faintest overlay over the whole image wins; it finds
+            triggers that a small patch does not resemble (Blended, SIG, warps).
+        initial_mask: Centre of the initial mask logits; None for that of the family: -2, a mask of
+            1.8%, for patches and -0.7, a mask of 20%, for blends.
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
             as many as 2 GiB of activations hold.
@@ -59,7 +66,8 @@ class InversionConfig:
     interval: int = 10
     patience: int = 50
     least_progress: float = 0.02
-    initial_mask: float = -2.0
+    family: TriggerFamily = "patch"
+    initial_mask: float | None = None
     precision: str = "float32"
     max_batch: int | None = None
     check_images: int = 128
@@ -75,6 +83,8 @@ class InversionConfig:
             raise UsageError(
                 f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
             )
+        if self.family not in FAMILIES:
+            raise UsageError(f"family {self.family!r}; expected one of {', '.join(FAMILIES)}")
         if not 0 < self.success_threshold <= 1:
             raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
         if min(self.interval, self.patience) < 1 or not 0 <= self.least_progress < 1:
@@ -168,6 +178,11 @@ class InversionSearch:
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
         success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
+        if config.family == "blend":
+            # One value for all pixels stays one when their gradients are equal. The mean, not the
+            # sum: the update adds the cost's part to every pixel.
+            gradient = self._mask_gradient
+            gradient.copy_(gradient.mean(dim=(1, 2), keepdim=True).expand_as(gradient))
         now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
         trigger_update(
             (now.mask, now.pattern),
@@ -229,6 +244,7 @@ class InversionSearch:
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
             tower=self._tower.description,
+            family=self._config.family,
         )
 
     def _look(self) -> None:
@@ -420,7 +436,10 @@ def starting_point(
         values = rng.standard_normal(shape, dtype=np.float32)
         return torch.from_numpy(values).mul_(0.5).add_(centre)
 
-    mask = normal((count, image_size, image_size), config.initial_mask)
+    centre = FAMILIES[config.family] if config.initial_mask is None else config.initial_mask
+    mask = normal((count, image_size, image_size), centre)
+    if config.family == "blend":
+        mask.fill_(centre)
     pattern = normal((count, 3, image_size, image_size), 0.0)
     batch = min(config.batch_size, image_count)
     passes = -(-config.steps * batch // image_count)

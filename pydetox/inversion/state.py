@@ -15,6 +15,9 @@ from .schedule import CostSchedule, CostState
 #: could no longer be the outlier.
 Ending = Literal["all steps", "converged", "dropped"]
 
+#: What a trigger's mask may be, see InversionConfig.
+TriggerFamily = Literal["patch", "blend"]
+
 
 @dataclass(eq=False)
 class Triggers:

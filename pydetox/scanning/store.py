@@ -146,7 +146,11 @@ class RunStore:
 
     def write_calibration(self, key: str, calibration: Mapping[str, Any]) -> None:
         """Keep a calibration; the file is one that `--calibration` reads, too."""
-        content = {"schema": "pydetox.calibration/1", "made_with": key, **calibration}
+        from ..calibration_file import (
+            CALIBRATION_SCHEMA,  # a run without calibration needs no scipy
+        )
+
+        content = {"schema": CALIBRATION_SCHEMA, "made_with": key, **calibration}
         write_file(self.folder / _CALIBRATION, f"{to_json(content)}\n")
 
     def index_record(self, record: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from pydetox.checkpoints import Provenance, save_checkpoint
 from pydetox.cli import cli
 from pydetox.models import OpenClipModel
+from tests.mini import flat_calibration
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -99,14 +100,11 @@ def run() -> Run:
 def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES) -> Path:
     """Write a calibration for FAST scans, with references of which every class has that P-L1."""
     from pydetox.calibration_file import write_calibration
-    from pydetox.detection import Calibration
     from pydetox.inversion import InversionConfig
     from pydetox.workflow import ScanConfig
 
     config = ScanConfig(inversion=InversionConfig(steps=3, batch_size=1))
-    row = (size,) * len(classes)
-    key = config.calibration_key(classes, TINY)
-    write_calibration(path, Calibration((row, row), key, ("one", "two")))
+    write_calibration(path, flat_calibration(config, classes, TINY, size))
     return path
 
 

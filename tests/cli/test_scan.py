@@ -144,6 +144,8 @@ class TestCalibration:
         # to the end.
         content["history"] = [[[1e-6] * 3] * 2] * 7
         content["p_l1"] = content["history"][-1]
+        (blend,) = content["others"]
+        blend["history"], blend["p_l1"] = content["history"], content["p_l1"]
         saved.write_text(json.dumps(content))
         (few,) = parse(run("scan", *common, "--calibration", saved).stdout)["results"]
         assert sorted(map(str, few["class_dropped"])) == ["60", "60", "None"]
@@ -182,10 +184,13 @@ class TestCalibration:
             "{}",
             '{"schema": "pydetox.calibration/2"}',
             '{"schema": "pydetox.calibration/1"}',
-            '{"schema": "pydetox.calibration/1", "p_l1": [[1]], "key": "", "models": []}',
-            '{"schema": "pydetox.calibration/1", "p_l1": [[0], [1]], "key": "", "models": []}',
-            '{"schema": "pydetox.calibration/1", "p_l1": [[NaN], [1]], "key": "", "models": []}',
-            '{"schema": "pydetox.calibration/1", "p_l1": 5, "key": "", "models": []}',
+            '{"schema": "pydetox.calibration/2", "p_l1": [[1]], "key": "", '
+            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '{"schema": "pydetox.calibration/2", "p_l1": [[0], [1]], "key": "", '
+            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '{"schema": "pydetox.calibration/2", "p_l1": [[NaN], [1]], "key": "", '
+            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '{"schema": "pydetox.calibration/2", "p_l1": 5, "key": "", "models": []}',
             "[" * 100_000,
         ],
     )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from pydetox import workflow
 from pydetox.calibration_file import read_calibration
 from pydetox.checkpoints import load_checkpoint
+from pydetox.workflow import ScanConfig
 
 from .conftest import FAST, FAST_REFERENCES, Run, error_line
 
@@ -31,7 +32,8 @@ def verdicts(
     }
 
     def set_up(*names: str) -> None:
-        coming = iter(names)
+        # A scan asks once for each family.
+        coming = iter([name for name in names for _ in ScanConfig().families])
 
         def detect(sizes: Any, _: Any, **options: Any) -> Any:
             return real(sizes, references[next(coming)], **options)

@@ -27,14 +27,13 @@ from pydetox.defenses import (
 from pydetox.defenses.augmentation import random_views
 from pydetox.defenses.fine_pruning import prune_hidden_units
 from pydetox.defenses.fine_tuning import info_nce
-from pydetox.detection import Calibration
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig
 from pydetox.training import TrainConfig, train_on_prompts
 from pydetox.unlearning import UnlearnConfig
 from pydetox.workflow import ScanConfig
-from tests.mini import CLASS_NAMES, mini_model
+from tests.mini import CLASS_NAMES, flat_calibration, mini_model
 from tests.test_training import TEMPLATES, coloured
 
 TRIGGER = PatchTrigger(torch.full((3, 6, 6), 255, dtype=torch.uint8), 8, 8)
@@ -78,9 +77,11 @@ def data_for(defense, **changes):
     scanned = {}
     if isinstance(defense, PydetoxUnknown):
         search = ScanConfig(inversion=InversionConfig(steps=40, batch_size=8))
-        key = search.calibration_key(CLASS_NAMES, mini_model().model_config)
-        row = (0.9,) * 3
-        scanned = {"scan": search, "calibration": Calibration((row, row), key, ("one", "two"))}
+        config = mini_model().model_config
+        scanned = {
+            "scan": search,
+            "calibration": flat_calibration(search, CLASS_NAMES, config, 0.9),
+        }
     given = {"images": DATA, "templates": TEMPLATES, "triggers": known}
     return DefenderData(**{**given, **scanned, **changes})
 

@@ -9,6 +9,7 @@ import torch
 
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.inversion import (
+    FAMILIES,
     CollapseObjective,
     CostSchedule,
     InversionConfig,
@@ -16,6 +17,7 @@ from pydetox.inversion import (
     TargetObjective,
     invert,
 )
+from pydetox.inversion.search import starting_point
 from tests.mini import mini_images, mini_model
 
 SIZE = 8
@@ -42,6 +44,44 @@ class PixelModel:
 def images(n=20, high=100):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, high, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+class Brightness(torch.nn.Module):
+    """Embeds an image as (mean of all pixels, 0.5, 0.1): only the whole image decides."""
+
+    def forward(self, images):
+        mean = (images * 0.25 + 0.5).mean(dim=(1, 2, 3))
+        return torch.stack([mean, torch.full_like(mean, 0.5), torch.full_like(mean, 0.1)], dim=1)
+
+
+def test_a_blend_has_one_value_for_all_pixels_and_is_as_faint_as_works():
+    model = PixelModel()
+    model.visual = Brightness()
+    objective = TargetObjective(torch.eye(3)[:2], [0, 0], logit_scale=20.0)
+    # All images have the same mean up to chance, about 0.2, which (1 - m) 0.2 + m must lift to 0.5.
+    config = InversionConfig(steps=300, seed=1, family="blend")
+    found = invert(model, images(), objective, config)
+    assert found.family == "blend"
+    for mask, pattern, size in zip(found.masks, found.patterns, found.p_l1, strict=True):
+        assert float(mask.max()) == float(mask.min())
+        assert float(size) == pytest.approx(float(mask[0, 0]), rel=1e-5)
+        mean = float((images().float() / 255).mean())
+        least = (0.5 - mean) / (float(pattern.mean()) - mean)
+        assert least - 0.02 < float(mask[0, 0]) < 1.3 * least
+
+
+def test_families_have_a_first_mask_of_their_own():
+    firsts = {}
+    for family, centre in FAMILIES.items():
+        config = InversionConfig(steps=1, family=family)
+        firsts[family] = starting_point(config, 2, SIZE, 20)[0]
+        assert float(firsts[family].mean()) == pytest.approx(centre, abs=0.2)
+        given = starting_point(replace(config, initial_mask=0.5), 2, SIZE, 20)[0]
+        assert float(given.mean()) == pytest.approx(0.5, abs=0.2)
+    assert firsts["blend"].unique().numel() == 1
+    assert firsts["patch"].unique().numel() > 1
+    with pytest.raises(UsageError, match="family 'warp'"):
+        InversionConfig(family="warp")
 
 
 def test_the_pixel_that_decides_is_found_and_nothing_else():

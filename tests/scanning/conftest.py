@@ -10,12 +10,12 @@ import pytest
 
 from pydetox.calibration_file import write_calibration
 from pydetox.checkpoints import Provenance, save_checkpoint
-from pydetox.detection import Calibration
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.scanning import Scanner, ScannerConfig, ScanRecord
 from pydetox.workflow import ScanConfig
 from tests.cli.conftest import CLASSES, TINY, write_images
+from tests.mini import flat_calibration
 
 NAMES = ("a", "b", "c", "d")
 
@@ -49,10 +49,8 @@ def save(folder: Path, seed: int) -> Path:
 def calibration(folder: Path, steps: int, size: float = 1e-6) -> Path:
     """Write references of which every class has that P-L1."""
     search = InversionConfig(steps=steps, batch_size=1)
-    key = ScanConfig(inversion=search).calibration_key(CLASSES, TINY)
     path = folder / f"calibration-{steps}-{size:g}.json"
-    row = (size,) * len(CLASSES)
-    write_calibration(path, Calibration((row, row), key, ("one", "two")))
+    write_calibration(path, flat_calibration(ScanConfig(inversion=search), CLASSES, TINY, size))
     return path
 
 
