@@ -54,7 +54,11 @@ def measure(seed: int, run: str) -> Scans:
     precision, offset = RUNS[run]
     config = demo_scan_config(seed)
     config = replace(
-        config, drop_below=None, inversion=replace(config.inversion, precision=precision)
+        config,
+        drop_below=None,
+        # One family: the replay follows the history of a single search.
+        families=("patch",),
+        inversion=replace(config.inversion, precision=precision),
     )
     paths, defender = suspects(seed), splits(seed)[1]
     if run == "again":
