@@ -11,7 +11,7 @@ from .detection import Calibration
 from .errors import DataError, UsageError
 from .reporting.serialize import to_json
 
-CALIBRATION_SCHEMA = "pydetox.calibration/2"
+CALIBRATION_SCHEMA = "pydetox.calibration/3"
 
 # A calibration of 1000 classes and 100 references has 2 MB.
 _MAX_CALIBRATION_BYTES = 64 << 20

@@ -10,6 +10,14 @@ pooled over classes with C (R - 1) degrees of freedom. For another clean model
 t_c = (mu_c - x_c) / (s sqrt(1 + 1/R)) follows Student's t (the prediction interval of a normal
 sample). The score is max_c t_c and its p-value is corrected for C classes (Sidak).
 
+Where the scans search in contrast to a base (`relative`), sizes also depend on how far a model was
+trained away from it, which shifts all of its classes alike. Then a class is compared with the
+others of its model: with margins d_c = mu_c - x_c, and the median d' of the other C - 1 margins,
+t_c = (d_c - d') / (s sqrt((1 + 1/R) (1 + pi / 2 / (C - 1)))), where s^2 is what the two-way layout
+of references and classes leaves, with (C - 1)(R - 1) degrees of freedom. The median, because a
+second backdoor, or a class for which nothing was found, must not move what the first is compared
+with; pi / 2 is what its variance has over that of the mean in large normal samples.
+
 A class that a scan has dropped on the way is compared with what the references had at the same
 step. It is never the suspect: giving up can miss a backdoor, but raises no false alarm, because the
 largest score of the remaining classes is at most that of all.
@@ -60,6 +68,7 @@ class Calibration:
         history: For each of them p_l1 as it was then: [L, R, C].
         family: Which triggers were searched for (see `inversion.FAMILIES`).
         others: The same references under the searches for other families.
+        relative: Whether a class is judged beside the other classes of its model (see this module).
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -69,6 +78,7 @@ class Calibration:
     history: tuple[tuple[tuple[float, ...], ...], ...] = ()
     family: str = "patch"
     others: tuple[Calibration, ...] = ()
+    relative: bool = False
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -77,6 +87,8 @@ class Calibration:
                 f"{len(self.p_l1)} reference scans of {sorted(widths)} classes; a calibration "
                 "needs at least 2 with the same classes"
             )
+        if self.relative and widths == {1}:
+            raise UsageError("one class; a relative calibration needs at least 2")
         shape = {(len(rows), *map(len, rows)) for rows in self.history}
         expected = (len(self.p_l1), *map(len, self.p_l1))
         if len(self.history) != len(self.looks) or not shape <= {expected}:
@@ -90,7 +102,7 @@ class Calibration:
         if step not in self.looks:
             raise UsageError(f"step {step}; the calibration has sizes at {list(self.looks)}")
         rows = self.history[self.looks.index(step)]
-        return Calibration(rows, self.key, self.models, family=self.family)
+        return Calibration(rows, self.key, self.models, family=self.family, relative=self.relative)
 
     def of(self, family: str) -> Calibration:
         """Return the sizes of one family; UsageError if it was not searched for."""
@@ -112,25 +124,41 @@ class Calibration:
     @property
     def deviation(self) -> float:
         """Pooled standard deviation of log P-L1 between references of the same class."""
-        residuals = [
-            (value - centre) ** 2
-            for row in self._logarithms()
-            for value, centre in zip(row, self.mean, strict=True)
-        ]
+        residuals = []
+        for row in self._logarithms():
+            margins = [value - centre for value, centre in zip(row, self.mean, strict=True)]
+            shift = math.fsum(margins) / len(margins) if self.relative else 0.0
+            residuals += [(margin - shift) ** 2 for margin in margins]
         return max(_SMALLEST_DEVIATION, math.sqrt(math.fsum(residuals) / self.degrees_of_freedom))
 
     @property
     def degrees_of_freedom(self) -> int:
-        """C (R - 1)."""
-        return len(self.p_l1[0]) * (len(self.p_l1) - 1)
+        """C (R - 1), or (C - 1)(R - 1)."""
+        return (len(self.p_l1[0]) - self.relative) * (len(self.p_l1) - 1)
+
+    @property
+    def scale(self) -> float:
+        """Deviation of what `score` divides by it, for a further clean model."""
+        others = len(self.p_l1[0]) - 1
+        beside = 1 + math.pi / 2 / others if self.relative else 1.0
+        return self.deviation * math.sqrt((1 + 1 / len(self.p_l1)) * beside)
+
+    def margins(self, p_l1: Sequence[float]) -> tuple[float, ...]:
+        """Return mu_c - x_c per class: by how much the size is below the references', as a log."""
+        return tuple(
+            centre - value for centre, value in zip(self.mean, _logarithm(p_l1), strict=True)
+        )
+
+    def shift(self, margins: Sequence[float], index: int) -> float:
+        """Return what margin `index` is compared with: 0, or the median of the other classes'."""
+        if not self.relative:
+            return 0.0
+        return median([*margins[:index], *margins[index + 1 :]])
 
     def score(self, p_l1: Sequence[float]) -> tuple[float, ...]:
         """Return t_c per class: how far below the references, in predictive deviations."""
-        scale = self.deviation * math.sqrt(1 + 1 / len(self.p_l1))
-        return tuple(
-            (centre - value) / scale
-            for centre, value in zip(self.mean, _logarithm(p_l1), strict=True)
-        )
+        margins, scale = self.margins(p_l1), self.scale
+        return tuple((one - self.shift(margins, c)) / scale for c, one in enumerate(margins))
 
     def p_value(self, score: float) -> float:
         """Return the chance that the largest of C scores of a clean model reaches `score`."""
@@ -142,10 +170,12 @@ class Calibration:
         single = -math.expm1(math.log1p(-p_value) / len(self.p_l1[0]))
         return float(student_t.isf(single, self.degrees_of_freedom))
 
-    def size_threshold(self, index: int, p_value: float) -> float:
-        """Return the P-L1 of class `index` at which the score reaches its threshold."""
-        scale = self.deviation * math.sqrt(1 + 1 / len(self.p_l1))
-        return math.exp(self.mean[index] - self.score_threshold(p_value) * scale)
+    def size_threshold(self, index: int, p_value: float, *, shift: float = 0.0) -> float:
+        """Return the P-L1 of class `index` at which the score reaches its threshold.
+
+        shift: Of that class in that model, see `shift`.
+        """
+        return math.exp(self.mean[index] - shift - self.score_threshold(p_value) * self.scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; infinite values are null."""
@@ -157,6 +187,7 @@ class Calibration:
             "history": [_rows_to_json(rows) for rows in self.history],
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
+            "relative": self.relative,
         }
 
     @classmethod
@@ -171,6 +202,7 @@ class Calibration:
                 tuple(_rows_from_json(rows) for rows in content["history"]),
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
+                bool(content["relative"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
@@ -275,8 +307,10 @@ def detect(
             f"{len(values)} classes, but the calibration has {len(calibration.p_l1[0])}"
         )
     at = {step: calibration if step is None else calibration.at(step) for step in set(steps)}
-    by_step = {step: references.score(values) for step, references in at.items()}
-    scores = tuple(by_step[step][c] for c, step in enumerate(steps))
+    by_step = {step: references.margins(values) for step, references in at.items()}
+    margins = tuple(by_step[step][c] for c, step in enumerate(steps))
+    shifts = [calibration.shift(margins, c) for c in range(len(margins))]
+    scores = tuple((margins[c] - shifts[c]) / at[step].scale for c, step in enumerate(steps))
     suspect = max(judged, key=scores.__getitem__)
     index = anomaly_index(values, suspect) if len(judged) == len(values) else None
     single = min(calibration.p_value(scores[suspect]), 1 - 1e-16)
@@ -287,7 +321,7 @@ def detect(
         verdict = Verdict.SUSPICIOUS
     else:
         verdict = Verdict.CLEAN
-    reference = math.exp(calibration.mean[suspect])
+    reference = math.exp(calibration.mean[suspect] - shifts[suspect])
     gone = len(values) - len(judged)
     given_up = f"; {gone} of {len(values)} classes were given up on the way" if gone else ""
     return Detection(
@@ -299,7 +333,9 @@ def detect(
         values[suspect],
         index,
         scores[suspect],
-        calibration.size_threshold(suspect, -math.expm1(math.log1p(-p_backdoored) / families)),
+        calibration.size_threshold(
+            suspect, -math.expm1(math.log1p(-p_backdoored) / families), shift=shifts[suspect]
+        ),
         p_value,
         scores,
         steps,

@@ -7,6 +7,7 @@ scans the repaired model again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -25,6 +26,7 @@ from .errors import DataError, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .inversion import (
     CollapseObjective,
+    ContrastObjective,
     Elimination,
     InversionConfig,
     InversionResult,
@@ -47,6 +49,9 @@ from .unlearning import (
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
 ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
 
+# Clean images that say how often a base answers with each class.
+_SHARE_IMAGES = 512
+
 ObjectiveName = Literal["targeted", "label-free"]
 
 
@@ -61,6 +66,9 @@ class ScanConfig:
             of `families`.
         families: Kinds of triggers to search for; the verdict is that of the kind that stands out
             most, its p-value corrected for their number. A label-free scan searches for the first.
+        contrast: Search for triggers that work in the model but not in the base that it was
+            fine-tuned from (see `inversion.ContrastObjective`). Every step of the work then needs
+            that base, and a calibration needs reference models of the suspects' own kind.
         restarts: Searches per class, or in all without classes; the smallest mask counts.
         references: Clean reference models of a calibration: the base and copies of it fine-tuned
             on the defender's images, at least 2.
@@ -76,6 +84,7 @@ class ScanConfig:
     objective: ObjectiveName = "targeted"
     inversion: InversionConfig = field(default_factory=lambda: InversionConfig(steps=150))
     families: tuple[TriggerFamily, ...] = ("patch", "blend")
+    contrast: bool = False
     restarts: int = 1
     references: int = 3
     reference_training: TrainConfig = field(
@@ -89,6 +98,10 @@ class ScanConfig:
     def __post_init__(self) -> None:
         if self.objective not in ("targeted", "label-free"):
             raise UsageError(f"objective {self.objective!r}; expected targeted or label-free")
+        if self.contrast and self.objective != "targeted":
+            raise UsageError(
+                "contrast with a base is for targeted scans; a label-free one has none"
+            )
         if not self.families or len(set(self.families)) < len(self.families):
             raise UsageError(f"families {list(self.families)}; expected at least one, each once")
         for family in self.families:
@@ -119,16 +132,19 @@ class ScanConfig:
         class_names: Sequence[str] | None,
         model_config: Mapping[str, Any],
         family: TriggerFamily,
+        base: OpenClipModel | None = None,
     ) -> str:
         """Return what two scans must share for their sizes to be comparable, as one line.
 
         class_names: None in a label-free scan. model_config: open_clip's ``model_cfg``. family: of
-        the triggers.
+        the triggers. base: what they are in contrast to.
         """
         search = asdict(self.search(family))
         search = {k: v for k, v in search.items() if k not in ("seed", "max_batch")}
         classes = list(class_names or [])
-        content = [self.objective, search, self.restarts, classes, dict(model_config)]
+        content: list[Any] = [self.objective, search, self.restarts, classes, dict(model_config)]
+        if base is not None:
+            content.append(_fingerprint(base))
         return json.dumps(content, sort_keys=True)
 
 
@@ -368,35 +384,57 @@ def calibrate(
     base: ModelLike,
     images: ImageSet,
     *,
+    references: Sequence[ModelLike] | None = None,
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> Calibration:
-    """Scan clean references: the base model, and copies of it fine-tuned on the given images.
+    """Scan clean references: given models, or the base and copies of it fine-tuned on the images.
 
-    base: A model believed clean, of the same architecture as the suspects: the pre-trained model
-    they were fine-tuned from, at best. images: The defender's; without labels the base's own
-    predictions serve. The copies differ in their seeds, and every scan has a seed of its own.
-    Raises DataError when the images have no class names and the copies cannot be trained.
+    Args:
+        base: A model believed clean, of the same architecture as the suspects: the pre-trained
+            model they were fine-tuned from, at best.
+        images: The defender's; without labels the base's own predictions serve.
+        references: Models believed clean that were made as the suspects were: other fine-tunings of
+            the base, say. At least 2. Better than copies where there are some, and needed in
+            contrast to the base (`ScanConfig.contrast`): a copy that a few images have hardly moved
+            says nothing of what harmless fine-tuning does.
+        templates: As in `scan`.
+        config: As in `scan`. `references` and `reference_training` are of copies.
+        architecture: As in `scan`.
+
+    The copies differ in their seeds, and every scan has a seed of its own. Raises DataError when
+    the images have no class names and the copies cannot be trained; UsageError for less than two
+    references, and for none in contrast to the base.
     """
     config = config or ScanConfig()
     model, _ = as_model(base, architecture=architecture)
     head = zero_shot_head(model, images, templates)
+    if references is not None and len(references) < 2:
+        raise UsageError(f"{len(references)} reference model; a calibration needs at least 2")
+    if config.contrast and references is None:
+        raise UsageError(
+            "a search in contrast to the base needs reference models: clean ones that were "
+            "fine-tuned from it as the suspects were, at least 2"
+        )
     labelled = images
     if images.labels is None:
         labelled = replace(images, labels=predict(model, images.images, head))
     names = list[str]()
     found: dict[TriggerFamily, list[InversionResult]] = {family: [] for family in config.searched}
-    for k in range(config.references):
+    count = config.references if references is None else len(references)
+    for k in range(count):
         reference = model
-        if k > 0:
+        if references is not None:
+            reference, _ = as_model(references[k], architecture=architecture)
+        elif k > 0:
             training = replace(config.reference_training, seed=config.seed + 7919 * k)
             reference = train_on_prompts(
                 model,
                 labelled,
                 templates or DEFAULT_TEMPLATES,
                 training,
-                description=f"reference {k + 1} of {config.references}: fine-tuning",
+                description=f"reference {k + 1} of {count}: fine-tuning",
             )
         for family in config.searched:
             one = _invert_all(
@@ -405,22 +443,27 @@ def calibrate(
                 templates,
                 replace(config, seed=config.seed + 104729 * (k + 1)),
                 family,
-                f"reference {k + 1} of {config.references}: inversion ({family})",
+                f"reference {k + 1} of {count}: inversion ({family})",
+                base=model if config.contrast else None,
             )
             found[family].append(one)
-        names.append(model.name if k == 0 else f"{model.name}, fine-tuned {k}")
+        copied = references is None and k > 0
+        names.append(f"{model.name}, fine-tuned {k}" if copied else reference.name)
     classes = _classes(images, config)
 
     def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
         histories = [[_sizes(then, config) for then in one.history] for one in found[family]]
         return Calibration(
             tuple(_sizes(one.p_l1, config) for one in found[family]),
-            config.calibration_key(classes, model.model_config, family),
+            config.calibration_key(
+                classes, model.model_config, family, model if config.contrast else None
+            ),
             tuple(names),
             config.inversion.looks,
             tuple(zip(*histories, strict=True)),
             family,
             others,
+            relative=config.contrast,
         )
 
     first, *rest = config.searched
@@ -444,8 +487,8 @@ def scan(
         checkpoint: The suspect. It is not changed.
         images: Clean images of the model's size, a few hundred; labels are not used.
         calibration: From `calibrate` with the same configuration, for many scans.
-        base: A clean model to calibrate with, if there is no calibration yet. With neither, the
-            verdict is `inconclusive`.
+        base: A clean model to calibrate with, if there is no calibration yet; with neither, the
+            verdict is `inconclusive`. In a search in contrast to the base, that base.
         templates: Prompt templates; default DEFAULT_TEMPLATES.
         config: Default ScanConfig().
         architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
@@ -459,11 +502,12 @@ def scan(
     config = config or ScanConfig()
     model, sha256 = as_model(checkpoint, architecture=architecture)
     classes = _classes(images, config)
-    if calibration is None and base is not None:
+    contrast = _contrast(base, config)
+    if calibration is None and base is not None and not config.contrast:
         calibration = calibrate(base, images, templates=templates, config=config)
     if calibration is not None:
         for family in config.searched:
-            key = config.calibration_key(classes, model.model_config, family)
+            key = config.calibration_key(classes, model.model_config, family, contrast)
             if calibration.of(family).key != key:
                 raise UsageError(
                     f"the calibration was made with {calibration.of(family).key}; this scan has "
@@ -482,6 +526,7 @@ def scan(
             family,
             description if len(config.searched) == 1 else f"{description} ({family})",
             elimination=_elimination(compared, config),
+            base=contrast,
         )
         detection = detect(
             _sizes(found.p_l1, config),
@@ -522,21 +567,25 @@ def recover_triggers(
     *,
     restarts: int = 3,
     family: TriggerFamily = "patch",
+    base: ModelLike | None = None,
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> InversionResult:
     """Reconstruct several triggers of one family into one class, from different starting points.
 
-    target: Class index. Raises UsageError for a class outside the image set's.
+    target: Class index. base: As in `scan`, for a search in contrast to it.
+    Raises UsageError for a class outside the image set's.
     """
     config = config or ScanConfig()
     model, _ = as_model(checkpoint, architecture=architecture)
-    head = zero_shot_head(model, images, templates)
-    objective = TargetObjective(head, [target] * restarts, model.logit_scale)
+    contrast = _contrast(base, config)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast)
     search = replace(config.search(family), seed=config.seed + 15485863)
     description = f"{restarts} restarts ({family})"
-    return invert(model, images.images, objective, search, description=description)
+    return invert(
+        model, images.images, objective, search, contrast=contrast, description=description
+    )
 
 
 def unlearn(
@@ -546,6 +595,7 @@ def unlearn(
     *,
     triggers: Sequence[Stamp] | None = None,
     restarts: int = 3,
+    base: ModelLike | None = None,
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     unlearning: UnlearnConfig | None = None,
@@ -562,6 +612,7 @@ def unlearn(
             the configuration's families, subtract, and do so again for what then still works
             (`UnlearnConfig.passes`).
         restarts: See triggers.
+        base: As in `scan`, for a search in contrast to it.
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: Default UnlearnConfig().
@@ -589,6 +640,7 @@ def unlearn(
                     target,
                     restarts=restarts,
                     family=family,
+                    base=base,
                     templates=templates,
                     config=replace(config, seed=config.seed + 86028121 * number),
                 )
@@ -663,11 +715,14 @@ def detox(
     if output is not None:
         rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     model, sha256 = as_model(checkpoint, architecture=architecture)
+    base = None if base is None else as_model(base, architecture=architecture)[0]
     lap("read")
-    if calibration is None and base is not None:
+    if calibration is None and base is not None and not config.contrast:
         calibration = calibrate(base, images, templates=templates, config=config)
         lap("calibrate")
-    before = scan(model, images, calibration=calibration, templates=templates, config=config)
+    before = scan(
+        model, images, calibration=calibration, base=base, templates=templates, config=config
+    )
     before = replace(before, sha256=sha256)
     lap("scan")
     evaluation_before = _accuracy(model, images, templates)
@@ -678,6 +733,7 @@ def detox(
             repaired,
             images,
             current.target,
+            base=base,
             templates=templates,
             config=replace(config, seed=config.seed + repairs),
             unlearning=unlearning,
@@ -690,6 +746,7 @@ def detox(
             repaired,
             images,
             calibration=calibration,
+            base=base,
             templates=templates,
             config=replace(config, seed=config.seed + 32452843 * repairs),
             description=f"re-scan of {model.name}",
@@ -780,13 +837,14 @@ def _invert_all(
     family: TriggerFamily,
     description: str,
     elimination: Elimination | None = None,
+    base: OpenClipModel | None = None,
 ) -> InversionResult:
     search = replace(config.search(family), seed=config.seed)
     objective: Objective
     if config.objective == "targeted":
-        head = zero_shot_head(model, images, templates)
-        targets = [c for c in range(head.shape[0]) for _ in range(config.restarts)]
-        objective = TargetObjective(head, targets, model.logit_scale)
+        classes = len(images.class_names or ())
+        targets = [c for c in range(classes) for _ in range(config.restarts)]
+        objective = _targeted(model, images, templates, targets, base)
     else:
         objective = CollapseObjective()
     return invert(
@@ -796,8 +854,53 @@ def _invert_all(
         search,
         restarts=config.restarts,
         elimination=elimination,
+        contrast=base,
         description=description,
     )
+
+
+def _targeted(
+    model: OpenClipModel,
+    images: ImageSet,
+    templates: Sequence[Template] | None,
+    targets: Sequence[int],
+    base: OpenClipModel | None,
+) -> Objective:
+    """Return what triggers into those classes must do. base: where they must not work, or None."""
+    head = zero_shot_head(model, images, templates)
+    if base is None:
+        return TargetObjective(head, targets, model.logit_scale)
+    base_head = zero_shot_head(base, images, templates)
+    told = predict(base, images.images[:_SHARE_IMAGES], base_head)
+    return ContrastObjective(
+        head,
+        base_head,
+        targets,
+        logit_scale=model.logit_scale,
+        base_logit_scale=base.logit_scale,
+        base_shares=torch.bincount(told, minlength=len(base_head)) / len(told),
+    )
+
+
+def _contrast(base: ModelLike | None, config: ScanConfig) -> OpenClipModel | None:
+    """Return the base that a search is in contrast to; UsageError if there must be one."""
+    if not config.contrast:
+        return None
+    if base is None:
+        raise UsageError("a search in contrast to the base needs it: give the base")
+    return as_model(base)[0]
+
+
+def _fingerprint(model: OpenClipModel) -> str:
+    """Return what tells a base from another one: a digest of the beginning of every tensor.
+
+    It guards against mistakes, not against forgery.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.visual.state_dict().items()):
+        few = tensor.detach().flatten()[:64].to("cpu", torch.float32)
+        digest.update(f"{name} {list(tensor.shape)}".encode() + few.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _evidence(found: FamilyScan) -> float:

@@ -51,20 +51,23 @@ _XI_ATTACK = "badnets"
 
 @dataclass(frozen=True)
 class Suspect:
-    """One model to judge or repair.
+    """One model to judge or repair, or a clean one that the defender has to compare it with.
 
     seed: of its base, training and attack. attack: a name of `attacks.ATTACKS`, or None for a clean
-    fine-tune. number: which of the clean ones.
+    fine-tune. number: which of the clean ones. reference: whether it is a reference of the
+    calibration; such models are fine-tuned on other images and never measured.
     """
 
     seed: int
     attack: str | None
     number: int = 0
+    reference: bool = False
 
     @property
     def name(self) -> str:
         """As in tables and file names."""
-        return f"{self.attack or f'clean-{self.number}'}-seed{self.seed}"
+        kind = "reference" if self.reference else "clean"
+        return f"{self.attack or f'{kind}-{self.number}'}-seed{self.seed}"
 
 
 def defense_named(name: str) -> Defense[Any]:
@@ -162,6 +165,17 @@ class Lab:
         count = min(self.plan.fine_tuning_images, len(self.splits.attacker))
         return self.splits.attacker.subset(range(count))
 
+    @cached_property
+    def _reference_images(self) -> ImageSet:
+        """As many as suspects have, from the other end of the attacker's part."""
+        last = len(self.splits.attacker)
+        return self.splits.attacker.subset(range(last - len(self._poisonable), last))
+
+    @property
+    def references(self) -> list[Suspect]:
+        """The clean models that the defender is given."""
+        return [Suspect(self.seed, None, k, True) for k in range(self.plan.reference_models)]
+
     def backdoors(self, suspect: Suspect) -> tuple[Backdoor, ...]:
         """Return what was planted; empty for a clean model."""
         if suspect.attack is None:
@@ -182,6 +196,8 @@ class Lab:
             "images": len(self._poisonable),
             "training": self.plan.training(suspect.attack),
         }
+        if suspect.reference:
+            content["reference"] = True
         return key_of("model", content)
 
     def model(self, suspect: Suspect) -> OpenClipModel:
@@ -189,10 +205,10 @@ class Lab:
         key = self.key(suspect)
         tensors = self.cache.weights(key)
         if tensors is None:
-            images = self._poisonable
+            images = self._reference_images if suspect.reference else self._poisonable
             if suspect.attack is not None:
                 images, _ = plant(images, self.backdoors(suspect), seed=self.seed)
-            seed = 1000 * (suspect.number + 1) + self.seed
+            seed = 1000 * (suspect.number + 1) + self.seed + 500 * suspect.reference
             trained = train_on_prompts(
                 self.base,
                 images,
@@ -210,17 +226,22 @@ class Lab:
         return model
 
     def calibration(self) -> Calibration:
-        """Return the calibration from clean references, made on the defender's images."""
+        """Return the calibration from the reference models, made on the defender's images."""
         config = replace(self.plan.scan, seed=self.seed)
         key = key_of(
             "calibration",
             {"base": self._base_key, "scan": config, "code": code_digest(SCAN_CODE)}
-            | {"data": data_digest(self.splits.defender)},
+            | {"data": data_digest(self.splits.defender)}
+            | {"references": [self.key(one) for one in self.references]},
         )
         document = self.cache.document(key)
         if document is None:
             made = calibrate(
-                self.base, self.splits.defender, templates=self.templates, config=config
+                self.base,
+                self.splits.defender,
+                references=[self.model(one) for one in self.references],
+                templates=self.templates,
+                config=config,
             )
             document = self.cache.keep_document(key, made.to_dict())
         return Calibration.from_dict(document)
@@ -232,6 +253,7 @@ class Lab:
             self.splits.defender,
             self.templates,
             triggers=known if defense.needs_trigger else (),
+            base=None if defense.needs_trigger else self.base,
             calibration=None if defense.needs_trigger else self.calibration(),
             scan=replace(self.plan.scan, seed=self.seed),
         )
@@ -268,7 +290,8 @@ class Lab:
     def scan(self, suspect: Suspect) -> dict[str, Any]:
         """Judge a suspect."""
         config = replace(self.plan.scan, seed=self.seed + 17)
-        key = self._result_key("scan", suspect, SCAN_CODE, {"scan": config})
+        content = {"scan": config, "references": [self.key(one) for one in self.references]}
+        key = self._result_key("scan", suspect, SCAN_CODE, content)
         found = self.cache.document(key)
         if found is None:
             calibration = self.calibration()
@@ -276,6 +299,7 @@ class Lab:
                 self.model(suspect),
                 self.splits.defender,
                 calibration=calibration,
+                base=self.base,
                 templates=self.templates,
                 config=config,
             )
@@ -295,6 +319,7 @@ class Lab:
         content = {"defense": name, "config": config, "part": part, "relapse": relapse}
         if isinstance(defense, PydetoxUnknown):
             content["scan"] = self.plan.scan
+            content["references"] = [self.key(one) for one in self.references]
         key = self._result_key("defense", suspect, defense_code(defense), content)
         found = self.cache.document(key)
         if found is not None:
@@ -427,6 +452,7 @@ class Lab:
             "score": found.score if found.score is not None else -math.inf,
             "p_value": found.p_value,
             "p_l1": found.smallest_p_l1,
+            "family": result.family,
             "target": result.target,
             "target_right": result.target in targets if targets else None,
             "seconds": result.seconds,

@@ -47,6 +47,8 @@ class Plan:
         epochs: Passes over it, for attacks that need more than `fine_tuning` has.
         seeds: One base model, one set of victims and clean models, one calibration per seed.
         clean_models: Clean fine-tunes per seed.
+        reference_models: Clean fine-tunes per seed that the defender has for calibration: of the
+            same base, on other images, never measured. At least 2.
         tuning_seed: A further seed, whose models serve to choose settings and for nothing else.
         tuning_attacks: The attacks of those models.
         model_config: open_clip's.
@@ -69,6 +71,7 @@ class Plan:
     epochs: Mapping[str, int] = field(default_factory=lambda: EPOCHS)
     seeds: tuple[int, ...] = (0, 1, 2)
     clean_models: int = 7
+    reference_models: int = 4
     tuning_seed: int = 100
     tuning_attacks: tuple[str, ...] = ("badnets", "blended")
     model_config: dict[str, Any] = field(default_factory=lambda: MINI_CLIP)
@@ -78,9 +81,8 @@ class Plan:
     fine_tuning: TrainConfig = field(default_factory=lambda: TrainConfig(5, 1e-3, batch_size=64))
     scan: ScanConfig = field(
         default_factory=lambda: ScanConfig(
-            inversion=InversionConfig(steps=150),
-            references=5,
-            reference_training=TrainConfig(10, 1e-3, batch_size=64),
+            inversion=InversionConfig(steps=150, success_threshold=0.9, precision="bfloat16"),
+            contrast=True,
             p_backdoored=0.005,
             p_suspicious=0.02,
             drop_below=0.0,
@@ -102,10 +104,10 @@ class Plan:
             raise UsageError(
                 f"seed {self.tuning_seed} is kept for tuning; its models cannot be measured too"
             )
-        if self.clean_models < 1 or self.xi_points < 2:
+        if self.clean_models < 1 or min(self.reference_models, self.xi_points) < 2:
             raise UsageError(
-                f"clean_models {self.clean_models}, xi_points {self.xi_points}; expected at least "
-                "1 and 2"
+                f"clean_models {self.clean_models}, reference_models {self.reference_models}, "
+                f"xi_points {self.xi_points}; expected at least 1, 2 and 2"
             )
 
     def rate(self, attack: str) -> float:
@@ -137,13 +139,13 @@ def quick_plan(data: str = "fashion-mnist") -> Plan:
         epochs={},
         seeds=(0,),
         clean_models=2,
+        reference_models=2,
         tuning_attacks=(),
         base_training=TrainConfig(20 if few else 5, 1e-3, batch_size=64, train_text=True),
         fine_tuning=TrainConfig(12 if few else 5, 1e-3, batch_size=64),
         scan=ScanConfig(
-            inversion=InversionConfig(steps=60),
-            references=2,
-            reference_training=TrainConfig(4, 1e-3, batch_size=64),
+            inversion=InversionConfig(steps=60, success_threshold=0.9, precision="bfloat16"),
+            contrast=True,
         ),
         xi_points=5,
     )

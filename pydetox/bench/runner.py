@@ -69,6 +69,10 @@ def run(
         stage("bases", [("base", s, {}) for s in seeds])
         before = stage("suspects", [("train", s.seed, {"suspect": s}) for s in victims + clean])
         starts = stage("tuning models", [("train", s.seed, {"suspect": s}) for s in tuning])
+        references = [
+            Suspect(s, None, k, True) for s in seeds for k in range(plan.reference_models)
+        ]
+        stage("reference models", [("model", one.seed, {"suspect": one}) for one in references])
         stage("calibrations", [("calibrate", s, {}) for s in seeds])
         accuracy = {row["suspect"]: row["ca_validation"] for row in starts}
         settings = _tune(plan, chosen, tuning, accuracy, stage)
@@ -252,6 +256,9 @@ def _work(kind: str, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
     lab = _lab(seed)
     if kind == "base":
         _ = lab.base
+        return {}
+    if kind == "model":
+        lab.model(arguments["suspect"])
         return {}
     if kind == "calibrate":
         return lab.calibration().to_dict()

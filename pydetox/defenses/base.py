@@ -36,13 +36,16 @@ class DefenderData:
             its cost.
         templates: Prompt templates.
         triggers: The backdoors' triggers and targets; empty for a defence that does not know them.
-        calibration: Of clean references, for defences that scan; None for the others.
+        base: The clean model that the suspect was fine-tuned from, for defences that scan; None for
+            the others.
+        calibration: Of clean references, for the same defences; None for the others.
         scan: How such defences scan.
     """
 
     images: ImageSet
     templates: Sequence[Template]
     triggers: tuple[KnownTrigger, ...] = ()
+    base: OpenClipModel | None = None
     calibration: Calibration | None = None
     scan: ScanConfig = field(default_factory=ScanConfig)
 

@@ -65,11 +65,12 @@ class PydetoxUnknown:
 
     name: str = "pydetox, unknown trigger"
     needs_trigger: bool = False
+    # Alpha is chosen on images of which most made the vector, so that more seems kept than is.
     grid: tuple[UnlearnConfig, ...] = (
-        UnlearnConfig(),
-        UnlearnConfig(learning_rate=2e-4),
-        UnlearnConfig(amplifications=(1.0, 2.0)),
-        UnlearnConfig(blend_amplifications=(1.0, 1.5)),
+        UnlearnConfig(min_accuracy_kept=0.98),
+        UnlearnConfig(min_accuracy_kept=0.98, learning_rate=2e-4),
+        UnlearnConfig(min_accuracy_kept=0.98, amplifications=(1.0, 2.0)),
+        UnlearnConfig(min_accuracy_kept=0.98, blend_amplifications=(1.0, 1.5)),
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
@@ -78,6 +79,7 @@ class PydetoxUnknown:
         result = detox(
             model,
             data.images,
+            base=data.base,
             calibration=data.calibration,
             templates=data.templates,
             config=data.scan,

@@ -8,7 +8,7 @@ classes to give up, `result` holds the best triggers.
 from __future__ import annotations
 
 from .elimination import Elimination, relative_to_smallest
-from .objectives import CollapseObjective, Objective, TargetObjective
+from .objectives import CollapseObjective, ContrastObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
 from .search import FAMILIES, InversionConfig, InversionSearch, invert
@@ -17,6 +17,7 @@ from .state import TriggerFamily
 __all__ = [
     "FAMILIES",
     "CollapseObjective",
+    "ContrastObjective",
     "CostSchedule",
     "Elimination",
     "InversionConfig",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
-from ..models.frozen import PRECISIONS, freeze
+from ..models.frozen import PRECISIONS, FrozenTower, TowerPair, freeze
 from ..ops import BestTriggers, stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
 from .elimination import Elimination
@@ -127,6 +127,7 @@ class InversionSearch:
         *,
         restarts: int = 1,
         elimination: Elimination | None = None,
+        contrast: OpenClipModel | None = None,
     ) -> None:
         size = model.image_size
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
@@ -155,7 +156,9 @@ class InversionSearch:
         self._running = list(range(count))  # the triggers' index, where no device is asked
         self._batch = batches.shape[1]
         self._batches = batches.to(device)
-        self._tower = freeze(model.visual, config.precision, name=model.name)
+        self._tower: FrozenTower = freeze(model.visual, config.precision, name=model.name)
+        if contrast is not None:
+            self._tower = _beside(self._tower, model, contrast, config)
         self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
         self._steps = 0
         self._make_buffers()
@@ -392,6 +395,7 @@ def invert(
     *,
     restarts: int = 1,
     elimination: Elimination | None = None,
+    contrast: OpenClipModel | None = None,
     description: str = "inversion",
 ) -> InversionResult:
     """Find small triggers that make the objective hold on clean images.
@@ -403,16 +407,24 @@ def invert(
         config: Default InversionConfig().
         restarts: K for an objective without targets.
         elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
+        contrast: Another model that takes the same inputs, for an objective that is given the
+            embeddings of both (`ContrastObjective`).
         description: Shown with the progress bar.
 
     Raises:
         DataError: Images of another type, size or number.
         UsageError: Less than one restart, or triggers that are no multiple of the elimination's.
-        ArchitectureError: The model's embeddings are not finite.
+        ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
     """
     config = config or InversionConfig()
     search = InversionSearch(
-        model, images, objective, config, restarts=restarts, elimination=elimination
+        model,
+        images,
+        objective,
+        config,
+        restarts=restarts,
+        elimination=elimination,
+        contrast=contrast,
     )
     with Progress(description, config.steps) as progress:
         while not search.done:
@@ -446,6 +458,21 @@ def starting_point(
     order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])
     batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
     return mask, pattern, batches
+
+
+def _beside(
+    tower: FrozenTower, model: OpenClipModel, contrast: OpenClipModel, config: InversionConfig
+) -> TowerPair:
+    """Return a model's tower beside that of another one, which must take the same inputs."""
+    other = freeze(contrast.visual, config.precision, name=contrast.name)
+    mine = (model.image_size, tower.patch_size, model.mean, model.std)
+    theirs = (contrast.image_size, other.patch_size, contrast.mean, contrast.std)
+    if mine != theirs:
+        raise ArchitectureError(
+            f"{contrast.name}: takes images of size, patch size, mean and std {theirs}; expected "
+            f"those of {model.name}, {mine}"
+        )
+    return TowerPair(tower, other)
 
 
 def _chunks(count: int, size: int) -> list[slice]:

@@ -134,6 +134,28 @@ class ModuleTower:
         return embeddings
 
 
+class TowerPair:
+    """Two towers on the same inputs: embeddings [N, D1 + D2], those of the first one first.
+
+    Both must take the same inputs: patch rows of one patch size, or images.
+    """
+
+    def __init__(self, first: FrozenTower, second: FrozenTower) -> None:
+        if (first.patch_size, first.dtype) != (second.patch_size, second.dtype):
+            raise UsageError(
+                f"towers with inputs {first.dtype} (patch size {first.patch_size}) and "
+                f"{second.dtype} (patch size {second.patch_size}); expected the same"
+            )
+        self.patch_size, self.dtype = first.patch_size, first.dtype
+        self.bytes_per_image = first.bytes_per_image + second.bytes_per_image
+        self.description = f"{first.description}, beside one of another model"
+        self._first, self._second = first, second
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return embeddings float32 [N, D1 + D2] of normalised images or their rows."""
+        return torch.cat([self._first(inputs), self._second(inputs)], dim=1)
+
+
 class FrozenVisionTransformer:
     """open_clip's `VisionTransformer` with one class token, learned or fixed positions.
 

@@ -182,15 +182,15 @@ class TestCalibration:
             "garbage",
             "[]",
             "{}",
-            '{"schema": "pydetox.calibration/2"}',
+            '{"schema": "pydetox.calibration/3"}',
             '{"schema": "pydetox.calibration/1"}',
-            '{"schema": "pydetox.calibration/2", "p_l1": [[1]], "key": "", '
+            '{"schema": "pydetox.calibration/3", "p_l1": [[1]], "key": "", '
             '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
-            '{"schema": "pydetox.calibration/2", "p_l1": [[0], [1]], "key": "", '
+            '{"schema": "pydetox.calibration/3", "p_l1": [[0], [1]], "key": "", '
             '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
-            '{"schema": "pydetox.calibration/2", "p_l1": [[NaN], [1]], "key": "", '
+            '{"schema": "pydetox.calibration/3", "p_l1": [[NaN], [1]], "key": "", '
             '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
-            '{"schema": "pydetox.calibration/2", "p_l1": 5, "key": "", "models": []}',
+            '{"schema": "pydetox.calibration/3", "p_l1": 5, "key": "", "models": []}',
             "[" * 100_000,
         ],
     )
