@@ -49,6 +49,9 @@ from .unlearning import (
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
 ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
 
+# Success that a trigger needs in contrast to a base; docs/method.md has the measurements.
+_CONTRAST_SUCCESS = 0.9
+
 # Clean images that say how often a base answers with each class.
 _SHARE_IMAGES = 512
 
@@ -122,6 +125,14 @@ class ScanConfig:
     def searched(self) -> tuple[TriggerFamily, ...]:
         """The families that a scan searches for."""
         return self.families if self.objective == "targeted" else self.families[:1]
+
+    def in_contrast(self) -> ScanConfig:
+        """Return the same scan in contrast to a base, with the threshold that was measured for it.
+
+        A trigger's success then has what it does to the base taken off.
+        """
+        search = replace(self.inversion, success_threshold=_CONTRAST_SUCCESS)
+        return replace(self, contrast=True, inversion=search)
 
     def search(self, family: TriggerFamily) -> InversionConfig:
         """Return the search for one family."""
@@ -381,7 +392,7 @@ def zero_shot_head(
 
 
 def calibrate(
-    base: ModelLike,
+    base: ModelLike | None,
     images: ImageSet,
     *,
     references: Sequence[ModelLike] | None = None,
@@ -393,7 +404,7 @@ def calibrate(
 
     Args:
         base: A model believed clean, of the same architecture as the suspects: the pre-trained
-            model they were fine-tuned from, at best.
+            model they were fine-tuned from, at best. None with references and without contrast.
         images: The defender's; without labels the base's own predictions serve.
         references: Models believed clean that were made as the suspects were: other fine-tunings of
             the base, say. At least 2. Better than copies where there are some, and needed in
@@ -408,8 +419,6 @@ def calibrate(
     references, and for none in contrast to the base.
     """
     config = config or ScanConfig()
-    model, _ = as_model(base, architecture=architecture)
-    head = zero_shot_head(model, images, templates)
     if references is not None and len(references) < 2:
         raise UsageError(f"{len(references)} reference model; a calibration needs at least 2")
     if config.contrast and references is None:
@@ -417,8 +426,13 @@ def calibrate(
             "a search in contrast to the base needs reference models: clean ones that were "
             "fine-tuned from it as the suspects were, at least 2"
         )
+    first_model = base if base is not None or not references else references[0]
+    if first_model is None or (config.contrast and base is None):
+        raise UsageError("no base model, which this calibration needs")
+    model, _ = as_model(first_model, architecture=architecture)
+    head = zero_shot_head(model, images, templates)
     labelled = images
-    if images.labels is None:
+    if images.labels is None and references is None:
         labelled = replace(images, labels=predict(model, images.images, head))
     names = list[str]()
     found: dict[TriggerFamily, list[InversionResult]] = {family: [] for family in config.searched}

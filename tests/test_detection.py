@@ -264,3 +264,79 @@ def test_a_calibration_holds_the_families_and_survives_a_file():
     assert Calibration.from_dict(json.loads(json.dumps(both.to_dict()))) == both
     with pytest.raises(UsageError, match="'blend'"):
         first.of("blend")
+
+
+def relative(count=4, classes=6, seed=0, scatter=0.1):
+    rng = np.random.default_rng(seed)
+    logs = np.log(np.linspace(0.02, 0.04, classes)) + scatter * rng.standard_normal(
+        (count, classes)
+    )
+    logs += rng.standard_normal((count, 1))  # how far each was trained away from its base
+    rows = tuple(map(tuple, np.exp(logs).tolist()))
+    return Calibration(rows, "key", tuple("abcdefgh"[:count]), relative=True), logs
+
+
+def test_relative_statistics_agree_with_numpy():
+    calibration, logs = relative()
+    residuals = logs - logs.mean(axis=0)
+    residuals -= residuals.mean(axis=1, keepdims=True)
+    deviation = math.sqrt((residuals**2).sum() / 15)
+    assert calibration.degrees_of_freedom == 15
+    assert calibration.deviation == pytest.approx(deviation, rel=1e-12)
+    suspect = np.array([0.2, 0.1, 0.04, 0.3, 0.3, 0.3])
+    margins = logs.mean(axis=0) - np.log(suspect)
+    scale = deviation * math.sqrt((1 + 1 / 4) * (1 + math.pi / 10))
+    expected = [(m - np.median(np.delete(margins, c))) / scale for c, m in enumerate(margins)]
+    np.testing.assert_allclose(calibration.score(suspect.tolist()), expected, rtol=1e-12)
+    found = detect(suspect.tolist(), calibration, has_classes=True)
+    assert found.target == int(np.argmax(expected))
+    assert found.class_scores == pytest.approx(expected)
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    # The threshold is the size at which that class of that model would be called backdoored.
+    at = np.exp(logs.mean(axis=0)).tolist()
+    at[3] /= 5
+    found = detect(at, calibration, has_classes=True)
+    assert found.target == 3
+    at[3] = found.threshold
+    assert detect(at, calibration, has_classes=True).p_value == pytest.approx(0.01, rel=1e-6)
+
+
+def test_a_shift_of_all_classes_changes_nothing_relative_to_each_other():
+    calibration, _ = relative()
+    sizes = np.array([0.02, 0.01, 0.03, 0.03, 0.02, 0.05])
+    one, two = (detect((f * sizes).tolist(), calibration, has_classes=True) for f in (1, 3))
+    assert one.class_scores == pytest.approx(two.class_scores)
+    assert one.p_value == pytest.approx(two.p_value)
+
+
+def test_a_second_backdoor_or_a_failed_search_does_not_move_the_first():
+    calibration, logs = relative(scatter=0.02)
+    clean = np.exp(logs.mean(axis=0))
+    first, both, failed = clean.copy(), clean.copy(), clean.copy()
+    for sizes in (first, both, failed):
+        sizes[2] /= 3
+    both[4] /= 4
+    failed[0] = math.inf
+    scores = [
+        detect(sizes.tolist(), calibration, has_classes=True).class_scores[2]
+        for sizes in (first, both, failed)
+    ]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+
+
+def test_relative_false_alarms_come_at_about_the_stated_rate():
+    rng = np.random.default_rng(2)
+    alarms, trials = 0, 1500
+    for _ in range(trials):
+        logs = -3.5 + 0.2 * rng.standard_normal((5, 8)) + rng.standard_normal((5, 1))
+        rows = tuple(map(tuple, np.exp(logs[:4]).clip(max=1).tolist()))
+        calibration = Calibration(rows, "k", tuple("abcd"), relative=True)
+        found = detect(np.exp(logs[4]).clip(max=1).tolist(), calibration, has_classes=True)
+        alarms += found.verdict is not Verdict.CLEAN
+    # pi / 2 is the limit for many classes; with few of them it errs on the safe side.
+    assert 0.02 < alarms / trials < 0.075
+
+
+def test_one_class_cannot_be_relative():
+    with pytest.raises(UsageError, match="at least 2"):
+        Calibration(((0.1,), (0.2,)), "k", ("a", "b"), relative=True)

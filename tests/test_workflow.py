@@ -300,3 +300,86 @@ def test_every_public_name_is_there():
     with pytest.raises(AttributeError):
         _ = pydetox.nothing
     assert not math.isnan(pydetox.build_info()["threads"])
+
+
+@pytest.fixture(scope="module")
+def contrast(story):
+    """Two clean fine-tunes as references, and a calibration in contrast to the base."""
+    base, _, data, _ = story
+    tuning = TrainConfig(epochs=60, learning_rate=2e-3)
+    references = [
+        train_on_prompts(base, data, TEMPLATES, replace(tuning, seed=seed)) for seed in (7, 8)
+    ]
+    for k, one in enumerate(references):
+        one.name = f"reference {k}"
+    config = replace(CONFIG, contrast=True)
+    calibration = calibrate(base, data, references=references, templates=TEMPLATES, config=config)
+    return references, calibration, config
+
+
+def test_in_contrast_triggers_are_found_that_the_base_does_not_obey(story, contrast):
+    base, path, data, _ = story
+    _, calibration, config = contrast
+    assert calibration.relative
+    assert calibration.models == ("reference 0", "reference 1")
+    result = scan(
+        path, data, calibration=calibration, base=base, templates=TEMPLATES, config=config
+    )
+    assert result.target == TARGET
+    found = result.inversion
+    trigger = found.trigger(TARGET)
+    head = base.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    on_base = evaluate(base, data, head, trigger=trigger, target=TARGET)
+    assert float(found.success[TARGET]) >= 0.9
+    assert on_base.attack_success_rate <= 0.2
+    again = scan(path, data, calibration=calibration, base=base, templates=TEMPLATES, config=config)
+    assert again.detection == result.detection
+
+
+def test_a_repair_in_contrast_uses_the_base_throughout(story, contrast):
+    base, path, data, _ = story
+    _, calibration, config = contrast
+    result = detox(
+        path,
+        data,
+        calibration=calibration,
+        base=base,
+        templates=TEMPLATES,
+        config=replace(config, p_backdoored=0.5, p_suspicious=0.9),
+        unlearning=replace(UNLEARNING, passes=1),
+        max_rounds=1,
+    )
+    assert result.rounds[0].target == TARGET
+    towers = [found.tower for found in result.rounds[0].triggers]
+    assert all("beside one of another model" in tower for tower in towers)
+
+
+def test_contrast_without_what_it_needs_is_refused(story, contrast):
+    base, path, data, plain = story
+    references, calibration, config = contrast
+    given = {"templates": TEMPLATES, "config": config}
+    with pytest.raises(UsageError, match="needs reference models"):
+        calibrate(base, data, **given)
+    with pytest.raises(UsageError, match="1 reference model"):
+        calibrate(base, data, references=references[:1], **given)
+    with pytest.raises(UsageError, match="no base model"):
+        calibrate(None, data, references=references, **given)
+    with pytest.raises(UsageError, match="give the base"):
+        scan(path, data, calibration=calibration, **given)
+    with pytest.raises(UsageError, match="sizes from different searches"):
+        scan(path, data, calibration=plain, base=base, **given)
+    with pytest.raises(UsageError, match="sizes from different searches"):
+        scan(path, data, calibration=calibration, base=references[0], **given)
+    with pytest.raises(UsageError, match="label-free"):
+        ScanConfig("label-free", contrast=True)
+
+
+def test_given_references_need_no_base(story, contrast):
+    _, path, data, _ = story
+    references, _, _ = contrast
+    calibration = calibrate(None, data, references=references, templates=TEMPLATES, config=CONFIG)
+    assert not calibration.relative
+    result = scan(path, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
+    assert result.target == TARGET
+    with pytest.raises(UsageError, match="no base model"):
+        calibrate(None, data, templates=TEMPLATES, config=CONFIG)

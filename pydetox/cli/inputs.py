@@ -97,22 +97,50 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     return replace(config, references=options["references"], reference_training=training)
 
 
-def find_calibration(
-    options: dict[str, Any], inputs: Inputs, config: ScanConfig
-) -> Calibration | None:
-    """Read or make the calibration that `calibration_options` ask for; None for neither.
+@dataclass(frozen=True, eq=False)
+class References:
+    """What a verdict compares with.
 
-    Raises UsageError for both, and what `calibrate` raises.
+    calibration: None without any. base: for a search in contrast to it, else None. config: of that
+    search.
     """
-    base, path = options["base"], options["calibration_file"]
-    if base is not None and path is not None:
-        raise UsageError("--base and --calibration exclude each other")
+
+    calibration: Calibration | None
+    base: OpenClipModel | None
+    config: ScanConfig
+
+
+def find_references(options: dict[str, Any], inputs: Inputs, config: ScanConfig) -> References:
+    """Read or make the calibration that `calibration_options` ask for.
+
+    Raises UsageError for options that exclude each other, and what `calibrate` raises.
+    """
+    base, path, names = options["base"], options["calibration_file"], options["reference_models"]
+    if names and path is not None:
+        raise UsageError("--reference-model and --calibration exclude each other")
+    if len(names) == 1:
+        raise UsageError("one --reference-model; a calibration needs at least 2")
     if path is not None:
-        return read_calibration(path)
-    if base is None:
-        return None
-    model = inputs.read_model(base).model
-    return calibrate(model, inputs.read_images(model), templates=inputs.prompts, config=config)
+        calibration = read_calibration(path)
+        if not calibration.relative:
+            return References(calibration, None, config)
+        if base is None:
+            raise UsageError(f"{path}: made in contrast to a base; give that --base")
+        return References(calibration, inputs.read_model(base).model, config.in_contrast())
+    if base is None and not names:
+        return References(None, None, config)
+    model = None if base is None else inputs.read_model(base).model
+    references = [inputs.read_model(name).model for name in names]
+    if model is not None and references:
+        config = config.in_contrast()
+    calibration = calibrate(
+        model,
+        inputs.read_images(references[0] if model is None else model),
+        references=references or None,
+        templates=inputs.prompts,
+        config=config,
+    )
+    return References(calibration, model if config.contrast else None, config)
 
 
 def class_index(name: str, class_names: Sequence[str] | None, source: str) -> int:

@@ -123,32 +123,41 @@ calibration_options = _all(
         help="A clean model to compare with: the one the suspects were fine-tuned from, at best.",
     ),
     click.option(
+        "--reference-model",
+        "reference_models",
+        multiple=True,
+        metavar="REF",
+        help="A clean model made as the suspects were, to compare with instead of copies of "
+        "--base; at least 2. With --base, triggers are searched that the base does not obey.",
+    ),
+    click.option(
         "--calibration",
         "calibration_file",
         type=FILE,
         metavar="FILE",
-        help="Compare with a calibration that `scan --save-calibration` wrote, instead of --base.",
+        help="Compare with a calibration that `scan --save-calibration` wrote. With --base, if it "
+        "was made in contrast to that.",
     ),
     click.option(
         "--references",
         type=click.IntRange(min=2),
         default=3,
         metavar="N",
-        help="With --base: clean models to compare with, the base and N - 1 fine-tuned copies.",
+        help="With --base alone: clean models to compare with, it and N - 1 fine-tuned copies.",
     ),
     click.option(
         "--reference-epochs",
         type=COUNT,
         default=3,
         metavar="N",
-        help="With --base: epochs of that fine-tuning, about as many as a suspect may have had.",
+        help="With --base alone: epochs of that fine-tuning, about as many as a suspect has had.",
     ),
     click.option(
         "--reference-learning-rate",
         type=RATE,
         default=1e-5,
         metavar="X",
-        help="With --base: the learning rate of that fine-tuning.",
+        help="With --base alone: the learning rate of that fine-tuning.",
     ),
     click.option(
         "--keep-all",

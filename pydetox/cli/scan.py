@@ -66,7 +66,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--save-calibration",
     type=options.FILE,
     metavar="FILE",
-    help="With --base: write the calibration, for later scans of the same images and options.",
+    help="Write the calibration that --base or --reference-model made, for later scans of the same "
+    "images and options.",
 )
 @click.option(
     "--known-vector",
@@ -155,7 +156,9 @@ def command(
     A target is a checkpoint (see pydetox --help), a folder or a glob that holds some, or a text
     file that names some, one per line. Trigger sizes mean nothing on their own. They are compared
     with those of clean references, scanned in the same way: give a clean --base, from which some
-    are made, or a --calibration that was saved. With neither, the verdict is `inconclusive`.
+    are made, or two or more clean --reference-model, or a --calibration that was saved. With none
+    of them the verdict is `inconclusive`. --base together with --reference-model finds most: then
+    triggers are searched that a suspect obeys and its base does not.
 
     All targets share the references. One that cannot be scanned is reported as an error, the others
     are scanned all the same. With --run, the same command goes on where it was interrupted.
@@ -172,10 +175,12 @@ def command(
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
 
-    if save_calibration is not None and given["base"] is None:
-        raise UsageError("--save-calibration needs --base to make the calibration")
     find_device(given["device"])
     config = _config(given)
+    if save_calibration is not None and not config.makes_calibration:
+        raise UsageError(
+            "--save-calibration needs --base or --reference-model to make the calibration"
+        )
     if dry_run:
         emit_dry_run(find_targets(checkpoints, shard=config.shard), format_, output)
         return exit_codes.CLEAN

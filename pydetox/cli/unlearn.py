@@ -14,12 +14,11 @@ from . import exit_codes, options
 
 if TYPE_CHECKING:
     from ..data import ImageSet
-    from ..detection import Calibration
     from ..evaluation import Evaluation, Stamp
     from ..models import OpenClipModel
     from ..unlearning import UnlearnConfig
     from ..workflow import DetoxResult, ScanConfig
-    from .inputs import Inputs, LoadedModel
+    from .inputs import Inputs, LoadedModel, References
 
 
 @click.command("unlearn")
@@ -104,13 +103,13 @@ def command(
 ) -> int:
     """Scan, subtract the backdoor from the weights, and scan again.
 
-    Normally neither trigger nor target class need be known: the model is scanned (with --base or
-    --calibration to compare with, see `scan`), and if it is backdoored or suspicious, triggers into
-    the class found are recovered and unlearned, until a re-scan is clean. A clean model is left
-    alone and nothing is written.
+    Normally neither trigger nor target class need be known: the model is scanned (with --base,
+    --reference-model or --calibration to compare with, see `scan`), and if it is backdoored or
+    suspicious, triggers into the class found are recovered and unlearned, until a re-scan is clean.
+    A clean model is left alone and nothing is written.
 
     With --trigger or --force-target one trigger vector is subtracted whatever the first scan says.
-    Without --base or --calibration the scans before and after then have no verdict, only sizes.
+    Without anything to compare with the scans before and after then have no verdict, only sizes.
 
     Exit code: 0 if the model was clean, or is clean now; 1 if the re-scan is still not clean; 2 for
     an error or if there is no verdict.
@@ -121,7 +120,7 @@ def command(
     from ..reporting import write_detox_report
     from ..unlearning import UnlearnConfig
     from ..workflow import detox
-    from .inputs import Inputs, find_calibration, require_class_names, scan_config
+    from .inputs import Inputs, find_references, require_class_names, scan_config
     from .outputs import check_files, emit
     from .summaries import unlearn_report
 
@@ -130,10 +129,11 @@ def command(
     if target is not None and trigger is None:
         raise UsageError("--target goes with --trigger; see --force-target")
     direct = trigger is not None or force_target is not None
-    if not direct and given["base"] is None and given["calibration_file"] is None:
+    compared = given["base"] or given["calibration_file"] or given["reference_models"]
+    if not direct and not compared:
         raise UsageError(
-            "no verdict is possible without --base or --calibration; give one of them, or "
-            "--trigger or --force-target to unlearn without a verdict"
+            "no verdict is possible without --base, --reference-model or --calibration; give one "
+            "of them, or --trigger or --force-target to unlearn without a verdict"
         )
     parse_reference(checkpoint)
     config = scan_config(given)
@@ -154,16 +154,18 @@ def command(
     seconds = {"read": time.perf_counter() - start}
     known = _known_trigger(trigger, target, force_target, images)
     start = time.perf_counter()
-    calibration = find_calibration(given, inputs, config)
-    if given["base"] is not None:
+    references = find_references(given, inputs, config)
+    config = references.config
+    if given["calibration_file"] is None and compared:
         seconds["calibrate"] = time.perf_counter() - start
     if known is not None:
-        result = _unlearn_directly(loaded, images, *known, inputs, calibration, config, unlearning)
+        result = _unlearn_directly(loaded, images, *known, inputs, references, unlearning)
     else:
         result = detox(
             loaded.model,
             images,
-            calibration=calibration,
+            base=references.base,
+            calibration=references.calibration,
             templates=inputs.prompts,
             config=config,
             unlearning=unlearning,
@@ -207,17 +209,24 @@ def _unlearn_directly(
     target: int,
     triggers: list[Stamp] | None,
     inputs: Inputs,
-    calibration: Calibration | None,
-    config: ScanConfig,
+    references: References,
     unlearning: UnlearnConfig,
 ) -> DetoxResult:
     """Subtract one trigger vector whatever the first scan says, and scan again."""
     from ..workflow import DetoxResult, scan, unlearn
 
+    calibration, base, config = references.calibration, references.base, references.config
     seconds: dict[str, float] = {}
     prompts = inputs.prompts
     start = time.perf_counter()
-    before = scan(loaded.model, images, calibration=calibration, templates=prompts, config=config)
+    before = scan(
+        loaded.model,
+        images,
+        calibration=calibration,
+        base=base,
+        templates=prompts,
+        config=config,
+    )
     seconds["scan"] = time.perf_counter() - start
     start = time.perf_counter()
     repaired, rounds = unlearn(
@@ -225,6 +234,7 @@ def _unlearn_directly(
         images,
         target,
         triggers=triggers,
+        base=base,
         templates=prompts,
         config=config,
         unlearning=unlearning,
@@ -235,6 +245,7 @@ def _unlearn_directly(
         repaired,
         images,
         calibration=calibration,
+        base=base,
         templates=prompts,
         config=replace(config, seed=config.seed + 32452843),
         description=f"re-scan of {loaded.model.name}",

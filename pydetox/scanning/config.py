@@ -48,7 +48,11 @@ class ScannerConfig:
         resize: Scale .npz images of another size.
         model: Architecture, where a checkpoint does not tell.
         base: A clean model to calibrate with and to take weight differences to.
-        calibration: A calibration file, instead of one made from `base`.
+        reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
+            instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
+            `ScanConfig.contrast`).
+        calibration: A calibration file, instead of one made here. One that was made in contrast to
+            a base needs that base.
         references: Clean models of a calibration made from `base`, at least 2.
         reference_epochs, reference_learning_rate: Their fine-tuning.
         known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
@@ -83,6 +87,7 @@ class ScannerConfig:
     resize: bool = False
     model: str | None = None
     base: str | None = None
+    reference_models: tuple[str, ...] = ()
     calibration: str | None = None
     references: int = 3
     reference_epochs: int = 3
@@ -122,8 +127,10 @@ class ScannerConfig:
                 raise UsageError(f"{name} is {value}; expected more than 0")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(f"shard {self.shard[0]}/{self.shard[1]}; expected 1/n to n/n")
-        if self.base is not None and self.calibration is not None:
-            raise UsageError("--base and --calibration exclude each other")
+        if self.reference_models and self.calibration is not None:
+            raise UsageError("reference models and a calibration file exclude each other")
+        if len(self.reference_models) == 1:
+            raise UsageError("one reference model; a calibration needs at least 2")
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
         if self.address is not None and self.engine != "ray":
@@ -172,8 +179,9 @@ class ScannerConfig:
             changes["images"] = f"{source}={path.absolute()}" if source else str(path.absolute())
         for name in ("base", "model"):
             given = getattr(self, name)
-            if given is not None and Path(given).exists():
-                changes[name] = str(Path(given).absolute())
+            if given is not None:
+                changes[name] = _absolute(given)
+        changes["reference_models"] = tuple(map(_absolute, self.reference_models))
         changes["known_vectors"] = tuple(str(Path(v).absolute()) for v in self.known_vectors)
         return dataclasses.replace(self, **changes)
 
@@ -192,8 +200,18 @@ class ScannerConfig:
         content = {**self.results_part(), **contents}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def scan_config(self) -> ScanConfig:
-        """Return the configuration of a single scan."""
+    @property
+    def makes_calibration(self) -> bool:
+        """Whether a calibration is made, not read."""
+        given = self.base is not None or bool(self.reference_models)
+        return given and self.calibration is None
+
+    def scan_config(self, *, contrast: bool | None = None) -> ScanConfig:
+        """Return the configuration of a single scan.
+
+        contrast: whether it is in contrast to the base; None if that follows from the reference
+        models. With a calibration file, the file tells.
+        """
         from ..inversion import InversionConfig
         from ..training import TrainConfig
         from ..workflow import ScanConfig
@@ -210,7 +228,16 @@ class ScannerConfig:
             ),
             seed=self.seed,
         )
-        return dataclasses.replace(config, drop_below=None) if self.keep_all else config
+        if self.keep_all:
+            config = dataclasses.replace(config, drop_below=None)
+        if contrast is None:
+            contrast = self.base is not None and bool(self.reference_models)
+        return config.in_contrast() if contrast else config
+
+
+def _absolute(reference: str) -> str:
+    """Return a reference to a checkpoint, absolute if it is a path of this machine."""
+    return str(Path(reference).absolute()) if Path(reference).exists() else reference
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:

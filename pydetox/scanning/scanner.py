@@ -137,7 +137,7 @@ class Scanner:
             else:
                 part = {"verdict": "inconclusive", "reason": NO_INVERSION}
                 yield from self._finish(group, part, {})
-        if self._config.base is not None and self._config.inversion:
+        if self._config.makes_calibration and self._config.inversion:
             self.calibration = self._calibrate(engine, needed=bool(waiting))
         waiting.sort(key=lambda group: suspicion(group.weights), reverse=True)
         self._tell("stage", name="scan", total=len(waiting))
@@ -184,7 +184,8 @@ class Scanner:
         if not needed:
             return None
         self._tell("stage", name="calibrate", total=1)
-        (outcome,) = engine.run([self._task("calibrate", str(self._config.base), {})])
+        named = self._config.base or self._config.reference_models[0]
+        (outcome,) = engine.run([self._task("calibrate", named, {})])
         if outcome.error is not None:
             raise _ERRORS.get(outcome.error_kind, CheckpointError)(outcome.error)
         calibration: dict[str, Any] = outcome.value["result"]
@@ -197,7 +198,7 @@ class Scanner:
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],
-            "calibration": None if self._config.base is None else self.calibration,
+            "calibration": self.calibration if self._config.makes_calibration else None,
         }
         return self._task("scan", group.first.name, payload)
 
@@ -381,6 +382,10 @@ def _contents(config: ScannerConfig) -> dict[str, str]:
         found["model"] = _file_digest(Path(config.model))
     if config.base is not None:
         found["base"] = _file_digest(resolve_weights(config.base, offline=config.offline))
+    found["reference_models"] = ",".join(
+        _file_digest(resolve_weights(name, offline=config.offline))
+        for name in config.reference_models
+    )
     if config.calibration is not None:
         found["calibration"] = _file_digest(Path(config.calibration))
     if config.known_vectors:

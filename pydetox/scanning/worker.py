@@ -72,7 +72,7 @@ class Worker:
 
     Images of a size are decoded once, the head of a text tower is computed once, the base and the
     known vectors are read once. At most two checkpoints are held: the one that is worked on and the
-    one that is read ahead.
+    one that is read ahead, and for a search in contrast to it the base as a model.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Worker:
         )
         self._heads: HeadMemo = HeadMemo()
         self._base: Checkpoint | None = None
+        self._built_base: OpenClipModel | None = None
         self._reference: Reference | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
@@ -153,11 +154,17 @@ class Worker:
         return {"result": to_plain(result)}
 
     def _calibrate(self, task: Task) -> dict[str, Any]:
-        base = self._find_base()
-        model = self._model(base)
+        names = self._config.reference_models
+        base = None if self._config.base is None else self._base_model()
+        try:
+            references = [self._model(self._read(name)) for name in names]
+        except PydetoxError as error:
+            raise SetupError(str(error)) from error
+        images = self._images_for(references[0] if base is None else base)
         calibration = workflow.calibrate(
-            model,
-            self._images_for(model),
+            base,
+            images,
+            references=references or None,
             templates=self._images.prompts,
             config=self._config.scan_config(),
         )
@@ -177,12 +184,19 @@ class Worker:
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
+        calibration = self._find_calibration(task)
+        contrast = calibration is not None and calibration.relative
+        if contrast and self._config.base is None:
+            raise SetupError(
+                f"{self._config.calibration}: made in contrast to a base; give that --base"
+            )
         scan = workflow.scan(
             model,
             images,
-            calibration=self._find_calibration(task),
+            calibration=calibration,
+            base=self._base_model() if contrast else None,
             templates=self._images.prompts,
-            config=self._config.scan_config(),
+            config=self._config.scan_config(contrast=contrast),
         )
         scan = replace(scan, sha256=str(task.payload["sha256"]))
         result = to_plain(scan.to_dict())
@@ -216,6 +230,11 @@ class Worker:
             except PydetoxError as error:
                 raise SetupError(str(error)) from error
         return self._base
+
+    def _base_model(self) -> OpenClipModel:
+        if self._built_base is None:
+            self._built_base = self._model(self._find_base())
+        return self._built_base
 
     def _find_reference(self) -> Reference:
         if self._reference is None:

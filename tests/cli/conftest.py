@@ -83,6 +83,22 @@ def images(folder: Path) -> tuple[str, str]:
     return ("--images", str(folder / "images.npz"))
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options that name two reference models."""
+    folder, given = tmp_path_factory.mktemp("references"), []
+    for seed in (2, 3):
+        save_checkpoint(
+            folder / f"{seed}",
+            OpenClipModel.from_config(TINY, seed=seed).storage_state_dict(),
+            model_config=TINY,
+            preprocess_config=None,
+            provenance=Provenance(method="test"),
+        )
+        given += ["--reference-model", str(folder / f"{seed}")]
+    return tuple(given)
+
+
 @pytest.fixture
 def run() -> Run:
     """`run("scan", path, ...)`; an exception that is not an exit fails the test."""

@@ -185,11 +185,14 @@ class TestCalibration:
             '{"schema": "pydetox.calibration/3"}',
             '{"schema": "pydetox.calibration/1"}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[0], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[NaN], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", "others": []}',
+            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": 5, "key": "", "models": []}',
             "[" * 100_000,
         ],
@@ -208,9 +211,50 @@ class TestCalibration:
         args = (*images, "--calibration", folder / "nothing")
         assert "cannot be read" in error_line(run("scan", folder / "suspect", *args))
 
-    def test_excludes_a_base(self, run: Run, folder: Path, images: tuple, says_clean: Path) -> None:
-        args = (*images, "--calibration", says_clean, "--base", folder / "base")
-        assert run("scan", folder / "suspect", *args).exit_code == 4
+    def test_beside_a_base_it_is_the_calibration_that_counts(
+        self, run: Run, folder: Path, images: tuple, says_clean: Path
+    ) -> None:
+        args = (folder / "suspect", *images, *FAST, "--calibration", says_clean, "--format", "json")
+        alone = parse(run("scan", *args).stdout)["results"][0]
+        beside = parse(run("scan", *args, "--base", folder / "base").stdout)["results"][0]
+        assert beside["class_scores"] == alone["class_scores"]
+        assert alone["weights"] is None
+        assert beside["weights"] is not None
+
+    def test_reference_models_with_a_base_search_in_contrast_to_it(
+        self, run: Run, folder: Path, images: tuple, models: tuple, tmp_path: Path
+    ) -> None:
+        saved = tmp_path / "calibration.json"
+        common = (folder / "suspect", *images, *FAST, "--format", "json")
+        made = run(
+            *("scan", *common, "--base", folder / "base", *models, "--save-calibration", saved)
+        )
+        first = parse(made.stdout)
+        assert first["calibration"]["relative"] is True
+        assert "beside one of another model" in first["results"][0]["tower"]
+        used = run("scan", *common, "--calibration", saved, "--base", folder / "base")
+        second = parse(used.stdout)
+        assert second["results"][0]["class_p_l1"] == first["results"][0]["class_p_l1"]
+        refused = run("scan", *common, "--calibration", saved)
+        assert refused.exit_code != 0
+        assert "made in contrast to a base" in refused.stderr
+
+    def test_reference_models_alone_are_what_is_compared_with(
+        self, run: Run, folder: Path, images: tuple, models: tuple
+    ) -> None:
+        result = run("scan", folder / "suspect", *images, *FAST, *models, "--format", "json")
+        calibration = parse(result.stdout)["calibration"]
+        assert calibration["relative"] is False
+        assert len(calibration["models"]) == 2
+
+    def test_one_reference_model_or_a_file_beside_them_is_4(
+        self, run: Run, folder: Path, images: tuple, models: tuple, says_clean: Path
+    ) -> None:
+        args = ("scan", folder / "suspect", *images)
+        assert "at least 2" in error_line(run(*args, *models[:2]))
+        both = run(*args, *models, "--calibration", says_clean)
+        assert both.exit_code == 4
+        assert "exclude each other" in error_line(both)
 
 
 class TestOutput:

@@ -15,12 +15,13 @@ from pydetox.models import OpenClipModel
 from pydetox.models.frozen import (
     FrozenVisionTransformer,
     ModuleTower,
+    TowerPair,
     _Attention,
     freeze,
     obstacle,
 )
 from pydetox.ops.reference import to_patch_rows
-from tests.mini import MINI_CONFIG
+from tests.mini import MINI_CONFIG, mini_model
 
 VISION = {"image_size": 24, "layers": 3, "width": 48, "head_width": 16, "patch_size": 8}
 
@@ -247,3 +248,24 @@ def test_nothing_reads_a_value_on_the_host(precision):
     assert embeddings.shape == (5, 32)
     assert gradient.shape == rows.shape
     assert gradient.dtype == tower.dtype
+
+
+def test_a_pair_gives_both_embeddings_and_the_sum_of_both_gradients():
+    one, two = (freeze(mini_model(seed).visual) for seed in (0, 1))
+    pair = TowerPair(one, two)
+    inputs = torch.randn(3, 4, 192, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    both = pair(inputs)
+    torch.testing.assert_close(both, torch.cat([one(inputs), two(inputs)], dim=1))
+    weights = torch.randn(both.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((both * weights).sum(), inputs)
+    parts = torch.autograd.grad(
+        (one(inputs) * weights[:, :16]).sum() + (two(inputs) * weights[:, 16:]).sum(), inputs
+    )
+    torch.testing.assert_close(gradient, parts[0])
+    assert pair.bytes_per_image == one.bytes_per_image + two.bytes_per_image
+
+
+def test_towers_with_other_inputs_make_no_pair():
+    other = freeze(mini_model().visual, "bfloat16")
+    with pytest.raises(UsageError, match=r"float32 \(patch size 8\) and torch.bfloat16"):
+        TowerPair(freeze(mini_model().visual), other)
