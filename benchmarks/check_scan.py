@@ -3,7 +3,8 @@
 Builds a registry of mini CLIPs, a tenth of them backdoored, with ten hostile files among them, and
 scans it: undisturbed; with `kill -9` of workers and drivers at random moments, started again until
 it is through; on a Ray cluster of this machine, if Ray is installed. All have to find the same.
-Then it measures what a scan costs beside the inversion. Writes runs/check-scan/summary.json, one
+Then it measures what a scan costs beside the inversion, reads the corpus of hostile files that the
+tests have, and indexes files of ViT-B-32 size. Writes runs/check-scan/summary.json, one
 number (0 or 1 for no and yes) per figure; prints them with their bounds.
 
 The victims are variants, by weight noise far below what fine-tuning does, of one clean and one
@@ -18,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +35,8 @@ import torch
 
 from pydetox.atomic import write_file
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.checkpoints.index import WeightsFile
+from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.data import load_digits
 from pydetox.demo import FINE_TUNING_RATE, draw_attack, make_suspects
 from pydetox.models import OpenClipModel
@@ -46,6 +50,10 @@ BOUNDS = {
     "counts_right": (">=", 1.0),
     "resume_identical": (">=", 1.0),
     "ray_identical": (">=", 1.0),
+    "hostile_total": (">=", 40.0),
+    "hostile_peak_mib": ("<=", 300.0),
+    "hostile_max_s": ("<=", 2.0),
+    "index_ms": ("<=", 50.0),
     "tiny_ms": ("<=", 50.0),
     "two_workers_speedup": (">=", 1.7),
     "ray_over_local": ("<=", 1.1),
@@ -53,6 +61,7 @@ BOUNDS = {
     "peak_gib": ("<=", 2 * 0.605e9 / 2**30 + 1),
 }
 HOSTILE = 10
+SEARCH = ["--precision", "bfloat16"]  # of the registry's scans: half the time
 IMAGES = 350  # of the digits, for the defender
 LARGE_STEPS = 3  # of which the time of a whole search is extrapolated
 WHOLE_STEPS = 150
@@ -79,8 +88,8 @@ def main() -> int:
     calibration = FOLDER / "calibration.json"
     reference = ["--base", str(base), "--references", "3", "--reference-epochs", "10"]
     reference += ["--reference-learning-rate", str(FINE_TUNING_RATE)]
-    scan([base], [*reference, "--save-calibration", str(calibration)])
-    args = ["--calibration", str(calibration), "--threads", "1"]
+    scan([base], [*SEARCH, *reference, "--save-calibration", str(calibration)])
+    args = [*SEARCH, "--calibration", str(calibration), "--threads", "1"]
     registry = [FOLDER / "registry"]
 
     figures: dict[str, float] = {}
@@ -112,6 +121,7 @@ def main() -> int:
         say("Ray is not installed: ray_identical and ray_over_local are not measured")
 
     figures["tiny_ms"] = tiny(options.tiny)
+    figures |= hostile()
     if not options.no_large:
         figures |= large()
     write_file(FOLDER / "summary.json", json.dumps(figures, indent=2) + "\n")
@@ -121,7 +131,8 @@ def main() -> int:
 def report(figures: dict[str, float]) -> int:
     """Print the figures; return 1 if one does not keep its bound."""
     failed = 0
-    for name, (sign, bound) in BOUNDS.items():
+    refuse = {"hostile_refused": (">=", figures.get("hostile_to_refuse", 0.0))}
+    for name, (sign, bound) in {**BOUNDS, **refuse}.items():
         if name not in figures:
             print(f"{name:<26} not measured")
             continue
@@ -330,6 +341,30 @@ def tiny(count: int) -> float:
     return 1000 * seconds / count
 
 
+def hostile() -> dict[str, float]:
+    """Read the tests' hostile files; what was refused, and at what cost."""
+    module = [sys.executable, "-m", "tests.checkpoints.hostile_corpus"]
+    done = subprocess.run(module, stdout=subprocess.PIPE, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    say(f"{found['hostile_refused']} of {found['hostile_total']} hostile files refused")
+    return found
+
+
+def index_ms(paths: Sequence[Path]) -> float:
+    """Milliseconds to index a file in the sandbox: median of 21, of the slower format."""
+    medians = []
+    for path in paths:
+        seconds = []
+        for _ in range(22):
+            start = time.perf_counter()
+            with WeightsFile(path) as file:
+                assert len(index_in_sandbox(file).tensors) > 100
+            seconds.append(time.perf_counter() - start)
+        medians.append(1000 * statistics.median(seconds[1:]))  # the first one starts the server
+        say(f"{path.name} of {path.stat().st_size / 1e6:.0f} MB indexed in {medians[-1]:.1f} ms")
+    return max(medians)
+
+
 def large() -> dict[str, float]:
     """Two checkpoints of ViT-B-32: what of a scan is not inversion, and the memory of a worker."""
     import open_clip
@@ -346,6 +381,9 @@ def large() -> dict[str, float]:
             provenance=Provenance(method="check-scan, random weights"),
         )
         del model
+    torch.save(load_checkpoint(folder / "0").state_dict, folder / "model.pt")
+    weights = next((folder / "0").glob("*.safetensors"))
+    index = index_ms([weights, folder / "model.pt"])
     rng = np.random.default_rng(0)
     np.savez(
         folder / "images.npz",
@@ -374,7 +412,11 @@ def large() -> dict[str, float]:
         f"which would take {inversion:.0f} s ({LARGE_STEPS} were measured); waited "
         f"{last['read']:.2f} s for the file"
     )
-    return {"outside_inversion_share": outside / (outside + inversion), "peak_gib": peak / 2**30}
+    return {
+        "index_ms": index,
+        "outside_inversion_share": outside / (outside + inversion),
+        "peak_gib": peak / 2**30,
+    }
 
 
 def worker_pids(run: Path) -> Iterator[int]:

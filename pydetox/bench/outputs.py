@@ -126,6 +126,53 @@ def overview(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def verdicts(scans: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines: per attack, and for clean models, what the scans said."""
+    lines = []
+    for attack in sorted({one["attack"] for one in scans}, key=lambda name: (not name, name)):
+        part = [one for one in scans if one["attack"] == attack]
+        right = [one["target_right"] for one in part if one["target_right"] is not None]
+        p_values = sorted(one["p_value"] for one in part if one["p_value"] is not None)
+        shown = [format(p, ".2g") for p in (p_values[:1] + p_values[-1:])]
+        lines.append(
+            [
+                attack or "clean",
+                str(len(part)),
+                str(sum(one["flagged"] for one in part)),
+                str(sum(right)) if right else MISSING,
+                " to ".join(dict.fromkeys(shown)) or MISSING,
+                number(mean(one["seconds"] for one in part)),
+            ]
+        )
+    return ["Models", "Number", "Flagged", "Right target", "p-values", "Seconds"], lines
+
+
+def victims(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines: per attack, ASR of its victims before any defence, seed by seed."""
+    rows = [row for row in result["before"] if row["attack"] is not None]
+    seeds = sorted({row["seed"] for row in rows})
+    lines = []
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        cells = {row["seed"]: row for row in rows if row["attack"] == attack}
+        shown = [
+            ", ".join(map(percent, cells[seed]["asr"])) + ("" if cells[seed]["counts"] else " (no)")
+            if seed in cells
+            else MISSING
+            for seed in seeds
+        ]
+        lines.append([attack, percent(next(iter(cells.values()))["rate"]), *shown])
+    return ["Attack", "poisoned", *(f"seed {seed}" for seed in seeds)], lines
+
+
+def against(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines: per baseline, what pydetox has over it (see `won_shares`)."""
+    lines = []
+    for name, share in won_shares(result["rows"]).items():
+        known = next(one for one in DEFENSES if one.name == name).needs_trigger
+        lines.append([name, KNOWN if known else UNKNOWN, percent(share)])
+    return ["Baseline", "compared with", "attacks won"], lines
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the tables of a run as Markdown."""
     header, lines = overview(result)
@@ -145,7 +192,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         _markdown_table(header, lines),
         "",
+        "Verdicts, of clean models and of victims that count; calibration saw neither.",
+        "",
+        _markdown_table(*verdicts(result["scans"])),
+        "",
+        "Attacks with the lower ASR for pydetox at an equal or higher CA (within half a point).",
+        "",
+        _markdown_table(*against(result)),
+        "",
+        "ASR of the victims before any defence; `(no)`: did not take, and counts nowhere.",
+        "",
+        _markdown_table(*victims(result)),
+        "",
         _markdown_table(["figure", "value"], _figures(result)),
+        "",
+        _markdown_table(
+            ["stage", "minutes"],
+            [(name, number(value / 60)) for name, value in result["seconds"].items()],
+        ),
         "",
     ]
     return "\n".join(parts)
@@ -246,21 +310,8 @@ def _detection(result: Mapping[str, Any]) -> Html:
             x_label="false positive rate",
             y_label="true positive rate",
         )
-    rows = []
-    for attack in dict.fromkeys(one["attack"] for one in result["scans"]):
-        part = [one for one in result["scans"] if one["attack"] == attack]
-        right = [one["target_right"] for one in part if one["target_right"] is not None]
-        rows.append(
-            [
-                text(attack or "clean"),
-                text(len(part)),
-                text(percent(mean(float(one["flagged"]) for one in part))),
-                text(percent(mean(map(float, right))) if right else MISSING),
-                text(number(mean(one["seconds"] for one in part))),
-            ]
-        )
-    headers = ["Models", "Number", "Flagged", "Right target", "Seconds"]
-    return section("Detection", chart, table(headers, rows))
+    headers, lines = verdicts(result["scans"])
+    return section("Detection", chart, table(headers, [list(map(text, line)) for line in lines]))
 
 
 def _curves(result: Mapping[str, Any]) -> Html:

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from pydetox.bench.outputs import clip_benchmark_result, csv_table, markdown, overview
+from pydetox.bench.outputs import (
+    clip_benchmark_result,
+    csv_table,
+    markdown,
+    overview,
+    verdicts,
+    victims,
+)
 from pydetox.bench.summary import (
     KNOWN,
     PLAIN,
@@ -15,6 +22,7 @@ from pydetox.bench.summary import (
     summarize,
     won_shares,
 )
+from pydetox.reporting.values import MISSING
 
 
 def row(attack, seed, defense, ca, *asr, **more):
@@ -44,6 +52,7 @@ def scanned(attack, score, *, right=None, flagged=True):
         "suspect": "x",
         "attack": attack,
         "score": score,
+        "p_value": None if score is None else 10.0**-score,
         "flagged": flagged,
         "target_right": right,
         "seconds": 1.0,
@@ -83,6 +92,7 @@ def result():
     xi = {"backdoor": {"mean": 0.1}, "control": {"mean": 0.3}}
     plan = {"data": "digits", "seeds": [0, 1], "tuning_seed": 100, "tuning_attacks": ["a"]}
     content = {"before": before, "rows": rows, "scans": scans, "xi": xi, "plan": plan}
+    content["seconds"] = {"bases": 90.0}
     return {**content, "summary": summarize(content)}
 
 
@@ -143,6 +153,13 @@ def test_tables_hold_what_was_measured(result):
     page = markdown(result)
     assert "| known.asr_mean | 0.0300 |" in page
     assert "seed 100" in page
+    assert f"| fine-tuning | {UNKNOWN} | 100.0% |" in page
+    headers, lines = verdicts(result["scans"])
+    assert headers[:4] == ["Models", "Number", "Flagged", "Right target"]
+    assert [line[0] for line in lines] == ["a", "b", "clean"]
+    assert [line[:4] for line in lines if line[0] == "clean"] == [["clean", "2", "1", MISSING]]
+    (before_c,) = [line for line in victims(result)[1] if line[0] == "c"]
+    assert before_c[2].endswith("(no)")
     made = {"date": "2026-01-02", "command": "pydetox bench"}
     assert markdown({**result, "made": made}).startswith("`pydetox bench`, 2026-01-02.\n\n")
     rows = csv_table(result).splitlines()
