@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from ..reporting import print_text, render_text, to_json
 from ..reporting.run import run_document, run_text
 from ..reporting.run_html import run_page
 from ..reporting.sarif import to_sarif
+from ..reporting.values import duration
 from ..scanning.store import read_artifacts
 from . import exit_codes
 from .outputs import to_stdout
 
 if TYPE_CHECKING:
     from ..scanning import ScanRecord, Targets
+    from ..scanning.estimate import Estimate
 
 
 def exit_code(records: Iterable[ScanRecord], fail_on: str, *, complete: bool = True) -> int:
@@ -93,8 +96,10 @@ def emit_run(
     write_out(content, output)
 
 
-def emit_dry_run(targets: Targets, format_: str, output: Path | None) -> None:
-    """Write what would be scanned and what would be passed over."""
+def emit_dry_run(
+    targets: Targets, estimated: Estimate | None, format_: str, output: Path | None
+) -> None:
+    """Write what would be scanned, what would be passed over, and what it should take."""
     if format_ == "json":
         document = {
             "schema": "pydetox.targets/1",
@@ -104,6 +109,7 @@ def emit_dry_run(targets: Targets, format_: str, output: Path | None) -> None:
             ],
             "ignored": [{"name": name, "reason": reason} for name, reason in targets.ignored],
             "other_shards": targets.other_shards,
+            "estimate": None if estimated is None else asdict(estimated),
         }
         write_out(f"{to_json(document)}\n", output)
         return
@@ -115,6 +121,14 @@ def emit_dry_run(targets: Targets, format_: str, output: Path | None) -> None:
     lines.append(f"{len(targets.targets)} to scan, {len(targets.ignored)} passed over")
     if targets.other_shards:
         lines[-1] += f", {targets.other_shards} in other shards"
+    if estimated is not None:
+        lines.append(
+            f"at most about {duration(estimated.seconds)} and {estimated.memory / 2**30:.1f} GiB a "
+            f"worker, with {estimated.workers} of {estimated.threads} threads; timed on "
+            f"{estimated.timed_on}, without the clean references"
+        )
+    elif targets.targets:
+        lines.append("how long it takes is not known: no checkpoint on the disk can be read")
     from ..errors import one_line
 
     write_out("".join(f"{one_line(line)}\n" for line in lines), output)

@@ -121,7 +121,11 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     help="The weakest verdict that gives exit code 1.",
 )
 @click.option(
-    "--dry-run", is_flag=True, show_default=False, help="Only list what would be scanned."
+    "--dry-run",
+    is_flag=True,
+    show_default=False,
+    help="Only list what would be scanned, and say "
+    "how long it should take: a few steps are timed on the first checkpoint.",
 )
 @click.option(
     "--config",
@@ -172,6 +176,7 @@ def command(
     from ..models.device import find_device
     from ..scanning import Scanner, find_targets
     from ..scanning.display import Display
+    from ..scanning.estimate import estimate
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
 
@@ -182,7 +187,10 @@ def command(
             "--save-calibration needs --base or --reference-model to make the calibration"
         )
     if dry_run:
-        emit_dry_run(find_targets(checkpoints, shard=config.shard), format_, output)
+        found_targets = find_targets(checkpoints, shard=config.shard)
+        emit_dry_run(
+            found_targets, estimate(config.absolute(), found_targets.targets), format_, output
+        )
         return exit_codes.CLEAN
     check_files(output=output, report=report, save_calibration=save_calibration)
 

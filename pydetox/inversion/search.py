@@ -24,8 +24,9 @@ from .state import Ending, TriggerFamily, Triggers
 #: Kinds of triggers that a search can look for, and the centre of each one's initial mask logits.
 FAMILIES: dict[TriggerFamily, float] = {"patch": -2.0, "blend": -0.7}
 
-# Bytes that the activations of one pass through the tower may take.
-_ACTIVATIONS = 2 << 30
+# Bytes that the activations of one pass through the tower may take. A GPU wants large batches; on
+# a CPU they gain nothing, and a worker of a scan has to do with two checkpoints and a gigabyte.
+_ACTIVATIONS, _ACTIVATIONS_CPU = 2 << 30, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class InversionConfig:
             1.8%, for patches and -0.7, a mask of 20%, for blends.
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
-            as many as 2 GiB of activations hold.
+            as many as 512 MiB of activations hold, 2 GiB on a GPU.
         check_images: Images for the check after the search.
         seed: Of initial triggers and the order of the images.
     """
@@ -159,7 +160,8 @@ class InversionSearch:
         self._tower: FrozenTower = freeze(model.visual, config.precision, name=model.name)
         if contrast is not None:
             self._tower = _beside(self._tower, model, contrast, config)
-        self._max_batch = config.max_batch or max(1, _ACTIVATIONS // self._tower.bytes_per_image)
+        activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
+        self._max_batch = config.max_batch or max(1, activations // self._tower.bytes_per_image)
         self._steps = 0
         self._make_buffers()
         # Of all K triggers: what a look notes, and what is left of those whose search has ended.

@@ -37,6 +37,9 @@ from .targets import resolve_weights
 from .tasks import ErrorKind, Task, failure, too_large
 from .weights import Reference
 
+# Steps of a search that tell how long the others take.
+_TIMED_STEPS = 4
+
 
 class SetupError(PydetoxError):
     """What all tasks share cannot be read."""
@@ -122,6 +125,38 @@ class Worker:
             return failure(line, _kind(error), seconds={"total": time.perf_counter() - start})
         value.setdefault("seconds", {})["total"] = time.perf_counter() - start
         return value
+
+    def time(self, reference: str) -> tuple[float, float]:
+        """Return seconds to read a checkpoint, and of a step of its searches (0 without any).
+
+        A step is of all classes and families, as the whole search begins. Raises CheckpointError,
+        and what images, class names and base raise.
+        """
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        start = time.perf_counter()
+        model = self._model(self._read(reference))
+        images = self._images_for(model)
+        read = time.perf_counter() - start
+        if not self._config.inversion:
+            return read, 0.0
+        contrast = self._config.scan_config().contrast
+        if self._config.calibration is not None:
+            contrast = read_calibration(Path(self._config.calibration)).relative
+        seconds = []
+        for steps in (1, _TIMED_STEPS):
+            config = self._config.scan_config(contrast=contrast)
+            config = replace(config, inversion=replace(config.inversion, steps=steps))
+            found = workflow.scan(
+                model,
+                images,
+                base=self._base_model() if contrast else None,
+                templates=self._images.prompts,
+                config=config,
+            )
+            everything = (found.inversion, *(one.inversion for one in found.others))
+            seconds.append(sum(one.seconds for one in everything))
+        return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
 
     def _read(self, reference: str) -> Checkpoint:
         return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)

@@ -162,7 +162,10 @@ class TestTargets:
     ) -> None:
         result = run("scan", models, *images, "--dry-run", "--run", tmp_path / "run")
         assert result.exit_code == 0
-        assert result.stdout.splitlines()[-1].startswith("3 to scan, ")
+        *_, counted, estimated = result.stdout.splitlines()
+        assert counted.startswith("3 to scan, ")
+        assert estimated.startswith("at most about ")
+        assert f"timed on {models / 'base'}" in estimated
         assert "notes.md: is no weights file by its name" in result.stdout
         assert not (tmp_path / "run").exists()
         document = json.loads(run("scan", models, *images, "--dry-run", "--format", "json").stdout)
@@ -171,6 +174,28 @@ class TestTargets:
             "base",
             "suspect",
         ]
+        estimate = document["estimate"]
+        assert estimate["workers"] >= 1
+        # broken.pt has an estimate by its size, too.
+        assert estimate["seconds"] > 150 * estimate["seconds_per_step"] / estimate["workers"]
+        assert estimate["memory"] > 2**30
+
+    def test_a_dry_run_without_a_readable_checkpoint_says_that(
+        self, run: Run, models: Path, images: tuple
+    ) -> None:
+        result = run("scan", models / "broken.pt", *images, "--dry-run")
+        assert result.exit_code == 0
+        assert "how long it takes is not known" in result.stdout
+        args = ("scan", models / "broken.pt", *images, "--dry-run", "--format", "json")
+        assert json.loads(run(*args).stdout)["estimate"] is None
+
+    def test_a_dry_run_without_searches_times_the_reading(
+        self, run: Run, models: Path, images: tuple
+    ) -> None:
+        args = ("--dry-run", "--no-inversion", "--format", "json")
+        document = json.loads(run("scan", models, *images, *args).stdout)
+        assert document["estimate"]["seconds_per_step"] == 0
+        assert document["estimate"]["seconds"] > 0
 
     def test_shards_make_up_the_whole(self, run: Run, models: Path, images: tuple) -> None:
         names = []

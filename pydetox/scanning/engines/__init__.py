@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .open import open_engine
+from .open import open_engine, share_out
 
-__all__ = ["open_engine"]
+__all__ = ["open_engine", "share_out"]

@@ -17,10 +17,7 @@ def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
 
     Raises UsageError for a device that is not there, EngineError for a cluster that is not.
     """
-    name = config.engine
-    if name == "auto":
-        alone = targets == 1 and config.timeout is None and config.workers in (None, 1)
-        name = "inline" if alone else "local"
+    name = _engine(config, targets)
     if name == "inline":
         if config.timeout is not None:
             raise UsageError("the inline engine cannot keep a timeout; use the local engine")
@@ -33,15 +30,35 @@ def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
         return RayEngine(config, targets, notify)
     from .local import LocalEngine
 
-    devices = _devices(config)
+    workers, threads = share_out(config, targets)
+    return LocalEngine(
+        config, workers=workers, threads=threads, devices=_devices(config), notify=notify
+    )
+
+
+def share_out(config: ScannerConfig, targets: int) -> tuple[int, int]:
+    """Return the number of workers on this machine and of threads of each.
+
+    With Ray, the workers that were asked for, one if none were: the cluster is not asked.
+    """
     cores = len(os.sched_getaffinity(0))
+    name = _engine(config, targets)
+    if name != "local":
+        workers = config.workers if name == "ray" else None
+        return workers or 1, config.threads or cores
+    devices = _devices(config)
     wanted = config.workers
     if wanted is None:
         on_cpu = devices == ["cpu"]
         wanted = max(1, cores // _CORES_PER_WORKER) if on_cpu else len(devices)
-    threads = config.threads or max(1, cores // wanted)
-    workers = max(1, min(wanted, targets))
-    return LocalEngine(config, workers=workers, threads=threads, devices=devices, notify=notify)
+    return max(1, min(wanted, targets)), config.threads or max(1, cores // wanted)
+
+
+def _engine(config: ScannerConfig, targets: int) -> str:
+    if config.engine != "auto":
+        return config.engine
+    alone = targets == 1 and config.timeout is None and config.workers in (None, 1)
+    return "inline" if alone else "local"
 
 
 def _devices(config: ScannerConfig) -> list[str]:
