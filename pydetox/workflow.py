@@ -80,7 +80,8 @@ class ScanConfig:
         p_backdoored, p_suspicious: Chance of a false alarm per model at which the verdict changes.
         drop_below: With a calibration, a class whose score is below this on the way is given up
             (see `Detection.class_scores`); None to search all of them to the end. References are
-            always searched to the end: one calibration serves every value.
+            always searched to the end: one calibration serves every value. In contrast to a
+            base nothing is dropped: see `Calibration.relative`.
         seed: Of everything random.
     """
 
@@ -756,6 +757,9 @@ def detox(
         accuracy = accuracy or passes[0].search.accuracy_before
         repairs += 1
         lap("unlearn")
+        if not any(one.search.coefficient for one in passes):
+            rounds += passes  # no alpha helps within the accuracy to keep, so nothing was changed
+            break
         current = scan(
             repaired,
             images,
@@ -769,7 +773,7 @@ def detox(
         rounds += [*passes[:-1], replace(passes[-1], rescan=current)]
     evaluation_after = _accuracy(repaired, images, templates) if rounds else None
     path = None
-    if output is not None and rounds:
+    if output is not None and any(one.search.coefficient for one in rounds):
         path = _save(
             repaired,
             before,
@@ -924,8 +928,14 @@ def _evidence(found: FamilyScan) -> float:
 
 
 def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:
-    """Return the rule that drops classes, where there is something to compare them with."""
+    """Return the rule that drops classes, where there is something to compare them with.
+
+    There is none for a relative calibration: it compares classes with each other, and those that
+    were dropped for being below the others would pull down what the rest is compared with.
+    """
     if calibration is None or not calibration.looks or config.drop_below is None:
+        return None
+    if calibration.relative:
         return None
 
     def score(step: int, sizes: Sequence[float]) -> Sequence[float]:

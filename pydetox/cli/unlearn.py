@@ -172,7 +172,7 @@ def command(
             max_rounds=max_rounds,
         )
     result = replace(result, before=replace(result.before, sha256=loaded.sha256))
-    if result.rounds:
+    if any(one.search.coefficient for one in result.rounds):
         mode = "known trigger" if trigger is not None else "unknown trigger"
         start = time.perf_counter()
         _save(result, mode, output, overwrite, config, unlearning)
