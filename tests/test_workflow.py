@@ -327,6 +327,9 @@ def test_in_contrast_triggers_are_found_that_the_base_does_not_obey(story, contr
     )
     assert result.target == TARGET
     found = result.inversion
+    # The configuration drops classes, but those are compared with each other.
+    assert config.drop_below is not None
+    assert result.detection.dropped == (None,) * len(CLASS_NAMES)
     trigger = found.trigger(TARGET)
     head = base.zero_shot_head(CLASS_NAMES, TEMPLATES)
     on_base = evaluate(base, data, head, trigger=trigger, target=TARGET)
@@ -383,3 +386,21 @@ def test_given_references_need_no_base(story, contrast):
     assert result.target == TARGET
     with pytest.raises(UsageError, match="no base model"):
         calibrate(None, data, templates=TEMPLATES, config=CONFIG)
+
+
+def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
+    _, path, data, calibration = story
+    result = detox(
+        path,
+        data,
+        calibration=calibration,
+        output=tmp_path / "repaired",
+        templates=TEMPLATES,
+        config=CONFIG,
+        unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
+    )
+    assert len(result.rounds) == 1
+    assert result.after is result.before
+    assert not result.repaired
+    assert result.path is None
+    assert not (tmp_path / "repaired").exists()
