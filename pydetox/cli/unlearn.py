@@ -172,7 +172,7 @@ def command(
             max_rounds=max_rounds,
         )
     result = replace(result, before=replace(result.before, sha256=loaded.sha256))
-    if any(one.search.coefficient for one in result.rounds):
+    if result.rounds and (known is not None or any(r.search.coefficient for r in result.rounds)):
         mode = "known trigger" if trigger is not None else "unknown trigger"
         start = time.perf_counter()
         _save(result, mode, output, overwrite, config, unlearning)

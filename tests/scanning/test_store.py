@@ -86,6 +86,7 @@ def test_a_calibration_is_only_used_with_its_key(tmp_path: Path) -> None:
 
     content = {"p_l1": [[0.5], [0.25]], "key": "search", "models": ["a", "b"]}
     content |= {"looks": [3], "history": [[[0.75], [0.5]]], "family": "patch", "others": []}
+    content["relative"] = False
     with RunStore(tmp_path) as store:
         assert store.read_calibration("key") is None
         store.write_calibration("key", content)
