@@ -88,7 +88,8 @@ def test_the_others_notice_no_more_than_rounding_through_matrix_products():
 def test_a_dropped_trigger_costs_nothing():
     model = PixelModel()
     model.visual = CountingPixels()
-    search = InversionSearch(model, images(), objective(), CONFIG, elimination=drop(t1=20, t2=35))
+    whole = replace(CONFIG, max_batch=4 * 16)
+    search = InversionSearch(model, images(), objective(), whole, elimination=drop(t1=20, t2=35))
     while not search.done:
         search.step()
     assert model.visual.counts == [4 * 16] * 20 + [3 * 16] * 15 + [2 * 16] * 25
