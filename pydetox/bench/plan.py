@@ -146,6 +146,10 @@ def quick_plan(data: str = "fashion-mnist") -> Plan:
         scan=ScanConfig(
             inversion=InversionConfig(steps=60, success_threshold=0.9, precision="bfloat16"),
             contrast=True,
+            # Two references of short searches: only what stands far out is worth a repair, and a
+            # round of repairs takes a minute.
+            p_backdoored=0.0005,
+            p_suspicious=0.001,
         ),
         xi_points=5,
     )
