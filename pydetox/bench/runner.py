@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -235,7 +236,15 @@ def _begin_worker(plan: Plan, folder: Path) -> None:
     progress.silence()
     # Ctrl-C reaches the driver, which cancels what has not begun.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     _begin(plan, folder)
+
+
+def _follow(driver: int) -> None:
+    """End this process when its driver is gone: killed, it cannot stop its workers itself."""
+    while os.getppid() == driver:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _begin(plan: Plan, folder: Path) -> None:

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,3 +235,39 @@ def test_the_plans_of_the_command_are_the_stated_ones():
     assert len(plan.seeds) * len(plan.attacks) >= 16
     assert all(0.005 <= plan.rate(attack) <= 0.05 for attack in plan.attacks)
     assert quick_plan("digits").data == "digits"
+
+
+def test_workers_end_when_their_driver_is_killed():
+    worker = (
+        "import os, threading, time; from pydetox.bench.runner import _follow; "
+        "threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start(); "
+        "print(os.getpid(), flush=True); time.sleep(120)"
+    )
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])",
+            worker,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdout is not None
+    pid = int(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        # Where nobody reaps it, a process that has ended is still there, as a zombie.
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            break
+        if state == "Z":
+            break
+        time.sleep(0.2)
+    else:
+        os.kill(pid, 9)
+        pytest.fail("the worker goes on without its driver")
+    driver.stdout.close()
