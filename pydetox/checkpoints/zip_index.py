@@ -114,11 +114,13 @@ def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]
         file.read_at(locator_at, _END64_LOCATOR.size, "the zip archive") if locator_at >= 0 else b""
     )
     if locator[:4] == b"PK\x06\x07":
-        _, _, end64_at, disks = _END64_LOCATOR.unpack(locator)
+        _, end64_disk, end64_at, disks = _END64_LOCATOR.unpack(locator)
         end64 = file.read_at(end64_at, _END64.size, "the zip64 end record")
         (signature64, size64, *_, disk, start_disk, here, count, size, start) = _END64.unpack(end64)
-        if signature64 != b"PK\x06\x06" or size64 != _END64.size - 12 or disks > 1:
+        if signature64 != b"PK\x06\x06" or size64 != _END64.size - 12:
             raise CheckpointError("is damaged: its zip64 end record is wrong")
+        if end64_disk != 0 or disks != 1:  # torch refuses a number of 0, too
+            raise CheckpointError("is damaged: a zip archive in several parts")
         if end64_at + _END64.size != locator_at:
             raise CheckpointError("is damaged: data between the end records of its zip archive")
         parsed[end64_at] = end64

@@ -302,3 +302,11 @@ def test_random_indexes_of_shards(tmp_path_factory: pytest.TempPathFactory) -> N
             check_message(error)
 
     run()
+
+
+@pytest.mark.parametrize(("offset", "value"), [(4, 1), (16, 0), (16, 2)])
+def test_an_archive_of_several_disks_or_of_none_is_refused(offset: int, value: int) -> None:
+    """Found by the test above: torch refuses a zip64 locator that counts 0 disks."""
+    raw = bytearray(PT)
+    raw[PT.rfind(b"PK\x06\x07") + offset] = value
+    assert read(bytes(raw), "a.pt") is None
