@@ -18,6 +18,11 @@ of references and classes leaves, with (C - 1)(R - 1) degrees of freedom. The me
 second backdoor, or a class for which nothing was found, must not move what the first is compared
 with; pi / 2 is what its variance has over that of the mean in large normal samples.
 
+After a repair only classes that were suspect before it are judged again. Subtracting a trigger
+vector makes triggers into its class larger and all others' sizes scatter more than in any clean
+fine-tune, so that a class which was clean may stand out beside the others; but a repair plants no
+backdoor.
+
 A class that a scan has dropped on the way is compared with what the references had at the same
 step. It is never the suspect: giving up can miss a backdoor, but raises no false alarm, because the
 largest score of the remaining classes is at most that of all.
@@ -233,6 +238,9 @@ class Detection:
         class_scores: t_c per class, of one that was dropped at that step; empty without
             calibration.
         dropped: Step at which each class was dropped, None for one that was searched to the end.
+        suspects: Classes that would each be a finding on their own; `target` is one of them if the
+            verdict is a finding. A model can hold more than one backdoor.
+        cleared: Classes that were not judged because an earlier scan had found them clean.
     """
 
     verdict: Verdict
@@ -246,6 +254,8 @@ class Detection:
     p_value: float | None
     class_scores: tuple[float, ...]
     dropped: tuple[int | None, ...]
+    suspects: tuple[int, ...] = ()
+    cleared: tuple[int, ...] = ()
 
 
 def detect(
@@ -257,6 +267,7 @@ def detect(
     p_suspicious: float = 0.05,
     dropped: Sequence[int | None] | None = None,
     families: int = 1,
+    cleared: Sequence[int] = (),
 ) -> Detection:
     """Judge one model.
 
@@ -268,21 +279,24 @@ def detect(
     was is compared with the calibration at that step and never the suspect.
     families: how many families of triggers are searched for in the same model, each judged by a
     call of its own: p-values are corrected for that many (Sidak).
+    cleared: classes that are never the suspect because an earlier scan of the same model, before it
+    was repaired, found them clean (see `workflow.detox`).
     Raises UsageError for values out of range, another number of classes than the calibration's,
-    when every class was dropped, and when the calibration has no sizes at a step of `dropped`.
+    when no class is left to judge, and when the calibration has no sizes at a step of `dropped`.
     """
     values = tuple(float(v) for v in p_l1)
     if not values or any(math.isnan(v) or v <= 0 for v in values):
         raise UsageError(f"P-L1 values {list(values)}; expected numbers above 0")
     steps = tuple(dropped) if dropped is not None else (None,) * len(values)
-    judged = [c for c, step in enumerate(steps) if step is None]
+    searched = [c for c, step in enumerate(steps) if step is None]
+    judged = [c for c in searched if c not in cleared]
     if len(steps) != len(values) or not judged:
         raise UsageError(
-            f"{len(values)} classes, {len(steps) - len(judged)} of {len(steps)} dropped; expected "
-            "at least one that was not"
+            f"{len(values)} classes, {len(steps) - len(searched)} of {len(steps)} dropped, "
+            f"{len(cleared)} cleared; expected at least one that was neither"
         )
     weakest = min(judged, key=values.__getitem__)
-    index = anomaly_index(values, weakest) if len(judged) == len(values) else None
+    index = anomaly_index(values, weakest) if len(searched) == len(values) else None
     if calibration is None or not any(map(math.isfinite, values)):
         reason = (
             "no search found a working trigger"
@@ -301,6 +315,7 @@ def detect(
             None,
             (),
             steps,
+            cleared=tuple(cleared),
         )
     if len(values) != len(calibration.p_l1[0]):
         raise UsageError(
@@ -312,9 +327,9 @@ def detect(
     shifts = [calibration.shift(margins, c) for c in range(len(margins))]
     scores = tuple((margins[c] - shifts[c]) / at[step].scale for c, step in enumerate(steps))
     suspect = max(judged, key=scores.__getitem__)
-    index = anomaly_index(values, suspect) if len(judged) == len(values) else None
-    single = min(calibration.p_value(scores[suspect]), 1 - 1e-16)
-    p_value = -math.expm1(families * math.log1p(-single))
+    index = anomaly_index(values, suspect) if len(searched) == len(values) else None
+    p_values = {c: _for_families(calibration.p_value(scores[c]), families) for c in judged}
+    p_value = p_values[suspect]
     if p_value < p_backdoored:
         verdict = Verdict.BACKDOORED
     elif p_value < p_suspicious:
@@ -322,8 +337,10 @@ def detect(
     else:
         verdict = Verdict.CLEAN
     reference = math.exp(calibration.mean[suspect] - shifts[suspect])
-    gone = len(values) - len(judged)
+    gone = len(values) - len(searched)
     given_up = f"; {gone} of {len(values)} classes were given up on the way" if gone else ""
+    if cleared:
+        given_up += f"; {len(cleared)} of {len(values)} classes had been clean before the repair"
     return Detection(
         verdict,
         f"smallest trigger relative to clean references: P-L1 {values[suspect]:.4f} where they "
@@ -339,7 +356,14 @@ def detect(
         p_value,
         scores,
         steps,
+        tuple(c for c in judged if p_values[c] < p_suspicious),
+        tuple(cleared),
     )
+
+
+def _for_families(p_value: float, families: int) -> float:
+    """Correct a p-value for the number of families (Sidak)."""
+    return -math.expm1(families * math.log1p(-min(p_value, 1 - 1e-16)))
 
 
 def anomaly_index(sizes: Sequence[float], index: int) -> float | None:

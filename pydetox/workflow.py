@@ -220,6 +220,20 @@ class ScanResult:
             return None
         return self.class_names[self.target]
 
+    def cleared(self) -> tuple[int, ...]:
+        """Return the classes that are no finding, of any family, and were all searched to the end.
+
+        Empty without a verdict on classes.
+        """
+        every = [self.detection, *(one.detection for one in self.others)]
+        if self.objective != "targeted" or not all(one.class_scores for one in every):
+            return ()
+        return tuple(
+            c
+            for c in range(len(self.detection.p_l1))
+            if all(one.dropped[c] is None and c not in one.suspects for one in every)
+        )
+
     def class_steps(self) -> list[int]:
         """Return the steps that each class was searched for, of its longest restart."""
         steps = self.inversion.trigger_steps.view(len(self.detection.p_l1), -1)
@@ -494,6 +508,7 @@ def scan(
     templates: Sequence[Template] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
+    cleared: Sequence[int] = (),
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict.
@@ -507,6 +522,8 @@ def scan(
         templates: Prompt templates; default DEFAULT_TEMPLATES.
         config: Default ScanConfig().
         architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
+        cleared: In the re-scan of a repaired model, the classes that were clean before the repair
+            (`ScanResult.cleared`): they are searched, but the verdict is on the others.
         description: Shown with the progress bar.
 
     Raises:
@@ -551,6 +568,7 @@ def scan(
             p_suspicious=config.p_suspicious,
             dropped=_dropped(found, config),
             families=len(config.searched),
+            cleared=cleared,
         )
         families.append(FamilyScan(family, detection, found, compared))
     chosen = min(families, key=_evidence)
@@ -698,6 +716,7 @@ def detox(
     """Scan; if the model is suspicious or backdoored, unlearn until a re-scan is clean.
 
     Neither trigger nor target class need be known: the target is the class that the scan flags.
+    A re-scan judges the classes that the first scan did not find clean: see `pydetox.detection`.
 
     Args:
         checkpoint: The suspect. It is not changed.
@@ -767,6 +786,7 @@ def detox(
             base=base,
             templates=templates,
             config=replace(config, seed=config.seed + 32452843 * repairs),
+            cleared=before.cleared(),
             description=f"re-scan of {model.name}",
         )
         lap("rescan")

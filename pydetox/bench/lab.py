@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from ..models import OpenClipModel
 from ..reporting.images import png_data_uri
 from ..task_vectors import TaskVector
 from ..training import TrainConfig, train_on_prompts
+from ..unlearning import subtract
 from ..workflow import DetoxResult, ScanResult, calibrate, scan
 from .cache import (
     EVALUATION_CODE,
@@ -48,6 +50,9 @@ from .plan import Plan
 #: The attack that the maps of xi are drawn for.
 _XI_ATTACK = "badnets"
 
+#: Equal parts of the way from a victim to its repair, between which it is measured.
+_PATH_PARTS = 8
+
 
 @dataclass(frozen=True)
 class Suspect:
@@ -55,7 +60,7 @@ class Suspect:
 
     seed: of its base, training and attack. attack: a name of `attacks.ATTACKS`, or None for a clean
     fine-tune. number: which of the clean ones. reference: whether it is a reference of the
-    calibration; such models are fine-tuned on other images and never measured.
+    calibration; such models are fine-tuned on images drawn anew and never measured.
     """
 
     seed: int
@@ -165,11 +170,15 @@ class Lab:
         count = min(self.plan.fine_tuning_images, len(self.splits.attacker))
         return self.splits.attacker.subset(range(count))
 
-    @cached_property
-    def _reference_images(self) -> ImageSet:
-        """As many as suspects have, from the other end of the attacker's part."""
-        last = len(self.splits.attacker)
-        return self.splits.attacker.subset(range(last - len(self._poisonable), last))
+    def _reference_images(self, number: int) -> ImageSet:
+        """As many as suspects have, drawn anew for each reference from the attacker's part.
+
+        Which images a model saw moves its classes' sizes about as much as its seed does, so
+        references of one set of images would be more alike than a suspect is to them.
+        """
+        rng = np.random.Generator(np.random.PCG64([self.seed, number, 7]))
+        drawn = rng.permutation(len(self.splits.attacker))[: len(self._poisonable)]
+        return self.splits.attacker.subset(drawn.tolist())
 
     @property
     def references(self) -> list[Suspect]:
@@ -205,7 +214,9 @@ class Lab:
         key = self.key(suspect)
         tensors = self.cache.weights(key)
         if tensors is None:
-            images = self._reference_images if suspect.reference else self._poisonable
+            images = self._poisonable
+            if suspect.reference:
+                images = self._reference_images(suspect.number)
             if suspect.attack is not None:
                 images, _ = plant(images, self.backdoors(suspect), seed=self.seed)
             seed = 1000 * (suspect.number + 1) + self.seed + 500 * suspect.reference
@@ -339,6 +350,9 @@ class Lab:
             again = self._one_more_epoch(outcome.model)
             after = self.measure(again, suspect, images)
             row["relapse"] = [one.attack_success_rate for one in after]
+        result = outcome.details.get("detox")
+        if isinstance(result, DetoxResult) and part == "test":
+            row["path"] = self._path(suspect, model, result, images)
         return dict(self.cache.keep_document(key, row))
 
     def xi(self) -> dict[str, Any]:
@@ -440,6 +454,31 @@ class Lab:
             "n_attack": [one.n_attack for one in measured],
         }
 
+    def _path(
+        self, suspect: Suspect, model: OpenClipModel, result: DetoxResult, images: ImageSet
+    ) -> list[dict[str, Any]]:
+        """Return CA and ASR on the way from a victim to its repair, at equal parts of the way.
+
+        On the way alpha of the first trigger vector grows to what was chosen, then that of the
+        next. Neither end is among the points.
+        """
+        stations = [model]
+        for one in result.rounds:
+            stations.append(subtract(stations[-1], one.vector, one.search.coefficient))
+        points = []
+        for k in range(1, _PATH_PARTS if result.rounds else 0):
+            done, rest = divmod(k * len(result.rounds), _PATH_PARTS)
+            one = result.rounds[done]
+            alpha = one.search.coefficient * rest / _PATH_PARTS
+            measured = self.measure(subtract(stations[done], one.vector, alpha), suspect, images)
+            points.append(
+                {
+                    "ca": measured[0].clean_accuracy,
+                    "asr": [one.attack_success_rate for one in measured],
+                }
+            )
+        return points
+
     def _judged(self, suspect: Suspect, result: ScanResult) -> dict[str, Any]:
         targets = [one.target for one in self.backdoors(suspect)]
         found = result.detection
@@ -455,6 +494,10 @@ class Lab:
             "family": result.family,
             "target": result.target,
             "target_right": result.target in targets if targets else None,
+            "class_scores": {
+                result.family: list(found.class_scores),
+                **{one.family: list(one.detection.class_scores) for one in result.others},
+            },
             "seconds": result.seconds,
         }
 

@@ -48,7 +48,7 @@ class Plan:
         seeds: One base model, one set of victims and clean models, one calibration per seed.
         clean_models: Clean fine-tunes per seed.
         reference_models: Clean fine-tunes per seed that the defender has for calibration: of the
-            same base, on other images, never measured. At least 2.
+            same base, each on images drawn anew, never measured. At least 2.
         tuning_seed: A further seed, whose models serve to choose settings and for nothing else.
         tuning_attacks: The attacks of those models.
         model_config: open_clip's.

@@ -23,7 +23,8 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
     with two backdoors the worse one. `ca_retained` is the mean over victims of CA over the victim's
     own. `detection.tpr` and `.fpr` count suspicious and backdoored verdicts. `baselines.won_share`
     is the least, over the baselines that know as much, of the share of attacks on which pydetox has
-    the lower ASR at an equal or higher CA. `two_backdoors.asr_max` and `relapse.asr_mean` are the
+    the lower ASR at an equal or higher CA (see `won_shares`); `baselines.won_share_finished` is the
+    same of finished repairs alone. `two_backdoors.asr_max` and `relapse.asr_mean` are the
     worse of pydetox's two methods.
     """
     before = {row["suspect"]: row for row in result["before"]}
@@ -47,6 +48,8 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
     summary["detection.fpr"] = mean(float(one["flagged"]) for one in clean)
     won = list(won_shares(rows).values())
     summary["baselines.won_share"] = min(won, default=None)
+    finished = list(won_shares(rows, finished=True).values())
+    summary["baselines.won_share_finished"] = min(finished, default=None)
     both = [of([r for r in rows if len(r["asr"]) > 1], name) for name in (KNOWN, UNKNOWN)]
     worst = [max(worse(row) for row in part) for part in both if part]
     summary["two_backdoors.asr_max"] = max(worst, default=None)
@@ -62,22 +65,44 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
     return summary
 
 
-def won_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Return, for each baseline, the share of attacks that pydetox wins against it."""
+def won_shares(rows: Sequence[Row], *, finished: bool = False) -> dict[str, float]:
+    """Return, for each baseline, the share of attacks that pydetox wins against it.
+
+    It wins with a lower ASR at an equal or higher CA, both means over an attack's victims. Where
+    the finished repair has less CA than the baseline, the furthest point on the way to it counts
+    that has not (rows with a "path"): alpha trades one for the other, so that methods compare at
+    equal CA. finished: only finished repairs count.
+    """
     shares = {}
     for baseline in DEFENSES:
         if baseline.name in (KNOWN, UNKNOWN):
             continue
         ours = of(rows, KNOWN if baseline.needs_trigger else UNKNOWN)
         theirs = of(rows, baseline.name)
-        asr, other_asr = asr_by_attack(ours), asr_by_attack(theirs)
-        ca, other_ca = _ca_by_attack(ours), _ca_by_attack(theirs)
-        shared = [attack for attack in asr if attack in other_asr]
-        if not shared:
-            continue
-        won = [asr[a] < other_asr[a] and ca[a] >= other_ca[a] - CA_TOLERANCE for a in shared]
-        shares[baseline.name] = sum(won) / len(won)
+        asr, ca = asr_by_attack(theirs), _ca_by_attack(theirs)
+        won = []
+        for attack in asr:
+            victims = [row for row in ours if row["attack"] == attack]
+            if not victims:
+                continue
+            points = [(row["ca"], worse(row)) for row in victims]
+            ways = [_mean_point(points)]
+            if not finished and all(row.get("path") for row in victims):
+                ways += [
+                    _mean_point([(at["ca"], max(at["asr"])) for at in step])
+                    for step in zip(*(reversed(row["path"]) for row in victims), strict=True)
+                ]
+            reached = [point for point in ways if point[0] >= ca[attack] - CA_TOLERANCE]
+            won.append(bool(reached) and reached[0][1] < asr[attack])
+        if won:
+            shares[baseline.name] = sum(won) / len(won)
     return shares
+
+
+def _mean_point(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return mean CA and mean ASR."""
+    accuracy, success = zip(*points, strict=True)
+    return math.fsum(accuracy) / len(points), math.fsum(success) / len(points)
 
 
 def of(rows: Iterable[Row], defense: str) -> list[Row]:

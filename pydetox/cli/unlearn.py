@@ -248,6 +248,7 @@ def _unlearn_directly(
         base=base,
         templates=prompts,
         config=replace(config, seed=config.seed + 32452843),
+        cleared=[c for c in before.cleared() if c != target],
         description=f"re-scan of {loaded.model.name}",
     )
     seconds["rescan"] = time.perf_counter() - start
