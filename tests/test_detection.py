@@ -340,3 +340,33 @@ def test_relative_false_alarms_come_at_about_the_stated_rate():
 def test_one_class_cannot_be_relative():
     with pytest.raises(UsageError, match="at least 2"):
         Calibration(((0.1,), (0.2,)), "k", ("a", "b"), relative=True)
+
+
+def test_classes_that_were_clean_before_a_repair_are_not_judged():
+    calibration = references(scatter=0.02)
+    sizes = np.exp(calibration.mean)
+    sizes[[1, 3]] /= [3, 2]
+    found = detect(sizes.tolist(), calibration, has_classes=True)
+    assert (found.target, found.suspects, found.cleared) == (1, (1, 3), ())
+    again = detect(sizes.tolist(), calibration, has_classes=True, cleared=[0, 1, 4])
+    assert (again.target, again.suspects, again.cleared) == (3, (3,), (0, 1, 4))
+    assert again.verdict is Verdict.BACKDOORED
+    # The others keep their numbers: nothing that was measured is hidden.
+    assert again.class_scores == found.class_scores
+    assert again.anomaly_index is not None
+    assert "3 of 5 classes had been clean before the repair" in again.reason
+    sizes[3] *= 2
+    after = detect(sizes.tolist(), calibration, has_classes=True, cleared=[0, 1, 4])
+    assert after.verdict is Verdict.CLEAN
+    assert after.suspects == ()
+    with pytest.raises(UsageError, match="5 cleared"):
+        detect(sizes.tolist(), calibration, has_classes=True, cleared=range(5))
+
+
+def test_a_finding_has_its_target_among_the_suspects():
+    calibration = references(scatter=0.1)
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        sizes = np.exp(np.array(calibration.mean) + 0.3 * rng.standard_normal(5))
+        found = detect(sizes.tolist(), calibration, has_classes=True, families=2)
+        assert (found.target in found.suspects) == (found.verdict is not Verdict.CLEAN)

@@ -84,6 +84,43 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
     assert document["seconds"].keys() >= {"scan", "unlearn", "rescan", "write"}
 
 
+def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
+    _, path, data, calibration = story
+    options = {"calibration": calibration, "templates": TEMPLATES}
+    config = replace(CONFIG, drop_below=None)
+    before = scan(path, data, config=config, **options)
+    clean = before.cleared()
+    assert TARGET not in clean
+    assert clean
+    # A class that one family of triggers finds suspect, or gave up, is not cleared.
+    (other,) = before.others
+    doubt = replace(other.detection, suspects=(clean[0],))
+    assert clean[0] not in replace(before, others=(replace(other, detection=doubt),)).cleared()
+    steps = tuple(30 if c == clean[0] else None for c in range(len(before.detection.p_l1)))
+    given_up = replace(other.detection, dropped=steps)
+    assert clean[0] not in replace(before, others=(replace(other, detection=given_up),)).cleared()
+    # Without a verdict nothing is.
+    assert scan(path, data, templates=TEMPLATES, config=config).cleared() == ()
+
+    again = scan(path, data, config=config, cleared=clean, **options)
+    assert again.detection.cleared == clean
+    assert again.detection.class_scores == before.detection.class_scores
+    assert again.target == TARGET
+
+    # Even if the repair makes a clean class stand out, it is not unlearned.
+    seen = []
+
+    def noted(*args, **kwargs):
+        seen.append(tuple(kwargs.get("cleared", ())))
+        return scan(*args, **kwargs)
+
+    monkeypatch.setattr("pydetox.workflow.scan", noted)
+    result = detox(path, data, config=config, unlearning=UNLEARNING, max_rounds=2, **options)
+    assert seen[0] == ()
+    assert set(seen[1:]) == {clean}
+    assert {one.target for one in result.rounds}.isdisjoint(clean)
+
+
 def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
     base, _, data, calibration = story
     result = detox(

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,12 @@ from pydetox.bench.lab import Lab, Suspect
 from pydetox.defenses import DEFENSES as DEFENSES_ALL
 from pydetox.defenses import FineTuning, PydetoxKnown, PydetoxUnknown
 from pydetox.errors import DataError, UsageError
+from pydetox.evaluation import Evaluation
 from pydetox.inversion import InversionConfig
+from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig
-from pydetox.workflow import ScanConfig
+from pydetox.unlearning import CoefficientSearch
+from pydetox.workflow import ScanConfig, UnlearnRound
 from tests.cli.conftest import TINY
 from tests.mini import mini_images
 from tests.test_training import coloured
@@ -90,7 +94,9 @@ def test_a_run_measures_every_victim_with_every_defence(finished):
         assert row["n_attack"][0] < row["n_clean"] == 60
         assert row["ca_ci"][0] <= row["ca"] <= row["ca_ci"][1]
         assert ("relapse" in row) == (row["defense"] != FineTuning().name)
+        assert ("path" in row) == (row["defense"] == PydetoxUnknown().name)
     assert {s["suspect"] for s in result["scans"]} == {*counted, "clean-0-seed0"}
+    assert all(set(s["class_scores"]) == {"patch", "blend"} for s in result["scans"])
     assert result["summary"]["known.asr_mean"] < 0.5
     assert len(result["xi"]["backdoor"]["error"]) == plan.xi_points
 
@@ -159,6 +165,44 @@ def test_the_parts_of_the_data_share_no_image(tmp_path):
         for other in seen[k + 1 :]:
             assert not one & other
     assert [len(p) for p in parts] == [120, 36, 24, 60]
+
+
+def test_references_have_images_of_their_own(tmp_path):
+    lab = Lab(small_plan(tmp_path, fine_tuning_images=60), 0, tmp_path)
+    whole = {x.numpy().tobytes() for x in lab.splits.attacker.images}
+    sets = [{x.numpy().tobytes() for x in lab._reference_images(k).images} for k in range(3)]
+    assert [len(one) for one in sets] == [60, 60, 60]
+    assert all(one < whole for one in sets)
+    assert sets[0] != sets[1] != sets[2] != sets[0]
+    again = Lab(small_plan(tmp_path, fine_tuning_images=60), 0, tmp_path)._reference_images(1)
+    assert {x.numpy().tobytes() for x in again.images} == sets[1]
+
+
+def test_the_way_to_a_repair_leads_there(tmp_path):
+    lab = Lab(small_plan(tmp_path), 0, tmp_path)
+    victim = Suspect(0, "badnets")
+    model = lab.model(victim)
+    change = {"visual.proj": torch.ones_like(model.visual.proj.detach())}
+    searches = [
+        CoefficientSearch((0.0, alpha), (1.0, 1.0), (1.0, 0.0), 1, True, 1.0)
+        for alpha in (0.5, 0.25)
+    ]
+    rounds = tuple(UnlearnRound(0, (), one, TaskVector(change), None) for one in searches)
+    result = SimpleNamespace(rounds=rounds)
+    measured = []
+
+    def note(candidate, *_):
+        weights = (
+            candidate.clip.state_dict()["visual.proj"] - model.clip.state_dict()["visual.proj"]
+        )
+        measured.append(-float(weights.mean()))
+        return [Evaluation(0.5, (0.4, 0.6), (0.5,), 10)]
+
+    lab.measure = note
+    points = lab._path(victim, model, result, lab.splits.test)
+    assert measured == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.6875], abs=1e-6)
+    assert points == [{"ca": 0.5, "asr": [None]}] * 7
+    assert lab._path(victim, model, SimpleNamespace(rounds=()), lab.splits.test) == []
 
 
 def test_keys_depend_on_everything_that_decides_a_model(tmp_path):

@@ -122,6 +122,28 @@ def test_a_baseline_is_compared_with_the_method_that_knows_as_much(result):
     assert result["summary"]["baselines.won_share"] == 0.5
 
 
+def test_methods_compare_at_equal_accuracy_where_the_way_is_known(result):
+    rows = [row for row in result["rows"] if row["defense"] in (UNKNOWN, "fine-tuning")]
+    for one in rows:
+        if one["defense"] == UNKNOWN and one["attack"] == "a":
+            one["ca"] = 0.7  # less than fine-tuning's 0.855
+            one["path"] = [
+                {"ca": 0.88, "asr": [0.9]},
+                {"ca": 0.86, "asr": [0.4]},  # the furthest with as much accuracy
+                {"ca": 0.80, "asr": [0.2]},
+            ]
+    assert won_shares(rows) == {"fine-tuning": 1.0}
+    assert won_shares(rows, finished=True) == {"fine-tuning": 0.5}
+    for one in rows:
+        if one["defense"] == UNKNOWN and one["attack"] == "a":
+            one["path"][1]["asr"] = [0.6]  # above fine-tuning's 0.5; that of nearer points is too
+    assert won_shares(rows) == {"fine-tuning": 0.5}
+    for one in rows:
+        if one["defense"] == UNKNOWN and one["attack"] == "a":
+            one["path"] = []  # a model that was left as it is
+    assert won_shares(rows) == {"fine-tuning": 0.5}
+
+
 def test_an_empty_run_has_no_figures():
     found = summarize({"before": [], "rows": [], "scans": [], "xi": None})
     assert found["known.asr_mean"] is None
