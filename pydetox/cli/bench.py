@@ -40,7 +40,19 @@ from . import exit_codes, options
     metavar="NAME",
     help="Only this defence; may be given several times. Without it, all.",
 )
-@click.option("--seeds", type=options.COUNT, metavar="N", help="Seeds 0 to N - 1.")
+@click.option(
+    "--seeds",
+    type=options.COUNT,
+    metavar="N",
+    help="How many seeds. Without it, as many as the plan.",
+)
+@click.option(
+    "--first-seed",
+    type=options.SEED,
+    default=0,
+    metavar="N",
+    help="The first of them: models that nothing was chosen on.",
+)
 @click.option(
     "--workers", type=options.COUNT, default=2, metavar="N", help="Processes of one thread each."
 )
@@ -64,6 +76,7 @@ def command(
     attacks: tuple[str, ...],
     defenses: tuple[str, ...],
     seeds: int | None,
+    first_seed: int,
     workers: int,
     output: Path,
     cache: Path | None,
@@ -86,8 +99,8 @@ def command(
     plan = quick_plan(data) if quick else Plan(data=data)
     if attacks:
         plan = replace(plan, attacks=attacks)
-    if seeds is not None:
-        plan = replace(plan, seeds=tuple(range(seeds)))
+    count = len(plan.seeds) if seeds is None else seeds
+    plan = replace(plan, seeds=tuple(range(first_seed, first_seed + count)))
     write_file(output / "plan.json", to_json(plan) + "\n")
     result = run(
         plan,

@@ -47,13 +47,14 @@ def test_results_go_to_the_folder_and_the_figures_to_stdout(run, asked, tmp_path
 def test_the_options_narrow_the_plan(run, asked, tmp_path):
     result = run(
         "bench", "--attack", "sig", "--attack", "wanet", "--defense", "PAR", "--seeds", "2",
-        "--workers", "1", "--cache", tmp_path / "cache", "--output", tmp_path / "out",
+        "--first-seed", "5", "--workers", "1",
+        "--cache", tmp_path / "cache", "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert "| figure | value |" in result.stdout
     ((plan, folder, defenses, workers),) = asked
     assert plan.attacks == ("sig", "wanet")
-    assert plan.seeds == (0, 1)
+    assert plan.seeds == (5, 6)
     assert (folder, defenses, workers) == (tmp_path / "cache", ("PAR",), 1)
 
 
@@ -61,6 +62,9 @@ def test_wrong_usage_is_told_before_any_work(run, tmp_path):
     result = run("bench", "--attack", "magic", "--output", tmp_path / "out")
     assert result.exit_code == 4
     assert ATTACKS[0] in error_line(result)
+    result = run("bench", "--first-seed", "99", "--output", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "seed 100 is kept for tuning" in error_line(result)
     result = run("bench", "--defense", "magic", "--output", tmp_path / "out")
     assert result.exit_code == 4
     assert "'magic'" in error_line(result)
