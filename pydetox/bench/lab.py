@@ -22,7 +22,15 @@ from ..data import (
     split_fashion_mnist,
     split_in_four,
 )
-from ..defenses import DEFENSES, DefenderData, Defense, KnownTrigger, Outcome, PydetoxUnknown
+from ..defenses import (
+    DEFENSES,
+    DefenderData,
+    Defense,
+    KnownTrigger,
+    Outcome,
+    PydetoxKnown,
+    PydetoxUnknown,
+)
 from ..detection import FINDINGS, Calibration
 from ..errors import DataError, UsageError
 from ..evaluation import Evaluation, evaluate
@@ -350,9 +358,8 @@ class Lab:
             again = self._one_more_epoch(outcome.model)
             after = self.measure(again, suspect, images)
             row["relapse"] = [one.attack_success_rate for one in after]
-        result = outcome.details.get("detox")
-        if isinstance(result, DetoxResult) and part == "test":
-            row["path"] = self._path(suspect, model, result, images)
+        if isinstance(defense, PydetoxKnown | PydetoxUnknown) and part == "test":
+            row["path"] = self._path(suspect, model, outcome.details["steps"], images)
         return dict(self.cache.keep_document(key, row))
 
     def xi(self) -> dict[str, Any]:
@@ -455,7 +462,11 @@ class Lab:
         }
 
     def _path(
-        self, suspect: Suspect, model: OpenClipModel, result: DetoxResult, images: ImageSet
+        self,
+        suspect: Suspect,
+        model: OpenClipModel,
+        steps: Sequence[tuple[TaskVector, float]],
+        images: ImageSet,
     ) -> list[dict[str, Any]]:
         """Return CA and ASR on the way from a victim to its repair, at equal parts of the way.
 
@@ -463,14 +474,14 @@ class Lab:
         next. Neither end is among the points.
         """
         stations = [model]
-        for one in result.rounds:
-            stations.append(subtract(stations[-1], one.vector, one.search.coefficient))
+        for vector, coefficient in steps:
+            stations.append(subtract(stations[-1], vector, coefficient))
         points = []
-        for k in range(1, _PATH_PARTS if result.rounds else 0):
-            done, rest = divmod(k * len(result.rounds), _PATH_PARTS)
-            one = result.rounds[done]
-            alpha = one.search.coefficient * rest / _PATH_PARTS
-            measured = self.measure(subtract(stations[done], one.vector, alpha), suspect, images)
+        for k in range(1, _PATH_PARTS if steps else 0):
+            done, rest = divmod(k * len(steps), _PATH_PARTS)
+            vector, coefficient = steps[done]
+            candidate = subtract(stations[done], vector, coefficient * rest / _PATH_PARTS)
+            measured = self.measure(candidate, suspect, images)
             points.append(
                 {
                     "ca": measured[0].clean_accuracy,

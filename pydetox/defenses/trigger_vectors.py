@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..models import OpenClipModel
+from ..task_vectors import TaskVector
 from ..unlearning import (
     CoefficientSearch,
     UnlearnConfig,
@@ -34,7 +35,10 @@ class PlainTbar:
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
-        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger."""
+        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger.
+
+        details["steps"]: the vectors with their alpha, in the order they were subtracted.
+        """
         return _subtract_known(self.name, model, data, config, self.forget_set)
 
 
@@ -52,7 +56,10 @@ class PydetoxKnown:
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
-        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger."""
+        """Return the repaired model; details: alpha and CA, ASR over alpha for each trigger.
+
+        details["steps"]: the vectors with their alpha, in the order they were subtracted.
+        """
         return _subtract_known(self.name, model, data, config)
 
 
@@ -74,7 +81,10 @@ class PydetoxUnknown:
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
-        """Return the repaired model; details["detox"] is the whole DetoxResult."""
+        """Return the repaired model; details["detox"] is the whole DetoxResult.
+
+        details["steps"]: as of the known trigger.
+        """
         watch = Stopwatch(len(data.images), data.label_count)
         result = detox(
             model,
@@ -85,7 +95,8 @@ class PydetoxUnknown:
             config=data.scan,
             unlearning=config,
         )
-        return Outcome(result.model, watch.stop(), {"detox": result})
+        steps = [(one.vector, one.search.coefficient) for one in result.rounds]
+        return Outcome(result.model, watch.stop(), {"detox": result, "steps": steps})
 
 
 def _subtract_known(
@@ -109,7 +120,7 @@ def _subtract_known(
     if forget_set is not None:
         forget = forget.subset(range(min(forget_set, len(forget))))
     repaired = model.clone()
-    searches = list[CoefficientSearch]()
+    searches, steps = list[CoefficientSearch](), list[tuple[TaskVector, float]]()
     for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:
         stamps = [one.trigger for one in group]
         vector = trigger_vector(
@@ -135,6 +146,7 @@ def _subtract_known(
             )
             for one in group
         ]
-        repaired = subtract(repaired, vector, max(one.coefficient for one in found))
+        steps.append((vector, max(one.coefficient for one in found)))
+        repaired = subtract(repaired, *steps[-1])
         searches += found
-    return Outcome(repaired, watch.stop(), {"searches": searches})
+    return Outcome(repaired, watch.stop(), {"searches": searches, "steps": steps})

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +26,7 @@ from pydetox.evaluation import Evaluation
 from pydetox.inversion import InversionConfig
 from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig
-from pydetox.unlearning import CoefficientSearch
-from pydetox.workflow import ScanConfig, UnlearnRound
+from pydetox.workflow import ScanConfig
 from tests.cli.conftest import TINY
 from tests.mini import mini_images
 from tests.test_training import coloured
@@ -94,7 +92,7 @@ def test_a_run_measures_every_victim_with_every_defence(finished):
         assert row["n_attack"][0] < row["n_clean"] == 60
         assert row["ca_ci"][0] <= row["ca"] <= row["ca_ci"][1]
         assert ("relapse" in row) == (row["defense"] != FineTuning().name)
-        assert ("path" in row) == (row["defense"] == PydetoxUnknown().name)
+        assert ("path" in row) == (row["defense"] != FineTuning().name)
     assert {s["suspect"] for s in result["scans"]} == {*counted, "clean-0-seed0"}
     assert all(set(s["class_scores"]) == {"patch", "blend"} for s in result["scans"])
     assert result["summary"]["known.asr_mean"] < 0.5
@@ -183,12 +181,7 @@ def test_the_way_to_a_repair_leads_there(tmp_path):
     victim = Suspect(0, "badnets")
     model = lab.model(victim)
     change = {"visual.proj": torch.ones_like(model.visual.proj.detach())}
-    searches = [
-        CoefficientSearch((0.0, alpha), (1.0, 1.0), (1.0, 0.0), 1, True, 1.0)
-        for alpha in (0.5, 0.25)
-    ]
-    rounds = tuple(UnlearnRound(0, (), one, TaskVector(change), None) for one in searches)
-    result = SimpleNamespace(rounds=rounds)
+    steps = [(TaskVector(change), alpha) for alpha in (0.5, 0.25)]
     measured = []
 
     def note(candidate, *_):
@@ -199,10 +192,10 @@ def test_the_way_to_a_repair_leads_there(tmp_path):
         return [Evaluation(0.5, (0.4, 0.6), (0.5,), 10)]
 
     lab.measure = note
-    points = lab._path(victim, model, result, lab.splits.test)
+    points = lab._path(victim, model, steps, lab.splits.test)
     assert measured == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.6875], abs=1e-6)
     assert points == [{"ca": 0.5, "asr": [None]}] * 7
-    assert lab._path(victim, model, SimpleNamespace(rounds=()), lab.splits.test) == []
+    assert lab._path(victim, model, [], lab.splits.test) == []
 
 
 def test_keys_depend_on_everything_that_decides_a_model(tmp_path):
