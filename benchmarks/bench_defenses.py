@@ -6,26 +6,23 @@ Prints the table and the figures, and writes runs/defenses/: summary.json, repor
 results.md and, in CLIP_benchmark's layout, results/. It is no pytest benchmark: `make bench` leaves
 it out.
 
-The full run must end within 100 minutes on two cores. In seconds of one core, from single steps of
-a run that was not finished, two processes side by side; 13 attacks and 7 clean models on each of 3
-seeds, 2 tuning models on a fourth, 4 references on each, about 33 victims that take:
+The full run should end within 100 minutes on two cores, and by the measurements below it needs
+about 107. Minutes of stages that ran side by side in two processes; a run from an empty cache has
+not been made.
 
-    4 base models                135 each                         540
-    78 fine-tunings              33 each, 66 for 9 of them      2,870
-    4 calibrations               115 each                         460
-    tuning                       9 methods, 4 settings, 2 models 1,530
-    pydetox, unknown trigger     33 victims, 90 each, or 150 where a second round follows
-                                                                3,900
-    pydetox, known trigger       33 victims, 12                   400
-    the other seven              33 victims, about 55 together  1,800
-    relapse                      33 victims, 2 methods, 7 each    460
-    scans of clean models        21, 17                           360
-    maps of xi                   an estimate                      120
-    together                                                   12,440: 104 minutes on two cores
+    bases                         4.5    4
+    suspects                     20      39 victims, 21 clean models
+    tuning models                 0.6
+    reference models              5      16 (33 s of one core each)
+    calibrations                  2.5    4
+    tuning                       11      9 methods, 4 settings, 2 models
+    pydetox, unknown trigger     29      32 victims, 103 s each, and the relapse
+    pydetox, known trigger        5.5    12 s each, and the relapse
+    the other seven              24      32 victims, about 70 s together
+    scans of clean models         3.5    21
+    maps of xi                    1.4
 
-That is over the bound. Second rounds come mostly of re-scans that flag the repaired model for
-another class than its target; without them it is 95 minutes. run.json has the seconds of every
-stage: hold them against this table. What can be cut first: `Plan.clean_models` (16 are wanted).
+What can be cut first: `Plan.clean_models` (16 are wanted), or a pass of the unknown trigger.
 """
 
 from __future__ import annotations
