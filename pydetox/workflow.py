@@ -557,7 +557,8 @@ def scan(
             config,
             family,
             description if len(config.searched) == 1 else f"{description} ({family})",
-            elimination=_elimination(compared, config),
+            # Of the classes to judge none may be given up: the highest score may be of another.
+            elimination=None if cleared else _elimination(compared, config),
             base=contrast,
         )
         detection = detect(

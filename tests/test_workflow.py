@@ -107,6 +107,10 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
     assert again.detection.class_scores == before.detection.class_scores
     assert again.target == TARGET
 
+    # Nothing is given up then: every class that is left to judge could be dropped otherwise.
+    strict = scan(path, data, config=replace(CONFIG, drop_below=99.0), cleared=clean, **options)
+    assert strict.detection.dropped == (None,) * len(before.detection.p_l1)
+
     # Even if the repair makes a clean class stand out, it is not unlearned.
     seen = []
 
