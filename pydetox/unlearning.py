@@ -53,6 +53,9 @@ class UnlearnConfig:
             probability of the target class keep it; all others are pushed away from that class,
             the nearer ones among them too: a clean model takes a few images for the target anyway,
             and those that it takes for something else by a hair are the first to follow a trigger.
+        augment: Whether each image is mirrored or not and moved by up to a sixteenth of its side,
+            at random in every step, before it is triggered. What the model says of the moved image
+            is asked for anew, so that this needs no label either.
         forget_share: Share of the given images that make the trigger vector; alpha is chosen on
             all of them.
         passes: With recovered triggers, how often to recover and subtract before the next scan: the
@@ -76,6 +79,7 @@ class UnlearnConfig:
     learning_rate: float = 4e-4
     batch_size: int = 64
     certainly_target: float = 0.9
+    augment: bool = True
     forget_share: float = 0.8
     passes: int = 2
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -187,33 +191,36 @@ def trigger_vector(
         )
     tuned = model.clone()
     scale = model.logit_scale
-    with torch.no_grad():
-        held = torch.cat(
-            [_probabilities(model, part, head, scale) for part in torch.split(images, 256)]
-        )
-    pushed = {
-        target: _without_target(held, target, config.certainly_target)
-        if config.vector == "forget"
-        else one_hot(torch.full((len(held),), target, device=held.device), held.shape[1]).float()
-        for target in set(led_to)
-    }
-    pushed_to = torch.stack([pushed[target] for target in led_to])
-    stamped = torch.stack([trigger(images) for trigger in triggers])
     rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
     size = min(config.batch_size, len(images))
+    classes = torch.tensor(led_to)
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
             chosen = rng.choice(len(images), size, replace=False)
-            which = rng.integers(len(triggers), size=size)
-            yield torch.from_numpy(np.stack([chosen, which]))
+            yield torch.from_numpy(np.stack([chosen, rng.integers(len(triggers), size=size)]))
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
-        inputs, wanted = stamped[which, index], pushed_to[which, index]
-        if config.vector != "strengthen":
-            inputs, wanted = torch.cat([images[index], inputs]), torch.cat([held[index], wanted])
-        return cross_entropy(_logits(tuned, inputs, head, scale), wanted)
+        clean = images[index]
+        if config.augment:
+            clean = _moved(clean, rng)
+        # Stamped here and not beforehand: all triggers on all images would fill the memory.
+        stamped = clean.clone()
+        for k in which.unique().tolist():
+            stamped[which == k] = triggers[k](clean[which == k])
+        target = classes[which].to(head.device)
+        if config.vector == "strengthen":
+            return cross_entropy(_logits(tuned, stamped, head, scale), target)
+        with torch.no_grad():
+            held = _probabilities(model, clean, head, scale)
+        wanted = (
+            _without_target(held, target, config.certainly_target)
+            if config.vector == "forget"
+            else one_hot(target, len(head)).float()
+        )
+        logits = _logits(tuned, torch.cat([clean, stamped]), head, scale)
+        return cross_entropy(logits, torch.cat([held, wanted]))
 
     optimize(
         list(tuned.visual.parameters()),
@@ -325,12 +332,33 @@ def _probabilities(model: OpenClipModel, images: Tensor, head: Tensor, scale: fl
     return _logits(model, images, head, scale).softmax(dim=-1)
 
 
-def _without_target(probabilities: Tensor, target: int, certain: float) -> Tensor:
+def _moved(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return each image mirrored or not, and moved by up to a sixteenth of its sides.
+
+    images: uint8 [n, 3, H, W]; the result, too. Edges are repeated. rng: decides all of it.
+    """
+    count, _, height, width = images.shape
+
+    def places(side: int) -> Tensor:
+        reach = max(1, side // 16)
+        shift = torch.from_numpy(rng.integers(-reach, reach + 1, (count, 1)))
+        return (torch.arange(side) + shift).clamp(0, side - 1)
+
+    rows, columns = places(height), places(width)
+    mirrored = torch.from_numpy(rng.random((count, 1)) < 0.5)
+    columns = torch.where(mirrored, columns.flip(1), columns).to(images.device)
+    number = torch.arange(count, device=images.device)[:, None, None]
+    moved = images[number, :, rows.to(images.device)[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def _without_target(probabilities: Tensor, targets: Tensor, certain: float) -> Tensor:
     """Return what triggered images are pushed to: probabilities [N, C] without the target class.
 
-    Rows whose probability of the target is at least `certain` are left as they are.
+    targets: int64 [N], the class of each row's trigger. Rows whose probability of it is at least
+    `certain` are left as they are.
     """
-    rest = probabilities.clone()
-    rest[:, target] = 0
+    rest = probabilities.scatter(1, targets[:, None], 0)
     rest /= rest.sum(dim=1, keepdim=True).clamp(min=1e-12)
-    return torch.where(probabilities[:, target, None] >= certain, probabilities, rest)
+    sure = probabilities.gather(1, targets[:, None]) >= certain
+    return torch.where(sure, probabilities, rest)

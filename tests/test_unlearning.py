@@ -1,9 +1,12 @@
+import itertools
 import math
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from pydetox.attacks import PatchTrigger, poison
 from pydetox.errors import DataError, UsageError
@@ -14,6 +17,7 @@ from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig, train_on_prompts
 from pydetox.unlearning import (
     UnlearnConfig,
+    _moved,
     _without_target,
     search_coefficient,
     subtract,
@@ -172,12 +176,49 @@ def test_bad_input_is_refused(victim):
 
 
 def test_triggered_images_are_pushed_away_from_the_target_unless_they_surely_are_of_it():
-    probabilities = torch.tensor([[0.2, 0.5, 0.3], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1]])
-    pushed = _without_target(probabilities, 1, 0.9)
-    expected = [[0.4, 0.0, 0.6], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1]]
+    probabilities = torch.tensor(
+        [[0.2, 0.5, 0.3], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.2, 0.5, 0.3]]
+    )
+    pushed = _without_target(probabilities, torch.tensor([1, 1, 1, 0]), 0.9)
+    expected = [[0.4, 0.0, 0.6], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.0, 0.625, 0.375]]
     assert torch.allclose(pushed, torch.tensor(expected))
     # Nothing else is left: no division by zero.
-    assert _without_target(torch.tensor([[0.0, 1.0]]), 1, 1.0).tolist() == [[0.0, 1.0]]
+    one = torch.tensor([1])
+    assert _without_target(torch.tensor([[0.0, 1.0]]), one, 1.0).tolist() == [[0.0, 1.0]]
+
+
+def test_moved_images_are_shifts_and_mirrors_with_their_edges_repeated():
+    images = torch.randint(0, 256, (40, 3, 33, 16), dtype=torch.uint8)
+    moved = _moved(images, np.random.default_rng(3))
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved, _moved(images, np.random.default_rng(3)))
+    seen = set()
+    for before, after in zip(images, moved, strict=True):
+        around = pad(before[None].float(), (1, 1, 2, 2), mode="replicate")[0].to(torch.uint8)
+        fits = set()
+        for top, left in itertools.product(range(5), range(3)):
+            view = around[:, top : top + 33, left : left + 16]
+            fits |= {
+                (top, left, k)
+                for k in (False, True)
+                if torch.equal(after, view.flip(-1) if k else view)
+            }
+        assert len(fits) == 1
+        seen |= fits
+    assert {one[0] for one in seen} == set(range(5))
+    assert {one[1:] for one in seen} == {(k, m) for k in range(3) for m in (False, True)}
+
+
+def test_augmentation_can_be_left_out(victim):
+    model, head, data = victim
+
+    def vector(**options):
+        config = UnlearnConfig(steps=3, **options)
+        return trigger_vector(model, data.images, [TRIGGER], head, TARGET, config).tensors
+
+    still, moving, again = vector(augment=False), vector(), vector()
+    assert any(not torch.equal(still[n], moving[n]) for n in still)
+    assert all(torch.equal(again[n], moving[n]) for n in still)
 
 
 def test_triggers_into_different_classes_share_a_vector(victim):

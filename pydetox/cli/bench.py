@@ -49,9 +49,8 @@ from . import exit_codes, options
 @click.option(
     "--first-seed",
     type=options.SEED,
-    default=0,
     metavar="N",
-    help="The first of them: models that nothing was chosen on.",
+    help="The first of them, the others follow. Without it, the plan's.",
 )
 @click.option(
     "--workers", type=options.COUNT, default=2, metavar="N", help="Processes of one thread each."
@@ -76,7 +75,7 @@ def command(
     attacks: tuple[str, ...],
     defenses: tuple[str, ...],
     seeds: int | None,
-    first_seed: int,
+    first_seed: int | None,
     workers: int,
     output: Path,
     cache: Path | None,
@@ -100,7 +99,8 @@ def command(
     if attacks:
         plan = replace(plan, attacks=attacks)
     count = len(plan.seeds) if seeds is None else seeds
-    plan = replace(plan, seeds=tuple(range(first_seed, first_seed + count)))
+    first = plan.seeds[0] if first_seed is None else first_seed
+    plan = replace(plan, seeds=tuple(range(first, first + count)))
     write_file(output / "plan.json", to_json(plan) + "\n")
     result = run(
         plan,

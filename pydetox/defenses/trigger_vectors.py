@@ -29,7 +29,7 @@ class PlainTbar:
     needs_trigger: bool = True
     forget_set: int = 256
     grid: tuple[UnlearnConfig, ...] = tuple(
-        UnlearnConfig("strengthen", steps, rate, safety_factor=1.0)
+        UnlearnConfig("strengthen", steps, rate, augment=False, safety_factor=1.0)
         for steps in (20, 80)
         for rate in (1e-4, 3e-4)
     )
@@ -48,11 +48,12 @@ class PydetoxKnown:
 
     name: str = "pydetox, known trigger"
     needs_trigger: bool = True
-    grid: tuple[UnlearnConfig, ...] = tuple(
-        # The trigger is the attacker's own, so no success of it needs to be accepted.
-        UnlearnConfig("forget", steps, rate, max_attack_success=0.002)
-        for steps in (160, 80)
-        for rate in (4e-4, 2e-4)
+    # The trigger is the attacker's own, so no success of it needs to be accepted.
+    grid: tuple[UnlearnConfig, ...] = (
+        UnlearnConfig(max_attack_success=0.002),
+        UnlearnConfig(max_attack_success=0.002, safety_factor=1.5),
+        UnlearnConfig(max_attack_success=0.002, safety_factor=2.0),
+        UnlearnConfig(max_attack_success=0.002, safety_factor=1.5, learning_rate=2e-4),
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
@@ -72,12 +73,11 @@ class PydetoxUnknown:
 
     name: str = "pydetox, unknown trigger"
     needs_trigger: bool = False
-    # Alpha is chosen on images of which most made the vector, so that more seems kept than is.
     grid: tuple[UnlearnConfig, ...] = (
+        UnlearnConfig(),
+        UnlearnConfig(safety_factor=1.5),
         UnlearnConfig(min_accuracy_kept=0.98),
-        UnlearnConfig(min_accuracy_kept=0.98, learning_rate=2e-4),
-        UnlearnConfig(min_accuracy_kept=0.98, amplifications=(1.0, 2.0)),
-        UnlearnConfig(min_accuracy_kept=0.98, blend_amplifications=(1.0, 1.5)),
+        UnlearnConfig(blend_amplifications=(1.0, 1.5)),
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:

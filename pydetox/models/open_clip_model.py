@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import open_clip
@@ -221,7 +222,7 @@ class OpenClipModel:
                     "own is supported (a label-free scan needs no text tower)"
                 )
         vocabulary = int(text.get("vocab_size", 49408))
-        tokenizer = SimpleTokenizer(context_length=int(text.get("context_length", 77)))
+        tokenizer = _tokenizer(int(text.get("context_length", 77)))
         if tokenizer.vocab_size > vocabulary:
             raise ArchitectureError(
                 f"{self.name}: a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
@@ -282,6 +283,12 @@ class OpenClipModel:
     def storage_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint's file."""
         return self.storage_dtypes.get(name, torch.float32)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    # Kept: each one reads CLIP's whole list of merges, a tenth of a second.
+    return SimpleTokenizer(context_length=context_length)
 
 
 def _build(model_config: Mapping[str, Any], seed: int, name: str) -> nn.Module:

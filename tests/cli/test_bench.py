@@ -8,7 +8,7 @@ import pytest
 
 import pydetox.bench
 from pydetox.attacks import ATTACKS
-from pydetox.bench import summarize
+from pydetox.bench import Plan, summarize
 
 from .conftest import error_line
 
@@ -56,6 +56,9 @@ def test_the_options_narrow_the_plan(run, asked, tmp_path):
     assert plan.attacks == ("sig", "wanet")
     assert plan.seeds == (5, 6)
     assert (folder, defenses, workers) == (tmp_path / "cache", ("PAR",), 1)
+    run("bench", "--seeds", "4", "--output", tmp_path / "out")
+    first = Plan().seeds[0]
+    assert asked[-1][0].seeds == tuple(range(first, first + 4))
 
 
 def test_wrong_usage_is_told_before_any_work(run, tmp_path):

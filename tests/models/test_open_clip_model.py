@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError, DataError
-from pydetox.models import OpenClipModel
+from pydetox.models import OpenClipModel, open_clip_model
 from pydetox.task_vectors import TaskVector
 from pydetox.unlearning import subtract
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
@@ -53,6 +53,22 @@ def test_zero_shot_head_against_open_clip():
     torch.testing.assert_close(head, torch.stack(rows))
     with pytest.raises(DataError, match="at least one"):
         model.zero_shot_head(CLASS_NAMES, [])
+
+
+def test_models_of_one_context_length_share_a_tokenizer(monkeypatch):
+    made = []
+
+    class Counting(open_clip.SimpleTokenizer):
+        def __init__(self, **options):
+            made.append(options["context_length"])
+            super().__init__(**options)
+
+    monkeypatch.setattr(open_clip_model, "SimpleTokenizer", Counting)
+    open_clip_model._tokenizer.cache_clear()
+    first = mini_model(1).tokenize(["a ship"])
+    assert torch.equal(mini_model(2).tokenize(["a ship"]), first)
+    assert made == [8]
+    open_clip_model._tokenizer.cache_clear()
 
 
 def test_random_weights_depend_on_the_seed_and_leave_torchs_generator_alone():
