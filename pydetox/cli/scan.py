@@ -110,6 +110,12 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     help="Give a checkpoint up after that time.",
 )
 @click.option("--max-size", callback=_size, metavar="SIZE", help="Skip larger files, such as 2G.")
+@click.option(
+    "--max-memory",
+    callback=_size,
+    metavar="SIZE",
+    help="Skip what would need more memory in a worker, such as 4G.",
+)
 @click.option("--shard", callback=_shard, metavar="I/N", help="Scan the I-th of N parts, from 1.")
 @click.option(
     "--retry-errors", is_flag=True, show_default=False, help="With --run: try errors again."

@@ -28,6 +28,7 @@ EXECUTION = (
     "address",
     "timeout",
     "max_size",
+    "max_memory",
     "shard",
     "offline",
     "retry_errors",
@@ -73,6 +74,9 @@ class ScannerConfig:
         address: Of the Ray cluster; None to start one on this machine.
         timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
         max_size: Weights files of more bytes are skipped; None for no limit.
+        max_memory: Bytes that a worker may need; what would need more is skipped (see
+            `memory.Limits`). None for no limit. It is an estimate that is kept, not a limit set for
+            the processes.
         shard: (i, n): scan the i-th of n parts of the targets, i in 1..n.
         offline: Use only what is on this machine.
         retry_errors: Scan again what ended in an error in an earlier run.
@@ -108,6 +112,7 @@ class ScannerConfig:
     address: str | None = None
     timeout: float | None = None
     max_size: int | None = None
+    max_memory: int | None = None
     shard: tuple[int, int] | None = None
     offline: bool = False
     retry_errors: bool = False
@@ -121,7 +126,7 @@ class ScannerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
-        for name in ("timeout", "max_size", "reference_learning_rate"):
+        for name in ("timeout", "max_size", "max_memory", "reference_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} is {value}; expected more than 0")

@@ -48,6 +48,7 @@ class Display:
         self._workers: dict[int, tuple[str, float]] = {}
         self._counts: dict[str, int] = {}
         self._stage = ""
+        self._memory = ""
 
     def __enter__(self) -> Display:
         return self
@@ -91,6 +92,9 @@ class Display:
         self._stage = name
         self._bars.reset(self._bar, total=total, description=_STAGES[name])
 
+    def _on_memory(self, needed: int) -> None:
+        self._memory = f", at most about {needed / 2**30:.1f} GiB a worker"
+
     def _on_surveyed(self, name: str) -> None:
         del name
         self._bars.advance(self._bar)
@@ -114,4 +118,4 @@ class Display:
             for number, (name, since) in sorted(self._workers.items())
         ]
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self._counts.items())
-        return Group(self._bars, Text(f"  {counts}"), *lines)
+        return Group(self._bars, Text(f"  {counts}{self._memory}"), *lines)

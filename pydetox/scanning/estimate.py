@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError, PydetoxError
+from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from .config import ScannerConfig
     from .targets import Target
-
-# Beside checkpoints: Python, torch and the images, and the activations of a step (see
-# `inversion.search`, whose bound on a CPU this is).
-_RUNTIME, _ACTIVATIONS = 1 << 29, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -26,8 +22,8 @@ class Estimate:
         seconds_per_step: Of the searches of all classes, on the checkpoint that was timed.
         timed_on: Its name.
         workers, threads: What it was computed for.
-        memory: Bytes of the largest worker: two checkpoints of the largest size on the disk, the
-            base if there is one, activations, and what Python and torch take.
+        memory: Bytes of the largest worker (see `Limits.memory`), by the sizes of files: those of
+            half precision need twice as much for their weights.
     """
 
     seconds: float
@@ -46,17 +42,18 @@ def estimate(config: ScannerConfig, targets: list[Target]) -> Estimate | None:
     class names or a base that cannot be read.
     """
     from .engines import share_out
+    from .memory import Limits
     from .worker import Worker
 
     sizes = {target.name: _size(target.path) for target in targets if target.problem is None}
     workers, threads = share_out(config, len(targets))
     worker = Worker(config, config.device, threads)
-    largest = max((size or 0 for size in sizes.values()), default=0)
-    base = 0 if config.base is None else _size_of_base(config)
-    memory = 2 * largest + base + _RUNTIME + (_ACTIVATIONS if config.inversion else 0)
+    limits = Limits.of(config)
+    scanned = [size for size in sizes.values() if size and limits.refusal(size) is None]
+    memory = limits.memory(max(scanned, default=0))
     for target in targets:
         size = sizes.get(target.name)
-        if size is None or (config.max_size is not None and size > config.max_size):
+        if size is None or limits.refusal(size) is not None:
             continue
         try:
             read, step = worker.time(target.reference)
@@ -75,12 +72,3 @@ def _size(path: str | None) -> int | None:
         return Path(path).stat().st_size or None
     except OSError:
         return None
-
-
-def _size_of_base(config: ScannerConfig) -> int:
-    from .targets import resolve_weights
-
-    try:
-        return _size(str(resolve_weights(str(config.base), offline=True))) or 0
-    except PydetoxError:
-        return 0  # not downloaded yet

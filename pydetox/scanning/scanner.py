@@ -22,10 +22,11 @@ from ..errors import (
 )
 from .config import ScannerConfig
 from .engines import open_engine
+from .memory import Limits
 from .record import ScanRecord
 from .store import RunStore
 from .targets import Target, Targets, find_targets, resolve_weights
-from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure, too_large
+from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure
 from .version import code_version
 from .weights import suspicion
 
@@ -37,7 +38,7 @@ _ERRORS: dict[str | None, type[PydetoxError]] = {
     "timeout": EngineError,
     "internal": EngineError,
 }
-_LOGGED = ("worker-started", "worker-died", "started", "timeout")
+_LOGGED = ("worker-started", "worker-died", "started", "timeout", "memory")
 
 
 def _silent(event: str, **particulars: Any) -> None:
@@ -63,6 +64,7 @@ class Scanner:
         self._config = config.absolute()
         self._run = None if run is None else Path(run)
         self._notify = notify or _silent
+        self._limits = Limits(config.max_size, config.max_memory, 0)
         self._store: RunStore | None = None
         self._prefix = ""
         self._last_id = 0
@@ -86,6 +88,7 @@ class Scanner:
         What is wrong with a single checkpoint becomes its record, with the verdict `error`.
         """
         config = self._config
+        self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
         digest = config.digest(_contents(config))
         self._prefix = f"{digest}:{code_version()}"
@@ -133,7 +136,12 @@ class Scanner:
             if part is not None:
                 yield from self._of_part(group, part, resumed=True)
             elif self._config.inversion:
-                waiting.append(group)
+                size, parameters = group.size
+                refusal = self._limits.refusal(size, parameters)
+                if refusal is None:
+                    waiting.append(group)
+                for _, target in group.members if refusal is not None else ():
+                    yield self._not_scanned(target, {"result": {"skipped": refusal}})
             else:
                 part = {"verdict": "inconclusive", "reason": NO_INVERSION}
                 yield from self._finish(group, part, {})
@@ -141,6 +149,9 @@ class Scanner:
             self.calibration = self._calibrate(engine, needed=bool(waiting))
         waiting.sort(key=lambda group: suspicion(group.weights), reverse=True)
         self._tell("stage", name="scan", total=len(waiting))
+        if waiting:
+            needed = max(self._limits.memory(*group.size) for group in waiting)
+            self._tell("memory", needed=needed)
         by_task = {self._scan_task(group): group for group in waiting}
         for outcome in engine.run(by_task):
             group = by_task[outcome.task]
@@ -156,15 +167,16 @@ class Scanner:
                 yield place, target, failure(target.problem, "checkpoint")
                 continue
             signature = target.signature()
-            limit = self._config.max_size
-            if signature is not None and limit is not None and signature[0] > limit:
-                yield place, target, {"result": {"skipped": too_large(signature[0], limit)}}
+            refusal = None if signature is None else self._limits.refusal(signature[0])
+            if refusal is not None:
+                yield place, target, {"result": {"skipped": refusal}}
                 continue
             survey = None if signature is None else known.get((target.name, signature))
             if survey is not None and not ("error" in survey and self._config.retry_errors):
                 yield place, target, survey
                 continue
-            task = self._task("survey", target.name, {"reference": target.reference})
+            payload = {"reference": target.reference, "limits": self._limits.to_dict()}
+            task = self._task("survey", target.name, payload)
             tasks[task] = (place, target, signature)
         for outcome in engine.run(tasks):
             place, target, signature = tasks[outcome.task]
@@ -317,6 +329,12 @@ class _Group:
     def first(self) -> Target:
         """The one that gives its name: the first in order, whichever was surveyed first."""
         return min(self.members, key=lambda member: member[0])[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Bytes of the file, 0 if not known, and parameters."""
+        found = self.survey["result"]
+        return found.get("size", 0), found["parameters"]
 
     @property
     def weights(self) -> Mapping[str, Any] | None:

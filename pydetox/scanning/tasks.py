@@ -90,11 +90,6 @@ def failure(error: str, kind: ErrorKind, **more: Any) -> dict[str, Any]:
     return {"error": error, "kind": kind, **more}
 
 
-def too_large(size: int, limit: int) -> str:
-    """Say why a file is skipped."""
-    return f"{size:,} bytes, more than the limit of {limit:,} (--max-size)"
-
-
 def decode_artifacts(value: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the files that the outcome of a scan brings, by name."""
     return {name: base64.b64decode(text) for name, text in value.get("artifacts", {}).items()}

@@ -33,8 +33,9 @@ from ..reporting.pictures import png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from .config import ScannerConfig
+from .memory import Limits
 from .targets import resolve_weights
-from .tasks import ErrorKind, Task, failure, too_large
+from .tasks import ErrorKind, Task, failure
 from .weights import Reference
 
 # Steps of a search that tell how long the others take.
@@ -162,15 +163,16 @@ class Worker:
         return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)
 
     def _survey(self, task: Task) -> dict[str, Any]:
-        reference, limit = str(task.payload["reference"]), self._config.max_size
-        if limit is not None:
+        reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
+        if not (limits.max_size is None and limits.max_memory is None):
             path = resolve_weights(reference, offline=self._config.offline)
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-            if size > limit:
-                return {"result": {"skipped": too_large(size, limit)}}
+            refusal = limits.refusal(size)
+            if refusal is not None:
+                return {"result": {"skipped": refusal}}
         checkpoint = self._read(reference)
         relation = None
         if self._config.base is not None:
@@ -183,6 +185,7 @@ class Worker:
             "sha256": checkpoint.sha256,
             "content": hashlib.sha256(content.encode()).hexdigest(),
             "format": checkpoint.format,
+            "size": checkpoint.path.stat().st_size,
             "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
             "weights": relation,
         }

@@ -225,6 +225,7 @@ class TestTargets:
         [
             ("--max-size", "big"),
             ("--max-size", "0"),
+            ("--max-memory", "1M"),
             ("--shard", "0/2"),
             ("--shard", "3/2"),
             ("--shard", "x"),

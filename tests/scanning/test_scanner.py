@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import CheckpointError, DataError, UsageError
 from pydetox.inversion.trigger_file import load_triggers
 from pydetox.reporting import to_json, to_plain
 from pydetox.scanning import Scanner
+from pydetox.scanning.memory import Limits
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.scanner import NO_INVERSION
 from pydetox.scanning.store import read_artifacts, read_events
@@ -170,6 +172,39 @@ def test_large_files_are_skipped_not_clean(registry, config, tmp_path):
     assert record.verdict == "skipped"
     assert "--max-size" in record.reason
     (record,) = scan(config(), registry / "models" / "a", run=run).values()
+    assert record.verdict == "clean"
+
+
+def test_what_needs_more_memory_than_the_budget_is_skipped(registry, config, tmp_path):
+    target, run = registry / "models" / "a", tmp_path / "run"
+    size = (target / "open_clip_model.safetensors").stat().st_size
+    beside = Limits.of(config()).beside
+    (record,) = scan(config(max_memory=beside + size), target, run=run).values()
+    assert record.verdict == "skipped"
+    assert "--max-memory" in record.reason
+    with pytest.raises(UsageError, match="beside the checkpoints"):
+        scan(config(max_memory=beside), target, run=run)
+    (record,) = scan(config(max_memory=beside + 2 * size), target, run=run).values()
+    assert record.verdict == "clean"
+    (needed,) = [e["needed"] for e in read_events(run) if e["event"] == "memory"]
+    assert beside + 1.8 * size < needed <= beside + 2 * size
+
+
+def test_weights_of_half_precision_need_more_than_their_file(registry, config, tmp_path):
+    halves = load_checkpoint(registry / "models" / "a")
+    folder = save_checkpoint(
+        tmp_path / "halves",
+        {k: v.half() if v.is_floating_point() else v for k, v in halves.state_dict.items()},
+        model_config=halves.model_config,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    size = next(folder.glob("*.safetensors")).stat().st_size
+    budget = Limits.of(config()).beside + 3 * size
+    (record,) = scan(config(max_memory=budget), folder).values()
+    assert record.verdict == "skipped"
+    assert "--max-memory" in record.reason
+    (record,) = scan(config(max_memory=budget + 2 * size), folder).values()
     assert record.verdict == "clean"
 
 
