@@ -241,6 +241,7 @@ class Detection:
         suspects: Classes that would each be a finding on their own; `target` is one of them if the
             verdict is a finding. A model can hold more than one backdoor.
         cleared: Classes that were not judged because an earlier scan had found them clean.
+        backdoored: Classes among the suspects that would each be `backdoored` on their own.
     """
 
     verdict: Verdict
@@ -256,6 +257,7 @@ class Detection:
     dropped: tuple[int | None, ...]
     suspects: tuple[int, ...] = ()
     cleared: tuple[int, ...] = ()
+    backdoored: tuple[int, ...] = ()
 
 
 def detect(
@@ -358,6 +360,7 @@ def detect(
         steps,
         tuple(c for c in judged if p_values[c] < p_suspicious),
         tuple(cleared),
+        tuple(c for c in judged if p_values[c] < p_backdoored),
     )
 
 

@@ -184,11 +184,7 @@ def trigger_vector(
         raise DataError(f"{len(images)} image; a trigger vector needs at least 2")
     if not triggers:
         raise UsageError("no triggers; a trigger vector needs at least one")
-    led_to = [targets] * len(triggers) if isinstance(targets, int) else list(targets)
-    if len(led_to) != len(triggers):
-        raise UsageError(
-            f"{len(triggers)} triggers, {len(led_to)} target classes; expected as many"
-        )
+    led_to = _for_each(triggers, targets)
     tuned = model.clone()
     scale = model.logit_scale
     rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
@@ -278,27 +274,39 @@ def search_coefficient(
     validation: ImageSet,
     triggers: Sequence[Stamp],
     head: Tensor,
-    target: int,
+    targets: int | Sequence[int],
     config: UnlearnConfig | None = None,
     *,
     accuracy_before: float | None = None,
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
+    targets: The class the triggers lead to, or one per trigger.
+
     Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
     min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
     model of the first); if there is none, the one with the least ASR among those that keep the
     accuracy. Without labels CA is the agreement with the model's own predictions.
-    Raises DataError when all validation images belong to the target class.
+    Raises DataError when all validation images belong to a target class, UsageError without
+    triggers.
     """
     config = config or UnlearnConfig()
     own = predict(model, validation.images, head)
     labels = own if validation.labels is None else validation.labels
-    attacked = validation.images[(labels != target) & (own != target)]
-    if not len(attacked):
-        raise DataError(f"{validation.name}: no images outside the target class {target}")
-    attacked = attacked[: max(_LEAST_ATTACKED, config.attacked_images // len(triggers))]
-    stamped = torch.cat([trigger(attacked) for trigger in triggers])
+    if not triggers:
+        raise UsageError("no triggers; expected at least one to choose alpha with")
+    led_to = _for_each(triggers, targets)
+    most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
+    attacked = {
+        target: validation.images[(labels != target) & (own != target)][:most]
+        for target in dict.fromkeys(led_to)
+    }
+    for target, others in attacked.items():
+        if not len(others):
+            raise DataError(f"{validation.name}: no images outside the target class {target}")
+    parts = [trigger(attacked[t]) for trigger, t in zip(triggers, led_to, strict=True)]
+    stamped, sizes = torch.cat(parts), [len(part) for part in parts]
+    wanted = torch.cat([torch.full((len(p),), t) for p, t in zip(parts, led_to, strict=True)])
     candidates = _Candidates(model, vector)
     accuracy, success = [], []
     for coefficient in config.coefficients:
@@ -307,8 +315,8 @@ def search_coefficient(
         if not candidates.is_start(coefficient):
             seen = predict(candidate, validation.images, head)
         accuracy.append(float((seen == labels).double().mean()))
-        sent = (predict(candidate, stamped, head) == target).view(len(triggers), -1)
-        success.append(float(sent.double().mean(dim=1).max()))
+        sent = (predict(candidate, stamped, head).cpu() == wanted).double()
+        success.append(max(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
         accuracy_before = float((own == labels).double().mean())
     floor = config.min_accuracy_kept * accuracy_before
@@ -321,6 +329,16 @@ def search_coefficient(
     return CoefficientSearch(
         config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good), accuracy_before
     )
+
+
+def _for_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> list[int]:
+    """Return one target class per trigger."""
+    led_to = [targets] * len(triggers) if isinstance(targets, int) else list(targets)
+    if len(led_to) != len(triggers):
+        raise UsageError(
+            f"{len(triggers)} triggers, {len(led_to)} target classes; expected as many"
+        )
+    return led_to
 
 
 def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:

@@ -234,6 +234,20 @@ class ScanResult:
             if all(one.dropped[c] is None and c not in one.suspects for one in every)
         )
 
+    def targets(self) -> tuple[int, ...]:
+        """Return the classes to unlearn: the target, then all others that are surely backdoored.
+
+        Of any family. Empty without a finding. A model can hold more than one backdoor, and the
+        repair of one weakens the others' triggers enough to hide them from a re-scan, not enough
+        to disarm them.
+        """
+        if self.detection.verdict not in FINDINGS or self.target is None:
+            return ()
+        if self.objective != "targeted":
+            return (self.target,)
+        every = [self.detection, *(one.detection for one in self.others)]
+        return tuple(dict.fromkeys([self.target, *(c for one in every for c in one.backdoored)]))
+
     def class_steps(self) -> list[int]:
         """Return the steps that each class was searched for, of its longest restart."""
         steps = self.inversion.trigger_steps.view(len(self.detection.p_l1), -1)
@@ -298,17 +312,21 @@ class UnlearnRound:
 
     Several of them may follow each other before the model is scanned again.
 
-    target: Class index. triggers: What was recovered for it, by family; empty for a known trigger.
-    search: CA and ASR
-    over alpha. vector: The trigger vector. rescan: The model afterwards; None when it was not
-    scanned again.
+    targets: Class indices, the most suspect one first. triggers: What was recovered for each of
+    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
+    vector. rescan: The model afterwards; None when it was not scanned again.
     """
 
-    target: int
+    targets: tuple[int, ...]
     triggers: tuple[InversionResult, ...]
     search: CoefficientSearch
     vector: TaskVector
     rescan: ScanResult | None
+
+    @property
+    def target(self) -> int:
+        """The most suspect class."""
+        return self.targets[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,6 +379,7 @@ class DetoxResult:
             "rounds": [
                 {
                     "target": one.target,
+                    "targets": list(one.targets),
                     "alpha": one.search.coefficient,
                     "limits_reached": one.search.reached,
                     "vector_norm": one.vector.norm(),
@@ -625,7 +644,7 @@ def recover_triggers(
 def unlearn(
     checkpoint: ModelLike,
     images: ImageSet,
-    target: int,
+    target: int | Sequence[int],
     *,
     triggers: Sequence[Stamp] | None = None,
     restarts: int = 3,
@@ -636,15 +655,16 @@ def unlearn(
     architecture: str | None = None,
     accuracy_before: float | None = None,
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
-    """Subtract trigger vectors of one class: TBAR with a known trigger, or with recovered ones.
+    """Subtract trigger vectors of a class: TBAR with a known trigger, or with recovered ones.
 
     Args:
         checkpoint: The backdoored model. It is not changed.
         images: Clean images; most of them are the forget set, all of them choose alpha.
-        target: Index of the class the trigger leads to.
-        triggers: Known triggers: one vector is subtracted. None to recover `restarts` of each of
-            the configuration's families, subtract, and do so again for what then still works
-            (`UnlearnConfig.passes`).
+        target: Index of the class the triggers lead to. Of several classes the triggers are
+            recovered for each and make one vector.
+        triggers: Known triggers of one class: one vector is subtracted. None to recover `restarts`
+            of each of the configuration's families, subtract, and do so again for what then still
+            works (`UnlearnConfig.passes`).
         restarts: See triggers.
         base: As in `scan`, for a search in contrast to it.
         templates: As in `scan`.
@@ -659,11 +679,17 @@ def unlearn(
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
     model, _ = as_model(checkpoint, architecture=architecture)
     head = zero_shot_head(model, images, templates)
-    if not 0 <= target < head.shape[0]:
-        raise UsageError(f"target class {target}; expected 0..{head.shape[0] - 1}")
+    targets = (target,) if isinstance(target, int) else tuple(target)
+    for one in targets:
+        if not 0 <= one < head.shape[0]:
+            raise UsageError(f"target class {one}; expected 0..{head.shape[0] - 1}")
+    if not targets or (triggers is not None and len(targets) > 1):
+        raise UsageError(
+            f"{len(targets)} target classes; expected at least one, and one for known triggers"
+        )
     forget = unlearning.forget_set(images).images
     rounds = list[UnlearnRound]()
-    known = list(triggers or ())
+    known, led_to = list(triggers or ()), [targets[0]] * len(triggers or ())
     for number in range(unlearning.passes if triggers is None else 1):
         found: tuple[InversionResult, ...] = ()
         if triggers is None:
@@ -671,32 +697,36 @@ def unlearn(
                 recover_triggers(
                     model,
                     images,
-                    target,
+                    one,
                     restarts=restarts,
                     family=family,
                     base=base,
                     templates=templates,
                     config=replace(config, seed=config.seed + 86028121 * number),
                 )
+                for one in targets
                 for family in config.families
             )
             # Those of earlier passes stay: what was forgotten must not come back.
-            known += [stamp for one in found for stamp in unlearning.amplified(one)]
-        vector = trigger_vector(model, forget, known, head, target, unlearning)
+            for k, recovered in enumerate(found):
+                stamps = unlearning.amplified(recovered)
+                known += stamps
+                led_to += [targets[k // len(config.families)]] * len(stamps)
+        vector = trigger_vector(model, forget, known, head, led_to, unlearning)
         search = search_coefficient(
             model,
             vector,
             images,
             known,
             head,
-            target,
+            led_to,
             unlearning,
             accuracy_before=accuracy_before,
         )
         if accuracy_before is None:
             accuracy_before = search.accuracy_before
         model = subtract(model, vector, search.coefficient)
-        rounds.append(UnlearnRound(target, found, search, vector, None))
+        rounds.append(UnlearnRound(targets, found, search, vector, None))
     return model, tuple(rounds)
 
 
@@ -716,7 +746,8 @@ def detox(
 ) -> DetoxResult:
     """Scan; if the model is suspicious or backdoored, unlearn until a re-scan is clean.
 
-    Neither trigger nor target class need be known: the target is the class that the scan flags.
+    Neither trigger nor target class need be known: the target is the class that the scan flags, and
+    others that it flags beside it are unlearned together with it (`ScanResult.targets`).
     A re-scan judges the classes that the first scan did not find clean: see `pydetox.detection`.
 
     Args:
@@ -730,8 +761,7 @@ def detox(
         templates: As in `scan`.
         config: As in `scan`.
         unlearning: Default UnlearnConfig().
-        max_rounds: Classes to unlearn at most, one after another, a scan after each; a model can
-            hold more than one backdoor.
+        max_rounds: Repairs at most, one after another, a scan after each.
         architecture: As in `scan`.
 
     Raises:
@@ -763,11 +793,11 @@ def detox(
     evaluation_before = _accuracy(model, images, templates)
     repaired, current, rounds = model, before, list[UnlearnRound]()
     repairs, accuracy = 0, None
-    while current.verdict in FINDINGS and current.target is not None and repairs < max_rounds:
+    while current.targets() and repairs < max_rounds:
         repaired, passes = unlearn(
             repaired,
             images,
-            current.target,
+            current.targets(),
             base=base,
             templates=templates,
             config=replace(config, seed=config.seed + repairs),
@@ -849,7 +879,7 @@ def _save(
         after=metrics[1],
         extra={
             "scaling_coefficients": [one.search.coefficient for one in rounds],
-            "target_classes": [one.target for one in rounds],
+            "target_classes": [list(one.targets) for one in rounds],
             "verdict_before": before.verdict.value,
             "verdict_after": None if after is None else after.verdict.value,
         },

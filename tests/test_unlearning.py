@@ -233,6 +233,25 @@ def test_triggers_into_different_classes_share_a_vector(victim):
         trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET], config)
 
 
+def test_alpha_is_chosen_by_the_worst_of_triggers_into_different_classes(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=20, learning_rate=1e-3)
+    other = PatchTrigger(torch.zeros(3, 9, 9, dtype=torch.uint8), 0, 0)
+    vector = trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET, 2], config)
+    both = search_coefficient(model, vector, data, [TRIGGER, other], head, [TARGET, 2], config)
+    alone = [
+        search_coefficient(model, vector, data, [one], head, target, config)
+        for one, target in ((TRIGGER, TARGET), (other, 2))
+    ]
+    worst = [max(pair) for pair in zip(*(a.attack_success_rate for a in alone), strict=True)]
+    assert both.attack_success_rate == pytest.approx(worst)
+    assert alone[0].attack_success_rate != alone[1].attack_success_rate
+    with pytest.raises(UsageError, match="2 triggers, 1 target"):
+        search_coefficient(model, vector, data, [TRIGGER, other], head, [TARGET], config)
+    with pytest.raises(UsageError, match="no triggers"):
+        search_coefficient(model, vector, data, [], head, [], config)
+
+
 def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_out():
     model, config = mini_model(), UnlearnConfig(blend_amplifications=(1.0, 1.5, 2.0, 3.0))
     objective = TargetObjective(torch.eye(16)[:3], [0, 1], model.logit_scale)

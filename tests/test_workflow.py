@@ -125,6 +125,49 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
     assert {one.target for one in result.rounds}.isdisjoint(clean)
 
 
+def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(story):
+    _, path, data, calibration = story
+    options = {"calibration": calibration, "templates": TEMPLATES}
+    config = replace(CONFIG, drop_below=None)
+    before = scan(path, data, config=config, **options)
+    assert before.targets()[0] == TARGET
+    (other,) = before.others
+    sure = replace(other, detection=replace(other.detection, backdoored=(0, TARGET)))
+    detection = replace(before.detection, backdoored=(TARGET,))
+    assert replace(before, detection=detection, others=(sure,)).targets() == (TARGET, 0)
+    clean = replace(before.detection, verdict=Verdict.CLEAN)
+    assert replace(before, detection=clean, others=(sure,)).targets() == ()
+    # Without classes there is one value, and the target is what it leads to.
+    free = replace(before, objective="label-free", detection=detection, others=())
+    assert replace(free, target=1).targets() == (1,)
+
+    def triggers(targets, passes=1):
+        _, done = unlearn(
+            path,
+            data,
+            targets,
+            restarts=2,
+            templates=TEMPLATES,
+            config=CONFIG,
+            unlearning=replace(UNLEARNING, steps=2, passes=passes),
+        )
+        return done
+
+    done = triggers((TARGET, 0), passes=2)
+    assert [one.targets for one in done] == [(TARGET, 0)] * 2
+    assert [one.target for one in done] == [TARGET] * 2
+    found = [(one.family, tuple(one.targets)) for one in done[0].triggers]
+    assert found == [(f, (t,) * 2) for t in (TARGET, 0) for f in ("patch", "blend")]
+    (alone,) = triggers(TARGET)
+    for one, same in zip(alone.triggers, done[0].triggers[:2], strict=True):
+        assert torch.equal(one.mask_logits, same.mask_logits)
+    for wrong in ((), (TARGET, 9)):
+        with pytest.raises(UsageError):
+            triggers(wrong)
+    with pytest.raises(UsageError, match="one for known triggers"):
+        unlearn(path, data, (0, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
+
+
 def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
     base, _, data, calibration = story
     result = detox(

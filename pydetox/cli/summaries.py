@@ -24,12 +24,13 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
     ]
     for number, one in enumerate(result["rounds"], start=1):
         reached = "" if one["limits_reached"] else "; no α keeps both limits"
+        classes = "class" if len(one["targets"]) == 1 else "classes"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
         summary.append(
             card(
                 f"trigger vector {number}",
-                f"target class {one['target_name']}, α = {one['alpha']:g}{reached}",
+                f"target {classes} {', '.join(one['target_names'])}, α = {one['alpha']:g}{reached}",
                 "" if one["limits_reached"] else "suspicious",
             )
         )

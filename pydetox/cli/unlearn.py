@@ -312,7 +312,7 @@ def _save(
         after=metrics[1],
         extra={
             "scaling_coefficients": coefficients,
-            "target_classes": [one.target for one in result.rounds],
+            "target_classes": [list(one.targets) for one in result.rounds],
             "verdict_before": result.before.verdict.value,
             "verdict_after": after.verdict.value,
         },
@@ -351,7 +351,11 @@ def _document(
             {key: value for key, value in scan.items() if key != "calibration"}
             for scan in content["scans"]
         ],
-        "rounds": [{**one, "target_name": names[one["target"]]} for one in content["rounds"]],
+        "rounds": [
+            {**one, "target_name": names[one["target"]]}
+            | {"target_names": [names[target] for target in one["targets"]]}
+            for one in content["rounds"]
+        ],
         "seconds": {**seconds, **content["seconds"], **write},
     }
 
