@@ -747,7 +747,8 @@ def detox(
     """Scan; if the model is suspicious or backdoored, unlearn until a re-scan is clean.
 
     Neither trigger nor target class need be known: the target is the class that the scan flags, and
-    others that it flags beside it are unlearned together with it (`ScanResult.targets`).
+    others that it flags beside it are unlearned together with it (`ScanResult.targets`). Where no
+    alpha does that within the accuracy to keep, the target is unlearned alone.
     A re-scan judges the classes that the first scan did not find clean: see `pydetox.detection`.
 
     Args:
@@ -793,11 +794,14 @@ def detox(
     evaluation_before = _accuracy(model, images, templates)
     repaired, current, rounds = model, before, list[UnlearnRound]()
     repairs, accuracy = 0, None
-    while current.targets() and repairs < max_rounds:
+    alone = False  # whether only the target is left to try
+    while (targets := current.targets()) and repairs < max_rounds:
+        if alone:
+            targets = targets[:1]
         repaired, passes = unlearn(
             repaired,
             images,
-            current.targets(),
+            targets,
             base=base,
             templates=templates,
             config=replace(config, seed=config.seed + repairs),
@@ -809,7 +813,10 @@ def detox(
         lap("unlearn")
         if not any(one.search.coefficient for one in passes):
             rounds += passes  # no alpha helps within the accuracy to keep, so nothing was changed
-            break
+            if len(targets) == 1:
+                break
+            alone = True
+            continue
         current = scan(
             repaired,
             images,

@@ -483,7 +483,10 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
         config=CONFIG,
         unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     )
-    assert len(result.rounds) == 1
+    # All surely backdoored classes at once, then the target alone.
+    flagged = result.before.targets()
+    assert len(flagged) > 1
+    assert [one.targets for one in result.rounds] == [flagged, flagged[:1]]
     assert result.after is result.before
     assert not result.repaired
     assert result.path is None
