@@ -68,7 +68,8 @@ def chromium(tmp_path: Path, document: str, *options: str, width: int = PHONE) -
     path.write_text(document, encoding="utf-8")
     # A profile of its own; --no-sandbox because tests may run as root.
     given = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--disable-dev-shm-usage",
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
         *options, path.as_uri(),
     ]  # fmt: skip
