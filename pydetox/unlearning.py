@@ -281,7 +281,7 @@ def search_coefficient(
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
-    targets: The class the triggers lead to, or one per trigger.
+    targets: The class the triggers lead to, or one per trigger. head: zero-shot head [C, D].
 
     Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
     min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
@@ -291,11 +291,11 @@ def search_coefficient(
     triggers.
     """
     config = config or UnlearnConfig()
-    own = predict(model, validation.images, head)
-    labels = own if validation.labels is None else validation.labels
     if not triggers:
         raise UsageError("no triggers; expected at least one to choose alpha with")
     led_to = _for_each(triggers, targets)
+    own = predict(model, validation.images, head)
+    labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {
         target: validation.images[(labels != target) & (own != target)][:most]

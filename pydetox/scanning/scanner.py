@@ -140,8 +140,9 @@ class Scanner:
                 refusal = self._limits.refusal(size, parameters)
                 if refusal is None:
                     waiting.append(group)
-                for _, target in group.members if refusal is not None else ():
-                    yield self._not_scanned(target, {"result": {"skipped": refusal}})
+                else:
+                    for _, target in group.members:
+                        yield self._not_scanned(target, {"result": {"skipped": refusal}})
             else:
                 part = {"verdict": "inconclusive", "reason": NO_INVERSION}
                 yield from self._finish(group, part, {})
