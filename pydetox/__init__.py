@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         calibrate,
         detox,
         recover_triggers,
+        recover_warps,
         scan,
         unlearn,
     )
@@ -52,6 +53,7 @@ _HOME = {
     "load_checkpoint": "checkpoints",
     "load_images": "data",
     "recover_triggers": "workflow",
+    "recover_warps": "workflow",
     "save_checkpoint": "checkpoints",
     "scan": "workflow",
     "unlearn": "workflow",
@@ -79,6 +81,7 @@ __all__ = [
     "load_checkpoint",
     "load_images",
     "recover_triggers",
+    "recover_warps",
     "save_checkpoint",
     "scan",
     "unlearn",

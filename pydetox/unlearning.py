@@ -18,7 +18,7 @@ None of them needs labels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,13 +29,17 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from .data import ImageSet
 from .errors import ArchitectureError, DataError, UsageError
 from .evaluation import Stamp, predict
-from .inversion import InversionResult
+from .inversion import InversionResult, WarpResult
 from .models import OpenClipModel
 from .task_vectors import TaskVector
 from .training import optimize
 
 # Images that each trigger is tried on for every alpha, however many triggers there are.
 _LEAST_ATTACKED = 50
+
+# The weight of a trigger that no longer works among those that a batch draws from: what is
+# forgotten has to be shown now and then, or it comes back.
+_LEAST_DRAWN = 0.05
 
 VectorKind = Literal["forget", "paired", "strengthen"]
 
@@ -64,13 +68,17 @@ class UnlearnConfig:
             search ends with the faintest mask that works, and a model that forgot only that still
             obeys the attacker's stronger one.
         blend_amplifications: The same for recovered blends.
+        warps: With recovered triggers, searches for a smooth warp into each target class, in every
+            pass; 0 for none. Of these only those that find one have a part in the vector.
+        warp_amplifications: Factors of a recovered warp's offsets.
         coefficients: Candidate values of alpha, ascending.
         max_attack_success: ASR on validation images that is small enough, a share.
         attacked_images: Stamped images to try for every alpha, shared out over the triggers, but at
             least 50 with each, if there are so many.
         safety_factor: The smallest alpha within the limits is raised by up to this factor while the
             accuracy allows it: recovered triggers only estimate the attacker's.
-        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep.
+        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. Of several passes
+            each may spend an equal part of the rest, and what those before it have left.
         seed: Of the batches.
     """
 
@@ -84,6 +92,8 @@ class UnlearnConfig:
     passes: int = 2
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     blend_amplifications: tuple[float, ...] = (1.0, 2.0)
+    warps: int = 4
+    warp_amplifications: tuple[float, ...] = (1.0, 2.0)
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
     max_attack_success: float = 0.01
     attacked_images: int = 1000
@@ -111,8 +121,10 @@ class UnlearnConfig:
                 f"attacked_images {self.attacked_images}, safety_factor {self.safety_factor}; "
                 "expected at least 1 each"
             )
-        if not self.amplifications or not self.blend_amplifications:
+        if not (self.amplifications and self.blend_amplifications and self.warp_amplifications):
             raise UsageError("no amplifications; expected at least one factor for each family")
+        if self.warps < 0:
+            raise UsageError(f"warps {self.warps}; expected at least 0")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
 
@@ -122,8 +134,23 @@ class UnlearnConfig:
             return images
         return images.split((self.forget_share, 1 - self.forget_share), seed=self.seed)[0]
 
-    def amplified(self, recovered: InversionResult) -> list[Stamp]:
+    def of_pass(self, number: int) -> UnlearnConfig:
+        """Return the configuration of a pass, 0..passes-1: the accuracy that it has to keep.
+
+        Were the first pass allowed to spend all of it, the next one, which knows more triggers,
+        could not subtract anything.
+        """
+        spent = (1 - self.min_accuracy_kept) * (number + 1) / self.passes
+        return replace(self, min_accuracy_kept=1 - spent)
+
+    def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
         """Return the recovered triggers that work, each with each factor of its family."""
+        if isinstance(recovered, WarpResult):
+            return [
+                recovered.trigger(k).amplified(factor)
+                for k in recovered.working()
+                for factor in self.warp_amplifications
+            ]
         blend = recovered.family == "blend"
         working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
         return [
@@ -175,7 +202,9 @@ def trigger_vector(
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
     images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: known or recovered; each image gets one of them, at random, anew in every step.
+    triggers: known or recovered; each image gets one of them, at random, anew in every step. With
+    `forget` they are drawn as often as they still work: kinds of triggers are forgotten at very
+    different speeds, and the vector is worth as much as what it does against the last of them.
     head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
     Raises DataError without images and UsageError without triggers.
     """
@@ -190,11 +219,15 @@ def trigger_vector(
     rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
     size = min(config.batch_size, len(images))
     classes = torch.tensor(led_to)
+    # How much of the target class each trigger still brings, over about three of its batches.
+    working = np.ones(len(triggers))
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
             chosen = rng.choice(len(images), size, replace=False)
-            yield torch.from_numpy(np.stack([chosen, rng.integers(len(triggers), size=size)]))
+            weights = np.maximum(working, _LEAST_DRAWN)
+            drawn = rng.choice(len(triggers), size, p=weights / weights.sum())
+            yield torch.from_numpy(np.stack([chosen, drawn]))
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
@@ -216,6 +249,10 @@ def trigger_vector(
             else one_hot(target, len(head)).float()
         )
         logits = _logits(tuned, torch.cat([clean, stamped]), head, scale)
+        if config.vector == "forget":
+            share = logits.detach()[len(clean) :].softmax(dim=-1).gather(1, target[:, None])
+            for k in which.unique().tolist():
+                working[k] += 0.3 * (float(share[which == k].mean()) - working[k])
         return cross_entropy(logits, torch.cat([held, wanted]))
 
     optimize(
@@ -285,8 +322,9 @@ def search_coefficient(
 
     Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
     min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
-    model of the first); if there is none, the one with the least ASR among those that keep the
-    accuracy. Without labels CA is the agreement with the model's own predictions.
+    model of the first); if there is none, the one with the least mean ASR of all triggers among
+    those that keep the accuracy: the worst one alone may be beyond what any alpha reaches. Without
+    labels CA is the agreement with the model's own predictions.
     Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
@@ -308,7 +346,7 @@ def search_coefficient(
     stamped, sizes = torch.cat(parts), [len(part) for part in parts]
     wanted = torch.cat([torch.full((len(p),), t) for p, t in zip(parts, led_to, strict=True)])
     candidates = _Candidates(model, vector)
-    accuracy, success = [], []
+    accuracy, success, means = [], [], []
     for coefficient in config.coefficients:
         candidate = candidates.at(coefficient)
         seen = own  # known already
@@ -316,7 +354,9 @@ def search_coefficient(
             seen = predict(candidate, validation.images, head)
         accuracy.append(float((seen == labels).double().mean()))
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
-        success.append(max(float(part.mean()) for part in torch.split(sent, sizes)))
+        shares = [float(part.mean()) for part in torch.split(sent, sizes)]
+        success.append(max(shares))
+        means.append(sum(shares) / len(shares))
     if accuracy_before is None:
         accuracy_before = float((own == labels).double().mean())
     floor = config.min_accuracy_kept * accuracy_before
@@ -325,7 +365,7 @@ def search_coefficient(
     if good:
         largest = config.safety_factor * config.coefficients[good[0]] + 1e-9
         good = [k for k in good if config.coefficients[k] <= largest]
-    chosen = good[-1] if good else min(keeping or [0], key=lambda k: (success[k], k))
+    chosen = good[-1] if good else min(keeping or [0], key=lambda k: (means[k], k))
     return CoefficientSearch(
         config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good), accuracy_before
     )

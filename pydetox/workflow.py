@@ -33,7 +33,10 @@ from .inversion import (
     Objective,
     TargetObjective,
     TriggerFamily,
+    WarpConfig,
+    WarpResult,
     invert,
+    invert_warps,
 )
 from .models import OpenClipModel
 from .task_vectors import TaskVector
@@ -314,7 +317,8 @@ class UnlearnRound:
 
     targets: Class indices, the most suspect one first. triggers: What was recovered for each of
     them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
-    vector. rescan: The model afterwards; None when it was not scanned again.
+    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
+    for a warp found for each of the targets; empty without such searches.
     """
 
     targets: tuple[int, ...]
@@ -322,6 +326,7 @@ class UnlearnRound:
     search: CoefficientSearch
     vector: TaskVector
     rescan: ScanResult | None
+    warps: tuple[WarpResult, ...] = ()
 
     @property
     def target(self) -> int:
@@ -383,6 +388,7 @@ class DetoxResult:
                     "alpha": one.search.coefficient,
                     "limits_reached": one.search.reached,
                     "vector_norm": one.vector.norm(),
+                    "warps": sum(len(found.working()) for found in one.warps),
                     "alpha_search": {
                         "alpha": list(one.search.coefficients),
                         "ca": list(one.search.clean_accuracy),
@@ -641,6 +647,46 @@ def recover_triggers(
     )
 
 
+def recover_warps(
+    checkpoint: ModelLike,
+    images: ImageSet,
+    target: int,
+    *,
+    restarts: int = 4,
+    base: ModelLike | None = None,
+    templates: Sequence[Template] | None = None,
+    config: ScanConfig | None = None,
+    architecture: str | None = None,
+) -> WarpResult:
+    """Search for smooth warps into one class, from different starting points.
+
+    Steps, images per step and precision are those of the configuration's search; success_threshold
+    is that of `inversion.WarpConfig`. target: Class index. base: As in `recover_triggers`.
+    Raises UsageError for a class outside the image set's.
+    """
+    config = config or ScanConfig()
+    model, _ = as_model(checkpoint, architecture=architecture)
+    contrast = _contrast(base, config)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast)
+    inversion = config.inversion
+    search = WarpConfig(
+        steps=inversion.steps,
+        batch_size=inversion.batch_size,
+        precision=inversion.precision,
+        max_batch=inversion.max_batch,
+        check_images=inversion.check_images,
+        seed=config.seed + 15485863,
+    )
+    return invert_warps(
+        model,
+        images.images,
+        objective,
+        search,
+        contrast=contrast,
+        description=f"{restarts} restarts (warp)",
+    )
+
+
 def unlearn(
     checkpoint: ModelLike,
     images: ImageSet,
@@ -663,15 +709,16 @@ def unlearn(
         target: Index of the class the triggers lead to. Of several classes the triggers are
             recovered for each and make one vector.
         triggers: Known triggers of one class: one vector is subtracted. None to recover `restarts`
-            of each of the configuration's families, subtract, and do so again for what then still
-            works (`UnlearnConfig.passes`).
+            of each of the configuration's families, and `UnlearnConfig.warps` warps, subtract, and
+            do so again for what then still works (`UnlearnConfig.passes`).
         restarts: See triggers.
         base: As in `scan`, for a search in contrast to it.
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: Default UnlearnConfig().
         architecture: As in `scan`.
-        accuracy_before: As in `search_coefficient`; default: that of the given model.
+        accuracy_before: As in `search_coefficient`; default: that of the given model. Given, every
+            pass may spend all that is left, otherwise see `UnlearnConfig.of_pass`.
 
     Returns:
         The repaired model and what was done (without a re-scan), pass by pass.
@@ -688,30 +735,43 @@ def unlearn(
             f"{len(targets)} target classes; expected at least one, and one for known triggers"
         )
     forget = unlearning.forget_set(images).images
-    rounds = list[UnlearnRound]()
+    rounds, first = list[UnlearnRound](), accuracy_before is None
     known, led_to = list(triggers or ()), [targets[0]] * len(triggers or ())
     for number in range(unlearning.passes if triggers is None else 1):
-        found: tuple[InversionResult, ...] = ()
+        found, warps = list[InversionResult](), list[WarpResult]()
+        limits = unlearning
         if triggers is None:
-            found = tuple(
-                recover_triggers(
-                    model,
-                    images,
-                    one,
-                    restarts=restarts,
-                    family=family,
-                    base=base,
-                    templates=templates,
-                    config=replace(config, seed=config.seed + 86028121 * number),
-                )
-                for one in targets
-                for family in config.families
-            )
+            if first:
+                limits = unlearning.of_pass(number)
+            of_pass = replace(config, seed=config.seed + 86028121 * number)
             # Those of earlier passes stay: what was forgotten must not come back.
-            for k, recovered in enumerate(found):
-                stamps = unlearning.amplified(recovered)
-                known += stamps
-                led_to += [targets[k // len(config.families)]] * len(stamps)
+            for one in targets:
+                for family in config.families:
+                    recovered = recover_triggers(
+                        model,
+                        images,
+                        one,
+                        restarts=restarts,
+                        family=family,
+                        base=base,
+                        templates=templates,
+                        config=of_pass,
+                    )
+                    found.append(recovered)
+                    known += unlearning.amplified(recovered)
+                if unlearning.warps:
+                    warped = recover_warps(
+                        model,
+                        images,
+                        one,
+                        restarts=unlearning.warps,
+                        base=base,
+                        templates=templates,
+                        config=of_pass,
+                    )
+                    warps.append(warped)
+                    known += unlearning.amplified(warped)
+                led_to += [one] * (len(known) - len(led_to))
         vector = trigger_vector(model, forget, known, head, led_to, unlearning)
         search = search_coefficient(
             model,
@@ -720,13 +780,13 @@ def unlearn(
             known,
             head,
             led_to,
-            unlearning,
+            limits,
             accuracy_before=accuracy_before,
         )
         if accuracy_before is None:
             accuracy_before = search.accuracy_before
         model = subtract(model, vector, search.coefficient)
-        rounds.append(UnlearnRound(targets, found, search, vector, None))
+        rounds.append(UnlearnRound(targets, tuple(found), search, vector, None, tuple(warps)))
     return model, tuple(rounds)
 
 

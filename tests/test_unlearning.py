@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from pydetox.attacks import PatchTrigger, poison
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
-from pydetox.inversion import InversionConfig, TargetObjective, invert
+from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
 from pydetox.models import OpenClipModel
 from pydetox.task_vectors import TaskVector
 from pydetox.training import TrainConfig, train_on_prompts
@@ -265,3 +265,66 @@ def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_o
         assert all(torch.equal(s.mask, e) for s, e in zip(stamps, expected, strict=True))
         nothing = replace(found, p_l1=torch.full((2,), math.inf, dtype=torch.float64))
         assert len(config.amplified(nothing)) == 2 * len(factors)
+
+
+def test_warps_are_amplified_and_those_that_do_not_work_left_out():
+    config = UnlearnConfig(warp_amplifications=(1.0, 1.5))
+    sizes = torch.tensor([0.5, math.inf, 0.25], dtype=torch.float64)
+    found = WarpResult(torch.randn(3, 2, 16, 16), sizes, torch.ones(3), (0, 0, 0))
+    stamps = config.amplified(found)
+    expected = [f * found.offsets[k] for k in (0, 2) for f in (1.0, 1.5)]
+    assert all(torch.equal(s.offsets, e) for s, e in zip(stamps, expected, strict=True))
+    assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
+
+
+def test_every_pass_may_spend_an_equal_part_of_the_accuracy():
+    config = UnlearnConfig(passes=3, min_accuracy_kept=0.97)
+    kept = [config.of_pass(k).min_accuracy_kept for k in range(3)]
+    assert kept == pytest.approx([0.99, 0.98, 0.97])
+    assert replace(config.of_pass(1), min_accuracy_kept=0.97) == config
+    alone = replace(config, passes=1)
+    assert alone.of_pass(0).min_accuracy_kept == pytest.approx(0.97)
+
+
+def test_triggers_that_still_work_are_drawn_more_often(victim):
+    model, head, data = victim
+    drawn = [0, 0]
+
+    def counting(k, stamp):
+        def stamped(images):
+            drawn[k] += len(images)
+            return stamp(images)
+
+        return stamped
+
+    # One that never worked: what the model says of a black image is not the target.
+    nothing = PatchTrigger(torch.zeros(3, 1, 1, dtype=torch.uint8), 0, 0)
+    stamps = [counting(0, TRIGGER), counting(1, nothing)]
+    config = UnlearnConfig(steps=25, learning_rate=1e-5, batch_size=16)
+    for kind in ("forget", "paired"):
+        drawn[:] = 0, 0
+        trigger_vector(model, data.images, stamps, head, TARGET, replace(config, vector=kind))
+        assert sum(drawn) == 25 * 16
+        if kind == "forget":
+            assert drawn[0] > 1.5 * drawn[1] > 0
+        else:
+            assert 0.7 < drawn[0] / drawn[1] < 1.4
+
+
+def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=40, learning_rate=1e-3, min_accuracy_kept=0.0)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+
+    def always(images):
+        """Return an image that the model takes for the target, whatever it is given."""
+        return example.expand(len(images), -1, -1, -1)
+
+    example = data.images[data.labels == TARGET][:1]
+    pair = [TRIGGER, always]
+    found = search_coefficient(model, vector, data, pair, head, TARGET, config)
+    alone = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    assert min(found.attack_success_rate) == 1.0
+    assert not found.reached
+    least = min(alone.attack_success_rate)
+    assert found.coefficient == alone.coefficients[alone.attack_success_rate.index(least)]

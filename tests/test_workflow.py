@@ -15,8 +15,8 @@ from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig
 from pydetox.reporting import to_json
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.unlearning import UnlearnConfig
-from pydetox.workflow import ScanConfig, calibrate, detox, scan, unlearn
+from pydetox.unlearning import UnlearnConfig, search_coefficient
+from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
@@ -161,6 +161,8 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     (alone,) = triggers(TARGET)
     for one, same in zip(alone.triggers, done[0].triggers[:2], strict=True):
         assert torch.equal(one.mask_logits, same.mask_logits)
+    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 0)]
+    assert torch.equal(alone.warps[0].offsets, done[0].warps[0].offsets)
     for wrong in ((), (TARGET, 9)):
         with pytest.raises(UsageError):
             triggers(wrong)
@@ -277,8 +279,52 @@ def test_each_pass_recovers_every_family_and_subtracts_once(story):
     )
     assert [[one.family for one in step.triggers] for step in done] == [["patch", "blend"]] * 2
     assert all(len(one) == 2 for step in done for one in step.triggers)
+    assert [len(found) for step in done for found in step.warps] == [4, 4]
     # The accuracy is held to that of the model given, not of the pass before.
     assert done[0].search.accuracy_before == done[1].search.accuracy_before
+
+
+@pytest.mark.parametrize("before", [None, 1.0])
+def test_a_pass_keeps_its_part_of_the_accuracy_unless_it_is_of_a_later_round(
+    story, monkeypatch, before
+):
+    _, path, data, _ = story
+    asked = []
+
+    def search(*args, accuracy_before):
+        asked.append((args[-1].min_accuracy_kept, accuracy_before))
+        return search_coefficient(*args, accuracy_before=accuracy_before)
+
+    monkeypatch.setattr("pydetox.workflow.search_coefficient", search)
+    _, done = unlearn(
+        path,
+        data,
+        TARGET,
+        restarts=1,
+        templates=TEMPLATES,
+        config=replace(CONFIG, families=("patch",), inversion=InversionConfig(steps=5)),
+        unlearning=replace(UNLEARNING, steps=2, passes=2, warps=0),
+        accuracy_before=before,
+    )
+    assert [one.warps for one in done] == [(), ()]
+    own = done[0].search.accuracy_before
+    if before is None:
+        assert asked == [(pytest.approx(0.9), None), (pytest.approx(0.8), own)]
+    else:
+        assert asked == [(0.8, before)] * 2
+
+
+def test_warps_are_searched_as_the_configuration_says(story):
+    _, path, data, _ = story
+    config = replace(CONFIG, inversion=InversionConfig(steps=3, batch_size=5))
+    found = recover_warps(path, data, TARGET, restarts=2, templates=TEMPLATES, config=config)
+    assert found.targets == (TARGET,) * 2
+    other = recover_warps(
+        path, data, TARGET, restarts=2, templates=TEMPLATES, config=replace(config, seed=1)
+    )
+    assert not torch.equal(found.offsets, other.offsets)
+    with pytest.raises(UsageError, match="target"):
+        recover_warps(path, data, 7, templates=TEMPLATES)
 
 
 def test_classes_that_cannot_be_the_outlier_are_dropped(story):

@@ -76,6 +76,13 @@ if TYPE_CHECKING:
     help="Learning rate of that fine-tuning.",
 )
 @click.option(
+    "--warps",
+    type=click.IntRange(min=0),
+    default=4,
+    metavar="N",
+    help="Searches for a smooth warp into the class, beside those for patches and blends; 0: none.",
+)
+@click.option(
     "--max-rounds",
     type=options.COUNT,
     default=3,
@@ -141,6 +148,7 @@ def command(
         vector=given["vector"],
         steps=given["vector_steps"],
         learning_rate=given["vector_learning_rate"],
+        warps=given["warps"],
         seed=given["seed"],
     )
     inputs = Inputs.of(given)

@@ -2,7 +2,8 @@
 
 `objectives` says what a trigger must do to the embeddings, `schedule` how its size is weighed
 against that, `search` takes the steps, `state` holds what they work on, `elimination` says which
-classes to give up, `result` holds the best triggers.
+classes to give up, `result` holds the best triggers. `warps` searches for triggers that are none of
+those: smooth warps of the image.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
 from .search import FAMILIES, InversionConfig, InversionSearch, invert
 from .state import TriggerFamily
+from .warps import RecoveredWarp, WarpConfig, WarpResult, invert_warps
 
 __all__ = [
     "FAMILIES",
@@ -25,8 +27,12 @@ __all__ = [
     "InversionSearch",
     "Objective",
     "RecoveredTrigger",
+    "RecoveredWarp",
     "TargetObjective",
     "TriggerFamily",
+    "WarpConfig",
+    "WarpResult",
     "invert",
+    "invert_warps",
     "relative_to_smallest",
 ]

@@ -157,11 +157,8 @@ class InversionSearch:
         self._running = list(range(count))  # the triggers' index, where no device is asked
         self._batch = batches.shape[1]
         self._batches = batches.to(device)
-        self._tower: FrozenTower = freeze(model.visual, config.precision, name=model.name)
-        if contrast is not None:
-            self._tower = _beside(self._tower, model, contrast, config)
-        activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
-        self._max_batch = config.max_batch or max(1, activations // self._tower.bytes_per_image)
+        self._tower = tower_of(model, contrast, config.precision)
+        self._max_batch = config.max_batch or images_at_once(self._tower, device)
         self._steps = 0
         self._make_buffers()
         # Of all K triggers: what a look notes, and what is left of those whose search has ended.
@@ -462,11 +459,12 @@ def starting_point(
     return mask, pattern, batches
 
 
-def _beside(
-    tower: FrozenTower, model: OpenClipModel, contrast: OpenClipModel, config: InversionConfig
-) -> TowerPair:
-    """Return a model's tower beside that of another one, which must take the same inputs."""
-    other = freeze(contrast.visual, config.precision, name=contrast.name)
+def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
+    """Return a model's frozen tower, beside that of `contrast`, which must take the same inputs."""
+    tower = freeze(model.visual, precision, name=model.name)
+    if contrast is None:
+        return tower
+    other = freeze(contrast.visual, precision, name=contrast.name)
     mine = (model.image_size, tower.patch_size, model.mean, model.std)
     theirs = (contrast.image_size, other.patch_size, contrast.mean, contrast.std)
     if mine != theirs:
@@ -475,6 +473,12 @@ def _beside(
             f"those of {model.name}, {mine}"
         )
     return TowerPair(tower, other)
+
+
+def images_at_once(tower: FrozenTower, device: torch.device) -> int:
+    """Return how many images the memory for activations holds."""
+    activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
+    return max(1, activations // tower.bytes_per_image)
 
 
 def _chunks(count: int, size: int) -> list[slice]:

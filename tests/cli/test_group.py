@@ -58,6 +58,7 @@ class TestHelp:
         assert defaults["vector"] == vector.vector
         assert defaults["vector_steps"] == vector.steps
         assert defaults["vector_learning_rate"] == vector.learning_rate
+        assert defaults["warps"] == vector.warps
 
 
 class TestUsage:

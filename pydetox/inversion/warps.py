@@ -1,0 +1,270 @@
+"""The search for a smooth warp that works as a trigger: K warps optimised together.
+
+A patch or a blend cannot imitate a trigger that adds nothing to an image and only moves its pixels
+a little (WaNet, Nguyen and Tran, ICLR 2021). Here each trigger is a field of offsets, enlarged
+smoothly from a coarse grid of control points; the offsets' mean size takes the place of the mask's.
+
+These searches serve unlearning, where a vector needs triggers that resemble the attacker's. A scan
+has no use for them: what planted a warp can be seen by the patches and blends it admits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
+
+from ..errors import ArchitectureError, DataError, UsageError
+from ..models import OpenClipModel
+from ..models.frozen import PRECISIONS
+from ..progress import Progress
+from .objectives import Objective
+from .schedule import CostSchedule
+from .search import images_at_once, tower_of
+
+
+@dataclass(frozen=True)
+class WarpConfig:
+    """How to search for warps.
+
+    Attributes:
+        steps: Steps of Adam.
+        batch_size: Clean images per step, shared by all warps.
+        control_points: G, of the G x G grid that a field is enlarged from, bicubically.
+        learning_rate: Adam's rate on the control points, in pixels.
+        betas: Adam's decay rates.
+        initial_offset: Standard deviation of the first control points, in pixels.
+        schedule: The weight of the field's size, which is the sum of its offsets in pixels over
+            all pixels, halved: both coordinates count half.
+        success_threshold: A warp works when its success, smoothed over about three steps, reaches
+            this. An attacker's own warp hardly ever works on all images.
+        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        max_batch: Warped images that go through the tower at once; None as in InversionConfig.
+        check_images: Images for the check after the search.
+        seed: Of the first control points and the order of the images.
+    """
+
+    steps: int = 150
+    batch_size: int = 16
+    control_points: int = 4
+    learning_rate: float = 0.1
+    betas: tuple[float, float] = (0.5, 0.9)
+    initial_offset: float = 0.3
+    schedule: CostSchedule = field(default_factory=CostSchedule)
+    success_threshold: float = 0.8
+    precision: str = "float32"
+    max_batch: int | None = None
+    check_images: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch_size, self.check_images, self.max_batch or 1)
+        if min(counts) < 1 or self.max_batch == 0 or self.control_points < 2:
+            raise UsageError(
+                f"steps {self.steps}, batch_size {self.batch_size}, max_batch {self.max_batch}, "
+                f"check_images {self.check_images}, control_points {self.control_points}; expected "
+                "at least 1 each and 2 control points"
+            )
+        if not self.learning_rate > 0 or not self.initial_offset >= 0:
+            raise UsageError(
+                f"learning_rate {self.learning_rate}, initial_offset {self.initial_offset}; "
+                "expected a rate above 0 and an offset of at least 0"
+            )
+        if not 0 < self.success_threshold <= 1:
+            raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredWarp:
+    """One recovered warp; calling it warps images.
+
+    offsets: float32 [2, H, W] in pixels: how far to the right, and how far below, each pixel is
+    read, bilinearly; outside the image its edge is read. target: class index or None.
+    """
+
+    offsets: Tensor
+    target: int | None = None
+
+    def amplified(self, factor: float) -> RecoveredWarp:
+        """Return the warp with all its offsets times `factor`."""
+        if not factor > 0:
+            raise UsageError(f"amplification {factor}; expected a number above 0")
+        return replace(self, offsets=factor * self.offsets)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return warped copies of uint8 images [n, 3, H, W], rounded to uint8."""
+        if images.dtype != torch.uint8 or images.shape[2:] != self.offsets.shape[1:]:
+            raise UsageError(
+                f"images are {images.dtype} {list(images.shape)}; the warp expects torch.uint8 "
+                f"[n, 3, {', '.join(map(str, self.offsets.shape[1:]))}]"
+            )
+        warped = _warp(images.to(torch.float32), self.offsets.to(images.device)[None])[0]
+        return warped.round_().clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class WarpResult:
+    """The smallest working warp of each of K searches.
+
+    Attributes:
+        offsets: float32 [K, 2, H, W] on the CPU, in pixels (see RecoveredWarp).
+        sizes: float64 [K] on the CPU: mean absolute offset in pixels; infinite for a search that
+            never succeeded (its offsets are then those of the last step).
+        success: float32 [K] on the CPU: share of success on the images of the check after the
+            search (see Objective).
+        targets: Target class of each warp.
+    """
+
+    offsets: Tensor
+    sizes: Tensor
+    success: Tensor
+    targets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def trigger(self, index: int) -> RecoveredWarp:
+        """Return warp `index`, 0..K-1."""
+        return RecoveredWarp(self.offsets[index], self.targets[index])
+
+    def working(self) -> list[int]:
+        """Return the indices of those that reached the success asked for."""
+        return torch.isfinite(self.sizes).nonzero().flatten().tolist()
+
+
+def invert_warps(
+    model: OpenClipModel,
+    images: Tensor,
+    objective: Objective,
+    config: WarpConfig | None = None,
+    *,
+    contrast: OpenClipModel | None = None,
+    description: str = "inversion (warp)",
+) -> WarpResult:
+    """Find small warps that make the objective hold on clean images.
+
+    Args:
+        model: Its weights are not changed.
+        images: uint8 [N, 3, H, W] of the model's size, at least two.
+        objective: Must have targets; K of them are K searches.
+        config: Default WarpConfig().
+        contrast: As in `invert`.
+        description: Shown with the progress bar.
+
+    Raises:
+        DataError: Images of another type, size or number.
+        UsageError: An objective without targets.
+        ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
+    """
+    config = config or WarpConfig()
+    size, targets, device = model.image_size, objective.targets, model.device
+    if not targets:
+        raise UsageError("a search for warps needs an objective with target classes")
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size) or len(images) < 2:
+        raise DataError(
+            f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
+            f"[N, 3, {size}, {size}], at least 2"
+        )
+    count, side = len(targets), config.control_points
+    rng = np.random.Generator(np.random.PCG64([config.seed, 8]))
+    first = rng.standard_normal((count, 2, side, side), dtype=np.float32)
+    control = torch.from_numpy(first).mul_(config.initial_offset).to(device).requires_grad_()
+    batch = min(config.batch_size, len(images))
+    passes = -(-config.steps * batch // len(images))
+    order = np.concatenate([rng.permutation(len(images)) for _ in range(passes)])
+    batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
+
+    tower = tower_of(model, contrast, config.precision)
+    at_once = config.max_batch or images_at_once(tower, device)
+    mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(model.std, device=device).view(3, 1, 1)
+
+    def embed(clean: Tensor, fields: Tensor) -> Tensor:
+        """Return embeddings [K, B, D]."""
+        pixels = _warp(clean.to(torch.float32), fields).flatten(0, 1)
+        inputs = ((pixels / 255 - mean) / std).to(tower.dtype)
+        if tower.patch_size is not None:
+            inputs = _patch_rows(inputs, tower.patch_size)
+        return tower(inputs).view(len(fields), len(clean), -1)
+
+    optimizer = torch.optim.Adam([control], lr=config.learning_rate, betas=config.betas)
+    costs = config.schedule.start(count, device)
+    chunks = torch.split(torch.arange(count, device=device), max(1, at_once // batch))
+    smoothed = torch.zeros(count, device=device)
+    smallest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
+    best = control.detach().clone()
+    with Progress(description, config.steps) as progress:
+        for step in range(config.steps):
+            clean = images[batches[step]].to(device)
+            gradient, successes = torch.empty_like(control), []
+            # Warps do not see each other: a chunk's activations are freed before the next one's.
+            for which in chunks:
+                part = control[which]
+                fields = _fields(part, size)
+                loss, success = objective(embed(clean, fields), which)
+                amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
+                (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
+                successes.append(success)
+            success = torch.cat(successes)
+            smoothed = success if step == 0 else 0.7 * smoothed + 0.3 * success
+            with torch.no_grad():
+                sizes = _sizes(_fields(control, size))
+                better = (smoothed >= config.success_threshold) & (sizes < smallest)
+                smallest = torch.where(better, sizes, smallest)
+                best = torch.where(better[:, None, None, None], control, best)
+            costs = config.schedule.update(costs, success >= config.success_threshold)
+            control.grad = gradient
+            optimizer.step()
+            progress.update(1)
+    found = torch.isfinite(smallest)[:, None, None, None]
+    fields = _fields(torch.where(found, best, control.detach()), size)
+    check, rates = images[: config.check_images].to(device), []
+    with torch.no_grad():
+        for k in range(count):
+            parts = [embed(part, fields[k : k + 1]) for part in torch.split(check, at_once)]
+            embeddings = torch.cat(parts, dim=1)
+            if not bool(torch.isfinite(embeddings).all()):
+                raise ArchitectureError(
+                    f"{model.name}: its embeddings are not finite; expected weights without NaN"
+                )
+            rates.append(objective(embeddings, torch.tensor([k], device=device))[1])
+    return WarpResult(fields.cpu(), smallest.cpu(), torch.cat(rates).cpu(), targets)
+
+
+def _fields(control: Tensor, size: int) -> Tensor:
+    """Return offsets [K, 2, size, size] of control points [K, 2, G, G], both in pixels."""
+    return interpolate(control, size=size, mode="bicubic", align_corners=True)
+
+
+def _sizes(fields: Tensor) -> Tensor:
+    """Return the mean absolute offset of each field, float64 [K]."""
+    return fields.abs().double().mean(dim=(1, 2, 3))
+
+
+def _warp(images: Tensor, fields: Tensor) -> Tensor:
+    """Return float32 images [B, 3, H, W] read at offsets [K, 2, H, W]: [K, B, 3, H, W]."""
+    count, (height, width) = len(fields), images.shape[2:]
+    rows = torch.linspace(-1, 1, height).to(fields)
+    columns = torch.linspace(-1, 1, width).to(fields)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    # From edge pixel to edge pixel is 2; one pixel has no neighbour to be read from.
+    step = fields.new_tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
+    grid = torch.stack([x, y], dim=-1) + fields.permute(0, 2, 3, 1) * step
+    # To a warp all channels of all images are alike: one picture of 3 B channels.
+    picture = images.reshape(1, -1, height, width).expand(count, -1, -1, -1)
+    warped = grid_sample(picture, grid, padding_mode="border", align_corners=True)
+    return warped.view(count, *images.shape)
+
+
+def _patch_rows(images: Tensor, patch: int) -> Tensor:
+    """Return the rows [N, (H/P)(W/P), 3PP] of images [N, 3, H, W], channels first in a row."""
+    count, channels, height, width = images.shape
+    split = images.view(count, channels, height // patch, patch, width // patch, patch)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch)
