@@ -37,7 +37,7 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit  # scipy.stats is large, and a worker keeps it loaded
 
 from .errors import UsageError
 
@@ -167,13 +167,13 @@ class Calibration:
 
     def p_value(self, score: float) -> float:
         """Return the chance that the largest of C scores of a clean model reaches `score`."""
-        single = float(student_t.sf(score, self.degrees_of_freedom))
+        single = float(stdtr(self.degrees_of_freedom, -score))
         return -math.expm1(len(self.p_l1[0]) * math.log1p(-min(single, 1 - 1e-16)))
 
     def score_threshold(self, p_value: float) -> float:
         """Return the score that a clean model reaches with that chance."""
         single = -math.expm1(math.log1p(-p_value) / len(self.p_l1[0]))
-        return float(student_t.isf(single, self.degrees_of_freedom))
+        return -float(stdtrit(self.degrees_of_freedom, single))
 
     def size_threshold(self, index: int, p_value: float, *, shift: float = 0.0) -> float:
         """Return the P-L1 of class `index` at which the score reaches its threshold.

@@ -415,9 +415,10 @@ def as_model(
     """
     if isinstance(checkpoint, OpenClipModel):
         return checkpoint, None
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load_checkpoint(checkpoint, model=architecture, offline=offline)
-    return OpenClipModel.from_checkpoint(checkpoint), checkpoint.sha256
+    if isinstance(checkpoint, Checkpoint):
+        return OpenClipModel.from_checkpoint(checkpoint), checkpoint.sha256
+    read = load_checkpoint(checkpoint, model=architecture, offline=offline)
+    return OpenClipModel.from_checkpoint(read, take=True), read.sha256
 
 
 def zero_shot_head(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..data import Template, fill_template
@@ -110,8 +112,11 @@ class OpenClipModel:
         return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> OpenClipModel:
+    def from_checkpoint(cls, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
         """Build the architecture and put the weights in, in float32.
+
+        take: let the checkpoint's tensors become the model's, where their dtype allows it, instead
+        of copying them: half the memory, but the checkpoint must not be used any more.
 
         Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
         named in one line, and nothing is loaded partially.
@@ -120,7 +125,7 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: nothing tells its architecture; name one with model= (--model)"
             )
-        clip = _build(checkpoint.model_config, 0, checkpoint.name)
+        clip = _build(checkpoint.model_config, None, checkpoint.name)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
         expected = clip.state_dict()
         mismatch = describe_mismatch(
@@ -131,7 +136,12 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
             )
-        clip.load_state_dict({k: v.to(expected[k].dtype) for k, v in weights.items()})
+        own = {
+            key: value.to(expected[key].dtype, copy=not (take and _owns_memory(value)))
+            for key, value in weights.items()
+        }
+        # Assigned, not copied into what was allocated for them: that memory was never touched.
+        clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(
             clip,
             model_config=checkpoint.model_config,
@@ -291,7 +301,46 @@ def _tokenizer(context_length: int) -> SimpleTokenizer:
     return SimpleTokenizer(context_length=context_length)
 
 
-def _build(model_config: Mapping[str, Any], seed: int, name: str) -> nn.Module:
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves uninitialised what would be filled with random numbers, in this thread alone.
+
+    Weights that are read from a file need none: drawing them takes longer than reading, and memory
+    that is never written to is never taken from the system.
+    """
+
+    _FILLS = frozenset(
+        {
+            Tensor.normal_,
+            Tensor.uniform_,
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.kaiming_normal_,
+            nn.init.kaiming_uniform_,
+        }
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in self._FILLS:
+            return args[0] if args else given["tensor"]
+        if func is torch.randn:
+            func = torch.empty
+        return func(*args, **given)
+
+
+def _owns_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor shares its memory with none other, as far as can be seen."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
+    """Return open_clip's module; seed: of its weights, None to leave them uninitialised."""
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
     text = config.get("text_cfg", {})
@@ -302,8 +351,9 @@ def _build(model_config: Mapping[str, Any], seed: int, name: str) -> nn.Module:
         )
     architecture = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        random = _NoRandomNumbers() if seed is None else nullcontext()
+        with torch.random.fork_rng(devices=[]), random:
+            torch.manual_seed(seed or 0)
             clip: nn.Module = architecture(**config)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from .config import ScannerConfig
 
 # Beside checkpoints: Python, torch and the images, and the activations of a step (see
-# `inversion.search`, whose bound on a CPU this is).
+# `inversion.search`, whose bound on a CPU this is). Pages of libraries, which all workers share, do
+# not count.
 _RUNTIME, _ACTIVATIONS = 1 << 29, 1 << 29
 
 
@@ -79,6 +81,17 @@ class Limits:
                 f"{self.max_memory:,} (--max-memory)"
             )
         return None
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, where the allocator can be told to (glibc).
+
+    It keeps the pages of freed tensors otherwise, up to a whole checkpoint's, while the next ones
+    are put elsewhere.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _size_of_base(config: ScannerConfig) -> int:

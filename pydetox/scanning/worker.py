@@ -33,7 +33,7 @@ from ..reporting.pictures import png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from .config import ScannerConfig
-from .memory import Limits
+from .memory import Limits, return_freed
 from .targets import resolve_weights
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
@@ -124,6 +124,8 @@ class Worker:
             if line is None:
                 raise
             return failure(line, _kind(error), seconds={"total": time.perf_counter() - start})
+        finally:
+            return_freed()  # before the next checkpoint takes its memory elsewhere
         value.setdefault("seconds", {})["total"] = time.perf_counter() - start
         return value
 
@@ -136,7 +138,7 @@ class Worker:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference))
+        model = self._model(self._read(reference), take=True)
         images = self._images_for(model)
         read = time.perf_counter() - start
         if not self._config.inversion:
@@ -195,7 +197,7 @@ class Worker:
         names = self._config.reference_models
         base = None if self._config.base is None else self._base_model()
         try:
-            references = [self._model(self._read(name)) for name in names]
+            references = [self._model(self._read(name), take=True) for name in names]
         except PydetoxError as error:
             raise SetupError(str(error)) from error
         images = self._images_for(references[0] if base is None else base)
@@ -218,7 +220,7 @@ class Worker:
         if checkpoint.sha256 != task.payload["sha256"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
-        model = self._model(checkpoint)
+        model = self._model(checkpoint, take=True)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -250,8 +252,8 @@ class Worker:
             "seconds": {"read": waited, "prepare": prepared, "inversion": scan.inversion.seconds},
         }
 
-    def _model(self, checkpoint: Checkpoint) -> OpenClipModel:
-        model = OpenClipModel.from_checkpoint(checkpoint)
+    def _model(self, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
+        model = OpenClipModel.from_checkpoint(checkpoint, take=take)
         model.name = clean_text(model.name)  # it is shown at a terminal
         model.heads = self._heads
         return model.to(self._device)

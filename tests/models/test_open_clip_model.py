@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -93,6 +94,59 @@ def test_half_precision_files_keep_their_dtype_and_what_is_tested_is_what_is_sav
     for key, value in repaired.clip.state_dict().items():
         torch.testing.assert_close(value, twin.clip.state_dict()[key] - 7e-4, atol=1e-3, rtol=1e-3)
         assert torch.equal(value, saved[key].float()), key
+
+
+ARCHITECTURES = {
+    "plain": MINI_CONFIG,
+    "custom text": MINI_CONFIG | {"custom_text": True},
+    "convolutions": MINI_CONFIG
+    | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}},
+    "timm": MINI_CONFIG
+    | {"vision_cfg": {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg"}}
+    | {"custom_text": True},
+}
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_what_is_read_is_what_was_built_buffers_too(tmp_path, config):
+    model = OpenClipModel.from_config(config, seed=3)
+    folder = save(model, tmp_path / "m", **config)
+    for take in (False, True):
+        checkpoint = load_checkpoint(folder)
+        twin = OpenClipModel.from_checkpoint(checkpoint, take=take)
+        assert twin.clip.state_dict().keys() == model.clip.state_dict().keys()
+        for name, value in twin.clip.state_dict().items():
+            assert torch.equal(value, model.clip.state_dict()[name]), name
+            taken = value.data_ptr() == checkpoint.state_dict[name].data_ptr()
+            assert taken == (take and value.numel() > 0), name
+        buffers = dict(twin.clip.named_buffers())
+        assert buffers.keys() == dict(model.clip.named_buffers()).keys()
+        for name, value in model.clip.named_buffers():
+            assert torch.equal(buffers[name], value), name
+        assert not any(p.requires_grad for p in twin.clip.parameters())
+        pixels = torch.rand(2, 3, twin.image_size, twin.image_size)
+        assert torch.equal(twin.visual(pixels), model.visual(pixels))
+
+
+def test_tensors_that_share_memory_or_have_another_dtype_are_copied_even_if_taken(tmp_path):
+    model = mini_model()
+    state = model.storage_state_dict()
+    key, half = "visual.proj", "visual.ln_pre.weight"
+    whole = torch.stack([state[key], state[key] + 1])
+    checkpoint = replace(
+        load_checkpoint(save(model, tmp_path / "m")),
+        state_dict=state | {key: whole[0], half: state[half].half()},
+    )
+    twin = OpenClipModel.from_checkpoint(checkpoint, take=True)
+    assert torch.equal(twin.clip.state_dict()[key], whole[0])
+    assert twin.clip.state_dict()[key].data_ptr() != whole.data_ptr()
+    assert twin.clip.state_dict()[half].dtype == torch.float32
+    assert twin.storage_dtypes[half] == torch.float16
+    turned = state[key].T.contiguous().T
+    strided = replace(checkpoint, state_dict=state | {key: turned})
+    taken = OpenClipModel.from_checkpoint(strided, take=True).clip.state_dict()[key]
+    assert taken.is_contiguous()
+    assert torch.equal(taken, state[key])
 
 
 def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path):
