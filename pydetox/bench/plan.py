@@ -28,7 +28,6 @@ RATES: dict[str, float] = dict.fromkeys(ATTACKS, 0.05) | {
 #: Passes over the fine-tuning set where they are more than `Plan.fine_tuning` has: these attacks
 #: are learned late. Chosen like the rates.
 EPOCHS: dict[str, int] = {
-    "badnets-random-place": 10,
     "badnets-random-pattern": 10,
     "clean-label": 10,
 }

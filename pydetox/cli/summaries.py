@@ -27,6 +27,8 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         classes = "class" if len(one["targets"]) == 1 else "classes"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
+        if one["warps"]:
+            reached += f"; of its triggers {one['warps']} are warps"
         summary.append(
             card(
                 f"trigger vector {number}",

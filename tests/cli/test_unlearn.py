@@ -195,18 +195,20 @@ class TestDirect:
         result = run("unlearn", folder / "suspect", *args, "--target", "unicorn")
         assert "'unicorn' is not in images" in error_line(result)
 
-    @pytest.mark.parametrize("vector", ["paired", "strengthen"])
+    @pytest.mark.parametrize(("vector", "warps"), [("paired", 4), ("strengthen", 0)])
     def test_forced_target(
-        self, run: Run, folder: Path, images: tuple, tmp_path: Path, vector: str
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path, vector: str, warps: int
     ) -> None:
         output = tmp_path / "repaired"
         result = run(
             *("unlearn", folder / "suspect", *images, *QUICK, "--force-target", "cow"),
             *("--output", output, "--vector", vector, "--format", "json"),
+            *("--warps", warps),
         )
         assert result.exit_code == 2  # there is nothing to compare the sizes with
         content = json.loads(result.stdout)
         assert content["rounds"][0]["target_name"] == "cow"
+        assert 0 <= content["rounds"][0]["warps"] <= warps
         assert content["rounds"][0]["alpha_search"]["asr_kind"] == "recovered"
         alpha = content["rounds"][0]["alpha"]
         assert same_weights(output, folder / "suspect") == (alpha == 0)
