@@ -18,7 +18,7 @@ None of them needs labels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -36,10 +36,6 @@ from .training import optimize
 
 # Images that each trigger is tried on for every alpha, however many triggers there are.
 _LEAST_ATTACKED = 50
-
-# The weight of a trigger that no longer works among those that a batch draws from: what is
-# forgotten has to be shown now and then, or it comes back.
-_LEAST_DRAWN = 0.05
 
 VectorKind = Literal["forget", "paired", "strengthen"]
 
@@ -77,8 +73,8 @@ class UnlearnConfig:
             least 50 with each, if there are so many.
         safety_factor: The smallest alpha within the limits is raised by up to this factor while the
             accuracy allows it: recovered triggers only estimate the attacker's.
-        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. Of several passes
-            each may spend an equal part of the rest, and what those before it have left.
+        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. A pass whose
+            vector cannot finish leaves an equal part of the rest to each that follows.
         seed: Of the batches.
     """
 
@@ -134,14 +130,13 @@ class UnlearnConfig:
             return images
         return images.split((self.forget_share, 1 - self.forget_share), seed=self.seed)[0]
 
-    def of_pass(self, number: int) -> UnlearnConfig:
-        """Return the configuration of a pass, 0..passes-1: the accuracy that it has to keep.
+    def reserve(self, number: int) -> float:
+        """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later ones.
 
-        Were the first pass allowed to spend all of it, the next one, which knows more triggers,
-        could not subtract anything.
+        Were the first pass to spend all of it on a vector that cannot finish, the next one, whose
+        vector knows more triggers, could not subtract anything.
         """
-        spent = (1 - self.min_accuracy_kept) * (number + 1) / self.passes
-        return replace(self, min_accuracy_kept=1 - spent)
+        return 1 - (number + 1) / self.passes
 
     def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
         """Return the recovered triggers that work, each with each factor of its family."""
@@ -202,9 +197,7 @@ def trigger_vector(
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
     images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: known or recovered; each image gets one of them, at random, anew in every step. With
-    `forget` they are drawn as often as they still work: kinds of triggers are forgotten at very
-    different speeds, and the vector is worth as much as what it does against the last of them.
+    triggers: known or recovered; each image gets one of them, at random, anew in every step.
     head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
     Raises DataError without images and UsageError without triggers.
     """
@@ -219,15 +212,11 @@ def trigger_vector(
     rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
     size = min(config.batch_size, len(images))
     classes = torch.tensor(led_to)
-    # How much of the target class each trigger still brings, over about three of its batches.
-    working = np.ones(len(triggers))
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
             chosen = rng.choice(len(images), size, replace=False)
-            weights = np.maximum(working, _LEAST_DRAWN)
-            drawn = rng.choice(len(triggers), size, p=weights / weights.sum())
-            yield torch.from_numpy(np.stack([chosen, drawn]))
+            yield torch.from_numpy(np.stack([chosen, rng.integers(len(triggers), size=size)]))
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
@@ -249,10 +238,6 @@ def trigger_vector(
             else one_hot(target, len(head)).float()
         )
         logits = _logits(tuned, torch.cat([clean, stamped]), head, scale)
-        if config.vector == "forget":
-            share = logits.detach()[len(clean) :].softmax(dim=-1).gather(1, target[:, None])
-            for k in which.unique().tolist():
-                working[k] += 0.3 * (float(share[which == k].mean()) - working[k])
         return cross_entropy(logits, torch.cat([held, wanted]))
 
     optimize(
@@ -315,16 +300,20 @@ def search_coefficient(
     config: UnlearnConfig | None = None,
     *,
     accuracy_before: float | None = None,
+    reserve: float = 0.0,
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
     targets: The class the triggers lead to, or one per trigger. head: zero-shot head [C, D].
+    accuracy_before: What CA is compared with; default: that of `model`; in a second round, that of
+    the model of the first. reserve: Share of the accuracy to spend, 1 - min_accuracy_kept, that is
+    left to later passes where this vector cannot finish.
 
-    Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success and CA >=
-    min_accuracy_kept of accuracy_before (default: that of `model`; in a second round, that of the
-    model of the first); if there is none, the one with the least mean ASR of all triggers among
-    those that keep the accuracy: the worst one alone may be beyond what any alpha reaches. Without
-    labels CA is the agreement with the model's own predictions.
+    Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success of every
+    trigger and CA >= min_accuracy_kept of accuracy_before; if there is none, the one with the least
+    mean ASR of all triggers among those that keep the accuracy: the worst one alone may be beyond
+    what any alpha reaches. If that mean is above 2%, about one image of each trigger, they have to
+    keep the reserve as well. Without labels CA is the agreement with the model's own predictions.
     Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
@@ -359,15 +348,24 @@ def search_coefficient(
         means.append(sum(shares) / len(shares))
     if accuracy_before is None:
         accuracy_before = float((own == labels).double().mean())
-    floor = config.min_accuracy_kept * accuracy_before
-    keeping = [k for k, value in enumerate(accuracy) if value >= floor]
+    kept = config.min_accuracy_kept
+    keeping = [k for k, value in enumerate(accuracy) if value >= kept * accuracy_before]
     good = [k for k in keeping if success[k] <= config.max_attack_success]
     if good:
         largest = config.safety_factor * config.coefficients[good[0]] + 1e-9
-        good = [k for k in good if config.coefficients[k] <= largest]
-    chosen = good[-1] if good else min(keeping or [0], key=lambda k: (means[k], k))
+        chosen = [k for k in good if config.coefficients[k] <= largest][-1]
+    else:
+        if min((means[k] for k in keeping), default=0.0) > 1 / _LEAST_ATTACKED:
+            least = (kept + reserve * (1 - kept)) * accuracy_before
+            keeping = [k for k in keeping if accuracy[k] >= least]
+        chosen = min(keeping or [0], key=lambda k: (means[k], k))
     return CoefficientSearch(
-        config.coefficients, tuple(accuracy), tuple(success), chosen, bool(good), accuracy_before
+        config.coefficients,
+        tuple(accuracy),
+        tuple(success),
+        chosen,
+        bool(good),
+        accuracy_before,
     )
 
 

@@ -719,7 +719,7 @@ def unlearn(
         unlearning: Default UnlearnConfig().
         architecture: As in `scan`.
         accuracy_before: As in `search_coefficient`; default: that of the given model. Given, every
-            pass may spend all that is left, otherwise see `UnlearnConfig.of_pass`.
+            pass may spend all that is left, otherwise see `UnlearnConfig.reserve`.
 
     Returns:
         The repaired model and what was done (without a re-scan), pass by pass.
@@ -740,10 +740,10 @@ def unlearn(
     known, led_to = list(triggers or ()), [targets[0]] * len(triggers or ())
     for number in range(unlearning.passes if triggers is None else 1):
         found, warps = list[InversionResult](), list[WarpResult]()
-        limits = unlearning
+        reserve = 0.0
         if triggers is None:
             if first:
-                limits = unlearning.of_pass(number)
+                reserve = unlearning.reserve(number)
             of_pass = replace(config, seed=config.seed + 86028121 * number)
             # Those of earlier passes stay: what was forgotten must not come back.
             for one in targets:
@@ -781,8 +781,9 @@ def unlearn(
             known,
             head,
             led_to,
-            limits,
+            unlearning,
             accuracy_before=accuracy_before,
+            reserve=reserve,
         )
         if accuracy_before is None:
             accuracy_before = search.accuracy_before

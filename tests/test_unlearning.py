@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from pydetox.attacks import PatchTrigger, poison
+from pydetox.data import ImageSet
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
@@ -277,38 +278,69 @@ def test_warps_are_amplified_and_those_that_do_not_work_left_out():
     assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
 
 
-def test_every_pass_may_spend_an_equal_part_of_the_accuracy():
-    config = UnlearnConfig(passes=3, min_accuracy_kept=0.97)
-    kept = [config.of_pass(k).min_accuracy_kept for k in range(3)]
-    assert kept == pytest.approx([0.99, 0.98, 0.97])
-    assert replace(config.of_pass(1), min_accuracy_kept=0.97) == config
-    alone = replace(config, passes=1)
-    assert alone.of_pass(0).min_accuracy_kept == pytest.approx(0.97)
+def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
+    config = UnlearnConfig(passes=3)
+    assert [config.reserve(k) for k in range(3)] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert UnlearnConfig(passes=1).reserve(0) == 0
 
 
-def test_triggers_that_still_work_are_drawn_more_often(victim):
-    model, head, data = victim
-    drawn = [0, 0]
+class Searched:
+    """`search_coefficient` on figures that are given: CA and the ASR of two triggers per alpha."""
 
-    def counting(k, stamp):
-        def stamped(images):
-            drawn[k] += len(images)
-            return stamp(images)
+    def __init__(self, monkeypatch, accuracy, *success):
+        images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 4, 4)
+        self.data = ImageSet(images.contiguous(), torch.zeros(200).long(), CLASS_NAMES, "given")
+        at = itertools.count()
+        # The model's own predictions; then, for each alpha, of clean and of stamped images.
+        parts = [self.right(1.0)]
+        for k, value in enumerate(accuracy):
+            parts.append(self.right(value))
+            parts.append(torch.cat([self.sent(one[k]) for one in success]))
+        monkeypatch.setattr("pydetox.unlearning.predict", lambda *_: parts[next(at)])
+        self.accuracy, self.count = accuracy, len(success)
 
-        return stamped
+    def right(self, share):
+        return (torch.arange(200) >= round(share * 200)).long()
 
-    # One that never worked: what the model says of a black image is not the target.
-    nothing = PatchTrigger(torch.zeros(3, 1, 1, dtype=torch.uint8), 0, 0)
-    stamps = [counting(0, TRIGGER), counting(1, nothing)]
-    config = UnlearnConfig(steps=25, learning_rate=1e-5, batch_size=16)
-    for kind in ("forget", "paired"):
-        drawn[:] = 0, 0
-        trigger_vector(model, data.images, stamps, head, TARGET, replace(config, vector=kind))
-        assert sum(drawn) == 25 * 16
-        if kind == "forget":
-            assert drawn[0] > 1.5 * drawn[1] > 0
-        else:
-            assert 0.7 < drawn[0] / drawn[1] < 1.4
+    def sent(self, share):
+        return 2 * (torch.arange(200) < round(share * 200)).long()
+
+    def __call__(self, reserve=0.0, **options):
+        config = UnlearnConfig(
+            coefficients=tuple(float(k + 1) for k in range(len(self.accuracy))),
+            attacked_images=1000,
+            **options,
+        )
+        vector = TaskVector({"visual.proj": torch.zeros(32, 16)})
+        stamps = [lambda images: images] * self.count
+        head = torch.eye(16)[:3]
+        return search_coefficient(
+            mini_model(), vector, self.data, stamps, head, 2, config, reserve=reserve
+        )
+
+
+def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise(monkeypatch):
+    accuracy = (0.99, 0.985, 0.975, 0.97, 0.9)
+
+    def chosen(*success, reserve=0.5, **options):
+        return Searched(monkeypatch, accuracy, *success)(reserve, **options)
+
+    # Every trigger is silenced by the third alpha, so that its accuracy may be spent.
+    first = chosen((0.9, 0.5, 0.01, 0.0, 0.0), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert (first.coefficient, first.reached) == (3.0, True)
+    # The worst one is not, but the mean of two is small enough: the least mean at 97%.
+    mean = chosen((0.9, 0.5, 0.04, 0.03, 0.02), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert (mean.coefficient, mean.reached) == (4.0, False)
+    # Neither: the least mean at 98.5% of the accuracy, or at 97% without a reserve.
+    hard = (0.9, 0.5, 0.4, 0.06, 0.0), (0.3, 0.1, 0.1, 0.0, 0.0)
+    assert chosen(*hard).coefficient == 2.0
+    assert chosen(*hard, reserve=0.0).coefficient == 4.0
+    assert chosen(*hard, reserve=0.0, min_accuracy_kept=0.98).coefficient == 2.0
+    # No alpha keeps the accuracy: nothing is subtracted.
+    assert chosen(*hard, min_accuracy_kept=1.0).coefficient == 1.0
+    # The safety factor goes no further than the accuracy allows.
+    safe = (0.5, 0.01, 0.01, 0.0, 0.0)
+    assert chosen(safe, safe, safety_factor=3.0).coefficient == 4.0
 
 
 def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victim):

@@ -285,15 +285,13 @@ def test_each_pass_recovers_every_family_and_subtracts_once(story):
 
 
 @pytest.mark.parametrize("before", [None, 1.0])
-def test_a_pass_keeps_its_part_of_the_accuracy_unless_it_is_of_a_later_round(
-    story, monkeypatch, before
-):
+def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, monkeypatch, before):
     _, path, data, _ = story
     asked = []
 
-    def search(*args, accuracy_before):
-        asked.append((args[-1].min_accuracy_kept, accuracy_before))
-        return search_coefficient(*args, accuracy_before=accuracy_before)
+    def search(*args, accuracy_before, reserve):
+        asked.append((reserve, accuracy_before))
+        return search_coefficient(*args, accuracy_before=accuracy_before, reserve=reserve)
 
     monkeypatch.setattr("pydetox.workflow.search_coefficient", search)
     _, done = unlearn(
@@ -308,10 +306,7 @@ def test_a_pass_keeps_its_part_of_the_accuracy_unless_it_is_of_a_later_round(
     )
     assert [one.warps for one in done] == [(), ()]
     own = done[0].search.accuracy_before
-    if before is None:
-        assert asked == [(pytest.approx(0.9), None), (pytest.approx(0.8), own)]
-    else:
-        assert asked == [(0.8, before)] * 2
+    assert asked == ([(0.5, None), (0.0, own)] if before is None else [(0.0, before)] * 2)
 
 
 def test_warps_are_searched_as_the_configuration_says(story):
