@@ -131,13 +131,7 @@ class InversionSearch:
         contrast: OpenClipModel | None = None,
     ) -> None:
         size = model.image_size
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
-            raise DataError(
-                f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
-                f"[N, 3, {size}, {size}]"
-            )
-        if len(images) < 2:
-            raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
+        check_images(model, images)
         count = restarts if objective.targets is None else len(objective.targets)
         if count < 1:
             raise UsageError(f"restarts is {restarts}; expected at least 1")
@@ -457,6 +451,18 @@ def starting_point(
     order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])
     batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
     return mask, pattern, batches
+
+
+def check_images(model: OpenClipModel, images: Tensor) -> None:
+    """Raise DataError unless there are at least two uint8 images [N, 3, H, W] of a model's size."""
+    size = model.image_size
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
+        raise DataError(
+            f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
+            f"[N, 3, {size}, {size}]"
+        )
+    if len(images) < 2:
+        raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
 
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from ..errors import ArchitectureError, DataError, UsageError
+from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS
 from ..progress import Progress
 from .objectives import Objective
 from .schedule import CostSchedule
-from .search import images_at_once, tower_of
+from .search import check_images, images_at_once, tower_of
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,7 @@ def invert_warps(
     size, targets, device = model.image_size, objective.targets, model.device
     if not targets:
         raise UsageError("a search for warps needs an objective with target classes")
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size) or len(images) < 2:
-        raise DataError(
-            f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
-            f"[N, 3, {size}, {size}], at least 2"
-        )
+    check_images(model, images)
     count, side = len(targets), config.control_points
     rng = np.random.Generator(np.random.PCG64([config.seed, 8]))
     first = rng.standard_normal((count, 2, side, side), dtype=np.float32)

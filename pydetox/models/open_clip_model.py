@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -136,8 +137,9 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
             )
+        users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
         own = {
-            key: value.to(expected[key].dtype, copy=not (take and _owns_memory(value)))
+            key: value.to(expected[key].dtype, copy=not (take and _has_storage_alone(value, users)))
             for key, value in weights.items()
         }
         # Assigned, not copied into what was allocated for them: that memory was never touched.
@@ -334,9 +336,14 @@ class _NoRandomNumbers(TorchFunctionMode):
         return func(*args, **given)
 
 
-def _owns_memory(tensor: Tensor) -> bool:
-    """Return whether a tensor shares its memory with none other, as far as can be seen."""
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
+    """Return whether a tensor is all of its storage. users: of each storage's address, how many.
+
+    Weights that share memory would change with each other.
+    """
+    storage = tensor.untyped_storage()
+    size = tensor.numel() * tensor.element_size()
+    return users[storage.data_ptr()] == 1 and storage.nbytes() == size
 
 
 def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:

@@ -16,6 +16,7 @@ from pydetox.inversion import (
     invert_warps,
 )
 from pydetox.inversion.warps import _fields, _patch_rows, _warp
+from tests.inversion.test_search import PixelModel
 from tests.mini import mini_images, mini_model
 
 SIZE = 12
@@ -29,15 +30,10 @@ class Column(torch.nn.Module):
         return torch.stack([red, torch.full_like(red, 0.5), torch.full_like(red, 0.1)], dim=1)
 
 
-class ColumnModel:
+class ColumnModel(PixelModel):
     name = "column"
     image_size = SIZE
-    mean = (0.5, 0.5, 0.5)
-    std = (0.25, 0.25, 0.25)
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.visual = Column()
+    visual = Column()
 
 
 def ramps(n=20):

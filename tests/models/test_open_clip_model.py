@@ -142,6 +142,12 @@ def test_tensors_that_share_memory_or_have_another_dtype_are_copied_even_if_take
     assert twin.clip.state_dict()[key].data_ptr() != whole.data_ptr()
     assert twin.clip.state_dict()[half].dtype == torch.float32
     assert twin.storage_dtypes[half] == torch.float16
+    tied = state["visual.ln_pre.bias"]
+    both = {"visual.ln_pre.bias": tied, "visual.ln_post.bias": tied}
+    model = OpenClipModel.from_checkpoint(replace(checkpoint, state_dict=state | both), take=True)
+    addresses = {model.clip.state_dict()[name].data_ptr() for name in both}
+    assert len(addresses) == 2
+    assert tied.data_ptr() not in addresses
     turned = state[key].T.contiguous().T
     strided = replace(checkpoint, state_dict=state | {key: turned})
     taken = OpenClipModel.from_checkpoint(strided, take=True).clip.state_dict()[key]
