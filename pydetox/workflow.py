@@ -269,6 +269,9 @@ class ScanResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON and reports; images are left out."""
         found, reference = self.detection, self.calibration
+        names = list(self.class_names or [])
+        if self.objective != "targeted":
+            names = ["any class"]
         return {
             "name": self.name,
             "sha256": self.sha256,
@@ -281,10 +284,10 @@ class ScanResult:
             "p_value": found.p_value,
             "anomaly_index": found.anomaly_index,
             "target": self.target_name if found.verdict in FINDINGS else None,
+            "targets": [(self.class_names or names)[c] for c in self.targets()],
+            "cleared": [names[c] for c in found.cleared],
             "weakest_class": self.target_name,
-            "class_names": list(self.class_names or [])
-            if self.objective == "targeted"
-            else ["any class"],
+            "class_names": names,
             "class_p_l1": list(found.p_l1),
             "class_scores": list(found.class_scores),
             "class_dropped": list(found.dropped),
@@ -897,6 +900,7 @@ def detox(
         path = _save(
             repaired,
             before,
+            current,
             rounds,
             evaluation_before,
             evaluation_after,
@@ -921,6 +925,7 @@ def detox(
 def _save(
     model: OpenClipModel,
     before: ScanResult,
+    after: ScanResult,
     rounds: Sequence[UnlearnRound],
     evaluation_before: Evaluation | None,
     evaluation_after: Evaluation | None,
@@ -929,14 +934,13 @@ def _save(
     config: ScanConfig,
     unlearning: UnlearnConfig,
 ) -> Path:
-    after = rounds[-1].rescan
     metrics = [
         {} if e is None else {"clean_accuracy": e.clean_accuracy}
         for e in (evaluation_before, evaluation_after)
     ]
     # A search that found nothing has an infinite size, which JSON cannot hold.
     for metric, one in zip(metrics, (before, after), strict=True):
-        if one is not None and math.isfinite(one.detection.smallest_p_l1):
+        if math.isfinite(one.detection.smallest_p_l1):
             metric["p_l1"] = one.detection.smallest_p_l1
     provenance = Provenance(
         method=f"TBAR, unknown trigger, {unlearning.vector} vector",
@@ -950,7 +954,7 @@ def _save(
             "scaling_coefficients": [one.search.coefficient for one in rounds],
             "target_classes": [list(one.targets) for one in rounds],
             "verdict_before": before.verdict.value,
-            "verdict_after": None if after is None else after.verdict.value,
+            "verdict_after": after.verdict.value,
         },
     )
     return save_checkpoint(

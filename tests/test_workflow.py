@@ -78,6 +78,7 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
     assert after.attack_success_rate <= 0.6
     assert repaired.provenance.source_sha256 == result.before.sha256
     assert repaired.provenance.scaling_coefficient == result.rounds[-1].search.coefficient
+    assert repaired.provenance.extra["verdict_after"] == result.after.verdict.value
     document = json.loads(to_json(result.to_dict()))
     assert document["repaired"] is result.repaired
     assert document["rounds"][0]["target"] == TARGET
@@ -104,6 +105,8 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
 
     again = scan(path, data, config=config, cleared=clean, **options)
     assert again.detection.cleared == clean
+    assert before.to_dict()["cleared"] == []
+    assert again.to_dict()["cleared"] == [CLASS_NAMES[c] for c in clean]
     assert again.detection.class_scores == before.detection.class_scores
     assert again.target == TARGET
 
@@ -134,12 +137,15 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     (other,) = before.others
     sure = replace(other, detection=replace(other.detection, backdoored=(0, TARGET)))
     detection = replace(before.detection, backdoored=(TARGET,))
-    assert replace(before, detection=detection, others=(sure,)).targets() == (TARGET, 0)
+    both = replace(before, detection=detection, others=(sure,))
+    assert both.targets() == (TARGET, 0)
+    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[0]]
     clean = replace(before.detection, verdict=Verdict.CLEAN)
     assert replace(before, detection=clean, others=(sure,)).targets() == ()
     # Without classes there is one value, and the target is what it leads to.
     free = replace(before, objective="label-free", detection=detection, others=())
     assert replace(free, target=1).targets() == (1,)
+    assert replace(free, target=1).to_dict()["targets"] == [CLASS_NAMES[1]]
 
     def triggers(targets, passes=1):
         _, done = unlearn(
