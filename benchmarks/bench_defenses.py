@@ -7,18 +7,18 @@ results.md and, in CLIP_benchmark's layout, results/. It is no pytest benchmark:
 it out.
 
 The full run should end within 100 minutes on two cores; the one of docs/results.md, from an empty
-cache, took 129. Minutes of its stages, with two processes:
+cache, took 138. Minutes of its stages, with two processes:
 
-    bases                         6      4
-    suspects                     28      39 victims, 21 clean models
+    bases                         5      4
+    suspects                     26      39 victims, 21 clean models
     tuning models                 1
-    reference models              6.5    16
-    calibrations                  3      4
+    reference models              6      16
+    calibrations                  3.5    4
     tuning                       15      9 methods, 4 settings, 2 models
-    defences                     64      33 victims: about 10 with the known trigger, 35 without it,
-                                         19 for the other seven methods
-    scans of clean models         3.5    21
-    maps of xi                    1.5
+    defences                     76      32 victims: about 10 with the known trigger, 46 without it,
+                                         20 for the other seven methods
+    scans of clean models         4.5    21
+    maps of xi                    2
 
 What can be cut first: settings of the unknown trigger (two minutes each), or one of its passes.
 """
