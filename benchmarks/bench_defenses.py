@@ -15,7 +15,7 @@ cache, took 138. Minutes of its stages, with two processes:
     reference models              6      16
     calibrations                  3.5    4
     tuning                       15      9 methods, 4 settings, 2 models
-    defences                     76      32 victims: about 10 with the known trigger, 46 without it,
+    defences                     76      32 victims: about 12 with the known trigger, 44 without it,
                                          20 for the other seven methods
     scans of clean models         4.5    21
     maps of xi                    2
