@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, normalize
 from benchmarks.demo_models import splits, suspects
 from benchmarks.recording import holds, record
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
-from pydetox.detection import anomaly_index
+from pydetox.detect.statistics import anomaly_index
 from pydetox.inversion import (
     Elimination,
     InversionConfig,

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.demo_models import splits, suspects
 from pydetox.atomic import write_file
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
-from pydetox.demo import demo_scan_config, draw_attack
-from pydetox.detection import Calibration, detect
+from pydetox.detect.statistics import Calibration, detect
 from pydetox.inversion import Elimination, relative_to_smallest
 from pydetox.reporting import to_json
+from pydetox.research.demo import demo_scan_config, draw_attack
 from pydetox.workflow import ScanConfig, calibrate, scan
 
 FOLDER = Path("runs/bench/verdicts")

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from ._build_info import build_info
     from .checkpoints import load_checkpoint, save_checkpoint
     from .data import ImageSet, load_images
-    from .detection import Calibration, Detection, Verdict
+    from .detect.statistics import Calibration, Detection, Verdict
     from .errors import PydetoxError
     from .evaluation import Evaluation, evaluate
     from .inversion import InversionConfig, InversionResult, invert
     from .models import OpenClipModel
-    from .unlearning import UnlearnConfig
+    from .repair.unlearning import UnlearnConfig
     from .workflow import (
         DetoxResult,
         ScanConfig,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "Calibration": "detection",
-    "Detection": "detection",
+    "Calibration": "detect.statistics",
+    "Detection": "detect.statistics",
     "DetoxResult": "workflow",
     "Evaluation": "evaluation",
     "ImageSet": "data",
@@ -43,8 +43,8 @@ _HOME = {
     "PydetoxError": "errors",
     "ScanConfig": "workflow",
     "ScanResult": "workflow",
-    "UnlearnConfig": "unlearning",
-    "Verdict": "detection",
+    "UnlearnConfig": "repair.unlearning",
+    "Verdict": "detect.statistics",
     "build_info": "_build_info",
     "calibrate": "workflow",
     "detox": "workflow",

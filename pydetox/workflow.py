@@ -21,7 +21,7 @@ import torch
 from .atomic import rehearse_directory
 from .checkpoints import CHECKPOINT_FILES, Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .detection import FINDINGS, Calibration, Detection, Verdict, detect
+from .detect.statistics import FINDINGS, Calibration, Detection, Verdict, detect
 from .errors import DataError, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .inversion import (
@@ -39,15 +39,15 @@ from .inversion import (
     invert_warps,
 )
 from .models import OpenClipModel
-from .task_vectors import TaskVector
-from .training import TrainConfig, train_on_prompts
-from .unlearning import (
+from .repair.task_vectors import TaskVector
+from .repair.unlearning import (
     CoefficientSearch,
     UnlearnConfig,
     search_coefficient,
     subtract,
     trigger_vector,
 )
+from .training import TrainConfig, train_on_prompts
 
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
 ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
@@ -814,7 +814,8 @@ def detox(
     Neither trigger nor target class need be known: the target is the class that the scan flags, and
     others that it flags beside it are unlearned together with it (`ScanResult.targets`). Where no
     alpha does that within the accuracy to keep, the target is unlearned alone.
-    A re-scan judges the classes that the first scan did not find clean: see `pydetox.detection`.
+    A re-scan judges the classes that the first scan did not find clean: see
+    `pydetox.detect.statistics`.
 
     Args:
         checkpoint: The suspect. It is not changed.

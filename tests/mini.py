@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pydetox.data import ImageSet
-from pydetox.detection import Calibration
+from pydetox.detect.statistics import Calibration
 from pydetox.inversion import TriggerFamily
 from pydetox.models import OpenClipModel
 from pydetox.workflow import ScanConfig

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import pydetox
-from pydetox.attacks import PatchTrigger, poison
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.data import ImageSet
-from pydetox.detection import Verdict
+from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, OutputError, UsageError
 from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig
+from pydetox.repair.unlearning import UnlearnConfig, search_coefficient
 from pydetox.reporting import to_json
+from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.unlearning import UnlearnConfig, search_coefficient
 from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured

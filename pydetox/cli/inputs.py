@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..calibration_file import read_calibration
 from ..checkpoints import load_checkpoint
 from ..data import ImageSet, ImageSource
-from ..detection import Calibration
+from ..detect.calibration_file import read_calibration
+from ..detect.statistics import Calibration
 from ..errors import DataError, UsageError
 from ..inversion import InversionConfig, RecoveredTrigger
 from ..inversion.trigger_file import load_triggers

@@ -73,12 +73,12 @@ def command(
 
     Exit code: 0 if it was computed, 2 otherwise; it does not judge the model. See `scan`.
     """
+    from ..analysis.localization import localize, removals
     from ..atomic import write_file
     from ..errors import UsageError
-    from ..localization import localize, removals
+    from ..repair.task_vectors import TaskVector
+    from ..repair.unlearning import UnlearnConfig, search_coefficient, trigger_vector
     from ..reporting.localization import localization_report
-    from ..task_vectors import TaskVector
-    from ..unlearning import UnlearnConfig, search_coefficient, trigger_vector
     from ..workflow import ScanConfig, recover_triggers
     from .inputs import (
         Inputs,
@@ -146,7 +146,7 @@ def _disentanglement(
     start: Any, whole: Any, trigger: Any, clean: Any, stamp: Any, head: Any, grid: int
 ) -> Any:
     """Return ξ between what fine-tuning did besides the backdoor, and the backdoor."""
-    from ..localization import disentanglement_error
+    from ..analysis.localization import disentanglement_error
 
     points = [round(-2 + 4 * k / (grid - 1), 6) for k in range(grid)]
     return disentanglement_error(

@@ -176,8 +176,8 @@ def command(
     Exit code: 0 all clean, 1 something backdoored or suspicious, 2 something not scanned or
     inconclusive, 3 no checkpoint found.
     """
-    from ..calibration_file import write_calibration
-    from ..detection import Calibration
+    from ..detect.calibration_file import write_calibration
+    from ..detect.statistics import Calibration
     from ..errors import UsageError
     from ..models.device import find_device
     from ..scanning import Scanner, find_targets

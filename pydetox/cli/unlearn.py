@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..data import ImageSet
     from ..evaluation import Evaluation, Stamp
     from ..models import OpenClipModel
-    from ..unlearning import UnlearnConfig
+    from ..repair.unlearning import UnlearnConfig
     from ..workflow import DetoxResult, ScanConfig
     from .inputs import Inputs, LoadedModel, References
 
@@ -124,8 +124,8 @@ def command(
     from ..atomic import rehearse_directory
     from ..checkpoints import CHECKPOINT_FILES, parse_reference
     from ..errors import UsageError
+    from ..repair.unlearning import UnlearnConfig
     from ..reporting import write_detox_report
-    from ..unlearning import UnlearnConfig
     from ..workflow import detox
     from .inputs import Inputs, find_references, require_class_names, scan_config
     from .outputs import check_files, emit

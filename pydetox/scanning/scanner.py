@@ -10,8 +10,8 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration_file import read_calibration
 from ..data import ImageSource
+from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
     DataError,

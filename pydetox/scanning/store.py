@@ -146,9 +146,7 @@ class RunStore:
 
     def write_calibration(self, key: str, calibration: Mapping[str, Any]) -> None:
         """Keep a calibration; the file is one that `--calibration` reads, too."""
-        from ..calibration_file import (
-            CALIBRATION_SCHEMA,  # a run without calibration needs no scipy
-        )
+        from ..detect.calibration_file import CALIBRATION_SCHEMA
 
         content = {"schema": CALIBRATION_SCHEMA, "made_with": key, **calibration}
         write_file(self.folder / _CALIBRATION, f"{to_json(content)}\n")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from .. import workflow
-from ..calibration_file import read_calibration
 from ..checkpoints import Checkpoint, load_checkpoint
 from ..data import ImageSet, ImageSource
-from ..detection import Calibration
+from ..detect.calibration_file import read_calibration
+from ..detect.statistics import Calibration
 from ..errors import (
     CheckpointError,
     PydetoxError,

@@ -115,7 +115,7 @@ def run() -> Run:
 
 def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES) -> Path:
     """Write a calibration for FAST scans, with references of which every class has that P-L1."""
-    from pydetox.calibration_file import write_calibration
+    from pydetox.detect.calibration_file import write_calibration
     from pydetox.inversion import InversionConfig
     from pydetox.workflow import ScanConfig
 

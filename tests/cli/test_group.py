@@ -40,7 +40,7 @@ class TestHelp:
                 assert parameter.help
 
     def test_defaults_are_those_of_the_library(self) -> None:
-        from pydetox.unlearning import UnlearnConfig
+        from pydetox.repair.unlearning import UnlearnConfig
         from pydetox.workflow import ScanConfig
 
         scan, vector = ScanConfig(), UnlearnConfig()
@@ -238,7 +238,7 @@ class TestDemo:
     def test_reports_what_the_demo_returns(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, verdict: str | None, code: int
     ) -> None:
-        from pydetox.demo import DemoResult
+        from pydetox.research.demo import DemoResult
 
         calls = []
 
@@ -247,7 +247,7 @@ class TestDemo:
             summary = {"rescan": {"verdict": verdict, "p_l1": 0.5}}
             return DemoResult(summary, {"title": "pydetox demo"})
 
-        monkeypatch.setattr("pydetox.demo.run_demo", run_demo)
+        monkeypatch.setattr("pydetox.research.demo.run_demo", run_demo)
         result = run("demo", "--output", "here", "--seed", "7", "--format", "json")
         assert calls == [("here", 7)]
         assert result.exit_code == code

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from pydetox import workflow
-from pydetox.calibration_file import read_calibration
 from pydetox.checkpoints import load_checkpoint
+from pydetox.detect.calibration_file import read_calibration
 from pydetox.workflow import ScanConfig
 
 from .conftest import FAST, FAST_REFERENCES, Run, error_line

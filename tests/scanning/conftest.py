@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pydetox.calibration_file import write_calibration
 from pydetox.checkpoints import Provenance, save_checkpoint
+from pydetox.detect.calibration_file import write_calibration
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.scanning import Scanner, ScannerConfig, ScanRecord

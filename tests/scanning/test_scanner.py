@@ -41,7 +41,7 @@ def test_records_of_a_folder(registry, config):
 def test_it_says_what_a_single_scan_says(registry, config):
     from pydetox import load_images
     from pydetox import scan as scan_one
-    from pydetox.calibration_file import read_calibration
+    from pydetox.detect.calibration_file import read_calibration
 
     torch.set_num_threads(1)
     one = to_plain(

@@ -1,0 +1,1 @@
+"""Finding a backdoor: clean references, statistics and the verdict."""

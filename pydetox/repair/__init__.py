@@ -1,0 +1,1 @@
+"""Subtracting a backdoor: trigger vectors, their scaling, task arithmetic."""

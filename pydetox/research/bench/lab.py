@@ -1,0 +1,553 @@
+"""The work of a benchmark, one cached step at a time; each step runs in any process alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...analysis.localization import disentanglement_error
+from ...data import (
+    ImageSet,
+    Splits,
+    default_templates,
+    load_images,
+    split_fashion_mnist,
+    split_in_four,
+)
+from ...detect.statistics import FINDINGS, Calibration
+from ...errors import DataError, UsageError
+from ...evaluation import Evaluation, evaluate
+from ...inversion import InversionResult
+from ...models import OpenClipModel
+from ...repair.task_vectors import TaskVector
+from ...repair.unlearning import subtract
+from ...reporting.images import png_data_uri
+from ...training import TrainConfig, train_on_prompts
+from ...workflow import DetoxResult, ScanResult, calibrate, scan
+from ..attacks import AttackerView, Backdoor, draw_attack, plant
+from ..defenses import (
+    DEFENSES,
+    DefenderData,
+    Defense,
+    KnownTrigger,
+    Outcome,
+    PydetoxKnown,
+    PydetoxUnknown,
+)
+from .cache import (
+    EVALUATION_CODE,
+    SCAN_CODE,
+    TRAINING_CODE,
+    XI_CODE,
+    Cache,
+    code_digest,
+    data_digest,
+    defense_code,
+    key_of,
+)
+from .plan import Plan
+
+#: The attack that the maps of xi are drawn for.
+_XI_ATTACK = "badnets"
+
+#: Equal parts of the way from a victim to its repair, between which it is measured.
+_PATH_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One model to judge or repair, or a clean one that the defender has to compare it with.
+
+    seed: of its base, training and attack. attack: a name of `attacks.ATTACKS`, or None for a clean
+    fine-tune. number: which of the clean ones. reference: whether it is a reference of the
+    calibration; such models are fine-tuned on images drawn anew and never measured.
+    """
+
+    seed: int
+    attack: str | None
+    number: int = 0
+    reference: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in tables and file names."""
+        kind = "reference" if self.reference else "clean"
+        return f"{self.attack or f'{kind}-{self.number}'}-seed{self.seed}"
+
+
+def defense_named(name: str) -> Defense[Any]:
+    """Return the defence of that name; UsageError for another one."""
+    for one in DEFENSES:
+        if one.name == name:
+            return one
+    raise UsageError(f"defence {name!r}; expected one of {', '.join(d.name for d in DEFENSES)}")
+
+
+class Lab:
+    """Makes and remembers everything that belongs to one seed of one plan.
+
+    plan: the configuration. seed: of the splits, the base and all suspects. folder: the cache.
+    """
+
+    def __init__(self, plan: Plan, seed: int, folder: Path) -> None:
+        self.plan, self.seed = plan, seed
+        self.cache = Cache(folder)
+        self.templates = default_templates(plan.data)
+        self._planted: dict[str, tuple[Backdoor, ...]] = {}
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The parts of the data, of at most the planned sizes."""
+        plan, size = self.plan, int(self.plan.model_config["vision_cfg"]["image_size"])
+        source, _, root = plan.data.partition("=")
+        if source == "fashion-mnist":
+            return split_fashion_mnist(
+                size,
+                attacker=plan.attacker,
+                defender=plan.defender,
+                validation=plan.validation,
+                test=plan.test,
+                seed=self.seed,
+                folder=root or None,
+            )
+        images = load_images(plan.data, image_size=size, resize=True)
+        if images.labels is None or not images.class_names:
+            raise DataError(f"{plan.data}: a benchmark needs labels and class names")
+        parts = split_in_four(images, self.seed)
+        wanted = (plan.attacker, plan.defender, plan.validation, plan.test)
+        given = (parts.attacker, parts.defender, parts.validation, parts.test)
+        few = [p.subset(range(min(n, len(p)))) for p, n in zip(given, wanted, strict=True)]
+        return Splits(few[0], few[1], few[2], few[3])
+
+    @cached_property
+    def base(self) -> OpenClipModel:
+        """The clean model that all suspects of the seed are fine-tuned from."""
+        plan = self.plan
+        training = replace(plan.base_training, seed=self.seed)
+        start = OpenClipModel.from_config(plan.model_config, seed=self.seed, name="base")
+        tensors = self.cache.weights(self._base_key)
+        if tensors is None:
+            trained = train_on_prompts(
+                start,
+                self.splits.attacker,
+                self.templates,
+                training,
+                description=f"base of seed {self.seed}",
+            )
+            tensors = trained.storage_state_dict()
+            self.cache.keep_weights(self._base_key, tensors)
+        start.clip.load_state_dict(tensors)
+        return start
+
+    @cached_property
+    def _base_key(self) -> str:
+        return key_of(
+            "base",
+            {
+                "code": code_digest(TRAINING_CODE),
+                "data": data_digest(self.splits.attacker),
+                "model": self.plan.model_config,
+                "training": self.plan.base_training,
+                "templates": self.templates,
+                "seed": self.seed,
+            },
+        )
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The zero-shot head of the base, and so of every suspect: their text tower is the same."""
+        return self.base.zero_shot_head(self.names, self.templates)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The class names."""
+        names = self.splits.attacker.class_names
+        assert names is not None
+        return names
+
+    @cached_property
+    def _poisonable(self) -> ImageSet:
+        count = min(self.plan.fine_tuning_images, len(self.splits.attacker))
+        return self.splits.attacker.subset(range(count))
+
+    def _reference_images(self, number: int) -> ImageSet:
+        """As many as suspects have, drawn anew for each reference from the attacker's part.
+
+        Which images a model saw moves its classes' sizes about as much as its seed does, so
+        references of one set of images would be more alike than a suspect is to them.
+        """
+        rng = np.random.Generator(np.random.PCG64([self.seed, number, 7]))
+        drawn = rng.permutation(len(self.splits.attacker))[: len(self._poisonable)]
+        return self.splits.attacker.subset(drawn.tolist())
+
+    @property
+    def references(self) -> list[Suspect]:
+        """The clean models that the defender is given."""
+        return [Suspect(self.seed, None, k, True) for k in range(self.plan.reference_models)]
+
+    def backdoors(self, suspect: Suspect) -> tuple[Backdoor, ...]:
+        """Return what was planted; empty for a clean model."""
+        if suspect.attack is None:
+            return ()
+        name = suspect.attack
+        if name not in self._planted:  # BadCLIP optimises its patch
+            view = AttackerView(self.base, self.splits.attacker.images[:1000], self.head)
+            self._planted[name] = draw_attack(name, view, rate=self.plan.rate(name), seed=self.seed)
+        return self._planted[name]
+
+    def key(self, suspect: Suspect) -> str:
+        """Return the name of a suspect's weights."""
+        content = {
+            "base": self._base_key,
+            "attack": suspect.attack,
+            "number": suspect.number,
+            "rate": None if suspect.attack is None else self.plan.rate(suspect.attack),
+            "images": len(self._poisonable),
+            "training": self.plan.training(suspect.attack),
+        }
+        if suspect.reference:
+            content["reference"] = True
+        return key_of("model", content)
+
+    def model(self, suspect: Suspect) -> OpenClipModel:
+        """Return the suspect, trained or read; only its image tower differs from the base's."""
+        key = self.key(suspect)
+        tensors = self.cache.weights(key)
+        if tensors is None:
+            images = self._poisonable
+            if suspect.reference:
+                images = self._reference_images(suspect.number)
+            if suspect.attack is not None:
+                images, _ = plant(images, self.backdoors(suspect), seed=self.seed)
+            seed = 1000 * (suspect.number + 1) + self.seed + 500 * suspect.reference
+            trained = train_on_prompts(
+                self.base,
+                images,
+                self.templates,
+                replace(self.plan.training(suspect.attack), seed=seed),
+                description=suspect.name,
+            )
+            tensors = {
+                f"visual.{name}": value for name, value in trained.visual.state_dict().items()
+            }
+            self.cache.keep_weights(key, tensors)
+        model = self.base.clone()
+        model.name = suspect.name
+        model.clip.load_state_dict({**model.clip.state_dict(), **tensors})
+        return model
+
+    def calibration(self) -> Calibration:
+        """Return the calibration from the reference models, made on the defender's images."""
+        config = replace(self.plan.scan, seed=self.seed)
+        key = key_of(
+            "calibration",
+            {"base": self._base_key, "scan": config, "code": code_digest(SCAN_CODE)}
+            | {"data": data_digest(self.splits.defender)}
+            | {"references": [self.key(one) for one in self.references]},
+        )
+        document = self.cache.document(key)
+        if document is None:
+            made = calibrate(
+                self.base,
+                self.splits.defender,
+                references=[self.model(one) for one in self.references],
+                templates=self.templates,
+                config=config,
+            )
+            document = self.cache.keep_document(key, made.to_dict())
+        return Calibration.from_dict(document)
+
+    def defender_data(self, suspect: Suspect, defense: Defense[Any]) -> DefenderData:
+        """Return what a defence is given: the true triggers only where it needs them."""
+        known = tuple(KnownTrigger(one.trigger, one.target) for one in self.backdoors(suspect))
+        return DefenderData(
+            self.splits.defender,
+            self.templates,
+            triggers=known if defense.needs_trigger else (),
+            base=None if defense.needs_trigger else self.base,
+            calibration=None if defense.needs_trigger else self.calibration(),
+            scan=replace(self.plan.scan, seed=self.seed),
+        )
+
+    def measure(self, model: OpenClipModel, suspect: Suspect, images: ImageSet) -> list[Evaluation]:
+        """Return CA and ASR, one evaluation per backdoor (one without ASR for a clean model)."""
+        head = model.zero_shot_head(self.names, self.templates)
+        planted = self.backdoors(suspect)
+        if not planted:
+            return [evaluate(model, images, head)]
+        return [
+            evaluate(model, images, head, trigger=one.trigger, target=one.target) for one in planted
+        ]
+
+    # --- the steps: each returns a JSON document, from the cache if nothing it depends on changed
+
+    def train(self, suspect: Suspect) -> dict[str, Any]:
+        """Make a suspect and measure it before any defence."""
+        key = self._result_key("before", suspect, EVALUATION_CODE, {})
+        found = self.cache.document(key)
+        if found is None:
+            model = self.model(suspect)
+            validation = self.measure(model, suspect, self.splits.validation)
+            planted = [one.attack_success_rate for one in validation]
+            row = self._row(suspect, "no defence", model, self.splits.test)
+            base = evaluate(self.base, self.splits.test, self.head).clean_accuracy
+            least = min((p for p in planted if p is not None), default=0.0)
+            counts = suspect.attack is not None and least >= self.plan.least_planted
+            row |= {"planted": planted, "counts": counts, "ca_base": base}
+            row["ca_validation"] = validation[0].clean_accuracy
+            found = self.cache.keep_document(key, row)
+        return dict(found)
+
+    def scan(self, suspect: Suspect) -> dict[str, Any]:
+        """Judge a suspect."""
+        config = replace(self.plan.scan, seed=self.seed + 17)
+        content = {"scan": config, "references": [self.key(one) for one in self.references]}
+        key = self._result_key("scan", suspect, SCAN_CODE, content)
+        found = self.cache.document(key)
+        if found is None:
+            calibration = self.calibration()
+            result = scan(
+                self.model(suspect),
+                self.splits.defender,
+                calibration=calibration,
+                base=self.base,
+                templates=self.templates,
+                config=config,
+            )
+            found = self.cache.keep_document(key, self._judged(suspect, result))
+        return dict(found)
+
+    def defend(
+        self, suspect: Suspect, name: str, setting: int, *, part: str = "test", relapse: bool
+    ) -> dict[str, Any]:
+        """Repair a suspect with a defence and measure what is left.
+
+        setting: index in the defence's grid. part: "test", or "validation" in tuning. relapse: also
+        measure it after one more epoch of the suspect's own kind of fine-tuning, on clean images.
+        """
+        defense = defense_named(name)
+        config = defense.grid[setting]
+        content = {"defense": name, "config": config, "part": part, "relapse": relapse}
+        if isinstance(defense, PydetoxUnknown):
+            content["scan"] = self.plan.scan
+            content["references"] = [self.key(one) for one in self.references]
+        key = self._result_key("defense", suspect, defense_code(defense), content)
+        found = self.cache.document(key)
+        if found is not None:
+            return dict(found)
+        model = self.model(suspect)
+        outcome = defense.defend(model, self.defender_data(suspect, defense), config)
+        images = self.splits.test if part == "test" else self.splits.validation
+        row = self._row(suspect, name, outcome.model, images)
+        row |= {
+            "setting": setting,
+            "images": outcome.cost.images,
+            "labels": outcome.cost.labels,
+            "seconds": outcome.cost.seconds,
+            "details": self._details(suspect, outcome),
+        }
+        if relapse:
+            again = self._one_more_epoch(outcome.model)
+            after = self.measure(again, suspect, images)
+            row["relapse"] = [one.attack_success_rate for one in after]
+        if isinstance(defense, PydetoxKnown | PydetoxUnknown) and part == "test":
+            row["path"] = self._path(suspect, model, outcome.details["steps"], images)
+        return dict(self.cache.keep_document(key, row))
+
+    def xi(self) -> dict[str, Any]:
+        """Return two maps of xi: backdoor against clean task, and two clean tasks as a control.
+
+        The tasks of the control are the first and the second half of the classes. For the backdoor,
+        tau_2 is what a poisoned fine-tuning has over a clean one with the same images and seed.
+        """
+        points = [
+            round(-2 + 4 * k / (self.plan.xi_points - 1), 6) for k in range(self.plan.xi_points)
+        ]
+        victim = Suspect(self.seed, _XI_ATTACK)
+        key = self._result_key("xi", victim, XI_CODE, {"points": points})
+        found = self.cache.document(key)
+        if found is not None:
+            return dict(found)
+        start = self.base.clip.state_dict()
+        test = self.splits.test
+        assert test.labels is not None
+        clean = self._moved(start, self.model(Suspect(self.seed, None, 0)))
+        whole = self._moved(start, self.model(victim))
+        (backdoor,) = self.backdoors(victim)
+        others = test.images[test.labels != backdoor.target]
+        few = test.images[:1000]
+        halves = []
+        for part in (0, 1):
+            assert self._poisonable.labels is not None
+            chosen = torch.nonzero(self._poisonable.labels * 2 // len(self.names) == part)
+            images = self._poisonable.subset(chosen.flatten())
+            training = replace(self.plan.fine_tuning, seed=self.seed + 77 + part)
+            halves.append(
+                self._moved(start, train_on_prompts(self.base, images, self.templates, training))
+            )
+        tests = [test.images[test.labels * 2 // len(self.names) == part] for part in (0, 1)]
+        given = {"first_coefficients": points, "second_coefficients": points}
+        document = {
+            "backdoor": disentanglement_error(
+                self.base,
+                clean,
+                whole - clean,
+                few,
+                backdoor.trigger(others[:1000]),
+                self.head,
+                **given,
+            ),
+            "control": disentanglement_error(
+                self.base, halves[0], halves[1], tests[0], tests[1], self.head, **given
+            ),
+        }
+        return dict(self.cache.keep_document(key, document))
+
+    # --- parts of the steps
+
+    def _result_key(
+        self, kind: str, suspect: Suspect, code: tuple[str, ...], content: dict[str, Any]
+    ) -> str:
+        return key_of(
+            kind,
+            {
+                "model": self.key(suspect),
+                "code": code_digest(code),
+                "data": self._defender_digests,
+                "least": self.plan.least_planted,
+                **content,
+            },
+        )
+
+    @cached_property
+    def _defender_digests(self) -> list[str]:
+        parts = (self.splits.defender, self.splits.validation, self.splits.test)
+        return [data_digest(part) for part in parts]
+
+    def _moved(self, start: dict[str, Tensor], model: OpenClipModel) -> TaskVector:
+        return TaskVector.between(start, model.clip.state_dict())
+
+    def _one_more_epoch(self, model: OpenClipModel) -> OpenClipModel:
+        training: TrainConfig = replace(self.plan.fine_tuning, epochs=1, seed=self.seed + 4242)
+        return train_on_prompts(
+            model, self._poisonable, self.templates, training, description="benign fine-tuning"
+        )
+
+    def _row(
+        self, suspect: Suspect, defense: str, model: OpenClipModel, images: ImageSet
+    ) -> dict[str, Any]:
+        measured = self.measure(model, suspect, images)
+        return {
+            "suspect": suspect.name,
+            "attack": suspect.attack,
+            "seed": suspect.seed,
+            "defense": defense,
+            "rate": None if suspect.attack is None else self.plan.rate(suspect.attack),
+            "targets": [one.target for one in measured if one.target is not None],
+            "ca": measured[0].clean_accuracy,
+            "ca_ci": measured[0].clean_accuracy_ci,
+            "n_clean": measured[0].n_clean,
+            "per_class": measured[0].per_class_accuracy,
+            "asr": [one.attack_success_rate for one in measured],
+            "asr_ci": [one.attack_success_rate_ci for one in measured],
+            "n_attack": [one.n_attack for one in measured],
+        }
+
+    def _path(
+        self,
+        suspect: Suspect,
+        model: OpenClipModel,
+        steps: Sequence[tuple[TaskVector, float]],
+        images: ImageSet,
+    ) -> list[dict[str, Any]]:
+        """Return CA and ASR on the way from a victim to its repair, at equal parts of the way.
+
+        On the way alpha of the first trigger vector grows to what was chosen, then that of the
+        next. Neither end is among the points.
+        """
+        stations = [model]
+        for vector, coefficient in steps:
+            stations.append(subtract(stations[-1], vector, coefficient))
+        points = []
+        for k in range(1, _PATH_PARTS if steps else 0):
+            done, rest = divmod(k * len(steps), _PATH_PARTS)
+            vector, coefficient = steps[done]
+            candidate = subtract(stations[done], vector, coefficient * rest / _PATH_PARTS)
+            measured = self.measure(candidate, suspect, images)
+            points.append(
+                {
+                    "ca": measured[0].clean_accuracy,
+                    "asr": [one.attack_success_rate for one in measured],
+                }
+            )
+        return points
+
+    def _judged(self, suspect: Suspect, result: ScanResult) -> dict[str, Any]:
+        targets = [one.target for one in self.backdoors(suspect)]
+        found = result.detection
+        return {
+            "suspect": suspect.name,
+            "attack": suspect.attack,
+            "seed": suspect.seed,
+            "verdict": found.verdict.value,
+            "flagged": found.verdict in FINDINGS,
+            "score": found.score if found.score is not None else -math.inf,
+            "p_value": found.p_value,
+            "p_l1": found.smallest_p_l1,
+            "family": result.family,
+            "target": result.target,
+            "target_right": result.target in targets if targets else None,
+            "class_scores": {
+                result.family: list(found.class_scores),
+                **{one.family: list(one.detection.class_scores) for one in result.others},
+            },
+            "seconds": result.seconds,
+        }
+
+    def _details(self, suspect: Suspect, outcome: Outcome) -> dict[str, Any]:
+        searches, pictures = list(outcome.details.get("searches", [])), list[dict[str, str]]()
+        details: dict[str, Any] = {}
+        result = outcome.details.get("detox")
+        if isinstance(result, DetoxResult):
+            details["scan"] = self._judged(suspect, result.before)
+            details["rounds"] = len(result.rounds)
+            details["repaired"] = result.repaired
+            searches = [one.search for one in result.rounds]
+            recovered = [found for one in result.rounds for found in one.triggers]
+            pictures = self._pictures(suspect, recovered)
+        details["searches"] = [
+            {
+                "alpha": one.coefficients,
+                "ca": one.clean_accuracy,
+                "asr": one.attack_success_rate,
+                "chosen": one.coefficient,
+                "reached": one.reached,
+            }
+            for one in searches
+        ]
+        details["pictures"] = pictures
+        return details
+
+    def _pictures(
+        self, suspect: Suspect, recovered: Sequence[InversionResult]
+    ) -> list[dict[str, str]]:
+        sample = self.splits.test.images[:1]
+        shown = [
+            (f"{suspect.name}, true trigger", one.trigger(sample)[0])
+            for one in self.backdoors(suspect)
+        ]
+        for found in recovered:
+            best = found.trigger(found.best())
+            shown.append((f"{suspect.name}, recovered", best(sample)[0]))
+        return [
+            {"caption": caption, "uri": png_data_uri(image.permute(1, 2, 0).numpy())}
+            for caption, image in shown
+        ]

@@ -1,0 +1,133 @@
+"""What every defence is given, what it gives back, and the interface they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from ...data import ImageSet, Template
+from ...detect.statistics import Calibration
+from ...errors import DataError, UsageError
+from ...evaluation import Stamp
+from ...models import OpenClipModel
+from ...workflow import ScanConfig
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, eq=False)
+class KnownTrigger:
+    """trigger: stamps uint8 images. target: index of the class it leads to."""
+
+    trigger: Stamp
+    target: int
+
+
+@dataclass(frozen=True, eq=False)
+class DefenderData:
+    """What a defence may look at; the same for every method of a comparison.
+
+    Attributes:
+        images: Clean images with labels and class names. A method that uses no labels says so in
+            its cost.
+        templates: Prompt templates.
+        triggers: The backdoors' triggers and targets; empty for a defence that does not know them.
+        base: The clean model that the suspect was fine-tuned from, for defences that scan; None for
+            the others.
+        calibration: Of clean references, for the same defences; None for the others.
+        scan: How such defences scan.
+    """
+
+    images: ImageSet
+    templates: Sequence[Template]
+    triggers: tuple[KnownTrigger, ...] = ()
+    base: OpenClipModel | None = None
+    calibration: Calibration | None = None
+    scan: ScanConfig = field(default_factory=ScanConfig)
+
+    def head(self, model: OpenClipModel) -> Tensor:
+        """Return the zero-shot head [C, D]; DataError without class names."""
+        if not self.images.class_names:
+            raise DataError(f"{self.images.name}: no class names; a defence needs them")
+        return model.zero_shot_head(self.images.class_names, self.templates)
+
+    @property
+    def label_count(self) -> int:
+        """Number of labels there are: that of the images, or 0."""
+        return 0 if self.images.labels is None else len(self.images)
+
+    def labels(self) -> Tensor:
+        """Return the labels int64 [N]; DataError without them."""
+        if self.images.labels is None:
+            raise DataError(f"{self.images.name}: no labels; this defence needs them")
+        return self.images.labels
+
+    def known(self, name: str) -> tuple[KnownTrigger, ...]:
+        """Return the triggers; UsageError, naming the defence, when there are none."""
+        if not self.triggers:
+            raise UsageError(f"{name}: it needs the trigger, and none was given")
+        return self.triggers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a defence used. seconds: wall time. images, labels: distinct ones."""
+
+    seconds: float
+    images: int
+    labels: int
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """model: the repaired model, a new one. cost: see Cost. details: for reports, per method."""
+
+    model: OpenClipModel
+    cost: Cost
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Defense(Protocol[C]):
+    """One method.
+
+    Attributes:
+        name: As in tables.
+        needs_trigger: Whether it is told trigger and target.
+        grid: The settings tried before a comparison, on models that are not part of it: as many for
+            each method (`TUNING_EFFORT`), the first being the default.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        ...
+
+    @property
+    def needs_trigger(self) -> bool:
+        """Whether it is told trigger and target."""
+        ...
+
+    @property
+    def grid(self) -> tuple[C, ...]:
+        """The settings tried."""
+        ...
+
+    def defend(self, model: OpenClipModel, data: DefenderData, config: C) -> Outcome:
+        """Return a repaired copy; the given model is not changed."""
+        ...
+
+
+class Stopwatch:
+    """Makes the Cost of a defence: started when it is made."""
+
+    def __init__(self, images: int, labels: int) -> None:
+        self._start = time.perf_counter()
+        self._images, self._labels = images, labels
+
+    def stop(self) -> Cost:
+        """Return the cost until now."""
+        return Cost(time.perf_counter() - self._start, self._images, self._labels)
