@@ -425,7 +425,7 @@ MEMORY_PROGRAM = """
 import re, sys
 from pathlib import Path
 import torch
-from pydetox import weight_space as ws
+from pydetox.analysis import weight_space as ws
 torch.set_num_threads(2)
 def kibibytes(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
