@@ -5,12 +5,17 @@
 #   make bench   the benchmarks, against plain PyTorch
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make bench-defenses   every attack against every defence: runs/defenses/report.html
+#   make check-gpu   is it right on this GPU, and how fast: runs/gpu/summary.json, at most 9 minutes
+#   make gpu-bundle   what a machine with a GPU and without a network needs for that: build/gpu-bundle
 #   make lint    ruff, mypy, clang-format
 #   make setup   only what the others do first: .venv, torch, the native build
 #   make clean   delete what was built (distclean: the environment .venv as well)
 #
 #   SEED=3                   another model and another attack in the demo
 #   BENCH="--quick --data digits"   options of pydetox bench for bench-defenses
+#   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
+#   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
+#   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
 #   PYTHON=python3.12        the interpreter to make .venv with
@@ -20,6 +25,10 @@ VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 SEED ?= 0
 BENCH ?=
+DEVICE ?= cuda
+TINY ?=
+LIMIT ?= 530
+ARCH ?= 9.0
 export TORCH
 
 SHELL := /bin/bash
@@ -28,7 +37,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-defenses check-scan lint format clean distclean always
+.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle lint format clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -65,6 +74,12 @@ check-scan: $(ready)
 
 bench-defenses: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py $(BENCH)
+
+check-gpu: $(ready)
+	$(python) -m benchmarks.gpu --device $(DEVICE) --limit $(LIMIT) $(if $(TINY),--tiny)
+
+gpu-bundle: $(ready)
+	$(python) -m benchmarks.gpu.bundle --arch $(ARCH)
 
 lint: $(ready)
 	$(VENV)/bin/ruff check

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .recorder import Session
@@ -10,16 +12,19 @@ from .timing import device_seconds, paced_seconds
 
 def measure(session: Session) -> None:
     """Record the ceilings that the other figures are compared with."""
-    tiny, device = session.tiny, session.device
-    size = 1 << (22 if tiny else 31)
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    seconds = device_seconds([lambda: target.copy_(source)], device, tiny=tiny)
-    session.record("copy_bytes_per_second", 2 * size / seconds)
-    del source, target
+    tiny = session.tiny
+    session.record("copy_bytes_per_second", copy_rate(session, 1 << (22 if tiny else 31)))
     products(session, 128 if tiny else 8192)
     if session.gpu:
         transfers(session, 1 << (20 if tiny else 28))
+
+
+def copy_rate(session: Session, size: int) -> float:
+    """Return the bytes per second that a copy of `size` bytes reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=session.device).random_()
+    target = torch.empty_like(source)
+    call = partial(target.copy_, source)
+    return 2 * size / device_seconds([call], session.device, tiny=session.tiny)
 
 
 def products(session: Session, side: int) -> None:

@@ -92,7 +92,12 @@ def native_module_commands() -> Iterator[list[str]]:
     compiler = shlex.split(compile_commands[0]["command"])[0]
     paths = [str(BUILD / name) for name in objects]
     target = PACKAGE / f"_native{_SUFFIX}"
-    yield [compiler, "-shared", *paths, str(PACKAGE / "_C.so"), "-Wl,-rpath,$ORIGIN"] + [
+    yield [
+        compiler,
+        "-shared",
+        *paths,
+        str(PACKAGE / "_C.so"),
+        "-Wl,-rpath,$ORIGIN",
         "-o",
         str(target),
     ]
