@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import events, machine, native, page, plan
-from .bundle import Manifest
+from .bundle import Manifest, source_digest
 from .processes import ROOT, Clock, Outcome, Part, Running
 from .summary import Summary, Value
 
@@ -153,7 +153,8 @@ class Check:
         architectures = str(torch.get("capability", manifest.architecture))
         cuda = "ON" if torch["cuda"] != "none" else "OFF"
         configure = [native.configure_command(cuda, architectures)]
-        if architectures == manifest.architecture:
+        current = manifest.sources == source_digest()
+        if architectures == manifest.architecture and current:
             native.take_libraries(manifest)
             commands = [*configure, [sys.executable, "-m", "benchmarks.gpu.native"]]
             built = self.run(Part("native", native.together(commands), 120)).passed
@@ -186,7 +187,7 @@ class Check:
             self.leave_out("sanitizers", "there is no compute-sanitizer on PATH")
             return
         for tool in SANITIZERS:
-            # memcheck looks at every kernel. Races and reads of what nobody wrote: of our own alone.
+            # memcheck looks at every kernel, the others, which are slower, at ours alone.
             only = [] if tool == "memcheck" else ["--kernel-regex", "kns=pydetox"]
             checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only]
             # No caching: what is beyond a tensor is beyond its allocation.
@@ -205,7 +206,7 @@ class Check:
         selftest = ["-m", "pydetox", "doctor", "--selftest", "--format", "json"]
         self.run(self.python("selftest", selftest, 120))
         self.run(self.pytest("pytest-cuda", ROOT))
-        self.finish_background(plan.CORRECTNESS_LIMIT)
+        self.finish_background(plan.CORRECTNESS_SHARE * self.options.limit)
         built = self.outcomes.get("build")
         if built is not None and built.passed:
             paths = [str(native.SITE), str(FRESH)]

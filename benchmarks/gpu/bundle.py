@@ -10,6 +10,7 @@ Needs nvcc and an environment that can build pydetox; a GPU is not needed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -64,6 +65,7 @@ class Manifest:
         folder: Where it lies.
         architecture: Of the GPU code, `9.0`.
         commit: Of the sources that the libraries were built from.
+        sources: Their digest (`source_digest`).
         torch: That they were built with.
         wheels: Those in the folder.
     """
@@ -71,6 +73,7 @@ class Manifest:
     folder: Path
     architecture: str
     commit: str
+    sources: str
     torch: str
     wheels: tuple[Wheel, ...]
 
@@ -133,6 +136,18 @@ def unstable_symbols(library: Path) -> list[str]:
 _TEXT = {"check": True, "capture_output": True, "text": True}
 
 
+def source_digest() -> str:
+    """Return a digest of everything that the native libraries are made of."""
+    digest = hashlib.sha256()
+    files = [ROOT / "CMakeLists.txt"]
+    for folder, pattern in (("csrc", "*"), ("cmake", "*.cmake")):
+        files += sorted(path for path in (ROOT / folder).rglob(pattern) if path.is_file())
+    for file in files:
+        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def tree_bytes() -> int:
     """Return the size of the working tree's files that git knows or would add."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -159,7 +174,9 @@ def main() -> int:
             return 1
     import torch
 
-    Manifest(FOLDER, options.arch, commit() or "unknown", torch.__version__, wheels).write()
+    Manifest(
+        FOLDER, options.arch, commit() or "unknown", source_digest(), torch.__version__, wheels
+    ).write()
     size = sum(file.stat().st_size for file in FOLDER.iterdir())
     total = size + tree_bytes()
     folder = FOLDER.relative_to(ROOT)
