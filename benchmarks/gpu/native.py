@@ -80,16 +80,15 @@ def native_module_commands() -> Iterator[list[str]]:
     Call it when BUILD is configured. Its target would build `_C` first, which takes minutes; its
     objects do not need that. CMake's list of commands names them.
     """
-    compile_commands = json.loads((BUILD / "compile_commands.json").read_text())
-    objects = [
-        entry["output"]
-        for entry in compile_commands
-        if entry["output"].startswith("CMakeFiles/_native.dir/")
-    ]
+    entries = json.loads((BUILD / "compile_commands.json").read_text(encoding="utf-8"))
+    commands = [shlex.split(entry["command"]) for entry in entries]
+    # Older versions of CMake name a command's output in the command alone.
+    outputs = {words[words.index("-o") + 1]: words[0] for words in commands}
+    objects = [name for name in outputs if name.startswith("CMakeFiles/_native.dir/")]
     if not objects:
         raise RuntimeError(f"{BUILD}/compile_commands.json names no object of _native")
+    compiler = outputs[objects[0]]
     yield [_tool("ninja"), "-C", str(BUILD), *objects]
-    compiler = shlex.split(compile_commands[0]["command"])[0]
     paths = [str(BUILD / name) for name in objects]
     target = PACKAGE / f"_native{_SUFFIX}"
     yield [

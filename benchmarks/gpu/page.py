@@ -61,9 +61,10 @@ def _row(name: str, value: Value, bounded: bool) -> str:
     if isinstance(value, str):
         return f"| {name} | {_cell(value)} | | |"
     kept = plan.holds(name, value) if bounded else None
-    bound = "" if kept is None else " ".join(map(str, plan.BOUNDS[name]))
-    word = "" if kept is None else "holds" if kept else "missed"
-    return f"| {name} | {value:.4g} | {bound} | {word} |".replace("|  |", "| |")
+    if kept is None:
+        return f"| {name} | {value:.4g} | | |"
+    bound = " ".join(map(str, plan.BOUNDS[name]))
+    return f"| {name} | {value:.4g} | {bound} | {'holds' if kept else 'missed'} |"
 
 
 def _cell(value: Value) -> str:
