@@ -81,7 +81,7 @@ class Check:
 
         def late() -> str | None:
             over = self.clock.passed > deadline
-            return f"stopped at second {deadline:.0f}, for the timing" if over else None
+            return f"not finished: stopped at second {deadline:.0f}" if over else None
 
         while self.background:
             self.note(self.background.pop(0).wait(late))
@@ -159,7 +159,7 @@ class Check:
             commands = [*configure, [sys.executable, "-m", "benchmarks.gpu.native"]]
             if self.run(Part("native", native.together(commands), 120)).passed:
                 if cuda == "ON":
-                    self.start_in_background(Part("build", native.together(self.fresh()), 240))
+                    self.start_in_background(self.build())
                 return True
             self.say("the bundle's libraries cannot be used: building all")
         elif current:
@@ -169,15 +169,16 @@ class Check:
         commands = [*configure, *native.build_commands(native.PACKAGE)]
         return self.run(Part("native-whole", native.together(commands), 400)).passed
 
-    def fresh(self) -> list[list[str]]:
-        """Return the commands of the project's own build for this torch, in a copy of the tree."""
+    def build(self) -> Part:
+        """Return the project's own build for this torch, in a copy of the tree."""
         shutil.rmtree(FRESH, ignore_errors=True)
         FRESH.mkdir(parents=True)
         for name in ("pydetox", "tests"):
             leave = shutil.ignore_patterns("*.so", "__pycache__")
             shutil.copytree(ROOT / name, FRESH / name, ignore=leave)
         shutil.copyfile(ROOT / "pyproject.toml", FRESH / "pyproject.toml")
-        return list(native.build_commands(FRESH / "pydetox"))
+        commands = native.together(list(native.build_commands(FRESH / "pydetox")))
+        return Part("build", ["nice", "-n", "10", *commands], 240)
 
     def sanitizers(self) -> Iterator[Part]:
         """Every operator once under each checker of compute-sanitizer; on a CPU, once without."""

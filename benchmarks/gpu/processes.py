@@ -53,7 +53,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part went: `passed`, `failed (exit code 1)`, `stopped after 60 s`, `left out: ...`."""
+    """How a part went: `passed`, `failed (exit code 1)`, `stopped after 60 s`, its
+    own limit, `not finished: ...`, `left out: ...`."""
 
     name: str
     result: str
@@ -64,6 +65,11 @@ class Outcome:
     def passed(self) -> bool:
         """Whether it ran to its end and was right."""
         return self.result == "passed"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there was no time for it, which says nothing about right or wrong."""
+        return self.result.startswith(("left out", "not finished"))
 
 
 class Running:

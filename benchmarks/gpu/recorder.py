@@ -101,7 +101,9 @@ _lost: list[str] = []
 def raise_if_lost(error: BaseException) -> None:
     """Raise DeviceLostError if an error has taken the device's context with it."""
     sticky = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
-    if sticky and not isinstance(error, torch.OutOfMemoryError):
+    # What a graph's capture does not allow fails, and the context lives on.
+    harmless = isinstance(error, torch.OutOfMemoryError) or "captur" in str(error)
+    if sticky and not harmless:
         _lost.append(reason(error))
         raise DeviceLostError(reason(error)) from error
 

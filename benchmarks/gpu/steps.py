@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,18 +93,9 @@ def vit_b32(session: Session) -> None:
             floors[label] = products_seconds(
                 session, f"products_b32_bf16_{label}", model, count * BATCH, torch.bfloat16
             )
-    for count, label in forms:
-        # As it comes, in one chunk whatever memory that takes, and with graphs.
-        whole: dict[str, Any] = {"max_batch": count * BATCH}
-        variants: list[tuple[str, dict[str, Any]]] = [("", {}), ("_whole", whole)]
-        if session.gpu:
-            variants += [("_graph", {"graph": True}), ("_whole_graph", {**whole, "graph": True})]
-        for suffix, options in variants:
-            name = f"step_b32_bf16_{label}{suffix}"
-            with session.attempt(name):
-                seconds = step(session, name, model, count, precision="bfloat16", **options)
-                if label in floors:
-                    session.record(f"{name}.over_products", seconds / floors[label])
+    # As it comes, and in one chunk whatever memory that takes.
+    variants: list[tuple[str, bool, bool]] = [("", False, False), ("_whole", True, False)]
+    run_variants(session, model, forms, floors, variants)
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high") if session.gpu else ("highest",):
         name = "step_b32_fp32_k10" if precision == "highest" else "step_b32_tf32_k10"
@@ -113,6 +105,30 @@ def vit_b32(session: Session) -> None:
                 step(session, name, model, few, precision="float32")
         finally:
             torch.set_float32_matmul_precision(before)
+    if session.gpu:
+        # Last: a capture that fails may take this process with it.
+        variants = [("_graph", False, True), ("_whole_graph", True, True)]
+        run_variants(session, model, forms, floors, variants)
+
+
+def run_variants(
+    session: Session,
+    model: pydetox.OpenClipModel,
+    forms: Sequence[tuple[int, str]],
+    floors: Mapping[str, float],
+    variants: Sequence[tuple[str, bool, bool]],
+) -> None:
+    """Record steps in bfloat16: for numbers of triggers, each as (suffix, in one chunk, graph)."""
+    for count, label in forms:
+        for suffix, whole, graph in variants:
+            name = f"step_b32_bf16_{label}{suffix}"
+            options: dict[str, Any] = {"max_batch": count * BATCH} if whole else {}
+            with session.attempt(name):
+                seconds = step(
+                    session, name, model, count, precision="bfloat16", graph=graph, **options
+                )
+                if label in floors:
+                    session.record(f"{name}.over_products", seconds / floors[label])
 
 
 def decree(session: Session) -> None:
