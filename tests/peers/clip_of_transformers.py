@@ -1,7 +1,7 @@
 """Run with transformers on the path: makes random CLIPModel folders, and says what they compute.
 
 python clip_of_transformers.py make FOLDER VARIANT   a folder as `save_pretrained` writes it
-python clip_of_transformers.py embed FOLDER          embeddings of fixed inputs, to FOLDER/out.npz
+python clip_of_transformers.py embed FOLDER          embeddings of FOLDER/in.npz, to FOLDER/out.npz
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def embed(folder: Path) -> None:
         processor = CLIPImageProcessor.from_pretrained(folder)
         pixels = processor(given["photograph"], return_tensors="np")["pixel_values"]
         np.savez(folder / "pixels.npz", pixels=pixels)
-    print(json.dumps({"scale": float(model.logit_scale.exp())}))
+    sys.stdout.write(json.dumps({"scale": float(model.logit_scale.exp())}))
 
 
 if __name__ == "__main__":
