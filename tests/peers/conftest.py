@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PEERS = Path(os.environ.get("PYDETOX_PEERS", ROOT / ".venv" / "peers"))
+PEERS = Path(os.environ.get("PYDETOX_PEERS", Path(sys.prefix) / "peers"))
 
 
 @pytest.fixture(scope="session")
