@@ -59,11 +59,17 @@ class Scanner:
         *,
         run: str | os.PathLike[str] | None = None,
         notify: Notify | None = None,
+        code: str | None = None,
     ) -> None:
-        """config: what to do. run: the run folder. notify: called with what happens."""
+        """Prepare a scan; nothing is read yet.
+
+        config: what to do. run: the run folder. notify: called with what happens. code: the version
+        under which results are kept, and looked up in the run folder; None for `code_version()`.
+        """
         self._config = config.absolute()
         self._run = None if run is None else Path(run)
         self._notify = notify or _silent
+        self._code = code or code_version()
         self._limits = Limits(config.max_size, config.max_memory, 0)
         self._store: RunStore | None = None
         self._prefix = ""
@@ -91,7 +97,7 @@ class Scanner:
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
         digest = config.digest(_contents(config))
-        self._prefix = f"{digest}:{code_version()}"
+        self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
             self.calibration = read_calibration(Path(config.calibration)).to_dict()
         if not self.targets.targets:
@@ -160,7 +166,7 @@ class Scanner:
 
     def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
         """Yield each target with its place and what is known: {"result"} or {"error"}."""
-        known = {} if self._store is None else self._store.surveys()
+        known = {} if self._store is None else self._store.surveys(self._code)
         self._tell("stage", name="survey", total=len(self.targets.targets))
         tasks: dict[Task, tuple[int, Target, tuple[int, ...] | None]] = {}
         for place, target in enumerate(self.targets.targets):
@@ -185,7 +191,9 @@ class Scanner:
             _refuse_setup(outcome)
             self._tell("surveyed", name=target.name)
             # The file as it was before it was read: one that changed since is surveyed again.
-            self._log("surveyed", name=target.name, signature=signature, value=value)
+            self._log(
+                "surveyed", name=target.name, signature=signature, code=self._code, value=value
+            )
             yield place, target, value
 
     def _calibrate(self, engine: Engine, *, needed: bool) -> dict[str, Any] | None:
@@ -293,7 +301,7 @@ class Scanner:
         decides = self._config.results_part()
         self._log(
             "run-started",
-            code=code_version(),
+            code=self._code,
             targets=[target.name for target in self.targets.targets],
             ignored=[list(one) for one in self.targets.ignored],
             other_shards=self.targets.other_shards,

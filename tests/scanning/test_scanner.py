@@ -111,23 +111,56 @@ def test_a_run_is_resumed_and_nothing_scanned_twice(registry, config, tmp_path):
     )
 
 
-def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path, monkeypatch):
+def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path):
     model = save(tmp_path / "model", 4)
     run = tmp_path / "run"
     first = scan(config(), model, run=run)
-    monkeypatch.setattr("pydetox.scanning.scanner.code_version", lambda: "other")
-    second = scan(config(), model, run=run)
+    second = scan(config(), model, run=run, code="other")
     assert not second[str(model)].resumed
     assert second[str(model)].key != first[str(model)].key
     save(tmp_path / "other", 5)
     (tmp_path / "other" / "open_clip_model.safetensors").replace(
         model / "open_clip_model.safetensors"
     )
-    third = scan(config(), model, run=run)
+    third = scan(config(), model, run=run, code="other")
     assert not third[str(model)].resumed
     assert third[str(model)].sha256 != first[str(model)].sha256
     with pytest.raises(UsageError, match="seed was 0 and is 1"):
         scan(config(seed=1), model, run=run)
+
+
+def test_other_code_surveys_again_what_this_code_refused(registry, config, tmp_path):
+    model, run = save(tmp_path / "model", 4), tmp_path / "run"
+    (first,) = scan(config(), model, run=run).values()
+    assert first.verdict == "clean"
+    # The log of a code that refused the same file, which has not changed since.
+    log = run / "events.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (surveyed,) = [line for line in lines if line["event"] == "surveyed"]
+    refused = {"error": "of a format that is not known", "kind": "checkpoint", "attempts": 1}
+    old = [line | ({"value": refused} if line is surveyed else {}) for line in lines]
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+    (kept,) = scan(config(), model, run=run).values()
+    assert kept.reason == refused["error"]
+    (again,) = scan(config(), model, run=run, code="newer").values()
+    assert again.verdict == "clean"
+    assert started(run, "survey") == [str(model)] * 2
+
+
+def test_the_code_version_follows_the_libraries_below(monkeypatch):
+    from importlib import metadata
+
+    from pydetox.scanning.version import code_version
+
+    installed = metadata.version
+    versions = {code_version()}
+    for library in ("torch", "open_clip_torch", "numpy", "pillow"):
+        code_version.cache_clear()
+        other = lambda name, library=library: "0" if name == library else installed(name)  # noqa: E731
+        monkeypatch.setattr(metadata, "version", other)
+        versions.add(code_version())
+    code_version.cache_clear()
+    assert len(versions) == 5
 
 
 def test_what_cannot_be_scanned_is_an_error_once(registry, config, tmp_path):
