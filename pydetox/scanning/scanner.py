@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data import ImageSource
 from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
@@ -396,15 +395,7 @@ def _refuse_setup(outcome: Outcome) -> None:
 
 def _contents(config: ScannerConfig) -> dict[str, str]:
     """Return digests of the files that a configuration names; raises when one cannot be read."""
-    source = ImageSource(
-        config.images,
-        class_names=None if config.class_names is None else Path(config.class_names),
-        templates=None if config.templates is None else Path(config.templates),
-        max_images=config.max_images,
-        resize=config.resize,
-        seed=config.seed,
-    )
-    found = {"images": source.digest(), "class_names": "", "templates": ""}
+    found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
     if config.model is not None and Path(config.model).is_file():
         found["model"] = _file_digest(Path(config.model))
     if config.base is not None:

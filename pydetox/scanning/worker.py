@@ -16,7 +16,7 @@ import torch
 
 from .. import workflow
 from ..checkpoints import Checkpoint, load_checkpoint
-from ..data import ImageSet, ImageSource
+from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
 from ..detect.statistics import Calibration
 from ..errors import (
@@ -86,14 +86,7 @@ class Worker:
         self._config = config
         self._device = torch.device(device)
         self._threads = threads
-        self._images = ImageSource(
-            config.images,
-            class_names=None if config.class_names is None else Path(config.class_names),
-            templates=None if config.templates is None else Path(config.templates),
-            max_images=config.max_images,
-            resize=config.resize,
-            seed=config.seed,
-        )
+        self._images = config.image_source()
         self._heads: HeadMemo = HeadMemo()
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None

@@ -57,6 +57,24 @@ def test_it_says_what_a_single_scan_says(registry, config):
         assert record.scan[key] == one[key]
 
 
+def test_photos_in_one_folder_within_another_serve_with_class_names(registry, config, tmp_path):
+    from PIL import Image
+
+    photos = tmp_path / "photos" / "all"
+    photos.mkdir(parents=True)
+    for k in range(4):
+        Image.new("RGB", (16, 16), (60 * k, 125, 252)).save(photos / f"{k}.png")
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\ncow\n")
+    given = {"images": str(photos.parent), "class_names": str(names)}
+    (record,) = scan(config(**given), registry / "models" / "a").values()
+    assert record.verdict in ("clean", "suspicious", "backdoored")
+    # The references of a base are fine-tuned to its own predictions then.
+    base = {"base": str(registry / "base"), "references": 2, "reference_epochs": 1}
+    (record,) = scan(config(**given, **base, calibration=None), registry / "models" / "a").values()
+    assert record.verdict in ("clean", "suspicious", "backdoored")
+
+
 def test_equal_contents_are_scanned_once(registry, config, tmp_path):
     records = scan(config(), registry / "models", run=tmp_path)
     by_name = {Path(name).name: record for name, record in records.items()}
