@@ -74,7 +74,8 @@ class ScannerConfig:
         threads: CPU threads of each worker; None to share out the cores.
         address: Of the Ray cluster; None to start one on this machine.
         timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
-        max_size: Weights files of more bytes are skipped; None for no limit.
+        max_size: Checkpoints whose weights files have more bytes together are skipped; None for no
+            limit.
         max_memory: Bytes that a worker may need; what would need more is skipped (see
             `memory.Limits`). None for no limit. It is an estimate that is kept, not a limit set for
             the processes.

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import identify_checkpoint
 from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
@@ -24,7 +25,7 @@ from .engines import open_engine
 from .memory import Limits
 from .record import ScanRecord
 from .store import RunStore
-from .targets import Target, Targets, find_targets, resolve_weights
+from .targets import Target, Targets, find_targets
 from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure
 from .version import code_version
 from .weights import suspicion
@@ -172,8 +173,10 @@ class Scanner:
             if target.problem is not None:
                 yield place, target, failure(target.problem, "checkpoint")
                 continue
-            signature = target.signature()
-            refusal = None if signature is None else self._limits.refusal(signature[0])
+            identity = target.identity()
+            signature = None if identity is None else identity.signature()
+            size = target.size(identity)
+            refusal = None if size is None else self._limits.refusal(size)
             if refusal is not None:
                 yield place, target, {"result": {"skipped": refusal}}
                 continue
@@ -218,6 +221,7 @@ class Scanner:
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],
+            "content": group.survey["result"]["content"],
             "calibration": self.calibration if self._config.makes_calibration else None,
         }
         return self._task("scan", group.first.name, payload)
@@ -399,16 +403,22 @@ def _contents(config: ScannerConfig) -> dict[str, str]:
     if config.model is not None and Path(config.model).is_file():
         found["model"] = _file_digest(Path(config.model))
     if config.base is not None:
-        found["base"] = _file_digest(resolve_weights(config.base, offline=config.offline))
+        found["base"] = _checkpoint_digest(config, config.base)
     found["reference_models"] = ",".join(
-        _file_digest(resolve_weights(name, offline=config.offline))
-        for name in config.reference_models
+        _checkpoint_digest(config, name) for name in config.reference_models
     )
     if config.calibration is not None:
         found["calibration"] = _file_digest(Path(config.calibration))
     if config.known_vectors:
-        found["known_vectors"] = ",".join(_file_digest(Path(v)) for v in config.known_vectors)
+        found["known_vectors"] = ",".join(
+            identify_checkpoint(Path(v)).sha256() for v in config.known_vectors
+        )
     return found
+
+
+def _checkpoint_digest(config: ScannerConfig, reference: str) -> str:
+    identity = identify_checkpoint(reference, model=config.model, offline=config.offline)
+    return identity.digest()
 
 
 def _file_digest(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import describe_mismatch
+from ..checkpoints import describe_mismatch, identify_checkpoint
 from ..checkpoints.sources import open_weights
 from ..checkpoints.weights import read_open
 from ..errors import CheckpointError, DataError
@@ -107,7 +107,8 @@ def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[
 
 def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
-        with open_weights(path) as file:  # indexed in the sandbox: a stranger may have made it
+        weights = identify_checkpoint(Path(path)).weights
+        with open_weights(weights) as file:  # indexed in the sandbox: a stranger may have made it
             tensors, _ = read_open(file)
     except CheckpointError as error:
         raise DataError(f"{Path(path)}: no weight vector: {error}") from error
