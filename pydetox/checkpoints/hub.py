@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydetox.checkpoints.architecture import CONFIG_NAME, Config, close_matches, named_config
 from pydetox.checkpoints.index import quote
-from pydetox.checkpoints.sources import WEIGHT_NAMES
+from pydetox.checkpoints.layout import WEIGHT_NAMES
 from pydetox.errors import CheckpointError, UsageError
 
 _HUB_WEIGHT_NAMES = (WEIGHT_NAMES[0], WEIGHT_NAMES[2])

@@ -13,14 +13,15 @@ from pydetox.checkpoints.architecture import (
     Config,
     check_finite,
     nonfinite_findings,
-    read_config,
-    resolve_model,
 )
-from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository
+from pydetox.checkpoints.identity import (
+    CheckpointIdentity,
+    content_digest,
+    identify_checkpoint,
+)
 from pydetox.checkpoints.index import Finding, quote
-from pydetox.checkpoints.naming import CheckpointReference, parse_reference
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
-from pydetox.checkpoints.sources import OpenWeights, find_weights, open_weights
+from pydetox.checkpoints.sources import OpenWeights, open_weights
 from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -61,6 +62,11 @@ class Checkpoint:
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
 
     @property
+    def digest(self) -> str:
+        """Hash of all that decides what the model computes: weights and configuration."""
+        return content_digest(self.sha256, self.model_config, self.preprocess_config)
+
+    @property
     def provenance(self) -> Provenance | None:
         """How pydetox made it, or ``None`` if pydetox did not.
 
@@ -69,15 +75,6 @@ class Checkpoint:
         """
         text = self.metadata.get(METADATA_KEY)
         return None if text is None else Provenance.from_json(text)
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Where the weights are, and what came with them."""
-
-    weights: Path
-    model_config: Config | None = None
-    preprocess_config: Config | None = None
 
 
 def load_checkpoint(
@@ -91,8 +88,8 @@ def load_checkpoint(
     """Read a checkpoint without executing anything in it.
 
     Args:
-        reference: A weights file, a ``*.safetensors.index.json`` with its shards, a folder in
-            open_clip's layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
+        reference: A weights file, a ``*.index.json`` with its shards, a folder in open_clip's or
+            transformers' layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
             ``ARCHITECTURE,TAG`` of open_clip.
         model: The architecture: open_clip's name of it or the path of a JSON configuration. Then
             an ``open_clip_config.json`` beside the weights is not read at all.
@@ -106,12 +103,23 @@ def load_checkpoint(
         ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
         UsageError: ``reference`` or ``model`` has no meaning.
     """
-    parsed = parse_reference(reference)
-    given = resolve_model(model) if model is not None else None
-    files = _find_files(parsed, cache_dir, offline, read_beside=given is None)
-    model_config, preprocess_config = given or (files.model_config, files.preprocess_config)
+    identity = identify_checkpoint(reference, model=model, cache_dir=cache_dir, offline=offline)
+    return read_checkpoint(identity, allow_nonfinite=allow_nonfinite)
+
+
+def read_checkpoint(identity: CheckpointIdentity, *, allow_nonfinite: bool = False) -> Checkpoint:
+    """Read the checkpoint whose files were found before; see :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError: It cannot be read, or its shards are others than those that were found.
+        UnsafeCheckpointError: It is built to run code or to exhaust memory.
+        ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
+    """
+    model_config, preprocess_config = identity.configuration()
     try:
-        with open_weights(files.weights) as weights:
+        with open_weights(identity.weights) as weights:
+            if weights.shards is not None:
+                identity.check_shards(weights.shards.files)
             _refuse_transformers_names(weights)
             if model_config is None:
                 raise ArchitectureError(
@@ -123,13 +131,13 @@ def load_checkpoint(
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:
-        raise type(error)(f"{files.weights}: {error}") from error
+        raise type(error)(f"{identity.weights}: {error}") from error
     return Checkpoint(
         state_dict=state_dict,
         model_config=model_config,
         preprocess_config=preprocess_config,
-        name=parsed.text,
-        path=files.weights,
+        name=identity.reference,
+        path=identity.weights,
         sha256=digest,
         format=weights.format,
         metadata=weights.metadata,
@@ -164,28 +172,4 @@ def locate_weights(
         CheckpointError: It cannot be found or fetched.
         UsageError: ``reference`` has no meaning.
     """
-    return _find_files(parse_reference(reference), cache_dir, offline, read_beside=False).weights
-
-
-def _find_files(
-    reference: CheckpointReference,
-    cache_dir: str | os.PathLike[str] | None,
-    offline: bool,
-    read_beside: bool,
-) -> _Files:
-    if reference.model is not None and reference.tag is not None:
-        return _Files(
-            *fetch_pretrained(reference.model, reference.tag, cache_dir=cache_dir, offline=offline)
-        )
-    config: Path | None
-    if reference.repository is not None:
-        weights, config = fetch_repository(
-            reference.repository, reference.revision, cache_dir=cache_dir, offline=offline
-        )
-    else:
-        assert reference.path is not None  # the remaining kinds both have one
-        weights = find_weights(reference.path, folder_expected=reference.kind == "local-dir")
-        config = weights.parent / CONFIG_NAME
-    if read_beside and config is not None and os.path.lexists(config):
-        return _Files(weights, *read_config(config))
-    return _Files(weights)
+    return identify_checkpoint(reference, cache_dir=cache_dir, offline=offline).weights

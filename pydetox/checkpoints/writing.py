@@ -22,9 +22,9 @@ from pydetox.checkpoints.architecture import (
 )
 from pydetox.checkpoints.card import model_card
 from pydetox.checkpoints.index import ITEM_SIZES, quote
+from pydetox.checkpoints.layout import WEIGHT_NAMES
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
-from pydetox.checkpoints.sources import WEIGHT_NAMES
 from pydetox.errors import ArchitectureError, UsageError
 
 WEIGHTS_NAME = WEIGHT_NAMES[0]

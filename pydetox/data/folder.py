@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
-from .labels import index_of_names
+from .labels import index_of_names, labels_mean_nothing
 from .resize import refuse_too_large, resize_and_crop
 from .sampling import stratified_order
 
@@ -30,6 +30,7 @@ def load_image_folder(
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
+    labels_required: bool,
     workers: int | None,
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
@@ -37,7 +38,7 @@ def load_image_folder(
     Images are ordered by class and by relative path (by code point, whatever the file system says),
     whatever the number of workers.
     """
-    paths, labels, names = _list_images(directory, class_names)
+    paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(paths):
         # Chosen before decoding: the rest of the folder is never opened.
         chosen = stratified_order(labels, len(paths), seed)[:max_images]
@@ -64,7 +65,7 @@ def load_image_folder(
 
 
 def _list_images(
-    directory: Path, class_names: tuple[str, ...] | None
+    directory: Path, class_names: tuple[str, ...] | None, *, labels_required: bool
 ) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
     try:
         entries = sorted(
@@ -91,19 +92,17 @@ def _list_images(
         return flat, None, class_names
 
     found = tuple(folder.name for folder in folders)
+    if labels_mean_nothing(found, class_names, labels_required=labels_required):
+        unlabelled = [path for folder in folders for path in _images_below(folder)]
+        if not unlabelled:
+            raise DataError(f"{directory}: zero images in its folders")
+        return unlabelled, None, class_names
     index_of = index_of_names(found, class_names, str(directory))
     paths: list[Path] = []
     labels: list[int] = []
     # By label, not by folder name, so that a caller's order of classes also orders the images.
     for label, folder in sorted(zip(index_of, folders, strict=True)):
-        members = sorted(
-            (
-                path
-                for path in folder.rglob("*")
-                if _is_image(path) and not path.name.startswith(".")
-            ),
-            key=lambda path: path.relative_to(folder).as_posix(),
-        )
+        members = _images_below(folder)
         if not members:
             raise DataError(f"{folder}: zero images in the folder of class {folder.name!r}")
         paths += members
@@ -112,6 +111,14 @@ def _list_images(
         paths,
         np.asarray(labels, dtype=np.int64),
         class_names if class_names is not None else found,
+    )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images of a folder and of all folders in it, by their relative paths."""
+    return sorted(
+        (path for path in folder.rglob("*") if _is_image(path) and not path.name.startswith(".")),
+        key=lambda path: path.relative_to(folder).as_posix(),
     )
 
 

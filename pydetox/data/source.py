@@ -25,6 +25,7 @@ class ImageSource:
         max_images: Size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
         seed: Of the sample.
+        labels_required: As `load_images` takes it.
         prompts: The prompt templates.
 
     Raises DataError for files that cannot be read.
@@ -36,6 +37,7 @@ class ImageSource:
     max_images: int | None = None
     resize: bool = False
     seed: int = 0
+    labels_required: bool = True
     prompts: tuple[str, ...] = field(init=False)
     _names: tuple[str, ...] | None = field(init=False, repr=False)
     _decoded: dict[tuple[int, str], ImageSet] = field(init=False, repr=False, default_factory=dict)
@@ -59,6 +61,7 @@ class ImageSource:
                 class_names=self._names,
                 interpolation=interpolation,
                 resize=self.resize,
+                labels_required=self.labels_required,
             )
         return self._decoded[key]
 

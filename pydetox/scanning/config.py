@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from ..data import ImageSource
     from ..workflow import ScanConfig
 
 EngineName = Literal["auto", "inline", "local", "ray"]
@@ -73,7 +74,8 @@ class ScannerConfig:
         threads: CPU threads of each worker; None to share out the cores.
         address: Of the Ray cluster; None to start one on this machine.
         timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
-        max_size: Weights files of more bytes are skipped; None for no limit.
+        max_size: Checkpoints whose weights files have more bytes together are skipped; None for no
+            limit.
         max_memory: Bytes that a worker may need; what would need more is skipped (see
             `memory.Limits`). None for no limit. It is an estimate that is kept, not a limit set for
             the processes.
@@ -204,6 +206,23 @@ class ScannerConfig:
         """
         content = {**self.results_part(), **contents}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def image_source(self) -> ImageSource:
+        """Return the images as they are described; DataError for names or prompts without sense.
+
+        A scan uses no labels, and fine-tunes references to the base's predictions without them.
+        """
+        from ..data import ImageSource
+
+        return ImageSource(
+            self.images,
+            class_names=None if self.class_names is None else Path(self.class_names),
+            templates=None if self.templates is None else Path(self.templates),
+            max_images=self.max_images,
+            resize=self.resize,
+            seed=self.seed,
+            labels_required=False,
+        )
 
     @property
     def makes_calibration(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data import ImageSource
+from ..checkpoints import identify_checkpoint
 from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
@@ -25,7 +25,7 @@ from .engines import open_engine
 from .memory import Limits
 from .record import ScanRecord
 from .store import RunStore
-from .targets import Target, Targets, find_targets, resolve_weights
+from .targets import Target, Targets, find_targets
 from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure
 from .version import code_version
 from .weights import suspicion
@@ -59,11 +59,17 @@ class Scanner:
         *,
         run: str | os.PathLike[str] | None = None,
         notify: Notify | None = None,
+        code: str | None = None,
     ) -> None:
-        """config: what to do. run: the run folder. notify: called with what happens."""
+        """Prepare a scan; nothing is read yet.
+
+        config: what to do. run: the run folder. notify: called with what happens. code: the version
+        under which results are kept, and looked up in the run folder; None for `code_version()`.
+        """
         self._config = config.absolute()
         self._run = None if run is None else Path(run)
         self._notify = notify or _silent
+        self._code = code or code_version()
         self._limits = Limits(config.max_size, config.max_memory, 0)
         self._store: RunStore | None = None
         self._prefix = ""
@@ -91,7 +97,7 @@ class Scanner:
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
         digest = config.digest(_contents(config))
-        self._prefix = f"{digest}:{code_version()}"
+        self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
             self.calibration = read_calibration(Path(config.calibration)).to_dict()
         if not self.targets.targets:
@@ -160,15 +166,17 @@ class Scanner:
 
     def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
         """Yield each target with its place and what is known: {"result"} or {"error"}."""
-        known = {} if self._store is None else self._store.surveys()
+        known = {} if self._store is None else self._store.surveys(self._code)
         self._tell("stage", name="survey", total=len(self.targets.targets))
         tasks: dict[Task, tuple[int, Target, tuple[int, ...] | None]] = {}
         for place, target in enumerate(self.targets.targets):
             if target.problem is not None:
                 yield place, target, failure(target.problem, "checkpoint")
                 continue
-            signature = target.signature()
-            refusal = None if signature is None else self._limits.refusal(signature[0])
+            identity = target.identity()
+            signature = None if identity is None else identity.signature()
+            size = target.size(identity)
+            refusal = None if size is None else self._limits.refusal(size)
             if refusal is not None:
                 yield place, target, {"result": {"skipped": refusal}}
                 continue
@@ -185,7 +193,9 @@ class Scanner:
             _refuse_setup(outcome)
             self._tell("surveyed", name=target.name)
             # The file as it was before it was read: one that changed since is surveyed again.
-            self._log("surveyed", name=target.name, signature=signature, value=value)
+            self._log(
+                "surveyed", name=target.name, signature=signature, code=self._code, value=value
+            )
             yield place, target, value
 
     def _calibrate(self, engine: Engine, *, needed: bool) -> dict[str, Any] | None:
@@ -211,6 +221,7 @@ class Scanner:
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],
+            "content": group.survey["result"]["content"],
             "calibration": self.calibration if self._config.makes_calibration else None,
         }
         return self._task("scan", group.first.name, payload)
@@ -293,7 +304,7 @@ class Scanner:
         decides = self._config.results_part()
         self._log(
             "run-started",
-            code=code_version(),
+            code=self._code,
             targets=[target.name for target in self.targets.targets],
             ignored=[list(one) for one in self.targets.ignored],
             other_shards=self.targets.other_shards,
@@ -388,28 +399,26 @@ def _refuse_setup(outcome: Outcome) -> None:
 
 def _contents(config: ScannerConfig) -> dict[str, str]:
     """Return digests of the files that a configuration names; raises when one cannot be read."""
-    source = ImageSource(
-        config.images,
-        class_names=None if config.class_names is None else Path(config.class_names),
-        templates=None if config.templates is None else Path(config.templates),
-        max_images=config.max_images,
-        resize=config.resize,
-        seed=config.seed,
-    )
-    found = {"images": source.digest(), "class_names": "", "templates": ""}
+    found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
     if config.model is not None and Path(config.model).is_file():
         found["model"] = _file_digest(Path(config.model))
     if config.base is not None:
-        found["base"] = _file_digest(resolve_weights(config.base, offline=config.offline))
+        found["base"] = _checkpoint_digest(config, config.base)
     found["reference_models"] = ",".join(
-        _file_digest(resolve_weights(name, offline=config.offline))
-        for name in config.reference_models
+        _checkpoint_digest(config, name) for name in config.reference_models
     )
     if config.calibration is not None:
         found["calibration"] = _file_digest(Path(config.calibration))
     if config.known_vectors:
-        found["known_vectors"] = ",".join(_file_digest(Path(v)) for v in config.known_vectors)
+        found["known_vectors"] = ",".join(
+            identify_checkpoint(Path(v)).sha256() for v in config.known_vectors
+        )
     return found
+
+
+def _checkpoint_digest(config: ScannerConfig, reference: str) -> str:
+    identity = identify_checkpoint(reference, model=config.model, offline=config.offline)
+    return identity.digest()
 
 
 def _file_digest(path: Path) -> str:

@@ -107,12 +107,20 @@ class RunStore:
         except OSError as error:
             raise output_error(self.folder / _EVENTS, error) from error
 
-    def surveys(self) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
-        """Return what earlier surveys found, by name and signature."""
+    def surveys(self, code: str) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
+        """Return what surveys by the same code found, by name and signature.
+
+        Surveys by other code are left out: it may have refused what this code reads, or read what
+        this code refuses. A checkpoint that was skipped is left out, too, because the limits are no
+        part of a run's configuration.
+        """
         return {
             (line["name"], tuple(line["signature"])): line["value"]
             for line in self.history
-            if line["event"] == "surveyed" and line.get("signature")
+            if line["event"] == "surveyed"
+            and line.get("code") == code
+            and line.get("signature")
+            and "skipped" not in line["value"].get("result", {})
         }
 
     def has_part(self, key: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import threading
 import time
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import workflow
-from ..checkpoints import Checkpoint, load_checkpoint
-from ..data import ImageSet, ImageSource
+from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
 from ..detect.statistics import Calibration
 from ..errors import (
@@ -34,7 +33,6 @@ from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from .config import ScannerConfig
 from .memory import Limits, return_freed
-from .targets import resolve_weights
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
 
@@ -86,14 +84,7 @@ class Worker:
         self._config = config
         self._device = torch.device(device)
         self._threads = threads
-        self._images = ImageSource(
-            config.images,
-            class_names=None if config.class_names is None else Path(config.class_names),
-            templates=None if config.templates is None else Path(config.templates),
-            max_images=config.max_images,
-            resize=config.resize,
-            seed=config.seed,
-        )
+        self._images = config.image_source()
         self._heads: HeadMemo = HeadMemo()
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
@@ -162,32 +153,29 @@ class Worker:
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
 
     def _read(self, reference: str) -> Checkpoint:
-        return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)
+        return read_checkpoint(self._identify(reference))
+
+    def _identify(self, reference: str) -> CheckpointIdentity:
+        return identify_checkpoint(
+            reference, model=self._config.model, offline=self._config.offline
+        )
 
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
+        identity = self._identify(reference)
         if not (limits.max_size is None and limits.max_memory is None):
-            path = resolve_weights(reference, offline=self._config.offline)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-            refusal = limits.refusal(size)
+            refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
-        checkpoint = self._read(reference)
+        checkpoint = read_checkpoint(identity)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
-        content = json.dumps(
-            [checkpoint.sha256, checkpoint.model_config, checkpoint.preprocess_config],
-            sort_keys=True,
-        )
         result = {
             "sha256": checkpoint.sha256,
-            "content": hashlib.sha256(content.encode()).hexdigest(),
+            "content": checkpoint.digest,
             "format": checkpoint.format,
-            "size": checkpoint.path.stat().st_size,
+            "size": identity.nbytes,
             "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
             "weights": relation,
         }
@@ -217,7 +205,7 @@ class Worker:
             checkpoint = ahead.take()
         else:
             checkpoint = self._read(str(task.payload["reference"]))
-        if checkpoint.sha256 != task.payload["sha256"]:
+        if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, take=True)
