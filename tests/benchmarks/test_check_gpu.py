@@ -199,6 +199,19 @@ def test_what_does_not_fit_is_left_out_and_listed(
     assert run.finish() == 0
 
 
+def test_what_is_stopped_for_the_timing_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = check(tmp_path, monkeypatch)
+    run.start_in_background(Part("slow", ["sleep", "60"], 60))
+    run.finish_background(0.3)
+    values = read_summary(tmp_path / "out" / "summary.json")
+    assert values["part.slow"] == "not finished: stopped at second 0"
+    assert run.finish() == 0
+    run.run(Part("wrong", ["false"], 60))
+    assert run.finish() == 1
+
+
 # ---- the measuring process ------------------------------------------------------------
 
 
