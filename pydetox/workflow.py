@@ -964,6 +964,7 @@ def _save(
         model_config=model.model_config,
         preprocess_config=model.preprocess_config or None,
         provenance=provenance,
+        companions=model.companions,
         overwrite=overwrite,
     )
 

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pydetox.checkpoints.index import WeightsFile, quote
-from pydetox.checkpoints.layout import CONFIG_NAME, find_weights
+from pydetox.checkpoints.layout import (
+    CONFIG_NAME,
+    PROCESSOR_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    find_weights,
+)
 from pydetox.checkpoints.naming import parse_reference
 from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
 from pydetox.errors import CheckpointError
@@ -33,8 +38,11 @@ class CheckpointIdentity:
         reference: The name under which it was asked for.
         weights: The weights file, or the index of its shards.
         shards: The shards, in bytewise order of their names; empty for a single file.
-        config_file: The ``open_clip_config.json`` that tells the architecture, which need not
-            exist; ``None`` where something else tells it.
+        config_file: The ``open_clip_config.json`` that tells the architecture, or the
+            ``config.json`` of transformers. It need not exist. ``None`` where something else tells
+            it.
+        processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
+            there is none.
         told: Model and preprocessing configuration, where the user or open_clip's list of
             pretrained models tells them; ``None`` where ``config_file`` does.
     """
@@ -43,6 +51,7 @@ class CheckpointIdentity:
     weights: Path
     shards: tuple[Path, ...] = ()
     config_file: Path | None = None
+    processor_file: Path | None = None
     told: Configuration | None = None
 
     @property
@@ -72,7 +81,8 @@ class CheckpointIdentity:
         The system sets the time of an inode's change, and no program can: files with the same
         signature are the same files with the same content, on one machine.
         """
-        files = (*self.weight_files, *(() if self.config_file is None else (self.config_file,)))
+        beside = (self.config_file, self.processor_file)
+        files = (*self.weight_files, *(path for path in beside if path is not None))
         found: list[int] = []
         for path in files:
             try:
@@ -95,6 +105,10 @@ class CheckpointIdentity:
             return self.told
         if self.config_file is None or not os.path.lexists(self.config_file):
             return None, None
+        if self.config_file.name == TRANSFORMERS_CONFIG_NAME:
+            from pydetox.checkpoints.transformers_clip import read_clip_folder  # with torch
+
+            return read_clip_folder(self.config_file, self.processor_file)
         from pydetox.checkpoints.architecture import read_config  # with torch
 
         return read_config(self.config_file)
@@ -163,7 +177,7 @@ def identify_checkpoint(
     config_file: Path | None = None
     if parsed.path is not None:
         weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
-        config_file = weights.parent / CONFIG_NAME
+        config_file = _configuration_beside(weights)
     else:
         from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository  # with torch
 
@@ -188,8 +202,26 @@ def identify_checkpoint(
         weights=weights,
         shards=shards,
         config_file=None if told is not None else config_file,
+        processor_file=None if told is not None else _processor_of(config_file),
         told=told,
     )
+
+
+def _configuration_beside(weights: Path) -> Path:
+    """Return what tells the architecture of weights in a folder: open_clip's file, if it is there.
+
+    Without either the result is open_clip's, which then does not exist.
+    """
+    ours, theirs = weights.with_name(CONFIG_NAME), weights.with_name(TRANSFORMERS_CONFIG_NAME)
+    return theirs if os.path.lexists(theirs) and not os.path.lexists(ours) else ours
+
+
+def _processor_of(config_file: Path | None) -> Path | None:
+    """Return what tells how images are prepared, beside a configuration of transformers."""
+    if config_file is None or config_file.name != TRANSFORMERS_CONFIG_NAME:
+        return None
+    found = (config_file.with_name(name) for name in PROCESSOR_NAMES)
+    return next((path for path in found if os.path.lexists(path)), None)
 
 
 def content_digest(

@@ -12,6 +12,20 @@ from pathlib import Path
 from pydetox.errors import CheckpointError
 
 CONFIG_NAME = "open_clip_config.json"
+#: What tells the architecture, and how images are prepared, in a folder of transformers.
+TRANSFORMERS_CONFIG_NAME = "config.json"
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+#: What such a folder holds beside its weights, and a repaired one needs as well.
+COMPANION_NAMES = (
+    TRANSFORMERS_CONFIG_NAME,
+    *PROCESSOR_NAMES,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 #: Weights under a name of open_clip's own, best first: safetensors cannot hold code.
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",
@@ -30,7 +44,7 @@ _OPEN_CLIP_ORDER = (
     "model.pth",
 )
 #: What transformers takes from a folder, best first.
-_TRANSFORMERS_ORDER = (
+TRANSFORMERS_ORDER = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -85,7 +99,7 @@ def find_weights(path: Path, *, folder_expected: bool = False) -> Path:
 
 def _choose(folder: Path, names: Sequence[str]) -> str:
     ours = next((name for name in _OPEN_CLIP_ORDER if name in names), None)
-    theirs = next((name for name in _TRANSFORMERS_ORDER if name in names), None)
+    theirs = next((name for name in TRANSFORMERS_ORDER if name in names), None)
     if ours in WEIGHT_NAMES:
         return str(ours)
     own_index = f"{WEIGHT_NAMES[0]}.index.json"

@@ -20,8 +20,10 @@ from pydetox.checkpoints.identity import (
     identify_checkpoint,
 )
 from pydetox.checkpoints.index import Finding, quote
+from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
+from pydetox.checkpoints.transformers_clip import read_companions, to_open_clip
 from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -43,6 +45,9 @@ class Checkpoint:
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
+        companions: Of a CLIPModel in transformers' layout, the files beside the weights, by name:
+            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names;
+            a repaired model is written in the layout that it came in.
         findings: What is odd about the file, without keeping it from being read.
     """
 
@@ -54,6 +59,7 @@ class Checkpoint:
     sha256: str
     format: str
     metadata: dict[str, str] = field(default_factory=dict)
+    companions: dict[str, bytes] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -120,14 +126,19 @@ def read_checkpoint(identity: CheckpointIdentity, *, allow_nonfinite: bool = Fal
         with open_weights(identity.weights) as weights:
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
-            _refuse_transformers_names(weights)
             if model_config is None:
+                _refuse_transformers_names(weights)
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
                     "one with model= "
                     "(--model), such as ViT-B-32 or a JSON file"
                 )
             state_dict, digest = read_open(weights)
+            companions: dict[str, bytes] = {}
+            if any(name.startswith("vision_model.") for name in state_dict):
+                state_dict = _from_transformers(state_dict, model_config)
+                if identity.config_file is not None:
+                    companions = read_companions(identity.config_file.parent)
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:
@@ -141,6 +152,7 @@ def read_checkpoint(identity: CheckpointIdentity, *, allow_nonfinite: bool = Fal
         sha256=digest,
         format=weights.format,
         metadata=weights.metadata,
+        companions=companions,
         findings=(*weights.findings, *(nonfinite_findings(state_dict) if allow_nonfinite else ())),
     )
 
@@ -149,10 +161,26 @@ def _refuse_transformers_names(weights: OpenWeights) -> None:
     theirs = [n for n in weights.tensors if n.startswith(("vision_model.", "text_model."))]
     if theirs:
         raise ArchitectureError(
-            f"its {len(weights.tensors)} tensors are named as in the CLIPModel of transformers "
-            f"({quote(theirs[0])}), expected the names of open_clip ('visual.…'); use the "
-            "repository's weights for open_clip"
+            f"its {len(weights.tensors)} tensors are named as in a model of transformers "
+            f"({quote(theirs[0])}), and there is no {TRANSFORMERS_CONFIG_NAME} beside it; put the "
+            "repository's there, or name its architecture with model= (--model)"
         )
+
+
+def _from_transformers(
+    state_dict: dict[str, torch.Tensor], model_config: Config
+) -> dict[str, torch.Tensor]:
+    text, vision = model_config["text_cfg"], model_config["vision_cfg"]
+    if (
+        model_config.get("custom_text")
+        or text.get("hf_model_name")
+        or vision.get("timm_model_name")
+    ):
+        raise ArchitectureError(
+            "its tensors are named as in a model of transformers; of the architectures of "
+            "open_clip only a plain CLIP with two vision transformers is read from those names"
+        )
+    return to_open_clip(state_dict, model_config)
 
 
 def locate_weights(

@@ -11,14 +11,18 @@ Sources: the configurations' defaults and the tensors' names are those of
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from pydetox.checkpoints.index import quote
-from pydetox.errors import ArchitectureError, UnsafeCheckpointError
+from pydetox.checkpoints.index import WeightsFile, quote
+from pydetox.checkpoints.layout import COMPANION_NAMES
+from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError
 
 Config = dict[str, Any]
 
@@ -53,6 +57,10 @@ _LEGACY_EOS = 2
 #: PIL's numbers of the filters that open_clip knows by name.
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
+#: The largest of those in public repositories have a few megabytes.
+_MAX_COMPANION_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 1 << 20
+
 _Change = Literal["same", "transposed", "joined"]
 
 
@@ -63,6 +71,64 @@ class _Rule:
     ours: str
     theirs: tuple[str, ...]
     change: _Change = "same"
+
+
+def read_clip_folder(
+    config_file: str | os.PathLike[str], processor_file: str | os.PathLike[str] | None
+) -> tuple[Config, Config | None]:
+    """Return open_clip's ``model_cfg`` and ``preprocess_cfg`` for a CLIPModel's folder.
+
+    Args:
+        config_file: Its ``config.json``.
+        processor_file: Its ``preprocessor_config.json`` or ``processor_config.json``; ``None``
+            where it has neither. Then nothing tells how images are prepared.
+
+    Raises:
+        ArchitectureError: A file is no JSON object, the model is no CLIPModel, or open_clip cannot
+            build it or prepare its images.
+        UnsafeCheckpointError: It asks for remote code.
+    """
+    try:
+        config = _read_object(config_file)
+        if not is_clip_config(config):
+            raise ArchitectureError(
+                f"describes {_described(config)}; pydetox reads CLIPModel of transformers, and "
+                "open_clip's layout"
+            )
+        model_config = to_model_config(config)
+    except CheckpointError as error:
+        raise type(error)(f"{os.fspath(config_file)}: {error}") from error
+    if processor_file is None:
+        return model_config, None
+    try:
+        size = model_config["vision_cfg"]["image_size"]
+        return model_config, to_preprocess_config(_read_object(processor_file), size)
+    except CheckpointError as error:
+        raise type(error)(f"{os.fspath(processor_file)}: {error}") from error
+
+
+def read_companions(folder: Path) -> dict[str, bytes]:
+    """Return the files beside the weights that a repaired folder needs as well, by name.
+
+    Raises:
+        CheckpointError: One of them cannot be read.
+        UnsafeCheckpointError: One of them is far larger than any such file.
+    """
+    found = {}
+    for name in COMPANION_NAMES:
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            with WeightsFile(path) as file:
+                if file.size > _MAX_COMPANION_BYTES:
+                    raise UnsafeCheckpointError(
+                        f"has {file.size} bytes; expected at most {_MAX_COMPANION_BYTES}"
+                    )
+                found[name] = bytes(file.read_at(0, file.size, "the file"))
+        except CheckpointError as error:
+            raise type(error)(f"{path}: {error}") from error
+    return found
 
 
 def is_clip_config(config: Mapping[str, Any]) -> bool:
@@ -245,6 +311,31 @@ def to_transformers(
         else:
             result[rule.theirs[0]] = value.T.contiguous() if rule.change == "transposed" else value
     return result
+
+
+def _read_object(path: str | os.PathLike[str]) -> Config:
+    with WeightsFile(path) as file:
+        if file.size > _MAX_CONFIG_BYTES:
+            raise ArchitectureError(
+                f"has {file.size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}"
+            )
+        raw = file.read_at(0, file.size, "the configuration")
+    try:
+        content = json.loads(bytes(raw).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArchitectureError(f"is not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ArchitectureError("is not a JSON object")
+    return content
+
+
+def _described(config: Config) -> str:
+    """Return what kind of model a configuration describes, for a message."""
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return f"a {quote(names[0])}"
+    kind = config.get("model_type")
+    return "no model" if kind is None else f"a model of type {quote(kind)}"
 
 
 def _rules(model_config: Mapping[str, Any]) -> Iterator[_Rule]:

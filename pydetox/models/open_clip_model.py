@@ -56,6 +56,7 @@ class OpenClipModel:
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: Tensor name to the dtype it has in the checkpoint's file.
+        companions: Of a checkpoint in transformers' layout, the files beside its weights.
         image_size: Height and width of an input image in pixels.
         mean, std: Normalisation per channel, for pixels in [0, 1].
         embed_dim: D, the dimension of the joint embedding.
@@ -71,6 +72,7 @@ class OpenClipModel:
         preprocess_config: Mapping[str, Any] | None = None,
         name: str = "model",
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
+        companions: Mapping[str, bytes] | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
@@ -79,6 +81,7 @@ class OpenClipModel:
         self.storage_dtypes: dict[str, torch.dtype] = dict(
             storage_dtypes or {key: tensor.dtype for key, tensor in clip.state_dict().items()}
         )
+        self.companions = dict(companions or {})
         size = self.model_config["vision_cfg"].get("image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if height != width:
@@ -150,6 +153,7 @@ class OpenClipModel:
             preprocess_config=checkpoint.preprocess_config,
             name=checkpoint.name,
             storage_dtypes={key: value.dtype for key, value in weights.items()},
+            companions=checkpoint.companions,
         )
 
     @property
