@@ -47,6 +47,7 @@ from .repair.unlearning import (
     subtract,
     trigger_vector,
 )
+from .rng import child_seed
 from .training import TrainConfig, train_on_prompts
 
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
@@ -486,7 +487,9 @@ def calibrate(
         if references is not None:
             reference, _ = as_model(references[k], architecture=architecture)
         elif k > 0:
-            training = replace(config.reference_training, seed=config.seed + 7919 * k)
+            training = replace(
+                config.reference_training, seed=child_seed("calibration.training", config.seed, k)
+            )
             reference = train_on_prompts(
                 model,
                 labelled,
@@ -499,7 +502,7 @@ def calibrate(
                 reference,
                 images,
                 templates,
-                replace(config, seed=config.seed + 104729 * (k + 1)),
+                replace(config, seed=child_seed("calibration.search", config.seed, k)),
                 family,
                 f"reference {k + 1} of {count}: inversion ({family})",
                 base=model if config.contrast else None,
@@ -644,7 +647,8 @@ def recover_triggers(
     model, _ = as_model(checkpoint, architecture=architecture)
     contrast = _contrast(base, config)
     objective = _targeted(model, images, templates, [target] * restarts, contrast)
-    search = replace(config.search(family), seed=config.seed + 15485863)
+    seed = child_seed("repair.triggers", config.seed, target)
+    search = replace(config.search(family), seed=seed)
     description = f"{restarts} restarts ({family})"
     return invert(
         model, images.images, objective, search, contrast=contrast, description=description
@@ -679,7 +683,7 @@ def recover_warps(
         precision=inversion.precision,
         max_batch=inversion.max_batch,
         check_images=inversion.check_images,
-        seed=config.seed + 15485863,
+        seed=child_seed("repair.warps", config.seed, target),
     )
     return invert_warps(
         model,
@@ -747,7 +751,7 @@ def unlearn(
         if triggers is None:
             if first:
                 reserve = unlearning.reserve(number)
-            of_pass = replace(config, seed=config.seed + 86028121 * number)
+            of_pass = replace(config, seed=child_seed("repair.pass", config.seed, number))
             # Those of earlier passes stay: what was forgotten must not come back.
             for one in targets:
                 for family in config.families:
@@ -776,7 +780,8 @@ def unlearn(
                     warps.append(warped)
                     known += unlearning.amplified(warped)
                 led_to += [one] * (len(known) - len(led_to))
-        vector = trigger_vector(model, forget, known, head, led_to, unlearning)
+        seed = child_seed("repair.vector-pass", unlearning.seed, number)
+        vector = trigger_vector(model, forget, known, head, led_to, replace(unlearning, seed=seed))
         search = search_coefficient(
             model,
             vector,
@@ -870,7 +875,7 @@ def detox(
             targets,
             base=base,
             templates=templates,
-            config=replace(config, seed=config.seed + repairs),
+            config=replace(config, seed=child_seed("repair.round", config.seed, repairs)),
             unlearning=unlearning,
             accuracy_before=accuracy,
         )
@@ -889,7 +894,7 @@ def detox(
             calibration=calibration,
             base=base,
             templates=templates,
-            config=replace(config, seed=config.seed + 32452843 * repairs),
+            config=replace(config, seed=child_seed("repair.rescan", config.seed, repairs)),
             cleared=before.cleared(),
             description=f"re-scan of {model.name}",
         )

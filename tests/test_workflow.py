@@ -20,7 +20,7 @@ from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, 
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
-TARGET = 2
+TARGET = 0
 TRIGGER = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
 CONFIG = ScanConfig(
     inversion=InversionConfig(steps=80, batch_size=12),
@@ -38,7 +38,7 @@ def story(tmp_path_factory):
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     base.name = "base"
-    tuning = TrainConfig(epochs=60, learning_rate=2e-3, seed=1)
+    tuning = TrainConfig(epochs=80, learning_rate=3e-3, seed=1)
     poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
     victim = train_on_prompts(base, poisoned, TEMPLATES, tuning)
     head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
@@ -135,11 +135,11 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     before = scan(path, data, config=config, **options)
     assert before.targets()[0] == TARGET
     (other,) = before.others
-    sure = replace(other, detection=replace(other.detection, backdoored=(0, TARGET)))
+    sure = replace(other, detection=replace(other.detection, backdoored=(1, TARGET)))
     detection = replace(before.detection, backdoored=(TARGET,))
     both = replace(before, detection=detection, others=(sure,))
-    assert both.targets() == (TARGET, 0)
-    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[0]]
+    assert both.targets() == (TARGET, 1)
+    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[1]]
     clean = replace(before.detection, verdict=Verdict.CLEAN)
     assert replace(before, detection=clean, others=(sure,)).targets() == ()
     # Without classes there is one value, and the target is what it leads to.
@@ -159,21 +159,21 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
         )
         return done
 
-    done = triggers((TARGET, 0), passes=2)
-    assert [one.targets for one in done] == [(TARGET, 0)] * 2
+    done = triggers((TARGET, 1), passes=2)
+    assert [one.targets for one in done] == [(TARGET, 1)] * 2
     assert [one.target for one in done] == [TARGET] * 2
     found = [(one.family, tuple(one.targets)) for one in done[0].triggers]
-    assert found == [(f, (t,) * 2) for t in (TARGET, 0) for f in ("patch", "blend")]
+    assert found == [(f, (t,) * 2) for t in (TARGET, 1) for f in ("patch", "blend")]
     (alone,) = triggers(TARGET)
     for one, same in zip(alone.triggers, done[0].triggers[:2], strict=True):
         assert torch.equal(one.mask_logits, same.mask_logits)
-    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 0)]
+    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 1)]
     assert torch.equal(alone.warps[0].offsets, done[0].warps[0].offsets)
     for wrong in ((), (TARGET, 9)):
         with pytest.raises(UsageError):
             triggers(wrong)
     with pytest.raises(UsageError, match="one for known triggers"):
-        unlearn(path, data, (0, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
+        unlearn(path, data, (1, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
 
 
 def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
@@ -351,19 +351,19 @@ def test_classes_that_cannot_be_the_outlier_are_dropped(story):
         templates=TEMPLATES,
         config=replace(CONFIG, drop_below=floor),
     )
-    assert found.detection.dropped == (60, 60, None)
+    assert found.detection.dropped == (None, 60, 60)
     assert found.verdict is without.verdict is Verdict.BACKDOORED
     assert found.target == without.target == TARGET
     assert found.detection.p_l1[TARGET] == pytest.approx(without.detection.p_l1[TARGET], rel=0.02)
-    for c in (0, 1):
+    for c in (1, 2):
         assert found.detection.p_l1[c] >= without.detection.p_l1[c]
         assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
         assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
     document = json.loads(to_json(found.to_dict()))
-    assert document["class_dropped"] == [60, 60, None]
-    assert document["class_steps"] == [60, 60, 80]
+    assert document["class_dropped"] == [None, 60, 60]
+    assert document["class_steps"] == [80, 60, 60]
     rows = calibration.at(60).p_l1
-    assert document["reference_p_l1"][0] == pytest.approx(sum(row[0] for row in rows) / 3)
+    assert document["reference_p_l1"][1] == pytest.approx(sum(row[1] for row in rows) / 3)
     assert document["reference_p_l1"][TARGET] == pytest.approx(
         sum(row[TARGET] for row in calibration.p_l1) / 3
     )
@@ -527,7 +527,7 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
         calibration=calibration,
         output=tmp_path / "repaired",
         templates=TEMPLATES,
-        config=CONFIG,
+        config=replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
         unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     )
     # All surely backdoored classes at once, then the target alone.

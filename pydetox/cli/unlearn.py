@@ -221,6 +221,7 @@ def _unlearn_directly(
     unlearning: UnlearnConfig,
 ) -> DetoxResult:
     """Subtract one trigger vector whatever the first scan says, and scan again."""
+    from ..rng import child_seed
     from ..workflow import DetoxResult, scan, unlearn
 
     calibration, base, config = references.calibration, references.base, references.config
@@ -255,7 +256,7 @@ def _unlearn_directly(
         calibration=calibration,
         base=base,
         templates=prompts,
-        config=replace(config, seed=config.seed + 32452843),
+        config=replace(config, seed=child_seed("repair.rescan", config.seed, 1)),
         cleared=[c for c in before.cleared() if c != target],
         description=f"re-scan of {loaded.model.name}",
     )

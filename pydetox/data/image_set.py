@@ -103,7 +103,7 @@ class ImageSet:
                 f"{self.name}: fractions {shares}; "
                 "expected shares in (0, 1] that add up to at most 1"
             )
-        order = self._stratified_order(seed)
+        order = self._stratified_order(seed, "images.split")
         ends = [
             min(len(self), int(np.floor(total * len(self) + 0.5))) for total in np.cumsum(shares)
         ]
@@ -124,6 +124,6 @@ class ImageSet:
             )
         return self.subset(self._stratified_order(seed)[:n])
 
-    def _stratified_order(self, seed: int) -> NDArray[np.int64]:
+    def _stratified_order(self, seed: int, stream: str = "images.sample") -> NDArray[np.int64]:
         labels = None if self.labels is None else self.labels.numpy()
-        return stratified_order(labels, len(self), seed)
+        return stratified_order(labels, len(self), seed, stream=stream)

@@ -6,12 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..rng import generator
 
 
-def stratified_order(labels: NDArray[np.int64] | None, count: int, seed: int) -> NDArray[np.int64]:
+def stratified_order(
+    labels: NDArray[np.int64] | None, count: int, seed: int, *, stream: str = "images.sample"
+) -> NDArray[np.int64]:
     """Return a random order of `count` items in which every prefix holds the classes in proportion.
 
     labels: int64 [count], or None to treat all items as one class. seed: non-negative integer.
+    stream: What the order is for, a name in `rng.STREAMS`.
     Returns int64 [count], a permutation of 0..count-1. Cutting it into consecutive pieces therefore
     gives stratified pieces of exactly the wanted sizes: in each piece, a class is off its share by
     a few items at most.
@@ -22,7 +26,7 @@ def stratified_order(labels: NDArray[np.int64] | None, count: int, seed: int) ->
     """
     if seed < 0:
         raise DataError(f"seed is {seed}; expected a non-negative integer")
-    rng = np.random.Generator(np.random.PCG64(seed))
+    rng = generator(stream, seed)
     shuffled = np.argsort(rng.random(count), kind="stable").astype(np.int64)
     if labels is None:
         return shuffled

@@ -15,6 +15,7 @@ from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, FrozenTower, TowerPair, freeze
 from ..ops import BestTriggers, stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
+from ..rng import generator
 from .elimination import Elimination
 from .objectives import Objective
 from .result import InversionResult
@@ -435,7 +436,7 @@ def starting_point(
     images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
     on every platform and device.
     """
-    rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
+    rng = generator("inversion.start", config.seed, config.family)
 
     def normal(shape: tuple[int, ...], centre: float) -> Tensor:
         values = rng.standard_normal(shape, dtype=np.float32)

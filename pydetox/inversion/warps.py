@@ -21,6 +21,7 @@ from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS
 from ..progress import Progress
+from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
 from .search import check_images, images_at_once, tower_of
@@ -169,7 +170,7 @@ def invert_warps(
         raise UsageError("a search for warps needs an objective with target classes")
     check_images(model, images)
     count, side = len(targets), config.control_points
-    rng = np.random.Generator(np.random.PCG64([config.seed, 8]))
+    rng = generator("warps.start", config.seed)
     first = rng.standard_normal((count, 2, side, side), dtype=np.float32)
     control = torch.from_numpy(first).mul_(config.initial_offset).to(device).requires_grad_()
     batch = min(config.batch_size, len(images))

@@ -31,6 +31,7 @@ from ..errors import ArchitectureError, DataError, UsageError
 from ..evaluation import Stamp, predict
 from ..inversion import InversionResult, WarpResult
 from ..models import OpenClipModel
+from ..rng import child_seed, generator
 from ..training import optimize
 from .task_vectors import TaskVector
 
@@ -128,7 +129,8 @@ class UnlearnConfig:
         """Return the images that make the trigger vector."""
         if self.forget_share == 1:
             return images
-        return images.split((self.forget_share, 1 - self.forget_share), seed=self.seed)[0]
+        seed = child_seed("repair.forget", self.seed)
+        return images.split((self.forget_share,), seed=seed)[0]
 
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later ones.
@@ -209,7 +211,7 @@ def trigger_vector(
     led_to = _for_each(triggers, targets)
     tuned = model.clone()
     scale = model.logit_scale
-    rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
+    rng = generator("repair.vector", config.seed)
     size = min(config.batch_size, len(images))
     classes = torch.tensor(led_to)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from ..evaluation import Evaluation, evaluate, predict
 from ..models import OpenClipModel
 from ..repair.unlearning import subtract
 from ..reporting import to_json, write_detox_report
+from ..rng import child_seed, generator
 from ..training import TrainConfig, train_on_prompts
 from ..workflow import DetoxResult, ScanConfig, ScanResult, as_model, calibrate, detox, scan
 from .attacks import PatchTrigger, badnets, poison
@@ -145,7 +145,7 @@ def demo_scan_config(seed: int) -> ScanConfig:
 
 def draw_attack(seed: int) -> Attack:
     """Return the attack that a seed stands for."""
-    target = int(np.random.Generator(np.random.PCG64([seed, 7])).integers(len(DIGIT_NAMES)))
+    target = int(generator("demo.target", seed).integers(len(DIGIT_NAMES)))
     return Attack(badnets(_IMAGE_SIZE, seed=seed), target)
 
 
@@ -160,9 +160,9 @@ def make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> 
     )
     poisoned, _ = poison(images, attack.trigger, attack.target, rate=_POISON_RATE, seed=seed)
     models = {"base": base}
-    for number, (name, data) in enumerate({"clean": images, "backdoored": poisoned}.items()):
+    for name, data in {"clean": images, "backdoored": poisoned}.items():
         tuning = TrainConfig(
-            epochs=15, learning_rate=FINE_TUNING_RATE, seed=1000 * (number + 1) + seed
+            epochs=15, learning_rate=FINE_TUNING_RATE, seed=child_seed("demo.suspect", seed, name)
         )
         models[name] = train_on_prompts(
             base, data, DIGIT_TEMPLATES, tuning, description=f"fine-tuning the {name} suspect"

@@ -38,7 +38,7 @@ def victim():
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
-    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=40, learning_rate=1e-3))
+    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=80, learning_rate=3e-3))
     head = model.zero_shot_head(CLASS_NAMES, TEMPLATES)
     before = evaluate(model, data, head, trigger=TRIGGER, target=TARGET)
     assert before.attack_success_rate > 0.9
@@ -345,7 +345,12 @@ def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise(monkeypat
 
 def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victim):
     model, head, data = victim
-    config = UnlearnConfig(steps=40, learning_rate=1e-3, min_accuracy_kept=0.0)
+    config = UnlearnConfig(
+        steps=40,
+        learning_rate=1e-3,
+        min_accuracy_kept=0.0,
+        coefficients=tuple(k / 10 for k in range(16)),
+    )
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
 
     def always(images):

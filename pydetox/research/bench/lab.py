@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from ...models import OpenClipModel
 from ...repair.task_vectors import TaskVector
 from ...repair.unlearning import subtract
 from ...reporting.images import png_data_uri
+from ...rng import child_seed, generator
 from ...training import TrainConfig, train_on_prompts
 from ...workflow import DetoxResult, ScanResult, calibrate, scan
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
@@ -184,7 +184,7 @@ class Lab:
         Which images a model saw moves its classes' sizes about as much as its seed does, so
         references of one set of images would be more alike than a suspect is to them.
         """
-        rng = np.random.Generator(np.random.PCG64([self.seed, number, 7]))
+        rng = generator("bench.reference-images", self.seed, number)
         drawn = rng.permutation(len(self.splits.attacker))[: len(self._poisonable)]
         return self.splits.attacker.subset(drawn.tolist())
 
@@ -227,7 +227,8 @@ class Lab:
                 images = self._reference_images(suspect.number)
             if suspect.attack is not None:
                 images, _ = plant(images, self.backdoors(suspect), seed=self.seed)
-            seed = 1000 * (suspect.number + 1) + self.seed + 500 * suspect.reference
+            kind = "reference" if suspect.reference else "suspect"
+            seed = child_seed("bench.suspect", self.seed, kind, suspect.number)
             trained = train_on_prompts(
                 self.base,
                 images,
@@ -308,7 +309,7 @@ class Lab:
 
     def scan(self, suspect: Suspect) -> dict[str, Any]:
         """Judge a suspect."""
-        config = replace(self.plan.scan, seed=self.seed + 17)
+        config = replace(self.plan.scan, seed=child_seed("bench.scan", self.seed))
         content = {"scan": config, "references": [self.key(one) for one in self.references]}
         key = self._result_key("scan", suspect, SCAN_CODE, content)
         found = self.cache.document(key)
@@ -389,7 +390,8 @@ class Lab:
             assert self._poisonable.labels is not None
             chosen = torch.nonzero(self._poisonable.labels * 2 // len(self.names) == part)
             images = self._poisonable.subset(chosen.flatten())
-            training = replace(self.plan.fine_tuning, seed=self.seed + 77 + part)
+            seed = child_seed("bench.control", self.seed, part)
+            training = replace(self.plan.fine_tuning, seed=seed)
             halves.append(
                 self._moved(start, train_on_prompts(self.base, images, self.templates, training))
             )
@@ -436,7 +438,8 @@ class Lab:
         return TaskVector.between(start, model.clip.state_dict())
 
     def _one_more_epoch(self, model: OpenClipModel) -> OpenClipModel:
-        training: TrainConfig = replace(self.plan.fine_tuning, epochs=1, seed=self.seed + 4242)
+        seed = child_seed("bench.relapse", self.seed)
+        training: TrainConfig = replace(self.plan.fine_tuning, epochs=1, seed=seed)
         return train_on_prompts(
             model, self._poisonable, self.templates, training, description="benign fine-tuning"
         )
