@@ -463,7 +463,7 @@ def calibrate(
     the images have no class names and the copies cannot be trained; UsageError for less than two
     references, and for none in contrast to the base.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     if references is not None and len(references) < 2:
         raise UsageError(f"{len(references)} reference model; a calibration needs at least 2")
     if config.contrast and references is None:
@@ -563,7 +563,7 @@ def scan(
         DataError: Images that do not fit, or no class names in a targeted scan.
         CheckpointError: See `load_checkpoint`.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, sha256 = as_model(checkpoint, architecture=architecture)
     classes = _classes(images, config)
     contrast = _contrast(base, config)
@@ -643,15 +643,21 @@ def recover_triggers(
     target: Class index. base: As in `scan`, for a search in contrast to it.
     Raises UsageError for a class outside the image set's.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     contrast = _contrast(base, config)
-    objective = _targeted(model, images, templates, [target] * restarts, contrast)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast, config.seed)
     seed = child_seed("repair.triggers", config.seed, target)
     search = replace(config.search(family), seed=seed)
     description = f"{restarts} restarts ({family})"
     return invert(
-        model, images.images, objective, search, contrast=contrast, description=description
+        model,
+        images.images,
+        objective,
+        search,
+        contrast=contrast,
+        labels=images.labels,
+        description=description,
     )
 
 
@@ -672,10 +678,10 @@ def recover_warps(
     is that of `inversion.WarpConfig`. target: Class index. base: As in `recover_triggers`.
     Raises UsageError for a class outside the image set's.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     contrast = _contrast(base, config)
-    objective = _targeted(model, images, templates, [target] * restarts, contrast)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast, config.seed)
     inversion = config.inversion
     search = WarpConfig(
         steps=inversion.steps,
@@ -691,6 +697,7 @@ def recover_warps(
         objective,
         search,
         contrast=contrast,
+        labels=images.labels,
         description=f"{restarts} restarts (warp)",
     )
 
@@ -732,6 +739,7 @@ def unlearn(
         The repaired model and what was done (without a re-scan), pass by pass.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    images = images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     head = zero_shot_head(model, images, templates)
     targets = (target,) if isinstance(target, int) else tuple(target)
@@ -840,6 +848,7 @@ def detox(
         What `scan` raises; OutputError before any work when `output` cannot be written.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    images = images.in_content_order()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -992,7 +1001,7 @@ def _invert_all(
     if config.objective == "targeted":
         classes = len(images.class_names or ())
         targets = [c for c in range(classes) for _ in range(config.restarts)]
-        objective = _targeted(model, images, templates, targets, base)
+        objective = _targeted(model, images, templates, targets, base, config.seed)
     else:
         objective = CollapseObjective()
     return invert(
@@ -1003,6 +1012,7 @@ def _invert_all(
         restarts=config.restarts,
         elimination=elimination,
         contrast=base,
+        labels=images.labels,
         description=description,
     )
 
@@ -1013,13 +1023,15 @@ def _targeted(
     templates: Sequence[Template] | None,
     targets: Sequence[int],
     base: OpenClipModel | None,
+    seed: int,
 ) -> Objective:
     """Return what triggers into those classes must do. base: where they must not work, or None."""
     head = zero_shot_head(model, images, templates)
     if base is None:
         return TargetObjective(head, targets, model.logit_scale)
     base_head = zero_shot_head(base, images, templates)
-    told = predict(base, images.images[:_SHARE_IMAGES], base_head)
+    few = images.at_most(_SHARE_IMAGES, child_seed("contrast.shares", seed))
+    told = predict(base, few.images, base_head)
     return ContrastObjective(
         head,
         base_head,

@@ -16,7 +16,7 @@ from pydetox.errors import UsageError
 from pydetox.rng import STREAMS, child_seed, generator
 
 ROOT = Path(pydetox.__file__).parent
-DRAWING = {"generator", "child_seed", "stratified_order", "generator_per_image"}
+DRAWING = {"generator", "child_seed", "generator_per_image"}
 
 
 def sources() -> Iterator[tuple[Path, str]]:
@@ -36,14 +36,14 @@ def drawn() -> Counter[str]:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             texts = [a.value for a in given if isinstance(a, ast.Constant)]
             streams = [t for t in texts if isinstance(t, str) and re.fullmatch(r"\w+\.[\w-]+", t)]
-            if name in DRAWING or name == "_stratified_order":
+            if name in DRAWING:
                 found.update(streams)
     return found
 
 
 def test_every_stream_is_drawn_from_in_one_place():
     found = drawn()
-    assert set(found) <= set(STREAMS)
+    assert set(found) == set(STREAMS)
     assert {
         name: count for name, count in found.items() if count > 1 and name != "repair.rescan"
     } == {}

@@ -192,7 +192,7 @@ def command(
     document = _document(result, images, code, config, seconds)
     text = unlearn_report(document)
     if report is not None:
-        write_detox_report(report, {**text, "triggers": _pictures(result, images)})
+        write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})
     emit(document, text, format_)
     return code
 
@@ -369,14 +369,14 @@ def _document(
     }
 
 
-def _pictures(result: DetoxResult, images: ImageSet) -> list[dict[str, Any]]:
-    from ..reporting.pictures import report_pictures
+def _pictures(result: DetoxResult, images: ImageSet, seed: int) -> list[dict[str, Any]]:
+    from ..reporting.pictures import example_image, report_pictures
+
+    example = example_image(images, seed)
 
     scans = [("before", result.before)]
     if result.after is not None:
         scans.append(("after", result.after))
     return [
-        picture
-        for caption, scan in scans
-        for picture in report_pictures(scan, images.images[0], caption)
+        picture for caption, scan in scans for picture in report_pictures(scan, example, caption)
     ]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from ..data import ImageSet
+from ..data.sampling import stratified_sample
 from ..errors import ArchitectureError, DataError, UsageError
 from ..evaluation import Stamp, predict
 from ..inversion import InversionResult, WarpResult
@@ -326,10 +327,13 @@ def search_coefficient(
     own = predict(model, validation.images, head)
     labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
-    attacked = {
-        target: validation.images[(labels != target) & (own != target)][:most]
-        for target in dict.fromkeys(led_to)
-    }
+    attacked = {}
+    for target in dict.fromkeys(led_to):
+        others = torch.nonzero((labels != target) & (own != target)).flatten()
+        # A sample of all classes: those of one alone may be out of the trigger's reach.
+        rng = generator("repair.attacked", config.seed, target)
+        few = stratified_sample(labels[others].numpy(), len(others), most, rng)
+        attacked[target] = validation.images[others[torch.from_numpy(few)]]
     for target, others in attacked.items():
         if not len(others):
             raise DataError(f"{validation.name}: no images outside the target class {target}")

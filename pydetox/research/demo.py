@@ -22,6 +22,7 @@ from ..evaluation import Evaluation, evaluate, predict
 from ..models import OpenClipModel
 from ..repair.unlearning import subtract
 from ..reporting import to_json, write_detox_report
+from ..reporting.pictures import example_image
 from ..rng import child_seed, generator
 from ..training import TrainConfig, train_on_prompts
 from ..workflow import DetoxResult, ScanConfig, ScanResult, as_model, calibrate, detox, scan
@@ -267,7 +268,7 @@ def _report(
             _card("Repaired model", summary["rescan"]["verdict"] or "not repaired", good="clean"),
         ],
         "scans": [one | {"name": name} for one, name in zip(scans, names, strict=True)],
-        "triggers": _pictures(result, attack, test),
+        "triggers": _pictures(result, attack, test, seed),
         "evaluation": [before.to_report_row("backdoored"), after.to_report_row("repaired")],
         "provenance": {"seed": seed, "sha256 of the backdoored file": result.before.sha256},
         "seconds": summary["seconds"],
@@ -287,8 +288,10 @@ def _card(label: str, value: str, *, good: str) -> dict[str, str]:
     return {"label": label, "value": value, "tone": "good" if value == good else "bad"}
 
 
-def _pictures(result: DetoxResult, attack: Attack, test: ImageSet) -> list[dict[str, Any]]:
-    sample = test.images[:1]
+def _pictures(
+    result: DetoxResult, attack: Attack, test: ImageSet, seed: int
+) -> list[dict[str, Any]]:
+    sample = example_image(test, seed)[None]
     pictures = [("clean image", sample[0]), ("with the true trigger", attack.trigger(sample)[0])]
     if result.rounds:
         patches = result.rounds[0].triggers[0]

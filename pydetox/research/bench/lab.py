@@ -29,6 +29,7 @@ from ...models import OpenClipModel
 from ...repair.task_vectors import TaskVector
 from ...repair.unlearning import subtract
 from ...reporting.images import png_data_uri
+from ...reporting.pictures import example_image
 from ...rng import child_seed, generator
 from ...training import TrainConfig, train_on_prompts
 from ...workflow import DetoxResult, ScanResult, calibrate, scan
@@ -124,7 +125,10 @@ class Lab:
         parts = split_in_four(images, self.seed)
         wanted = (plan.attacker, plan.defender, plan.validation, plan.test)
         given = (parts.attacker, parts.defender, parts.validation, parts.test)
-        few = [p.subset(range(min(n, len(p)))) for p, n in zip(given, wanted, strict=True)]
+        few = [
+            part.at_most(count, child_seed("bench.parts", self.seed, k))
+            for k, (part, count) in enumerate(zip(given, wanted, strict=True))
+        ]
         return Splits(few[0], few[1], few[2], few[3])
 
     @cached_property
@@ -175,8 +179,8 @@ class Lab:
 
     @cached_property
     def _poisonable(self) -> ImageSet:
-        count = min(self.plan.fine_tuning_images, len(self.splits.attacker))
-        return self.splits.attacker.subset(range(count))
+        seed = child_seed("bench.poisonable", self.seed)
+        return self.splits.attacker.at_most(self.plan.fine_tuning_images, seed)
 
     def _reference_images(self, number: int) -> ImageSet:
         """As many as suspects have, drawn anew for each reference from the attacker's part.
@@ -199,7 +203,8 @@ class Lab:
             return ()
         name = suspect.attack
         if name not in self._planted:  # BadCLIP optimises its patch
-            view = AttackerView(self.base, self.splits.attacker.images[:1000], self.head)
+            few = self.splits.attacker.at_most(1000, child_seed("bench.attacker", self.seed))
+            view = AttackerView(self.base, few.images, self.head)
             self._planted[name] = draw_attack(name, view, rate=self.plan.rate(name), seed=self.seed)
         return self._planted[name]
 
@@ -383,8 +388,9 @@ class Lab:
         clean = self._moved(start, self.model(Suspect(self.seed, None, 0)))
         whole = self._moved(start, self.model(victim))
         (backdoor,) = self.backdoors(victim)
-        others = test.images[test.labels != backdoor.target]
-        few = test.images[:1000]
+        few = test.at_most(1000, child_seed("bench.xi", self.seed))
+        assert few.labels is not None
+        others = few.images[few.labels != backdoor.target]
         halves = []
         for part in (0, 1):
             assert self._poisonable.labels is not None
@@ -402,8 +408,8 @@ class Lab:
                 self.base,
                 clean,
                 whole - clean,
-                few,
-                backdoor.trigger(others[:1000]),
+                few.images,
+                backdoor.trigger(others),
                 self.head,
                 **given,
             ),
@@ -542,7 +548,7 @@ class Lab:
     def _pictures(
         self, suspect: Suspect, recovered: Sequence[InversionResult]
     ) -> list[dict[str, str]]:
-        sample = self.splits.test.images[:1]
+        sample = example_image(self.splits.test, self.seed)[None]
         shown = [
             (f"{suspect.name}, true trigger", one.trigger(sample)[0])
             for one in self.backdoors(suspect)
