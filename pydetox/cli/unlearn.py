@@ -256,7 +256,7 @@ def _unlearn_directly(
         calibration=calibration,
         base=base,
         templates=prompts,
-        config=replace(config, seed=child_seed("repair.rescan", config.seed, 1)),
+        config=replace(config, seed=child_seed("repair.rescan", config.seed, 0)),
         cleared=[c for c in before.cleared() if c != target],
         description=f"re-scan of {loaded.model.name}",
     )
