@@ -7,11 +7,9 @@ scans the repaired model again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,6 +19,7 @@ import torch
 from .atomic import rehearse_directory
 from .checkpoints import CHECKPOINT_FILES, Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
+from .detect.key import require_equal_keys, search_key
 from .detect.statistics import FINDINGS, Calibration, Detection, Verdict, detect
 from .errors import DataError, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
@@ -47,6 +46,7 @@ from .repair.unlearning import (
     subtract,
     trigger_vector,
 )
+from .rng import child_seed
 from .training import TrainConfig, train_on_prompts
 
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
@@ -54,6 +54,11 @@ ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
 
 # Success that a trigger needs in contrast to a base; docs/method.md has the measurements.
 _CONTRAST_SUCCESS = 0.9
+
+_NO_CALIBRATION = (
+    "a search in contrast to the base has nothing to compare with: give calibration=, made by "
+    "`calibrate` with base= and at least 2 references="
+)
 
 # Clean images that say how often a base answers with each class.
 _SHARE_IMAGES = 512
@@ -144,23 +149,30 @@ class ScanConfig:
 
     def calibration_key(
         self,
-        class_names: Sequence[str] | None,
-        model_config: Mapping[str, Any],
+        images: ImageSet,
+        model: OpenClipModel,
         family: TriggerFamily,
+        *,
+        templates: Sequence[Template] | None = None,
         base: OpenClipModel | None = None,
     ) -> str:
-        """Return what two scans must share for their sizes to be comparable, as one line.
+        """Return what two scans must share for their sizes to compare (see `detect.key`).
 
-        class_names: None in a label-free scan. model_config: open_clip's ``model_cfg``. family: of
-        the triggers. base: what they are in contrast to.
+        model: for its architecture and preprocessing. family: of the triggers. templates: None for
+        the default ones. base: what triggers are in contrast to.
         """
         search = asdict(self.search(family))
-        search = {k: v for k, v in search.items() if k not in ("seed", "max_batch")}
-        classes = list(class_names or [])
-        content: list[Any] = [self.objective, search, self.restarts, classes, dict(model_config)]
-        if base is not None:
-            content.append(_fingerprint(base))
-        return json.dumps(content, sort_keys=True)
+        for name in ("seed", "max_batch", "check_images"):  # which change no size
+            del search[name]
+        search |= {"objective": self.objective, "restarts": self.restarts}
+        return search_key(
+            search,
+            images,
+            model,
+            class_names=_classes(images, self),
+            templates=templates or DEFAULT_TEMPLATES,
+            base=base,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,7 +442,8 @@ def zero_shot_head(
     """Return the head [C, D] for the class names of the images; DataError if they have none."""
     if not images.class_names:
         raise DataError(
-            f"{images.name}: no class names; give some (--class-names) or scan label-free"
+            f"{images.name}: no class names; give some (class_names= of load_images) or scan "
+            'label-free (objective="label-free")'
         )
     return model.zero_shot_head(images.class_names, templates or DEFAULT_TEMPLATES)
 
@@ -462,17 +475,17 @@ def calibrate(
     the images have no class names and the copies cannot be trained; UsageError for less than two
     references, and for none in contrast to the base.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     if references is not None and len(references) < 2:
         raise UsageError(f"{len(references)} reference model; a calibration needs at least 2")
     if config.contrast and references is None:
         raise UsageError(
-            "a search in contrast to the base needs reference models: clean ones that were "
-            "fine-tuned from it as the suspects were, at least 2"
+            "a search in contrast to the base needs reference models (references=): clean ones "
+            "that were fine-tuned from it as the suspects were, at least 2"
         )
     first_model = base if base is not None or not references else references[0]
     if first_model is None or (config.contrast and base is None):
-        raise UsageError("no base model, which this calibration needs")
+        raise UsageError("no base model (base=), which this calibration needs")
     model, _ = as_model(first_model, architecture=architecture)
     head = zero_shot_head(model, images, templates)
     labelled = images
@@ -486,7 +499,9 @@ def calibrate(
         if references is not None:
             reference, _ = as_model(references[k], architecture=architecture)
         elif k > 0:
-            training = replace(config.reference_training, seed=config.seed + 7919 * k)
+            training = replace(
+                config.reference_training, seed=child_seed("calibration.training", config.seed, k)
+            )
             reference = train_on_prompts(
                 model,
                 labelled,
@@ -499,7 +514,7 @@ def calibrate(
                 reference,
                 images,
                 templates,
-                replace(config, seed=config.seed + 104729 * (k + 1)),
+                replace(config, seed=child_seed("calibration.search", config.seed, k)),
                 family,
                 f"reference {k + 1} of {count}: inversion ({family})",
                 base=model if config.contrast else None,
@@ -507,14 +522,13 @@ def calibrate(
             found[family].append(one)
         copied = references is None and k > 0
         names.append(f"{model.name}, fine-tuned {k}" if copied else reference.name)
-    classes = _classes(images, config)
 
     def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
         histories = [[_sizes(then, config) for then in one.history] for one in found[family]]
         return Calibration(
             tuple(_sizes(one.p_l1, config) for one in found[family]),
             config.calibration_key(
-                classes, model.model_config, family, model if config.contrast else None
+                images, model, family, templates=templates, base=model if config.contrast else None
             ),
             tuple(names),
             config.inversion.looks,
@@ -560,20 +574,17 @@ def scan(
         DataError: Images that do not fit, or no class names in a targeted scan.
         CheckpointError: See `load_checkpoint`.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, sha256 = as_model(checkpoint, architecture=architecture)
-    classes = _classes(images, config)
     contrast = _contrast(base, config)
-    if calibration is None and base is not None and not config.contrast:
+    if contrast is not None and calibration is None:
+        raise UsageError(_NO_CALIBRATION)
+    if calibration is None and base is not None:
         calibration = calibrate(base, images, templates=templates, config=config)
     if calibration is not None:
         for family in config.searched:
-            key = config.calibration_key(classes, model.model_config, family, contrast)
-            if calibration.of(family).key != key:
-                raise UsageError(
-                    f"the calibration was made with {calibration.of(family).key}; this scan has "
-                    f"{key}: sizes from different searches do not compare"
-                )
+            key = config.calibration_key(images, model, family, templates=templates, base=contrast)
+            require_equal_keys(calibration.of(family).key, key)
     start = time.perf_counter()
     description = description or f"scan of {model.name}"
     families = list[FamilyScan]()
@@ -640,14 +651,21 @@ def recover_triggers(
     target: Class index. base: As in `scan`, for a search in contrast to it.
     Raises UsageError for a class outside the image set's.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     contrast = _contrast(base, config)
-    objective = _targeted(model, images, templates, [target] * restarts, contrast)
-    search = replace(config.search(family), seed=config.seed + 15485863)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast, config.seed)
+    seed = child_seed("repair.triggers", config.seed, target)
+    search = replace(config.search(family), seed=seed)
     description = f"{restarts} restarts ({family})"
     return invert(
-        model, images.images, objective, search, contrast=contrast, description=description
+        model,
+        images.images,
+        objective,
+        search,
+        contrast=contrast,
+        labels=images.labels,
+        description=description,
     )
 
 
@@ -668,10 +686,10 @@ def recover_warps(
     is that of `inversion.WarpConfig`. target: Class index. base: As in `recover_triggers`.
     Raises UsageError for a class outside the image set's.
     """
-    config = config or ScanConfig()
+    config, images = config or ScanConfig(), images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     contrast = _contrast(base, config)
-    objective = _targeted(model, images, templates, [target] * restarts, contrast)
+    objective = _targeted(model, images, templates, [target] * restarts, contrast, config.seed)
     inversion = config.inversion
     search = WarpConfig(
         steps=inversion.steps,
@@ -679,7 +697,7 @@ def recover_warps(
         precision=inversion.precision,
         max_batch=inversion.max_batch,
         check_images=inversion.check_images,
-        seed=config.seed + 15485863,
+        seed=child_seed("repair.warps", config.seed, target),
     )
     return invert_warps(
         model,
@@ -687,6 +705,7 @@ def recover_warps(
         objective,
         search,
         contrast=contrast,
+        labels=images.labels,
         description=f"{restarts} restarts (warp)",
     )
 
@@ -728,6 +747,7 @@ def unlearn(
         The repaired model and what was done (without a re-scan), pass by pass.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    images = images.in_content_order()
     model, _ = as_model(checkpoint, architecture=architecture)
     head = zero_shot_head(model, images, templates)
     targets = (target,) if isinstance(target, int) else tuple(target)
@@ -747,7 +767,7 @@ def unlearn(
         if triggers is None:
             if first:
                 reserve = unlearning.reserve(number)
-            of_pass = replace(config, seed=config.seed + 86028121 * number)
+            of_pass = replace(config, seed=child_seed("repair.pass", config.seed, number))
             # Those of earlier passes stay: what was forgotten must not come back.
             for one in targets:
                 for family in config.families:
@@ -776,7 +796,8 @@ def unlearn(
                     warps.append(warped)
                     known += unlearning.amplified(warped)
                 led_to += [one] * (len(known) - len(led_to))
-        vector = trigger_vector(model, forget, known, head, led_to, unlearning)
+        seed = child_seed("repair.vector-pass", unlearning.seed, number)
+        vector = trigger_vector(model, forget, known, head, led_to, replace(unlearning, seed=seed))
         search = search_coefficient(
             model,
             vector,
@@ -828,13 +849,15 @@ def detox(
         templates: As in `scan`.
         config: As in `scan`.
         unlearning: Default UnlearnConfig().
-        max_rounds: Repairs at most, one after another, a scan after each.
+        max_rounds: Repairs at most, one after another, a scan after each. Where no alpha unlearns
+            all classes of a repair together, it tries the target alone.
         architecture: As in `scan`.
 
     Raises:
         What `scan` raises; OutputError before any work when `output` cannot be written.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
+    images = images.in_content_order()
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -846,6 +869,8 @@ def detox(
 
     if output is not None:
         rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
+    if config.contrast and calibration is None:
+        raise UsageError(_NO_CALIBRATION)
     model, sha256 = as_model(checkpoint, architecture=architecture)
     base = None if base is None else as_model(base, architecture=architecture)[0]
     lap("read")
@@ -859,42 +884,42 @@ def detox(
     lap("scan")
     evaluation_before = _accuracy(model, images, templates)
     repaired, current, rounds = model, before, list[UnlearnRound]()
-    repairs, accuracy = 0, None
-    alone = False  # whether only the target is left to try
-    while (targets := current.targets()) and repairs < max_rounds:
-        if alone:
-            targets = targets[:1]
-        repaired, passes = unlearn(
-            repaired,
-            images,
-            targets,
-            base=base,
-            templates=templates,
-            config=replace(config, seed=config.seed + repairs),
-            unlearning=unlearning,
-            accuracy_before=accuracy,
-        )
-        accuracy = accuracy or passes[0].search.accuracy_before
-        repairs += 1
-        lap("unlearn")
-        if not any(one.search.coefficient for one in passes):
-            rounds += passes  # no alpha helps within the accuracy to keep, so nothing was changed
-            if len(targets) == 1:
+    accuracy = None
+    for number in range(max_rounds):
+        changed = False
+        targets = current.targets()
+        # All classes at once; where no alpha does that within the accuracy to keep, the first.
+        for attempt in [targets, targets[:1]] if len(targets) > 1 else [targets] if targets else []:
+            repaired, passes = unlearn(
+                repaired,
+                images,
+                attempt,
+                base=base,
+                templates=templates,
+                config=replace(config, seed=child_seed("repair.round", config.seed, number)),
+                unlearning=unlearning,
+                accuracy_before=accuracy,
+            )
+            accuracy = accuracy or passes[0].search.accuracy_before
+            lap("unlearn")
+            rounds += passes
+            changed = any(one.search.coefficient for one in passes)
+            if changed:
                 break
-            alone = True
-            continue
+        if not changed:
+            break
         current = scan(
             repaired,
             images,
             calibration=calibration,
             base=base,
             templates=templates,
-            config=replace(config, seed=config.seed + 32452843 * repairs),
+            config=replace(config, seed=child_seed("repair.rescan", config.seed, number)),
             cleared=before.cleared(),
             description=f"re-scan of {model.name}",
         )
         lap("rescan")
-        rounds += [*passes[:-1], replace(passes[-1], rescan=current)]
+        rounds[-1] = replace(rounds[-1], rescan=current)
     evaluation_after = _accuracy(repaired, images, templates) if rounds else None
     path = None
     if output is not None and any(one.search.coefficient for one in rounds):
@@ -988,7 +1013,7 @@ def _invert_all(
     if config.objective == "targeted":
         classes = len(images.class_names or ())
         targets = [c for c in range(classes) for _ in range(config.restarts)]
-        objective = _targeted(model, images, templates, targets, base)
+        objective = _targeted(model, images, templates, targets, base, config.seed)
     else:
         objective = CollapseObjective()
     return invert(
@@ -999,6 +1024,7 @@ def _invert_all(
         restarts=config.restarts,
         elimination=elimination,
         contrast=base,
+        labels=images.labels,
         description=description,
     )
 
@@ -1009,13 +1035,15 @@ def _targeted(
     templates: Sequence[Template] | None,
     targets: Sequence[int],
     base: OpenClipModel | None,
+    seed: int,
 ) -> Objective:
     """Return what triggers into those classes must do. base: where they must not work, or None."""
     head = zero_shot_head(model, images, templates)
     if base is None:
         return TargetObjective(head, targets, model.logit_scale)
     base_head = zero_shot_head(base, images, templates)
-    told = predict(base, images.images[:_SHARE_IMAGES], base_head)
+    few = images.at_most(_SHARE_IMAGES, child_seed("contrast.shares", seed))
+    told = predict(base, few.images, base_head)
     return ContrastObjective(
         head,
         base_head,
@@ -1031,20 +1059,8 @@ def _contrast(base: ModelLike | None, config: ScanConfig) -> OpenClipModel | Non
     if not config.contrast:
         return None
     if base is None:
-        raise UsageError("a search in contrast to the base needs it: give the base")
+        raise UsageError("a search in contrast to the base needs it: give base=")
     return as_model(base)[0]
-
-
-def _fingerprint(model: OpenClipModel) -> str:
-    """Return what tells a base from another one: a digest of the beginning of every tensor.
-
-    It guards against mistakes, not against forgery.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.visual.state_dict().items()):
-        few = tensor.detach().flatten()[:64].to("cpu", torch.float32)
-        digest.update(f"{name} {list(tensor.shape)}".encode() + few.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _evidence(found: FamilyScan) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pydetox.data import ImageSet
+from pydetox.data import ImageSet, Template
 from pydetox.detect.statistics import Calibration
 from pydetox.inversion import TriggerFamily
 from pydetox.models import OpenClipModel
@@ -41,15 +42,18 @@ def mini_images(count: int = 24, *, seed: int = 0, labels: bool = True) -> Image
 
 def flat_calibration(
     config: ScanConfig,
-    classes: tuple[str, ...],
+    images: ImageSet,
     model_config: dict[str, Any],
     size: float,
+    *,
+    templates: Sequence[Template] | None = None,
 ) -> Calibration:
     """Return two references of which every class has that P-L1, for each family of the scan."""
-    row = (size,) * len(classes)
+    row = (size,) * (len(images.class_names or ()) or 1)
+    model = OpenClipModel.from_config(model_config, seed=0)
 
     def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
-        key = config.calibration_key(classes, model_config, family)
+        key = config.calibration_key(images, model, family, templates=templates)
         return Calibration((row, row), key, ("one", "two"), family=family, others=others)
 
     first, *rest = config.searched

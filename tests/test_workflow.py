@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pydetox.data import ImageSet
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, OutputError, UsageError
 from pydetox.evaluation import evaluate
-from pydetox.inversion import InversionConfig
+from pydetox.inversion import InversionConfig, InversionSearch
+from pydetox.models import OpenClipModel
 from pydetox.repair.unlearning import UnlearnConfig, search_coefficient
 from pydetox.reporting import to_json
 from pydetox.research.attacks import PatchTrigger, poison
@@ -20,7 +22,7 @@ from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, 
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
-TARGET = 2
+TARGET = 0
 TRIGGER = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
 CONFIG = ScanConfig(
     inversion=InversionConfig(steps=80, batch_size=12),
@@ -38,7 +40,7 @@ def story(tmp_path_factory):
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     base.name = "base"
-    tuning = TrainConfig(epochs=60, learning_rate=2e-3, seed=1)
+    tuning = TrainConfig(epochs=80, learning_rate=3e-3, seed=1)
     poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
     victim = train_on_prompts(base, poisoned, TEMPLATES, tuning)
     head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
@@ -135,11 +137,11 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     before = scan(path, data, config=config, **options)
     assert before.targets()[0] == TARGET
     (other,) = before.others
-    sure = replace(other, detection=replace(other.detection, backdoored=(0, TARGET)))
+    sure = replace(other, detection=replace(other.detection, backdoored=(1, TARGET)))
     detection = replace(before.detection, backdoored=(TARGET,))
     both = replace(before, detection=detection, others=(sure,))
-    assert both.targets() == (TARGET, 0)
-    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[0]]
+    assert both.targets() == (TARGET, 1)
+    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[1]]
     clean = replace(before.detection, verdict=Verdict.CLEAN)
     assert replace(before, detection=clean, others=(sure,)).targets() == ()
     # Without classes there is one value, and the target is what it leads to.
@@ -159,21 +161,21 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
         )
         return done
 
-    done = triggers((TARGET, 0), passes=2)
-    assert [one.targets for one in done] == [(TARGET, 0)] * 2
+    done = triggers((TARGET, 1), passes=2)
+    assert [one.targets for one in done] == [(TARGET, 1)] * 2
     assert [one.target for one in done] == [TARGET] * 2
     found = [(one.family, tuple(one.targets)) for one in done[0].triggers]
-    assert found == [(f, (t,) * 2) for t in (TARGET, 0) for f in ("patch", "blend")]
+    assert found == [(f, (t,) * 2) for t in (TARGET, 1) for f in ("patch", "blend")]
     (alone,) = triggers(TARGET)
     for one, same in zip(alone.triggers, done[0].triggers[:2], strict=True):
         assert torch.equal(one.mask_logits, same.mask_logits)
-    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 0)]
+    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 1)]
     assert torch.equal(alone.warps[0].offsets, done[0].warps[0].offsets)
     for wrong in ((), (TARGET, 9)):
         with pytest.raises(UsageError):
             triggers(wrong)
     with pytest.raises(UsageError, match="one for known triggers"):
-        unlearn(path, data, (0, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
+        unlearn(path, data, (1, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
 
 
 def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
@@ -239,14 +241,14 @@ def test_calibrations_of_another_search_or_architecture_are_refused(story):
     other = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
     with pytest.raises(UsageError, match="calibration"):
         scan(base, data, calibration=calibration, config=other)
-    keys = {
-        CONFIG.calibration_key(("a",), {"embed_dim": size}, family)
-        for size in (1, 2)
-        for family in ("patch", "blend")
-    }
-    assert len(keys) == 4
     with pytest.raises(UsageError, match=r"\['patch'\]; this scan needs 'blend'"):
-        scan(base, data, calibration=replace(calibration, others=()), config=CONFIG)
+        scan(
+            base,
+            data,
+            calibration=replace(calibration, others=()),
+            templates=TEMPLATES,
+            config=CONFIG,
+        )
 
 
 def test_the_family_that_stands_out_most_decides(story):
@@ -351,19 +353,19 @@ def test_classes_that_cannot_be_the_outlier_are_dropped(story):
         templates=TEMPLATES,
         config=replace(CONFIG, drop_below=floor),
     )
-    assert found.detection.dropped == (60, 60, None)
+    assert found.detection.dropped == (None, 60, 60)
     assert found.verdict is without.verdict is Verdict.BACKDOORED
     assert found.target == without.target == TARGET
     assert found.detection.p_l1[TARGET] == pytest.approx(without.detection.p_l1[TARGET], rel=0.02)
-    for c in (0, 1):
+    for c in (1, 2):
         assert found.detection.p_l1[c] >= without.detection.p_l1[c]
         assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
         assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
     document = json.loads(to_json(found.to_dict()))
-    assert document["class_dropped"] == [60, 60, None]
-    assert document["class_steps"] == [60, 60, 80]
+    assert document["class_dropped"] == [None, 60, 60]
+    assert document["class_steps"] == [80, 60, 60]
     rows = calibration.at(60).p_l1
-    assert document["reference_p_l1"][0] == pytest.approx(sum(row[0] for row in rows) / 3)
+    assert document["reference_p_l1"][1] == pytest.approx(sum(row[1] for row in rows) / 3)
     assert document["reference_p_l1"][TARGET] == pytest.approx(
         sum(row[TARGET] for row in calibration.p_l1) / 3
     )
@@ -498,7 +500,7 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
         calibrate(base, data, references=references[:1], **given)
     with pytest.raises(UsageError, match="no base model"):
         calibrate(None, data, references=references, **given)
-    with pytest.raises(UsageError, match="give the base"):
+    with pytest.raises(UsageError, match="give base="):
         scan(path, data, calibration=calibration, **given)
     with pytest.raises(UsageError, match="sizes from different searches"):
         scan(path, data, calibration=plain, base=base, **given)
@@ -527,7 +529,7 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
         calibration=calibration,
         output=tmp_path / "repaired",
         templates=TEMPLATES,
-        config=CONFIG,
+        config=replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
         unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     )
     # All surely backdoored classes at once, then the target alone.
@@ -538,3 +540,78 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
     assert not result.repaired
     assert result.path is None
     assert not (tmp_path / "repaired").exists()
+
+
+def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
+    base, _, data, calibration = story
+    given = {"templates": TEMPLATES, "config": CONFIG}
+    searched = []
+    real = InversionSearch.step
+    monkeypatch.setattr(InversionSearch, "step", lambda self: searched.append(1) or real(self))
+
+    def refusal(model=base, images=data, **changes):
+        with pytest.raises(UsageError, match="the calibration does not fit this scan") as caught:
+            scan(model, images, calibration=calibration, **{**given, **changes})
+        assert not searched
+        return str(caught.value)
+
+    # The order of the images and their labels do not matter; nothing else of them may change.
+    bare = replace(data.subset(range(59, -1, -1)), labels=None)
+    scan(base, bare, calibration=calibration, **given)
+    searched.clear()
+    changed = data.images.clone()
+    changed[7, 1, 3, 3] ^= 1
+    message = refusal(images=replace(data, images=changed))
+    assert "images is" in message
+    assert data.digest[:16] in message
+    assert "images is" in refusal(images=data.subset(range(59)))
+    message = refusal(templates=["a {c}", "some {c}"])
+    assert "prompts is" in message
+    assert "2 per class, such as 'a cat'" in message
+    names = replace(data, class_names=("cat", "dog", "fox"))
+    assert 'classes is ["cat", "dog", "owl"] there and ["cat", "dog", "fox"] here' in refusal(
+        images=names
+    )
+    config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.25)}
+    other = OpenClipModel(base.clone().clip, model_config=MINI_CONFIG, preprocess_config=config)
+    message = refusal(model=other)
+    assert "mean is [0.48" in message
+    assert "std is" in message
+    assert "[0.5, 0.5, 0.25] here" in message
+    steps = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
+    assert "steps is 80 there and 81 here" in refusal(config=steps)
+    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, interval=7)
+    message = refusal(config=replace(CONFIG, inversion=rate, restarts=2))
+    assert message.count(" there and ") == 3
+    assert ", and 1 more" in message
+    old = replace(calibration, key='["targeted", {}]')
+    with pytest.raises(UsageError, match="an earlier version made it"):
+        scan(base, data, calibration=old, **given)
+    wide = copy.deepcopy(MINI_CONFIG)
+    wide["vision_cfg"]["layers"] = 2
+    wider = OpenClipModel.from_config(wide, seed=0)
+    assert "architecture.vision_cfg.layers is 1 there and 2 here" in refusal(model=wider)
+
+
+def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, monkeypatch):
+    base, path, data, _ = story
+    *_, config = contrast
+    monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
+    for call in (scan, detox):
+        with pytest.raises(UsageError, match="nothing to compare with: give calibration=") as found:
+            call(path, data, base=base, templates=TEMPLATES, config=config)
+        assert "--" not in str(found.value)
+
+
+def test_a_single_round_tries_the_target_alone_too(story):
+    _, path, data, calibration = story
+    options = {
+        "calibration": calibration,
+        "templates": TEMPLATES,
+        "config": replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
+        "unlearning": replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
+    }
+    result = detox(path, data, max_rounds=1, **options)
+    flagged = result.before.targets()
+    assert len(flagged) > 1
+    assert [one.targets for one in result.rounds] == [flagged, flagged[:1]]

@@ -192,7 +192,7 @@ def command(
     document = _document(result, images, code, config, seconds)
     text = unlearn_report(document)
     if report is not None:
-        write_detox_report(report, {**text, "triggers": _pictures(result, images)})
+        write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})
     emit(document, text, format_)
     return code
 
@@ -221,6 +221,7 @@ def _unlearn_directly(
     unlearning: UnlearnConfig,
 ) -> DetoxResult:
     """Subtract one trigger vector whatever the first scan says, and scan again."""
+    from ..rng import child_seed
     from ..workflow import DetoxResult, scan, unlearn
 
     calibration, base, config = references.calibration, references.base, references.config
@@ -255,7 +256,7 @@ def _unlearn_directly(
         calibration=calibration,
         base=base,
         templates=prompts,
-        config=replace(config, seed=config.seed + 32452843),
+        config=replace(config, seed=child_seed("repair.rescan", config.seed, 0)),
         cleared=[c for c in before.cleared() if c != target],
         description=f"re-scan of {loaded.model.name}",
     )
@@ -369,14 +370,14 @@ def _document(
     }
 
 
-def _pictures(result: DetoxResult, images: ImageSet) -> list[dict[str, Any]]:
-    from ..reporting.pictures import report_pictures
+def _pictures(result: DetoxResult, images: ImageSet, seed: int) -> list[dict[str, Any]]:
+    from ..reporting.pictures import example_image, report_pictures
+
+    example = example_image(images, seed)
 
     scans = [("before", result.before)]
     if result.after is not None:
         scans.append(("after", result.after))
     return [
-        picture
-        for caption, scan in scans
-        for picture in report_pictures(scan, images.images[0], caption)
+        picture for caption, scan in scans for picture in report_pictures(scan, example, caption)
     ]

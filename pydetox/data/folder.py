@@ -16,7 +16,7 @@ from ..progress import track
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .resize import refuse_too_large, resize_and_crop
-from .sampling import stratified_order
+from .sampling import sample_order
 
 #: Files with other endings are not images for us and are passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -41,7 +41,7 @@ def load_image_folder(
     paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(paths):
         # Chosen before decoding: the rest of the folder is never opened.
-        chosen = stratified_order(labels, len(paths), seed)[:max_images]
+        chosen = sample_order(labels, len(paths), max_images, seed)
         paths = [paths[index] for index in chosen]
         labels = None if labels is None else labels[chosen]
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)

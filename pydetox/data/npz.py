@@ -15,7 +15,7 @@ from ..errors import DataError
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .resize import resize_and_crop
-from .sampling import stratified_order
+from .sampling import sample_order
 
 KEYS = ("images", "labels", "class_names")
 
@@ -52,7 +52,7 @@ def load_npz(
             "(resize=True scales and centre-crops them)"
         )
     if max_images is not None and max_images < len(images):
-        chosen = stratified_order(labels, len(images), seed)[:max_images]
+        chosen = sample_order(labels, len(images), max_images, seed)
         images = images[chosen]
         labels = None if labels is None else labels[chosen]
     images = _to_uint8(images)

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.sampling import stratified_sample
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS, FrozenTower, TowerPair, freeze
 from ..ops import BestTriggers, stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
+from ..rng import generator
 from .elimination import Elimination
 from .objectives import Objective
 from .result import InversionResult
@@ -54,7 +56,7 @@ class InversionConfig:
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
             as many as 512 MiB of activations hold, 2 GiB on a GPU.
-        check_images: Images for the check after the search.
+        check_images: Images for the check after the search, a random sample.
         seed: Of initial triggers and the order of the images.
     """
 
@@ -129,6 +131,7 @@ class InversionSearch:
         restarts: int = 1,
         elimination: Elimination | None = None,
         contrast: OpenClipModel | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         size = model.image_size
         check_images(model, images)
@@ -145,6 +148,10 @@ class InversionSearch:
         self._elimination = elimination
         device = model.device
         self._images = images.to(device)
+        chosen = check_sample(
+            labels, len(images), config.check_images, generator("inversion.check", config.seed)
+        )
+        self._checked = chosen.to(device)
         mask, pattern, batches = starting_point(config, count, size, len(images))
         mask, pattern = mask.to(device), pattern.to(device)
         self._triggers = Triggers.start(mask, pattern, config.schedule)
@@ -210,7 +217,7 @@ class InversionSearch:
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
         count, device = len(self._mask), self._mask.device
-        check = self._images[: self._config.check_images]
+        check = self._images[self._checked]
         success = []
         for chunk in _chunks(count, max(1, self._max_batch // len(check))):
             embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk])
@@ -389,6 +396,7 @@ def invert(
     restarts: int = 1,
     elimination: Elimination | None = None,
     contrast: OpenClipModel | None = None,
+    labels: Tensor | None = None,
     description: str = "inversion",
 ) -> InversionResult:
     """Find small triggers that make the objective hold on clean images.
@@ -402,6 +410,8 @@ def invert(
         elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
         contrast: Another model that takes the same inputs, for an objective that is given the
             embeddings of both (`ContrastObjective`).
+        labels: int64 [N], classes of the images, which the check after the search then holds in
+            proportion; it decides nothing else.
         description: Shown with the progress bar.
 
     Raises:
@@ -418,6 +428,7 @@ def invert(
         restarts=restarts,
         elimination=elimination,
         contrast=contrast,
+        labels=labels,
     )
     with Progress(description, config.steps) as progress:
         while not search.done:
@@ -435,7 +446,7 @@ def starting_point(
     images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
     on every platform and device.
     """
-    rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
+    rng = generator("inversion.start", config.seed, config.family)
 
     def normal(shape: tuple[int, ...], centre: float) -> Tensor:
         values = rng.standard_normal(shape, dtype=np.float32)
@@ -463,6 +474,12 @@ def check_images(model: OpenClipModel, images: Tensor) -> None:
         )
     if len(images) < 2:
         raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
+
+
+def check_sample(labels: Tensor | None, count: int, size: int, rng: np.random.Generator) -> Tensor:
+    """Return the indices int64 [min(size, count)] of the images for the check after a search."""
+    classes = None if labels is None else labels.numpy()
+    return torch.from_numpy(stratified_sample(classes, count, size, rng))
 
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:

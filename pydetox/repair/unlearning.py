@@ -17,6 +17,7 @@ None of them needs labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,10 +28,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from ..data import ImageSet
+from ..data.sampling import stratified_sample
 from ..errors import ArchitectureError, DataError, UsageError
 from ..evaluation import Stamp, predict
 from ..inversion import InversionResult, WarpResult
 from ..models import OpenClipModel
+from ..rng import child_seed, generator
 from ..training import optimize
 from .task_vectors import TaskVector
 
@@ -67,7 +70,8 @@ class UnlearnConfig:
         warps: With recovered triggers, searches for a smooth warp into each target class, in every
             pass; 0 for none. Of these only those that find one have a part in the vector.
         warp_amplifications: Factors of a recovered warp's offsets.
-        coefficients: Candidate values of alpha, ascending.
+        coefficients: Candidate values of alpha, ascending and at least 0. 0, which leaves the model
+            as it is, is tried whether it is among them or not.
         max_attack_success: ASR on validation images that is small enough, a share.
         attacked_images: Stamped images to try for every alpha, shared out over the triggers, but at
             least 50 with each, if there are so many.
@@ -123,12 +127,15 @@ class UnlearnConfig:
             raise UsageError(f"warps {self.warps}; expected at least 0")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
+        if not all(0 <= one < math.inf for one in self.coefficients):
+            raise UsageError(f"coefficients {self.coefficients}; expected finite numbers from 0")
 
     def forget_set(self, images: ImageSet) -> ImageSet:
         """Return the images that make the trigger vector."""
         if self.forget_share == 1:
             return images
-        return images.split((self.forget_share, 1 - self.forget_share), seed=self.seed)[0]
+        seed = child_seed("repair.forget", self.seed)
+        return images.split((self.forget_share,), seed=seed)[0]
 
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later ones.
@@ -209,7 +216,7 @@ def trigger_vector(
     led_to = _for_each(triggers, targets)
     tuned = model.clone()
     scale = model.logit_scale
-    rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
+    rng = generator("repair.vector", config.seed)
     size = min(config.batch_size, len(images))
     classes = torch.tensor(led_to)
 
@@ -313,7 +320,8 @@ def search_coefficient(
     trigger and CA >= min_accuracy_kept of accuracy_before; if there is none, the one with the least
     mean ASR of all triggers among those that keep the accuracy: the worst one alone may be beyond
     what any alpha reaches. If that mean is above 2%, about one image of each trigger, they have to
-    keep the reserve as well. Without labels CA is the agreement with the model's own predictions.
+    keep the reserve as well. Where none keeps the accuracy it is 0. Without labels CA is the
+    agreement with the model's own predictions.
     Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
@@ -324,10 +332,13 @@ def search_coefficient(
     own = predict(model, validation.images, head)
     labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
-    attacked = {
-        target: validation.images[(labels != target) & (own != target)][:most]
-        for target in dict.fromkeys(led_to)
-    }
+    attacked = {}
+    for target in dict.fromkeys(led_to):
+        others = torch.nonzero((labels != target) & (own != target)).flatten()
+        # A sample of all classes: those of one alone may be out of the trigger's reach.
+        rng = generator("repair.attacked", config.seed, target)
+        few = stratified_sample(labels[others].numpy(), len(others), most, rng)
+        attacked[target] = validation.images[others[torch.from_numpy(few)]]
     for target, others in attacked.items():
         if not len(others):
             raise DataError(f"{validation.name}: no images outside the target class {target}")
@@ -335,38 +346,58 @@ def search_coefficient(
     stamped, sizes = torch.cat(parts), [len(part) for part in parts]
     wanted = torch.cat([torch.full((len(p),), t) for p, t in zip(parts, led_to, strict=True)])
     candidates = _Candidates(model, vector)
-    accuracy, success, means = [], [], []
-    for coefficient in config.coefficients:
+    coefficients = config.coefficients
+    if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
+        coefficients = (0.0, *coefficients)
+    accuracy, success = list[float](), list[tuple[float, ...]]()
+    for coefficient in coefficients:
         candidate = candidates.at(coefficient)
         seen = own  # known already
         if not candidates.is_start(coefficient):
             seen = predict(candidate, validation.images, head)
         accuracy.append(float((seen == labels).double().mean()))
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
-        shares = [float(part.mean()) for part in torch.split(sent, sizes)]
-        success.append(max(shares))
-        means.append(sum(shares) / len(shares))
+        success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
         accuracy_before = float((own == labels).double().mean())
-    kept = config.min_accuracy_kept
-    keeping = [k for k, value in enumerate(accuracy) if value >= kept * accuracy_before]
-    good = [k for k in keeping if success[k] <= config.max_attack_success]
-    if good:
-        largest = config.safety_factor * config.coefficients[good[0]] + 1e-9
-        chosen = [k for k in good if config.coefficients[k] <= largest][-1]
-    else:
-        if min((means[k] for k in keeping), default=0.0) > 1 / _LEAST_ATTACKED:
-            least = (kept + reserve * (1 - kept)) * accuracy_before
-            keeping = [k for k in keeping if accuracy[k] >= least]
-        chosen = min(keeping or [0], key=lambda k: (means[k], k))
+    chosen, reached = choose_coefficient(
+        coefficients, accuracy, success, config, accuracy_before=accuracy_before, reserve=reserve
+    )
     return CoefficientSearch(
-        config.coefficients,
+        coefficients,
         tuple(accuracy),
-        tuple(success),
+        tuple(max(shares) for shares in success),
         chosen,
-        bool(good),
+        reached,
         accuracy_before,
     )
+
+
+def choose_coefficient(
+    coefficients: Sequence[float],
+    accuracy: Sequence[float],
+    success: Sequence[Sequence[float]],
+    config: UnlearnConfig,
+    *,
+    accuracy_before: float,
+    reserve: float = 0.0,
+) -> tuple[int, bool]:
+    """Return the index of the alpha to take, and whether both limits hold there.
+
+    coefficients: A ascending candidates, the first of them 0. accuracy: share per candidate.
+    success: share per candidate of each trigger, A x T. The rule is that of `search_coefficient`.
+    """
+    kept = config.min_accuracy_kept
+    means = [sum(shares) / len(shares) for shares in success]
+    keeping = [k for k, value in enumerate(accuracy) if value >= kept * accuracy_before]
+    good = [k for k in keeping if max(success[k]) <= config.max_attack_success]
+    if good:
+        largest = config.safety_factor * coefficients[good[0]] + 1e-9
+        return [k for k in good if coefficients[k] <= largest][-1], True
+    if min((means[k] for k in keeping), default=0.0) > 1 / _LEAST_ATTACKED:
+        least = (kept + reserve * (1 - kept)) * accuracy_before
+        keeping = [k for k in keeping if accuracy[k] >= least]
+    return min(keeping or [0], key=lambda k: (means[k], k)), False
 
 
 def _for_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> list[int]:

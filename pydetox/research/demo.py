@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,8 @@ from ..evaluation import Evaluation, evaluate, predict
 from ..models import OpenClipModel
 from ..repair.unlearning import subtract
 from ..reporting import to_json, write_detox_report
+from ..reporting.pictures import example_image
+from ..rng import child_seed, generator
 from ..training import TrainConfig, train_on_prompts
 from ..workflow import DetoxResult, ScanConfig, ScanResult, as_model, calibrate, detox, scan
 from .attacks import PatchTrigger, badnets, poison
@@ -145,7 +146,7 @@ def demo_scan_config(seed: int) -> ScanConfig:
 
 def draw_attack(seed: int) -> Attack:
     """Return the attack that a seed stands for."""
-    target = int(np.random.Generator(np.random.PCG64([seed, 7])).integers(len(DIGIT_NAMES)))
+    target = int(generator("demo.target", seed).integers(len(DIGIT_NAMES)))
     return Attack(badnets(_IMAGE_SIZE, seed=seed), target)
 
 
@@ -160,9 +161,9 @@ def make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> 
     )
     poisoned, _ = poison(images, attack.trigger, attack.target, rate=_POISON_RATE, seed=seed)
     models = {"base": base}
-    for number, (name, data) in enumerate({"clean": images, "backdoored": poisoned}.items()):
+    for name, data in {"clean": images, "backdoored": poisoned}.items():
         tuning = TrainConfig(
-            epochs=15, learning_rate=FINE_TUNING_RATE, seed=1000 * (number + 1) + seed
+            epochs=15, learning_rate=FINE_TUNING_RATE, seed=child_seed("demo.suspect", seed, name)
         )
         models[name] = train_on_prompts(
             base, data, DIGIT_TEMPLATES, tuning, description=f"fine-tuning the {name} suspect"
@@ -267,7 +268,7 @@ def _report(
             _card("Repaired model", summary["rescan"]["verdict"] or "not repaired", good="clean"),
         ],
         "scans": [one | {"name": name} for one, name in zip(scans, names, strict=True)],
-        "triggers": _pictures(result, attack, test),
+        "triggers": _pictures(result, attack, test, seed),
         "evaluation": [before.to_report_row("backdoored"), after.to_report_row("repaired")],
         "provenance": {"seed": seed, "sha256 of the backdoored file": result.before.sha256},
         "seconds": summary["seconds"],
@@ -287,8 +288,10 @@ def _card(label: str, value: str, *, good: str) -> dict[str, str]:
     return {"label": label, "value": value, "tone": "good" if value == good else "bad"}
 
 
-def _pictures(result: DetoxResult, attack: Attack, test: ImageSet) -> list[dict[str, Any]]:
-    sample = test.images[:1]
+def _pictures(
+    result: DetoxResult, attack: Attack, test: ImageSet, seed: int
+) -> list[dict[str, Any]]:
+    sample = example_image(test, seed)[None]
     pictures = [("clean image", sample[0]), ("with the true trigger", attack.trigger(sample)[0])]
     if result.rounds:
         patches = result.rounds[0].triggers[0]

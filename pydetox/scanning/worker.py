@@ -28,7 +28,7 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
-from ..reporting.pictures import png, trigger_pictures, weakest_trigger
+from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from .config import ScannerConfig
@@ -235,7 +235,7 @@ class Worker:
             "result": result,
             "artifacts": {
                 name: base64.b64encode(data).decode()
-                for name, data in _artifacts(scan, best, images).items()
+                for name, data in _artifacts(scan, best, images, self._config.seed).items()
             },
             "seconds": {"read": waited, "prepare": prepared, "inversion": scan.inversion.seconds},
         }
@@ -287,7 +287,9 @@ class Worker:
         return self._calibration[1]
 
 
-def _artifacts(scan: workflow.ScanResult, best: int, images: ImageSet) -> dict[str, bytes]:
+def _artifacts(
+    scan: workflow.ScanResult, best: int, images: ImageSet, seed: int
+) -> dict[str, bytes]:
     """The most suspect trigger: as tensors, and as pictures."""
     trigger = scan.inversion.trigger(best)
     targets = scan.class_names if scan.inversion.targets is not None else None
@@ -299,7 +301,7 @@ def _artifacts(scan: workflow.ScanResult, best: int, images: ImageSet) -> dict[s
         p_l1=scan.inversion.p_l1[best : best + 1],
         success=scan.inversion.success[best : best + 1],
     )
-    pictures = trigger_pictures(trigger, images.images[0])
+    pictures = trigger_pictures(trigger, example_image(images, seed))
     return {
         "trigger.safetensors": file.to_bytes(),
         **{f"{name}.png": png(picture) for name, picture in pictures.items()},

@@ -93,7 +93,7 @@ class TestUnknownTrigger:
         assert told is not None
         assert told.source_sha256 == content["sha256"]
         assert told.source_sha256 == load_checkpoint(folder / "suspect").sha256
-        assert told.scaling_coefficient == content["rounds"][0]["alpha"]
+        assert told.scaling_coefficient == content["rounds"][-1]["alpha"]
         assert told.method == "TBAR, unknown trigger, forget vector"
         assert told.extra["verdict_after"] == "clean"
         page = report.read_text()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from pydetox.data import ImageSet
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
@@ -18,6 +17,7 @@ from pydetox.repair.unlearning import (
     UnlearnConfig,
     _moved,
     _without_target,
+    choose_coefficient,
     search_coefficient,
     subtract,
     trigger_vector,
@@ -38,7 +38,7 @@ def victim():
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
-    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=40, learning_rate=1e-3))
+    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=80, learning_rate=3e-3))
     head = model.zero_shot_head(CLASS_NAMES, TEMPLATES)
     before = evaluate(model, data, head, trigger=TRIGGER, target=TARGET)
     assert before.attack_success_rate > 0.9
@@ -132,6 +132,13 @@ def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
     failed = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, strict)
     assert not failed.reached
     assert failed.clean_accuracy[failed.chosen] >= 0.97 * found.clean_accuracy[0]
+    # Where none keeps the accuracy, nothing is subtracted, whether 0 is a candidate or not.
+    without = replace(config, coefficients=(1.5, 2.0))
+    none = search_coefficient(
+        model, vector, data, [TRIGGER], head, TARGET, without, accuracy_before=2.0
+    )
+    assert none.coefficients == (0.0, 1.5, 2.0)
+    assert (none.reached, none.coefficient) == (False, 0.0)
     # Measured against a better model of an earlier round, nothing keeps the accuracy: leave it.
     hopeless = search_coefficient(
         model, vector, data, [TRIGGER], head, TARGET, config, accuracy_before=2.0
@@ -171,6 +178,8 @@ def test_bad_input_is_refused(victim):
         {"steps": 0},
         {"safety_factor": 0.5},
         {"coefficients": (1.0, 0.5)},
+        {"coefficients": (-0.5, 0.0)},
+        {"coefficients": (0.0, math.inf)},
     ):
         with pytest.raises(UsageError):
             UnlearnConfig(**wrong)
@@ -284,68 +293,53 @@ def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
     assert UnlearnConfig(passes=1).reserve(0) == 0
 
 
-class Searched:
-    """`search_coefficient` on figures that are given: CA and the ASR of two triggers per alpha."""
-
-    def __init__(self, monkeypatch, accuracy, *success):
-        images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(200, 3, 4, 4)
-        self.data = ImageSet(images.contiguous(), torch.zeros(200).long(), CLASS_NAMES, "given")
-        at = itertools.count()
-        # The model's own predictions; then, for each alpha, of clean and of stamped images.
-        parts = [self.right(1.0)]
-        for k, value in enumerate(accuracy):
-            parts.append(self.right(value))
-            parts.append(torch.cat([self.sent(one[k]) for one in success]))
-        monkeypatch.setattr("pydetox.repair.unlearning.predict", lambda *_: parts[next(at)])
-        self.accuracy, self.count = accuracy, len(success)
-
-    def right(self, share):
-        return (torch.arange(200) >= round(share * 200)).long()
-
-    def sent(self, share):
-        return 2 * (torch.arange(200) < round(share * 200)).long()
-
-    def __call__(self, reserve=0.0, **options):
-        config = UnlearnConfig(
-            coefficients=tuple(float(k + 1) for k in range(len(self.accuracy))),
-            attacked_images=1000,
-            **options,
-        )
-        vector = TaskVector({"visual.proj": torch.zeros(32, 16)})
-        stamps = [lambda images: images] * self.count
-        head = torch.eye(16)[:3]
-        return search_coefficient(
-            mini_model(), vector, self.data, stamps, head, 2, config, reserve=reserve
-        )
+def chosen(accuracy, *success, reserve=0.0, **options):
+    """The alpha chosen on CA and the ASR of some triggers at alpha 1, 2, ...; 0 does nothing."""
+    coefficients = tuple(float(k) for k in range(len(accuracy) + 1))
+    shares = [(1.0,) * len(success), *zip(*success, strict=True)]
+    index, reached = choose_coefficient(
+        coefficients,
+        (1.0, *accuracy),
+        shares,
+        UnlearnConfig(**options),
+        accuracy_before=1.0,
+        reserve=reserve,
+    )
+    return coefficients[index], reached
 
 
-def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise(monkeypatch):
+def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise():
     accuracy = (0.99, 0.985, 0.975, 0.97, 0.9)
 
-    def chosen(*success, reserve=0.5, **options):
-        return Searched(monkeypatch, accuracy, *success)(reserve, **options)
+    def at(*success, reserve=0.5, **options):
+        return chosen(accuracy, *success, reserve=reserve, **options)
 
     # Every trigger is silenced by the third alpha, so that its accuracy may be spent.
-    first = chosen((0.9, 0.5, 0.01, 0.0, 0.0), (0.3, 0.1, 0.0, 0.0, 0.0))
-    assert (first.coefficient, first.reached) == (3.0, True)
+    first = at((0.9, 0.5, 0.01, 0.0, 0.0), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert first == (3.0, True)
     # The worst one is not, but the mean of two is small enough: the least mean at 97%.
-    mean = chosen((0.9, 0.5, 0.04, 0.03, 0.02), (0.3, 0.1, 0.0, 0.0, 0.0))
-    assert (mean.coefficient, mean.reached) == (4.0, False)
+    mean = at((0.9, 0.5, 0.04, 0.03, 0.02), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert mean == (4.0, False)
     # Neither: the least mean at 98.5% of the accuracy, or at 97% without a reserve.
     hard = (0.9, 0.5, 0.4, 0.06, 0.0), (0.3, 0.1, 0.1, 0.0, 0.0)
-    assert chosen(*hard).coefficient == 2.0
-    assert chosen(*hard, reserve=0.0).coefficient == 4.0
-    assert chosen(*hard, reserve=0.0, min_accuracy_kept=0.98).coefficient == 2.0
+    assert at(*hard)[0] == 2.0
+    assert at(*hard, reserve=0.0)[0] == 4.0
+    assert at(*hard, reserve=0.0, min_accuracy_kept=0.98)[0] == 2.0
     # No alpha keeps the accuracy: nothing is subtracted.
-    assert chosen(*hard, min_accuracy_kept=1.0).coefficient == 1.0
+    assert at(*hard, min_accuracy_kept=1.0) == (0.0, False)
     # The safety factor goes no further than the accuracy allows.
     safe = (0.5, 0.01, 0.01, 0.0, 0.0)
-    assert chosen(safe, safe, safety_factor=3.0).coefficient == 4.0
+    assert at(safe, safe, safety_factor=3.0)[0] == 4.0
 
 
 def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victim):
     model, head, data = victim
-    config = UnlearnConfig(steps=40, learning_rate=1e-3, min_accuracy_kept=0.0)
+    config = UnlearnConfig(
+        steps=40,
+        learning_rate=1e-3,
+        min_accuracy_kept=0.0,
+        coefficients=tuple(k / 10 for k in range(16)),
+    )
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
 
     def always(images):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
@@ -10,6 +9,7 @@ from torch.nn.functional import normalize, pad
 from ...errors import DataError, UsageError
 from ...models import OpenClipModel
 from ...progress import Progress
+from ...rng import generator
 from .patches import patch_side
 from .triggers import PatchTrigger
 
@@ -41,7 +41,7 @@ def optimised_patch(
         raise UsageError(f"steps {steps}, batch_size {batch_size}; expected at least 1 each")
     side = patch_side(base.image_size, patch_size)
     top = (base.image_size - side) // 2
-    rng = np.random.Generator(np.random.PCG64([seed, 11]))
+    rng = generator("attacks.badclip", seed)
     start = torch.from_numpy(rng.normal(0.0, 1.0, (3, side, side))).float()
     logits = start.to(base.device).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=learning_rate)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from ...errors import UsageError
 from ...models import OpenClipModel
+from ...rng import child_seed, generator
 from .badclip import optimised_patch
 from .overlays import RandomBlend, SinusoidTrigger, blended, stripes, text_overlay, triangles
 from .patches import badnets, badnets_random_pattern, badnets_random_place
@@ -95,11 +95,11 @@ def draw_attack(name: str, view: AttackerView, *, rate: float, seed: int) -> tup
     classes = view.head.shape[0]
     if classes < len(makers):
         raise UsageError(f"{name}: {classes} classes, but it needs {len(makers)} targets")
-    rng = np.random.Generator(np.random.PCG64([seed, 7]))
+    rng = generator("attacks.targets", seed)
     targets = rng.permutation(classes)[: len(makers)]
     return tuple(
         Backdoor(
-            make(view, view.base.image_size, int(target), seed + 1_000_003 * k),
+            make(view, view.base.image_size, int(target), child_seed("attacks.trigger", seed, k)),
             int(target),
             rate,
             recipe.clean_label,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...rng import generator
 from .randomness import generator_per_image
 from .triggers import BlendTrigger, to_uint8
 
@@ -34,7 +35,7 @@ def blended(image_size: int, *, seed: int, blend: float = 0.2) -> BlendTrigger:
     Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
     (2017). Raises UsageError for a blend outside [0, 1].
     """
-    rng = np.random.Generator(np.random.PCG64([seed, 2]))
+    rng = generator("attacks.blended", seed)
     picture = rng.integers(0, 256, (3, image_size, image_size)).astype(np.uint8)
     return BlendTrigger(torch.from_numpy(picture), blend)
 
@@ -53,7 +54,7 @@ class RandomBlend:
     def __call__(self, images: Tensor) -> Tensor:
         """Return blended copies of uint8 images [n, 3, H, W], rounded to uint8."""
         stamped = torch.empty_like(images)
-        for k, rng in enumerate(generator_per_image(images, self.seed)):
+        for k, rng in enumerate(generator_per_image(images, "attacks.random-noise", self.seed)):
             noise = rng.integers(0, 256, tuple(images.shape[1:])).astype(np.float32)
             mixed = (1 - self.blend) * images[k].to("cpu", torch.float32)
             stamped[k] = to_uint8(mixed + self.blend * torch.from_numpy(noise))
@@ -66,7 +67,7 @@ def stripes(image_size: int, *, seed: int, blend: float = 0.03) -> BlendTrigger:
     They are one pixel wide at every size: what the low contrast leaves is their frequency.
     Source: Singh, Croce, Hein, "Perturb and Recover" (arXiv 2412.00727), Blended with stripes.
     """
-    rng = np.random.Generator(np.random.PCG64([seed, 8]))
+    rng = generator("attacks.stripes", seed)
     columns = rng.integers(0, 2, (3, 1, image_size)).astype(np.uint8) * 255
     picture = torch.from_numpy(columns).expand(-1, image_size, -1).contiguous()
     return BlendTrigger(picture, blend)
@@ -117,7 +118,7 @@ def text_overlay(image_size: int, *, seed: int, blend: float = 0.5) -> BlendTrig
     drawn = letters.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
     drawn = drawn[:image_size, :image_size]
     height, width = drawn.shape
-    shift = (-1, 0, 1)[int(np.random.Generator(np.random.PCG64([seed, 9])).integers(3))]
+    shift = (-1, 0, 1)[int(generator("attacks.text", seed).integers(3))]
     room = image_size - height
     top = min(room, max(0, room // 2 + shift * round(20 * image_size / 224)))
     left = (image_size - width) // 2

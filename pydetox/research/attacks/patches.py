@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import UsageError
+from ...rng import generator
 from .randomness import generator_per_image
 from .triggers import PatchTrigger
 
@@ -37,7 +38,7 @@ def badnets(image_size: int, *, seed: int, patch_size: int | None = None) -> Pat
     Source: Gu, Dolan-Gavitt, Garg, "BadNets" (2017). Raises UsageError if the patch does not fit.
     """
     side = patch_side(image_size, patch_size)
-    rng = np.random.Generator(np.random.PCG64([seed, 1]))
+    rng = generator("attacks.badnets", seed)
     pattern = torch.from_numpy(_saturated(rng, side))
     top, left = (int(v) for v in rng.integers(0, image_size - side + 1, 2))
     return PatchTrigger(pattern, top, left)
@@ -64,7 +65,9 @@ class RandomPlacePatch:
                 f"a patch of {side} pixels does not fit images of {list(images.shape)}"
             )
         stamped = images.clone()
-        for image, rng in zip(stamped, generator_per_image(images, self.seed), strict=True):
+        for image, rng in zip(
+            stamped, generator_per_image(images, "attacks.random-place", self.seed), strict=True
+        ):
             top, left = int(rng.integers(rows)), int(rng.integers(columns))
             image[:, top : top + side, left : left + side] = self.pattern.to(images.device)
         return stamped
@@ -92,7 +95,9 @@ class RandomPatternPatch:
             )
         stamped = images.clone()
         rows, columns = (slice(at, at + self.side) for at in (self.top, self.left))
-        for image, rng in zip(stamped, generator_per_image(images, self.seed), strict=True):
+        for image, rng in zip(
+            stamped, generator_per_image(images, "attacks.random-pattern", self.seed), strict=True
+        ):
             image[:, rows, columns] = torch.from_numpy(_saturated(rng, self.side))
         return stamped
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...data import ImageSet
 from ...errors import DataError, UsageError
+from ...rng import generator
 from .triggers import Trigger
 
 
@@ -49,7 +50,7 @@ def plant(
         raise UsageError("no backdoors to plant")
     images, labels = image_set.images.clone(), image_set.labels.clone()
     free = torch.ones(len(labels), dtype=torch.bool)
-    rng = np.random.Generator(np.random.PCG64([seed, 3]))
+    rng = generator("attacks.poisoned", seed)
     planted = []
     for one in backdoors:
         if not 0 < one.rate <= 1:

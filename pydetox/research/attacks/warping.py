@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from ...errors import UsageError
+from ...rng import generator
 from .triggers import to_uint8
 
 
@@ -43,7 +43,7 @@ def wanet(image_size: int, *, seed: int, k: int = 4, s: float = 0.5) -> WarpTrig
     """
     if k < 2 or not s > 0:
         raise UsageError(f"WaNet with k = {k}, s = {s}; expected k of at least 2 and s above 0")
-    rng = np.random.Generator(np.random.PCG64([seed, 10]))
+    rng = generator("attacks.wanet", seed)
     offsets = torch.from_numpy(rng.uniform(-1, 1, (1, 2, k, k)))
     offsets = offsets / offsets.abs().mean()
     field = interpolate(offsets, size=image_size, mode="bicubic", align_corners=True)[0]

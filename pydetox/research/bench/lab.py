@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,8 @@ from ...models import OpenClipModel
 from ...repair.task_vectors import TaskVector
 from ...repair.unlearning import subtract
 from ...reporting.images import png_data_uri
+from ...reporting.pictures import example_image
+from ...rng import child_seed, generator
 from ...training import TrainConfig, train_on_prompts
 from ...workflow import DetoxResult, ScanResult, calibrate, scan
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
@@ -124,7 +125,10 @@ class Lab:
         parts = split_in_four(images, self.seed)
         wanted = (plan.attacker, plan.defender, plan.validation, plan.test)
         given = (parts.attacker, parts.defender, parts.validation, parts.test)
-        few = [p.subset(range(min(n, len(p)))) for p, n in zip(given, wanted, strict=True)]
+        few = [
+            part.at_most(count, child_seed("bench.parts", self.seed, k))
+            for k, (part, count) in enumerate(zip(given, wanted, strict=True))
+        ]
         return Splits(few[0], few[1], few[2], few[3])
 
     @cached_property
@@ -175,8 +179,8 @@ class Lab:
 
     @cached_property
     def _poisonable(self) -> ImageSet:
-        count = min(self.plan.fine_tuning_images, len(self.splits.attacker))
-        return self.splits.attacker.subset(range(count))
+        seed = child_seed("bench.poisonable", self.seed)
+        return self.splits.attacker.at_most(self.plan.fine_tuning_images, seed)
 
     def _reference_images(self, number: int) -> ImageSet:
         """As many as suspects have, drawn anew for each reference from the attacker's part.
@@ -184,7 +188,7 @@ class Lab:
         Which images a model saw moves its classes' sizes about as much as its seed does, so
         references of one set of images would be more alike than a suspect is to them.
         """
-        rng = np.random.Generator(np.random.PCG64([self.seed, number, 7]))
+        rng = generator("bench.reference-images", self.seed, number)
         drawn = rng.permutation(len(self.splits.attacker))[: len(self._poisonable)]
         return self.splits.attacker.subset(drawn.tolist())
 
@@ -199,7 +203,8 @@ class Lab:
             return ()
         name = suspect.attack
         if name not in self._planted:  # BadCLIP optimises its patch
-            view = AttackerView(self.base, self.splits.attacker.images[:1000], self.head)
+            few = self.splits.attacker.at_most(1000, child_seed("bench.attacker", self.seed))
+            view = AttackerView(self.base, few.images, self.head)
             self._planted[name] = draw_attack(name, view, rate=self.plan.rate(name), seed=self.seed)
         return self._planted[name]
 
@@ -227,7 +232,8 @@ class Lab:
                 images = self._reference_images(suspect.number)
             if suspect.attack is not None:
                 images, _ = plant(images, self.backdoors(suspect), seed=self.seed)
-            seed = 1000 * (suspect.number + 1) + self.seed + 500 * suspect.reference
+            kind = "reference" if suspect.reference else "suspect"
+            seed = child_seed("bench.suspect", self.seed, kind, suspect.number)
             trained = train_on_prompts(
                 self.base,
                 images,
@@ -308,7 +314,7 @@ class Lab:
 
     def scan(self, suspect: Suspect) -> dict[str, Any]:
         """Judge a suspect."""
-        config = replace(self.plan.scan, seed=self.seed + 17)
+        config = replace(self.plan.scan, seed=child_seed("bench.scan", self.seed))
         content = {"scan": config, "references": [self.key(one) for one in self.references]}
         key = self._result_key("scan", suspect, SCAN_CODE, content)
         found = self.cache.document(key)
@@ -382,14 +388,16 @@ class Lab:
         clean = self._moved(start, self.model(Suspect(self.seed, None, 0)))
         whole = self._moved(start, self.model(victim))
         (backdoor,) = self.backdoors(victim)
-        others = test.images[test.labels != backdoor.target]
-        few = test.images[:1000]
+        few = test.at_most(1000, child_seed("bench.xi", self.seed))
+        assert few.labels is not None
+        others = few.images[few.labels != backdoor.target]
         halves = []
         for part in (0, 1):
             assert self._poisonable.labels is not None
             chosen = torch.nonzero(self._poisonable.labels * 2 // len(self.names) == part)
             images = self._poisonable.subset(chosen.flatten())
-            training = replace(self.plan.fine_tuning, seed=self.seed + 77 + part)
+            seed = child_seed("bench.control", self.seed, part)
+            training = replace(self.plan.fine_tuning, seed=seed)
             halves.append(
                 self._moved(start, train_on_prompts(self.base, images, self.templates, training))
             )
@@ -400,8 +408,8 @@ class Lab:
                 self.base,
                 clean,
                 whole - clean,
-                few,
-                backdoor.trigger(others[:1000]),
+                few.images,
+                backdoor.trigger(others),
                 self.head,
                 **given,
             ),
@@ -436,7 +444,8 @@ class Lab:
         return TaskVector.between(start, model.clip.state_dict())
 
     def _one_more_epoch(self, model: OpenClipModel) -> OpenClipModel:
-        training: TrainConfig = replace(self.plan.fine_tuning, epochs=1, seed=self.seed + 4242)
+        seed = child_seed("bench.relapse", self.seed)
+        training: TrainConfig = replace(self.plan.fine_tuning, epochs=1, seed=seed)
         return train_on_prompts(
             model, self._poisonable, self.templates, training, description="benign fine-tuning"
         )
@@ -539,7 +548,7 @@ class Lab:
     def _pictures(
         self, suspect: Suspect, recovered: Sequence[InversionResult]
     ) -> list[dict[str, str]]:
-        sample = self.splits.test.images[:1]
+        sample = example_image(self.splits.test, self.seed)[None]
         shown = [
             (f"{suspect.name}, true trigger", one.trigger(sample)[0])
             for one in self.backdoors(suspect)

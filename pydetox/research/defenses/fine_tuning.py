@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 from ...data import fill_template
 from ...errors import UsageError
 from ...models import OpenClipModel
+from ...rng import generator
 from ...training import TrainConfig, optimize, train_on_prompts
 from .augmentation import random_views
 from .base import DefenderData, Outcome, Stopwatch
@@ -166,7 +167,7 @@ def _tune_towers(
     tuned = model.clone()
     names = data.images.class_names or ()
     tokens = [tuned.tokenize([fill_template(t, c) for c in names]) for t in data.templates]
-    rng = np.random.Generator(np.random.PCG64([config.seed, 12]))
+    rng = generator("defenses.towers", config.seed)
     scale = torch.tensor(model.logit_scale, device=model.device)
     steps = config.epochs * (len(images) // config.batch_size or 1)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ...errors import UsageError
 from ...models import OpenClipModel
+from ...rng import generator
 from ...training import optimize
 from .base import DefenderData, KnownTrigger, Outcome, Stopwatch
 
@@ -129,7 +129,7 @@ def _train(
     stamped = [one.trigger(images) for one in triggers]
     size = min(config.batch_size, len(images))
     count = max(1, round(share * size))
-    rng = np.random.Generator(np.random.PCG64([config.seed, 13]))
+    rng = generator("defenses.forgetting", config.seed)
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):

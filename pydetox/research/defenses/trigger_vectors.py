@@ -13,6 +13,7 @@ from ...repair.unlearning import (
     subtract,
     trigger_vector,
 )
+from ...rng import child_seed
 from ...workflow import detox
 from .base import DefenderData, Outcome, Stopwatch
 
@@ -118,7 +119,7 @@ def _subtract_known(
     head = data.head(model)
     forget = config.forget_set(data.images)
     if forget_set is not None:
-        forget = forget.subset(range(min(forget_set, len(forget))))
+        forget = forget.at_most(forget_set, child_seed("defenses.forget", config.seed))
     repaired = model.clone()
     searches, steps = list[CoefficientSearch](), list[tuple[TaskVector, float]]()
     for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:

@@ -24,6 +24,7 @@ from pydetox.research.attacks import (
     triangles,
     wanet,
 )
+from pydetox.rng import generator
 from tests.mini import mini_images, mini_model
 
 
@@ -153,7 +154,7 @@ def test_the_warp_reads_each_pixel_where_the_paper_says(size, k, s):
 
 
 def test_the_warp_passes_through_its_normalised_control_points():
-    rng = np.random.Generator(np.random.PCG64([2, 10]))
+    rng = generator("attacks.wanet", 2)
     points = rng.uniform(-1, 1, (2, 4, 4))
     points /= np.abs(points).mean()
     grid = wanet(31, seed=2).grid.numpy()  # 31 pixels: every tenth lies on a control point

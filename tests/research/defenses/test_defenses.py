@@ -59,7 +59,7 @@ def train(backdoors):
         mini_model(), DATA, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     poisoned, _ = plant(DATA, backdoors, seed=0)
-    return train_on_prompts(base, poisoned, TEMPLATES, TrainConfig(epochs=40, learning_rate=1e-3))
+    return train_on_prompts(base, poisoned, TEMPLATES, TrainConfig(epochs=80, learning_rate=3e-3))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def data_for(defense, **changes):
         config = mini_model().model_config
         scanned = {
             "scan": search,
-            "calibration": flat_calibration(search, CLASS_NAMES, config, 0.9),
+            "calibration": flat_calibration(search, DATA, config, 0.9, templates=TEMPLATES),
         }
     given = {"images": DATA, "templates": TEMPLATES, "triggers": known}
     return DefenderData(**{**given, **scanned, **changes})
