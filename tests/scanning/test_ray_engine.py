@@ -156,7 +156,8 @@ def test_a_worker_killed_for_memory_costs_its_checkpoint_only(monkeypatch, confi
 
 
 @pytest.mark.parametrize(
-    ("name", "args"), [("WorkerCrashedError", ()), ("ActorDiedError", ()), ("NodeDiedError", ("x",))]
+    ("name", "args"),
+    [("WorkerCrashedError", ()), ("ActorDiedError", ()), ("NodeDiedError", ("x",))],
 )
 def test_other_deaths_cost_two_attempts(monkeypatch, config, name, args):
     error = getattr(pytest.importorskip("ray").exceptions, name)(*args)
