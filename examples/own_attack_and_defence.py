@@ -1,6 +1,6 @@
 """Plant a trigger of your own, and try a defence of your own against it.
 
-    python examples/own_attack_and_defence.py
+python examples/own_attack_and_defence.py
 """
 
 from __future__ import annotations

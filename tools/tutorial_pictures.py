@@ -29,8 +29,9 @@ def light_style() -> str:
     """Return the report's style sheet with the light colours in the place of its variables."""
     css = (ROOT / "pydetox/reporting/style.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]+)", css.split("@media")[0]))
-    rules = re.findall(r"^(?:svg|\.chart)[^{}]*\{[^}]*\}", css, re.MULTILINE)
-    style = "\n".join(rule.replace(".chart ", "") for rule in rules)
+    parts = r"^(?:svg |\.(?:grid|axis|marked|line|mark|bar|reference|threshold)\b).*$"
+    rules = re.findall(parts, css, re.MULTILINE)
+    style = "\n".join(["svg { font-family: system-ui, sans-serif; }", *rules])
     return re.sub(r"var\((--[\w-]+)\)", lambda match: colours[match[1]], style)
 
 
