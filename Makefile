@@ -105,7 +105,7 @@ format: $(dev)
 
 # Reads the sources and imports the command line alone: neither torch nor the native build.
 docs: $(site)
-	$(python) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 	echo "the site: build/site/index.html"
 
 wheel-check: $(ready)

@@ -854,7 +854,8 @@ def detox(
         architecture: As in `scan`.
 
     Raises:
-        What `scan` raises; OutputError before any work when `output` cannot be written.
+        PydetoxError: All that `scan` raises.
+        OutputError: `output` cannot be written; raised before any work.
     """
     config, unlearning = config or ScanConfig(), unlearning or UnlearnConfig()
     images = images.in_content_order()
