@@ -9,6 +9,7 @@ than here are refused. Whatever else an allowed name makes is an
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import Final
 
 from pydetox.checkpoints.index import (
@@ -224,7 +225,8 @@ def check_state(state: object, of: str) -> None:
         if not isinstance(part, Mapping):
             raise CheckpointError(f"its pickle is damaged: the state of {of} is {describe(part)}")
         for key, value in part.pairs:
-            if type(key) is not str or key.startswith("__") or key in TENSOR_FIELDS:
+            method = type(key) is str and hasattr(OrderedDict, key)
+            if type(key) is not str or key.startswith("__") or key in TENSOR_FIELDS or method:
                 shown = quote(key) if type(key) is str else describe(key)
                 raise UnsafeCheckpointError(
                     f"its pickle sets the attribute {shown} of {of}, which changes what it holds"

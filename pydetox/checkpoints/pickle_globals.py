@@ -54,11 +54,11 @@ DTYPES: Final = {f"torch.{name}": name for name in ITEM_SIZES}
 # Names that harmless checkpoints hold beside tensors (numpy scalars, option objects, sparse or
 # quantised tensors). None of them can run a command whoever unpickles them; here they become an
 # `Opaque` and are never looked up.
-_NUMPY_SCALARS: Final = (
+_NUMPY_SCALARS: Final = (  # noqa: SIM905
     "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
     "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64 void object_"
 ).split()
-_NUMPY_DTYPES: Final = (
+_NUMPY_DTYPES: Final = (  # noqa: SIM905
     "Bool Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 LongDouble "
     "Complex64 Complex128 Str Bytes DateTime64 TimeDelta64 Void Object"
 ).split()
@@ -160,11 +160,11 @@ _STDLIB_OF_OTHERS: Final = frozenset(
     """
     __phello__ _aix_support _android_support _apple_support _ast_unparse _blake2 _bootsubprocess
     _collections_abc _colorize _compat_pickle _crypt _datetime _hmac _interpchannels _interpqueues
-    _interpreters _ios_support _md5 _missing_stdlib_info _msi _opcode_metadata _py_warnings _pydatetime
-    _pylong _pyrepl _remote_debugging _sha1 _sha2 _sha256 _sha512 _suggestions _sysconfig
+    _interpreters _ios_support _md5 _missing_stdlib_info _msi _opcode_metadata _py_warnings
+    _pydatetime _pylong _pyrepl _remote_debugging _sha1 _sha2 _sha256 _sha512 _suggestions _sysconfig
     _testexternalinspection _types _wmi _zstd annotationlib compression string.templatelib tomllib
-    aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils formatter imghdr imp lib2to3
-    macpath mailcap msilib nis nntplib ossaudiodev parser pipes smtpd sndhdr spwd sunau symbol
+    aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils formatter imghdr imp
+    lib2to3 macpath mailcap msilib nis nntplib ossaudiodev parser pipes smtpd sndhdr spwd sunau symbol
     telnetlib uu xdrlib
     AL BaseHTTPServer Bastion CGIHTTPServer Carbon ColorPicker ConfigParser Cookie DEVICE Dialog
     DocXMLRPCServer EasyDialogs FileDialog FL FrameWork GL HTMLParser MacOS MimeWriter Nav Queue

@@ -137,7 +137,7 @@ def _check_names(members: MappingType[str, Span], root: str) -> None:
             raise UnsafeCheckpointError(
                 f"record {quote(member)}: torch finds it as {quote(lower)} as well"
             )
-        if record in _TORCHSCRIPT_RECORDS:
+        if record in _TORCHSCRIPT_RECORDS or record.startswith("code/"):
             raise CheckpointError(TORCHSCRIPT)
 
 

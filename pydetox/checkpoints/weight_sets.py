@@ -82,7 +82,7 @@ def _entries(root: Mapping, findings: Findings) -> dict[str, object]:
     entries: dict[str, object] = {}
     for key, value in root.pairs:
         if type(key) is str:
-            if key in entries:
+            if key in entries and not isinstance(value, PickledTensor):
                 findings.add(
                     "duplicate-key", f"entry {quote(key)}: is there twice; the last one counts"
                 )
@@ -105,9 +105,10 @@ def _candidates(root: Mapping, entries: dict[str, object]) -> Iterator[tuple[str
             yield key, value
         elif not seen:
             for name, nested in value.pairs:
-                if type(name) is str and isinstance(nested, Mapping):
-                    if _holds_tensors(nested, known):
-                        yield f"{key}/{name}", nested
+                if type(name) is not str or not isinstance(nested, Mapping):
+                    continue
+                if _holds_tensors(nested, known):
+                    yield f"{key}/{name}", nested
 
 
 def _holds_tensors(mapping: Mapping, known: dict[int, bool]) -> bool:

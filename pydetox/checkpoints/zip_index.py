@@ -94,7 +94,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
 
 
 def _check_unlike(name: str, spellings: dict[bytes, str]) -> None:
-    """Refuse two records that torch's reader takes for one: it ignores the case of ASCII letters."""
+    """Refuse two records that torch takes for one: it ignores the case of ASCII letters."""
     other = spellings.setdefault(name.encode().lower(), name)
     if other != name:
         raise UnsafeCheckpointError(
