@@ -16,6 +16,10 @@ from pydetox.errors import CheckpointError
 # Where training scripts keep the weights, most common first; open_clip writes "state_dict",
 # DeepSpeed "module".
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module")
+# Where some loader looks for weights: what differs there is never another matter.
+_LOADERS_KEYS = frozenset(
+    {*_USUAL_KEYS, "state_dict_ema", "model_ema", "ema_state_dict", "ema", "model_ema_state_dict"}
+)
 # Wrappers (DistributedDataParallel, torch.compile) put these in front of every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 #: How a user names the dictionary that the pickle holds, rather than one in it.
@@ -53,8 +57,10 @@ def choose_weights(
     mapping = candidates[chosen]
     tensors = _tensors(mapping, findings)
     if weights_key is None:
+        # Without a "state_dict", open_clip takes the root, whatever is nested in it.
+        loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
         for other, rival in candidates.items():
-            if other != chosen and _rivals(tensors, rival):
+            if other != chosen and _rivals(tensors, rival, everywhere=other in loaders):
                 findings.add(
                     "several-weights",
                     f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} has "
@@ -179,18 +185,25 @@ def _tensors(mapping: Mapping, findings: Findings) -> dict[str, PickledTensor]:
     return found
 
 
-def _rivals(tensors: dict[str, PickledTensor], other: Mapping) -> bool:
-    """Whether another dictionary has, under a name of the weights, something else than they do."""
+def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bool) -> bool:
+    """Whether another dictionary has, under a name of the weights, something else than they do.
+
+    ``everywhere``: whether any other name is a difference as well.
+    """
     ours = {_bare(name): tensor for name, tensor in tensors.items()}
+    seen = set()
     for key, value in other.pairs:
-        mine = ours.get(_bare(key)) if type(key) is str else None
-        if mine is None or value == mine:
+        if type(key) is not str:
+            continue
+        mine = ours.get(_bare(key))
+        seen.add(_bare(key))
+        if value == mine or (mine is None and not everywhere):
             continue
         if isinstance(value, PickledTensor) or (
             isinstance(value, Opaque) and (value.name.startswith("torch.") or not value.known)
         ):
             return True
-    return False
+    return everywhere and seen != ours.keys()
 
 
 def _bare(name: str) -> str:
