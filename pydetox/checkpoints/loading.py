@@ -87,6 +87,7 @@ def load_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     allow_nonfinite: bool = False,
+    weights_key: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint without executing anything in it.
 
@@ -99,6 +100,8 @@ def load_checkpoint(
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
         allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
+        weights_key: Of a pickled checkpoint with several sets of weights: the key of the one that
+            is meant, with slashes between nested ones, ``"."`` for the outermost dictionary.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.
@@ -111,7 +114,7 @@ def load_checkpoint(
     files = _find_files(parsed, cache_dir, offline, read_beside=given is None)
     model_config, preprocess_config = given or (files.model_config, files.preprocess_config)
     try:
-        with open_weights(files.weights) as weights:
+        with open_weights(files.weights, weights_key) as weights:
             _refuse_transformers_names(weights)
             if model_config is None:
                 raise ArchitectureError(

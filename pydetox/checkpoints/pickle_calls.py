@@ -54,7 +54,7 @@ TENSOR_FIELDS: Final = frozenset(
     grad_dtype grad_fn imag is_cpu is_cuda is_hpu is_ipu is_leaf is_maia is_meta is_mkldnn is_mps
     is_mtia is_nested is_ort is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu itemsize
     layout mH mT name names nbytes ndim output_nr real requires_grad retains_grad shape volatile
-    """.split()
+    """.split()  # noqa: SIM905
 )
 _REAL: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 _COMPLEX: Final = frozenset({"complex64", "complex128"})

@@ -54,14 +54,14 @@ DTYPES: Final = {f"torch.{name}": name for name in ITEM_SIZES}
 # Names that harmless checkpoints hold beside tensors (numpy scalars, option objects, sparse or
 # quantised tensors). None of them can run a command whoever unpickles them; here they become an
 # `Opaque` and are never looked up.
-_NUMPY_SCALARS: Final = (  # noqa: SIM905
+_NUMPY_SCALARS: Final = (
     "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
     "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64 void object_"
-).split()
-_NUMPY_DTYPES: Final = (  # noqa: SIM905
+).split()  # noqa: SIM905
+_NUMPY_DTYPES: Final = (
     "Bool Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 LongDouble "
     "Complex64 Complex128 Str Bytes DateTime64 TimeDelta64 Void Object"
-).split()
+).split()  # noqa: SIM905
 _BIT_GENERATORS: Final = {
     "_mt19937": "MT19937",
     "_pcg64": "PCG64",
@@ -178,7 +178,7 @@ _STDLIB_OF_OTHERS: Final = frozenset(
     rfc822 repr rgbimg robotparser sets sgmllib sha sre statvfs stringold strop sunaudio test thread
     tkColorChooser tkCommonDialog tkFileDialog tkFont tkMessageBox tkSimpleDialog toaiff ttk urllib2
     urlparse user videoreader whichdb xmllib xmlrpclib
-    """.split()
+    """.split()  # noqa: SIM905
 )
 # Packages in which everything that harmless checkpoints use is on the list above; what else they
 # have can run code.

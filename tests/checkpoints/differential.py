@@ -1,9 +1,9 @@
 """Differential fuzzing: what pydetox accepts, every loader reads as the same weights.
 
 Pickles and archives are built by a grammar, not by mutation. Each case is read by pydetox; what it
-accepts without an ambiguity is read by `torch.load(weights_only=True)`, the same with a mapped file,
-CPython's unpickler with inert stubs, and unwrapped by the loaders of open_clip and timm and as a
-plain `checkpoint["state_dict"]`. Any other tensor is a disagreement. From the command line:
+accepts without an ambiguity is read by `torch.load(weights_only=True)`, the same with a mapped
+file, CPython's unpickler with inert stubs, and unwrapped by the loaders of open_clip and timm and as
+a plain `checkpoint["state_dict"]`. Any other tensor is a disagreement. From the command line:
 
     python -m tests.checkpoints.differential --cases 100000
 """
@@ -349,7 +349,7 @@ def _unwrapped(name: str, loaded: object, path: Path) -> Iterator[tuple[str, obj
         for loader, unwrap in unwraps:
             try:
                 yield f"{loader} of {name}", unwrap()
-            except Exception:  # noqa: BLE001, S112
+            except Exception:  # noqa: BLE001
                 continue
     if isinstance(loaded, dict) and "state_dict" in loaded:
         yield f"state_dict of {name}", loaded["state_dict"]

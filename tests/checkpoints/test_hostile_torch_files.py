@@ -231,16 +231,12 @@ def test_deep_nesting(write_pt: Callable[..., Path]) -> None:
     count = 100_000
     refuse(write_pt(b"\x80\x02)" + b"\x85" * count + b"."), "holds a tuple", CheckpointError)
     # As a key it would have to be hashed, recursively and in C.
-    refuse(
-        write_pt(b"\x80\x02})" + b"\x85" * count + b"Ns."), "name is a tuple", CheckpointError
-    )
+    refuse(write_pt(b"\x80\x02})" + b"\x85" * count + b"Ns."), "name is a tuple", CheckpointError)
 
 
 def test_quadratic_growth_stays_linear(write_pt: Callable[..., Path]) -> None:
     # A list of two references to a list of two references to … is 2^N long once somebody walks it.
-    refuse(
-        write_pt(b"\x80\x02]q\0" + b"(h\0h\0e" * 1000 + b"."), "holds a list", CheckpointError
-    )
+    refuse(write_pt(b"\x80\x02]q\0" + b"(h\0h\0e" * 1000 + b"."), "holds a list", CheckpointError)
 
 
 def test_zip_bomb(tmp_path: Path, make_members: Callable[..., list[Any]]) -> None:

@@ -222,7 +222,7 @@ def test_files_of_torch_before_1_6(tmp_path: Path, mini_clip: torch.nn.Module) -
         raw = path.read_bytes()
         for changed in (raw + b"x", raw[:-1]):
             path.write_bytes(changed)
-            with pytest.raises(CheckpointError, match="hidden bytes|truncated"):
+            with pytest.raises(CheckpointError, match=r"hidden bytes|truncated"):
                 read(path)
 
 
