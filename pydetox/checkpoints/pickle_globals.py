@@ -54,14 +54,14 @@ DTYPES: Final = {f"torch.{name}": name for name in ITEM_SIZES}
 # Names that harmless checkpoints hold beside tensors (numpy scalars, option objects, sparse or
 # quantised tensors). None of them can run a command whoever unpickles them; here they become an
 # `Opaque` and are never looked up.
-_NUMPY_SCALARS: Final = (
+_NUMPY_SCALARS: Final = (  # noqa: SIM905
     "bool bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 "
     "longdouble complex64 complex128 str_ bytes_ datetime64 timedelta64 void object_"
-).split()  # noqa: SIM905
-_NUMPY_DTYPES: Final = (
+).split()
+_NUMPY_DTYPES: Final = (  # noqa: SIM905
     "Bool Int8 Int16 Int32 Int64 UInt8 UInt16 UInt32 UInt64 Float16 Float32 Float64 LongDouble "
     "Complex64 Complex128 Str Bytes DateTime64 TimeDelta64 Void Object"
-).split()  # noqa: SIM905
+).split()
 _BIT_GENERATORS: Final = {
     "_mt19937": "MT19937",
     "_pcg64": "PCG64",
@@ -159,25 +159,25 @@ _INERT: Final = frozenset(
 _STDLIB_OF_OTHERS: Final = frozenset(
     """
     __phello__ _aix_support _android_support _apple_support _ast_unparse _blake2 _bootsubprocess
-    _collections_abc _colorize _compat_pickle _crypt _datetime _hmac _interpchannels _interpqueues
-    _interpreters _ios_support _md5 _missing_stdlib_info _msi _opcode_metadata _py_warnings
-    _pydatetime _pylong _pyrepl _remote_debugging _sha1 _sha2 _sha256 _sha512 _suggestions _sysconfig
-    _testexternalinspection _types _wmi _zstd annotationlib compression string.templatelib tomllib
-    aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils formatter imghdr imp
-    lib2to3 macpath mailcap msilib nis nntplib ossaudiodev parser pipes smtpd sndhdr spwd sunau symbol
-    telnetlib uu xdrlib
-    AL BaseHTTPServer Bastion CGIHTTPServer Carbon ColorPicker ConfigParser Cookie DEVICE Dialog
-    DocXMLRPCServer EasyDialogs FileDialog FL FrameWork GL HTMLParser MacOS MimeWriter Nav Queue
-    ScrolledText SimpleDialog SimpleHTTPServer SimpleXMLRPCServer SocketServer StringIO SUNAUDIODEV
-    Tix Tkconstants Tkdnd Tkinter UserDict UserList UserString W __builtin__ _abcoll _winreg
-    aepack aetools al anydbm applesingle autoGIL bsddb buildtools cPickle cStringIO cd commands
-    compiler cookielib copy_reg dbhash dircache dl dumbdbm dummy_thread dummy_threading exceptions
-    fl flp fm fpformat future_builtins gdbm gensuitemodule gl hotshot htmlentitydefs htmllib
-    httplib ic ihooks imageop imgfile imputil itertools jpeg macerrors macostools macresource
-    markupbase md5 mhlib mimetools mimify multifile mutex new os2emxpath popen2 posixfile rexec
-    rfc822 repr rgbimg robotparser sets sgmllib sha sre statvfs stringold strop sunaudio test thread
-    tkColorChooser tkCommonDialog tkFileDialog tkFont tkMessageBox tkSimpleDialog toaiff ttk urllib2
-    urlparse user videoreader whichdb xmllib xmlrpclib
+    _collections_abc _colorize _compat_pickle _crypt _datetime _hmac _interpchannels
+    _interpqueues _interpreters _ios_support _md5 _missing_stdlib_info _msi _opcode_metadata
+    _py_warnings _pydatetime _pylong _pyrepl _remote_debugging _sha1 _sha2 _sha256 _sha512
+    _suggestions _sysconfig _testexternalinspection _types _wmi _zstd annotationlib compression
+    string.templatelib tomllib aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt
+    distutils formatter imghdr imp lib2to3 macpath mailcap msilib nis nntplib ossaudiodev parser
+    pipes smtpd sndhdr spwd sunau symbol telnetlib uu xdrlib AL BaseHTTPServer Bastion
+    CGIHTTPServer Carbon ColorPicker ConfigParser Cookie DEVICE Dialog DocXMLRPCServer
+    EasyDialogs FileDialog FL FrameWork GL HTMLParser MacOS MimeWriter Nav Queue ScrolledText
+    SimpleDialog SimpleHTTPServer SimpleXMLRPCServer SocketServer StringIO SUNAUDIODEV Tix
+    Tkconstants Tkdnd Tkinter UserDict UserList UserString W __builtin__ _abcoll _winreg aepack
+    aetools al anydbm applesingle autoGIL bsddb buildtools cPickle cStringIO cd commands
+    compiler cookielib copy_reg dbhash dircache dl dumbdbm dummy_thread dummy_threading
+    exceptions fl flp fm fpformat future_builtins gdbm gensuitemodule gl hotshot htmlentitydefs
+    htmllib httplib ic ihooks imageop imgfile imputil itertools jpeg macerrors macostools
+    macresource markupbase md5 mhlib mimetools mimify multifile mutex new os2emxpath popen2
+    posixfile rexec rfc822 repr rgbimg robotparser sets sgmllib sha sre statvfs stringold strop
+    sunaudio test thread tkColorChooser tkCommonDialog tkFileDialog tkFont tkMessageBox
+    tkSimpleDialog toaiff ttk urllib2 urlparse user videoreader whichdb xmllib xmlrpclib
     """.split()  # noqa: SIM905
 )
 # Packages in which everything that harmless checkpoints use is on the list above; what else they

@@ -1,9 +1,10 @@
 """Differential fuzzing: what pydetox accepts, every loader reads as the same weights.
 
-Pickles and archives are built by a grammar, not by mutation. Each case is read by pydetox; what it
-accepts without an ambiguity is read by `torch.load(weights_only=True)`, the same with a mapped
-file, CPython's unpickler with inert stubs, and unwrapped by the loaders of open_clip and timm and as
-a plain `checkpoint["state_dict"]`. Any other tensor is a disagreement. From the command line:
+Pickles and archives are built by a grammar, not by mutation. Each case is read by pydetox. What it
+accepts without an ambiguity is read by `torch.load(weights_only=True)`, by the same with a mapped
+file, and by CPython's unpickler with inert stubs; what comes out is unwrapped by the loaders of
+open_clip and timm, and as a plain `checkpoint["state_dict"]`. Any other tensor is a disagreement.
+From the command line:
 
     python -m tests.checkpoints.differential --cases 100000
 """
