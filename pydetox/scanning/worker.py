@@ -17,6 +17,7 @@ import torch
 from .. import workflow
 from ..calibration_file import read_calibration
 from ..checkpoints import Checkpoint, load_checkpoint
+from ..checkpoints.index import AMBIGUOUS_RULES
 from ..data import ImageSet, ImageSource
 from ..detection import Calibration
 from ..errors import (
@@ -162,7 +163,17 @@ class Worker:
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
 
     def _read(self, reference: str) -> Checkpoint:
-        return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)
+        checkpoint = load_checkpoint(
+            reference, model=self._config.model, offline=self._config.offline
+        )
+        for finding in checkpoint.findings:
+            if finding.rule in AMBIGUOUS_RULES:
+                # A verdict would be one about other weights than a user's loader takes, perhaps.
+                raise CheckpointError(
+                    f"{checkpoint.path}: {finding.message} (of pydetox convert, whose result can "
+                    "be scanned)"
+                )
+        return checkpoint
 
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])

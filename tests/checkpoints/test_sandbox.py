@@ -203,7 +203,7 @@ def test_what_a_child_may_do(
 
 
 def test_a_real_memory_error_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox_server, "index_file", lambda _: bytearray(1 << 62))
+    monkeypatch.setattr(sandbox_server, "index_file", lambda *_: bytearray(1 << 62))
     with WeightsFile(path) as file:
         answer = sandbox_server._answer("a.pt", os.dup(file.descriptor), None)
     assert answer == b"!needs more than 384 MiB of memory only to be indexed"
