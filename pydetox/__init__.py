@@ -6,6 +6,13 @@ One call: `detox`. Its steps alone: `scan`, `invert`, `unlearn`, `evaluate`. The
 
 from __future__ import annotations
 
+import sys
+
+if not getattr(sys.flags, "safe_path", False) and sys.orig_argv[1:3] == ["-m", "pydetox"]:
+    # `python -m` looks for modules in the current folder first, which may be that of an untrusted
+    # checkpoint: `pydetox` does not look there, and neither does this.
+    del sys.path[0]
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -90,6 +90,7 @@ def load_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     allow_nonfinite: bool = False,
+    weights_key: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint without executing anything in it.
 
@@ -102,6 +103,8 @@ def load_checkpoint(
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
         allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
+        weights_key: Of a pickled checkpoint with several sets of weights: the key of the one that
+            is meant, with slashes between nested ones, ``"."`` for the outermost dictionary.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.
@@ -110,10 +113,12 @@ def load_checkpoint(
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     identity = identify_checkpoint(reference, model=model, cache_dir=cache_dir, offline=offline)
-    return read_checkpoint(identity, allow_nonfinite=allow_nonfinite)
+    return read_checkpoint(identity, allow_nonfinite=allow_nonfinite, weights_key=weights_key)
 
 
-def read_checkpoint(identity: CheckpointIdentity, *, allow_nonfinite: bool = False) -> Checkpoint:
+def read_checkpoint(
+    identity: CheckpointIdentity, *, allow_nonfinite: bool = False, weights_key: str | None = None
+) -> Checkpoint:
     """Read the checkpoint whose files were found before; see :func:`load_checkpoint`.
 
     Raises:
@@ -123,7 +128,7 @@ def read_checkpoint(identity: CheckpointIdentity, *, allow_nonfinite: bool = Fal
     """
     model_config, preprocess_config = identity.configuration()
     try:
-        with open_weights(identity.weights) as weights:
+        with open_weights(identity.weights, weights_key) as weights:
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
             if model_config is None:

@@ -99,8 +99,10 @@ class OpenWeights:
             file.close()
 
 
-def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
+def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -> OpenWeights:
     """Open a weights file, or all shards of a ``*.index.json``, and index them.
+
+    ``weights_key``: as for :func:`pydetox.checkpoints.formats.index_file`.
 
     Raises:
         CheckpointError: A file is missing, damaged or of neither format, or shards and index do not
@@ -111,7 +113,7 @@ def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
     with ExitStack() as stack:
         if not is_shard_index(path):
             file = stack.enter_context(WeightsFile(path))
-            result = OpenWeights(path, [(file, index_in_sandbox(file))])
+            result = OpenWeights(path, [(file, index_in_sandbox(file, weights_key))])
         else:
             result = OpenWeights(path, shards=read_shard_index(path))
             assert result.shards is not None

@@ -15,6 +15,7 @@ import torch
 
 from .. import workflow
 from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..checkpoints.index import AMBIGUOUS_RULES
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
 from ..detect.statistics import Calibration
@@ -153,7 +154,15 @@ class Worker:
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
 
     def _read(self, reference: str) -> Checkpoint:
-        return read_checkpoint(self._identify(reference))
+        checkpoint = read_checkpoint(self._identify(reference))
+        for finding in checkpoint.findings:
+            if finding.rule in AMBIGUOUS_RULES:
+                # A verdict would be one about other weights than a user's loader takes, perhaps.
+                raise CheckpointError(
+                    f"{checkpoint.path}: {finding.message} (of pydetox convert, whose result can "
+                    "be scanned)"
+                )
+        return checkpoint
 
     def _identify(self, reference: str) -> CheckpointIdentity:
         return identify_checkpoint(
