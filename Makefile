@@ -3,6 +3,8 @@
 #   make demo    plant a backdoor in a small CLIP, find it, remove it: runs/demo/report.html
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
+#   make data    fetch the image sets of bench-foundation by package manager, into the cache
+#   make bench-foundation   what a repair leaves of a model's other tasks: runs/foundation/summary.json
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make bench-defenses   every attack against every defence: runs/defenses/report.html
 #   make lint    ruff, mypy, clang-format
@@ -11,6 +13,7 @@
 #
 #   SEED=3                   another model and another attack in the demo
 #   BENCH="--quick --data digits"   options of pydetox bench for bench-defenses
+#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
 #   PYTHON=python3.12        the interpreter to make .venv with
@@ -20,6 +23,7 @@ VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 SEED ?= 0
 BENCH ?=
+FOUNDATION ?=
 export TORCH
 
 SHELL := /bin/bash
@@ -28,7 +32,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-defenses check-scan lint format clean distclean always
+.PHONY: help setup demo test bench bench-defenses bench-foundation data check-scan lint format clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -56,7 +60,7 @@ test: $(ready)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(ready)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
 	$(python) benchmarks/report.py
 	exit $$status
 
@@ -65,6 +69,12 @@ check-scan: $(ready)
 
 bench-defenses: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py $(BENCH)
+
+data: $(ready)
+	$(python) -m pydetox.research.data
+
+bench-foundation: data
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py $(FOUNDATION)
 
 lint: $(ready)
 	$(VENV)/bin/ruff check
