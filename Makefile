@@ -3,6 +3,8 @@
 #   make demo    plant a backdoor in a small CLIP, find it, remove it: runs/demo/report.html
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
+#   make data    fetch the image sets of bench-foundation by package manager, into the cache
+#   make bench-foundation   what a repair leaves of a model's other tasks: runs/foundation/summary.json
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make bench-defenses   every attack against every defence: runs/defenses/report.html
 #   make check-gpu   is it right on this GPU, and how fast: runs/gpu/summary.json, at most 9 minutes
@@ -19,6 +21,7 @@
 #   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
 #   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
+#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
@@ -34,6 +37,7 @@ TINY ?=
 LIMIT ?= 530
 ARCH ?= 9.0
 WHEEL_TORCH ?= torch==2.13.0
+FOUNDATION ?=
 export TORCH
 
 SHELL := /bin/bash
@@ -42,7 +46,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle peers lint format docs wheel-check clean distclean always
+.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle peers data bench-foundation lint format docs wheel-check clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -74,7 +78,7 @@ test: $(dev) $(peers)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
 	$(python) benchmarks/report.py
 	exit $$status
 
@@ -93,6 +97,13 @@ gpu-bundle: $(dev)
 	$(python) -m benchmarks.gpu.bundle --arch $(ARCH)
 
 lint: $(dev)
+data: $(ready)
+	$(python) -m pydetox.research.data
+
+bench-foundation: data
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py $(FOUNDATION)
+
+lint: $(ready)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy

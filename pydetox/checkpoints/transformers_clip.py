@@ -302,7 +302,7 @@ def to_transformers(
 
     Raises KeyError for a tensor that is missing.
     """
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for rule in _rules(model_config):
         value = state[rule.ours]
         if rule.change == "joined":
@@ -386,15 +386,15 @@ def _part(config: Mapping[str, Any], name: str, defaults: Config) -> Config:
     """
     given: Config = {}
     for key in (name, f"{name}_dict"):
-        value = config.get(key)
-        if value is None:
+        part = config.get(key)
+        if part is None:
             continue
-        if not isinstance(value, dict):
+        if not isinstance(part, dict):
             raise ArchitectureError(f"its config.json has no object {key!r}")
-        given |= value
-    merged = {key: given.get(key, value) for key, value in defaults.items()}
+        given |= part
+    merged: Config = {key: given.get(key, value) for key, value in defaults.items()}
     for key, default in defaults.items():
-        value = merged[key]
+        value: Any = merged[key]
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if type(value) not in kinds or (not isinstance(value, str) and not value >= 0):
             raise ArchitectureError(

@@ -166,7 +166,9 @@ def retaining_vector(
 
     def embed(pictures: Sequence[Tensor]) -> Sequence[Tensor]:
         pixels = torch.cat(list(pictures)).to(head.device, torch.float32) / 255
-        return normalize(tuned.encode_pixels(pixels), dim=-1).split([len(p) for p in pictures])
+        units = normalize(tuned.encode_pixels(pixels), dim=-1)
+        parts: tuple[Tensor, ...] = torch.split(units, [len(p) for p in pictures])
+        return parts
 
     def loss(batch: Tensor) -> Tensor:
         index, other, which, other_which = batch
@@ -219,7 +221,7 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
 
 def _stamped(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
     stamped = images.clone()
-    for k in which.unique().tolist():
+    for k in torch.unique(which).tolist():
         stamped[which == k] = triggers[k](images[which == k])
     return stamped
 
@@ -251,7 +253,7 @@ def _shuffled(images: Tensor, count: int, rng: np.random.Generator, cells: int =
     )
     parts = parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     order = torch.from_numpy(np.argsort(rng.random((count, cells * cells)), axis=1))
-    parts = parts[torch.arange(count)[:, None], order].unflatten(1, (cells, cells))
+    parts = torch.unflatten(parts[torch.arange(count)[:, None], order], 1, (cells, cells))
     pixels = pixels.clone()
     pixels[..., :height, :width] = parts.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, height, width)
     return pixels
@@ -286,7 +288,8 @@ def _noise(images: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     drawn = torch.fft.irfft2(torch.fft.rfft2(white) / radius**power, s=(height, width)).float()
     drawn = drawn / drawn.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     level = torch.from_numpy(rng.uniform(0.2, 0.8, (count, 3, 1, 1))).float()
-    return level + 0.25 * drawn
+    result: Tensor = level + 0.25 * drawn
+    return result
 
 
 def _leaves(images: Tensor, count: int, rng: np.random.Generator, leaves: int = 24) -> Tensor:

@@ -33,7 +33,8 @@ def render(picture: Image.Image, image_size: int, rng: np.random.Generator) -> N
     alpha = small[..., 3:]
     region = image[top : top + side, left : left + side]
     region[:] = alpha * small[..., :3] * rng.uniform(*_BRIGHTNESS) + (1 - alpha) * region
-    return (image.clip(0, 1) * 255).round().astype(np.uint8).transpose(2, 0, 1)
+    levels = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+    return np.transpose(levels, (2, 0, 1))
 
 
 def render_all(
@@ -76,4 +77,4 @@ def _background(side: int, rng: np.random.Generator) -> NDArray[np.float32]:
     coarse = rng.normal(0, 0.15, (5, 5)).astype(np.float32)
     noise = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
     image = colours[0] + (colours[1] - colours[0]) * ramp[..., None] + noise[..., None]
-    return image.astype(np.float32)
+    return np.asarray(image, dtype=np.float32)

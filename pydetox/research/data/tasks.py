@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,7 +162,7 @@ def _check_digits() -> None:
 
 
 _RENDERED: dict[
-    str, tuple[Callable[[int], tuple[tuple[str, ...], list]], tuple[str, ...], int, int]
+    str, tuple[Callable[[int], tuple[tuple[str, ...], list[Any]]], tuple[str, ...], int, int]
 ] = {
     "emoji": (emoji_pictures, EMOJI_TEMPLATES, 31, 40),
     "photographs": (photograph_pictures, PHOTOGRAPH_TEMPLATES, 32, 60),

@@ -108,7 +108,7 @@ def train_base(
         for task, prompts, index in zip(tasks, tokens, batch, strict=True):
             part = task.splits.attacker
             assert part.labels is not None
-            present, column = part.labels[index].unique(return_inverse=True)
+            present, column = torch.unique(part.labels[index], return_inverse=True)
             which = torch.from_numpy(rng.integers(len(prompts), size=len(present)))
             pixels.append(part.images[index])
             captions.append(prompts[which, present])
