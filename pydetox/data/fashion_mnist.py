@@ -66,6 +66,12 @@ def find_fashion_mnist(folder: str | Path | None = None) -> Path:
     )
 
 
+def fashion_mnist_files(part: Part, folder: Path) -> tuple[Path, Path]:
+    """Return the files that a part is read from, images and labels; DataError for missing ones."""
+    stem = _STEMS[part]
+    return _file(folder, f"{stem}-images-idx3-ubyte"), _file(folder, f"{stem}-labels-idx1-ubyte")
+
+
 def has_fashion_mnist(folder: Path) -> bool:
     """Return whether the folder holds IDX files of the MNIST family."""
     return any((folder / f"train-images-idx3-ubyte{end}").is_file() for end in ("", ".gz"))

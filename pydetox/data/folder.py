@@ -38,12 +38,13 @@ def load_image_folder(
     Images are ordered by class and by relative path (by code point, whatever the file system says),
     whatever the number of workers.
     """
-    paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
-    if max_images is not None and max_images < len(paths):
-        # Chosen before decoding: the rest of the folder is never opened.
-        chosen = sample_order(labels, len(paths), max_images, seed)
-        paths = [paths[index] for index in chosen]
-        labels = None if labels is None else labels[chosen]
+    paths, labels, names = choose_images(
+        directory,
+        max_images=max_images,
+        seed=seed,
+        class_names=class_names,
+        labels_required=labels_required,
+    )
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     pixels = images.numpy()
 
@@ -62,6 +63,27 @@ def load_image_folder(
     return ImageSet(
         images, None if labels is None else torch.from_numpy(labels), names, directory.name
     )
+
+
+def choose_images(
+    directory: Path,
+    *,
+    max_images: int | None,
+    seed: int,
+    class_names: tuple[str, ...] | None,
+    labels_required: bool,
+) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Return the paths of the images that are read, their labels and the class names.
+
+    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    """
+    paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
+    if max_images is not None and max_images < len(paths):
+        # Chosen before decoding: the rest of the folder is never opened.
+        chosen = sample_order(labels, len(paths), max_images, seed)
+        paths = [paths[index] for index in chosen]
+        labels = None if labels is None else labels[chosen]
+    return paths, labels, names
 
 
 def _list_images(

@@ -24,7 +24,8 @@ from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .resize import interpolation_filter
 
-_FASHION: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
+#: Source to part of Fashion-MNIST.
+FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
 
 
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
@@ -36,7 +37,7 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
     source, _, root = str(spec).partition("=")
     if spec == "digits":
         return source, None
-    if source in _FASHION:
+    if source in FASHION_PARTS:
         return source, find_fashion_mnist(root or None)
     return "", Path(spec)
 
@@ -102,9 +103,13 @@ def load_images(
             else image_set.sample(max_images, seed)
         )
     source, _, root = str(spec).partition("=")
-    if source in _FASHION:
+    if source in FASHION_PARTS:
         fashion = load_fashion_mnist(
-            image_size, part=_FASHION[source], folder=root or None, max_images=max_images, seed=seed
+            image_size,
+            part=FASHION_PARTS[source],
+            folder=root or None,
+            max_images=max_images,
+            seed=seed,
         )
         return _with_class_names(fashion, names, labels_required)
     if path.is_dir() and has_fashion_mnist(path):
@@ -150,7 +155,7 @@ def default_templates(spec: str | Path) -> tuple[str, ...]:
     source = str(spec).partition("=")[0]
     if source == "digits":
         return DIGIT_TEMPLATES
-    return FASHION_TEMPLATES if source in _FASHION else DEFAULT_TEMPLATES
+    return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
 
 
 def _with_class_names(

@@ -96,7 +96,8 @@ class Scanner:
         config = self._config
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
-        digest = config.digest(_contents(config))
+        contents = _contents(config)
+        digest = config.digest(contents)
         self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
             self.calibration = read_calibration(Path(config.calibration)).to_dict()
@@ -105,8 +106,8 @@ class Scanner:
         engine: Engine | None = None
         try:
             if self._run is not None:
-                self._store = RunStore(self._run)
-                self._store.bind(config.results_part(), digest)
+                self._store = RunStore(self._run, self._warn)
+                self._store.bind(config.results_part(), digest, contents)
                 if self.calibration is not None:
                     self._store.write_calibration(self._prefix, self.calibration)
             self._log_start()
@@ -162,7 +163,8 @@ class Scanner:
         by_task = {self._scan_task(group): group for group in waiting}
         for outcome in engine.run(by_task):
             group = by_task[outcome.task]
-            yield from self._finish(group, _scan_part(outcome), decode_artifacts(outcome.value))
+            part = _scan_part(outcome, group.first.name)
+            yield from self._finish(group, part, decode_artifacts(outcome.value))
 
     def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
         """Yield each target with its place and what is known: {"result"} or {"error"}."""
@@ -268,7 +270,7 @@ class Scanner:
         skipped = survey.get("result", {}).get("skipped")
         part = {
             "verdict": "error" if skipped is None else "skipped",
-            "reason": survey["error"] if skipped is None else skipped,
+            "reason": _naming(target.name, survey["error"]) if skipped is None else skipped,
             "error_kind": survey.get("kind"),
             "seconds": {"survey": survey.get("seconds", {}).get("total")},
             "attempts": survey.get("attempts", 0),
@@ -280,7 +282,11 @@ class Scanner:
     def _known_part(self, key: str) -> dict[str, Any] | None:
         if self._store is None or not self._store.has_part(key):
             return None
-        part = self._store.read_part(key)
+        try:
+            part = self._store.read_part(key)
+        except DataError as error:
+            self._warn(f"{error}; it is computed again")
+            return None
         return None if part["verdict"] == "error" and self._config.retry_errors else part
 
     def _key(self, content: str) -> str:
@@ -295,6 +301,9 @@ class Scanner:
         if event in _LOGGED:
             self._log(event, **particulars)
         self._notify(event, **particulars)
+
+    def _warn(self, message: str) -> None:
+        self._notify("warning", message=message)
 
     def _log(self, event: str, **particulars: Any) -> None:
         if self._store is not None:
@@ -381,13 +390,19 @@ def record_of_part(
     )
 
 
-def _scan_part(outcome: Outcome) -> dict[str, Any]:
+def _naming(name: str, error: str) -> str:
+    """Return an error that says which target it is of."""
+    return error if name in error else f"{name}: {error}"
+
+
+def _scan_part(outcome: Outcome, name: str) -> dict[str, Any]:
     _refuse_setup(outcome)
     common = {"attempts": outcome.attempts, "seconds": outcome.value.get("seconds", {})}
     if outcome.error is not None:
         more = {k: v for k, v in outcome.value.items() if k == "traceback"}
         kind = outcome.error_kind
-        return {"verdict": "error", "reason": outcome.error, "error_kind": kind, **more, **common}
+        reason = _naming(name, outcome.error)
+        return {"verdict": "error", "reason": reason, "error_kind": kind, **more, **common}
     scan = outcome.value["result"]
     return {"verdict": scan["verdict"], "reason": scan["reason"], "scan": scan, **common}
 

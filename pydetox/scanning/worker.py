@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ from .weights import Reference
 
 # Steps of a search that tell how long the others take.
 _TIMED_STEPS = 4
+# Classes whose search is timed: their images fill a batch, and text is encoded for no others.
+_TIMED_CLASSES = 32
 
 
 class SetupError(PydetoxError):
@@ -124,7 +127,8 @@ class Worker:
     def time(self, reference: str) -> tuple[float, float]:
         """Return seconds to read a checkpoint, and of a step of its searches (0 without any).
 
-        A step is of all classes and families, as the whole search begins. Raises CheckpointError,
+        A step is of all classes and families, as the whole search begins; of many classes some are
+        timed and the rest is taken to need as long. Raises CheckpointError,
         and what images, class names and base raise.
         """
         if self._threads is not None:
@@ -132,6 +136,10 @@ class Worker:
         start = time.perf_counter()
         model = self._model(self._read(reference), take=True)
         images = self._images_for(model)
+        names = images.class_names or ()
+        if len(names) > _TIMED_CLASSES:
+            images = replace(images, labels=None, class_names=names[:_TIMED_CLASSES])
+        share = min(1.0, _TIMED_CLASSES / max(1, len(names)))
         read = time.perf_counter() - start
         if not self._config.inversion:
             return read, 0.0
@@ -151,7 +159,7 @@ class Worker:
             )
             everything = (found.inversion, *(one.inversion for one in found.others))
             seconds.append(sum(one.seconds for one in everything))
-        return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
+        return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1) / share
 
     def _read(self, reference: str) -> Checkpoint:
         checkpoint = read_checkpoint(self._identify(reference))
@@ -252,6 +260,10 @@ class Worker:
     def _model(self, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
         model = OpenClipModel.from_checkpoint(checkpoint, take=take)
         model.name = clean_text(model.name)  # it is shown at a terminal
+        if not math.isfinite(model.logit_scale):
+            raise CheckpointError(
+                f"{checkpoint.path}: its logit_scale is {model.logit_scale}, expected a finite one"
+            )
         model.heads = self._heads
         return model.to(self._device)
 

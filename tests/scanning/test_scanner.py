@@ -174,7 +174,7 @@ def test_other_code_surveys_again_what_this_code_refused(registry, config, tmp_p
     old = [line | ({"value": refused} if line is surveyed else {}) for line in lines]
     log.write_text("".join(f"{json.dumps(line)}\n" for line in old))
     (kept,) = scan(config(), model, run=run).values()
-    assert kept.reason == refused["error"]
+    assert kept.reason == f"{model}: {refused['error']}"
     (again,) = scan(config(), model, run=run, code="newer").values()
     assert again.verdict == "clean"
     assert started(run, "survey") == [str(model)] * 2
