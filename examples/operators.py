@@ -9,6 +9,7 @@ of models by the differences of their weights.
 from __future__ import annotations
 
 import torch
+
 from pydetox.ops import apply_task_vectors, stamp_triggers, weight_diff_gram, weight_diff_sketch
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from pydetox import OpenClipModel, evaluate
 from pydetox.data import DIGIT_TEMPLATES, load_digits
-from pydetox.repair.unlearning import subtract
 from pydetox.repair.task_vectors import TaskVector
+from pydetox.repair.unlearning import subtract
 from pydetox.research.attacks import poison
 from pydetox.research.defenses import DefenderData, KnownTrigger, Outcome
 from pydetox.research.defenses.base import Stopwatch
 from pydetox.research.demo import MINI_CLIP
 from pydetox.training import TrainConfig, train_on_prompts
-from torch import Tensor
 
 
 # --8<-- [start:trigger]

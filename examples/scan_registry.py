@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from pydetox.checkpoints import Provenance, save_checkpoint
 from pydetox.models import OpenClipModel
 from pydetox.research.demo import MINI_CLIP
