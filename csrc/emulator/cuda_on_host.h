@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "csrc/core/macros.h"
+#include "csrc/common/macros.h"
 
 namespace pydetox::emulator {
 
@@ -58,6 +58,7 @@ struct Schedule {
   int dropped_barrier = kDropNone;  // source line of a __syncthreads to leave out, or kDropAll
   std::optional<std::int64_t> only_block;  // in launch order; negative: from the end
   std::size_t cache_bytes = 0;             // size of the modelled L2; 0: no cache
+  bool dry = false;                        // launches are noted, nothing runs
 };
 
 struct Traffic {
@@ -65,7 +66,8 @@ struct Traffic {
   std::int64_t bytes_loaded = 0;       // requested by the threads
   std::int64_t bytes_stored = 0;       // requested by the threads
   std::int64_t dram_bytes_read = 0;    // 32-byte sectors that missed a fully associative LRU cache
-  std::vector<int> barriers;           // source lines of the __syncthreads met, sorted
+  std::int64_t blocks = 0, threads = 0, shared_bytes = 0;  // of the launch
+  std::vector<int> barriers;  // source lines of the __syncthreads met, sorted
 };
 
 // Runs kernel() once per thread of the grid. Throws KernelError; not re-entrant, one host thread at
@@ -99,8 +101,6 @@ T exchange(unsigned mask, T value, unsigned source, int line) {
 }
 
 }  // namespace pydetox::emulator
-
-#define PYDETOX_EMULATOR
 
 // Unrolled, the kernels would only take longer to compile here.
 #undef PYDETOX_UNROLL

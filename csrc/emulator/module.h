@@ -11,9 +11,5 @@ namespace pydetox::emulator {
 Range range_of(const char* name, const pybind11::array& array, bool writable);
 
 void bind_self_test(pybind11::module_& module);
-void bind_objectives(pybind11::module_& module);
-void bind_stamp_triggers(pybind11::module_& module);
-void bind_trigger_update(pybind11::module_& module);
-void bind_weights(pybind11::module_& module);
 
 }  // namespace pydetox::emulator

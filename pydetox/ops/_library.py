@@ -8,13 +8,14 @@ There is no fallback: without its native code pydetox does not run, and says so.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from pydetox.errors import NativeLibraryError
+from pydetox.errors import NativeLibraryError, UsageError
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,38 @@ def load_native_module(name: str = "pydetox._native") -> ModuleType:
         raise NativeLibraryError(
             f"native module {name} cannot be imported: {error}: {_REBUILD}"
         ) from error
+
+
+def call(operator: str, *arguments: Any) -> Any:
+    """Call `torch.ops.pydetox.OPERATOR`: the one way from Python into the native operators.
+
+    The native code checks its arguments (csrc/common/check.h): its message becomes that of a
+    `UsageError`. (In a graph of torch.compile there is no Python left to do so: there it stays the
+    ValueError that a `UsageError` is, too.)
+
+    Raises:
+        UsageError: arguments that do not fit together.
+    """
+    try:
+        return getattr(torch.ops.pydetox, operator).default(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error).partition("\n")[0]) from None
+    except NotImplementedError:  # no kernel for where the tensors are: the native code is not asked
+        devices = sorted({str(tensor.device) for tensor in _tensors(arguments)})
+        if not devices:
+            raise UsageError(f"{operator}: needs at least one tensor, found none") from None
+        known = "the CPU and CUDA" if cuda_library_loaded() else "the CPU, built without CUDA"
+        raise UsageError(
+            f"{operator}: runs on {known}, found tensors on {', '.join(devices)}"
+        ) from None
+
+
+def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from _tensors(argument)
 
 
 def cuda_library_loaded() -> bool:

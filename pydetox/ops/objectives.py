@@ -1,21 +1,20 @@
 """`embedding_collapse` and `zero_shot_loss`: what triggers do to embeddings, with gradients.
 
-Native kernels are in csrc/cpu and csrc/cuda; what they compute is written out in
-csrc/core/objectives.h and, in plain PyTorch, in `pydetox.ops.reference`.
+Native kernels and the checks of arguments are in csrc/objectives; what they compute is written out
+in its core.h and, in plain PyTorch, in `pydetox.ops.reference`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydetox.errors import UsageError
-from pydetox.ops import _library  # noqa: F401  loads the operators registered below
+from pydetox.ops import _library
 
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NARROW_DTYPES = (torch.float16, torch.bfloat16)  # the kernels take float32 instead
 
 
 def embedding_collapse(z: Tensor) -> Tensor:
@@ -38,12 +37,7 @@ def embedding_collapse(z: Tensor) -> Tensor:
     Raises:
         UsageError: another shape or dtype.
     """
-    _check_embeddings("embedding_collapse", z)
-    if z.shape[1] < 2:
-        raise UsageError(
-            f"embedding_collapse: z must have at least 2 images for a pair, found {list(z.shape)}"
-        )
-    cosine: Tensor = torch.ops.pydetox.embedding_collapse.default(z.to(_compute_dtype(z)))
+    cosine: Tensor = _library.call("embedding_collapse", _widened(z))
     return cosine
 
 
@@ -76,65 +70,22 @@ def zero_shot_loss(
         UsageError: shapes, dtypes or devices that do not fit together, or a head that requires a
             gradient.
     """
-    _check_zero_shot(z, head, targets, logit_scale)
-    compute = _compute_dtype(z)
-    try:
-        loss, success, _ = torch.ops.pydetox.zero_shot_loss.default(
-            z.to(compute),
-            head.to(compute),
-            targets,
-            float(logit_scale),
-            z.requires_grad and torch.is_grad_enabled(),
-        )
-    except RuntimeError as error:
-        if "targets must be from" in str(error):  # only the operator looks at them
-            raise UsageError(str(error).partition("\n")[0]) from None
-        raise
+    if head.requires_grad and torch.is_grad_enabled():
+        raise UsageError("zero_shot_loss: head gets no gradient, only z does: pass head.detach()")
+    wide = _widened(z)
+    loss, success, _ = _library.call(
+        "zero_shot_loss",
+        wide,
+        head.to(wide.dtype) if head.is_floating_point() else head,
+        targets,
+        float(logit_scale),
+        z.requires_grad and torch.is_grad_enabled(),
+    )
     return loss, success
 
 
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _check_embeddings(operator: str, z: Tensor) -> None:
-    if z.dim() != 3:
-        raise UsageError(f"{operator}: z must be [K, B, D], found {list(z.shape)}")
-    if z.dtype not in _FLOAT_DTYPES:
-        raise UsageError(
-            f"{operator}: z must be float16, bfloat16, float32 or float64, found {z.dtype}"
-        )
-
-
-def _check_zero_shot(z: Tensor, head: Tensor, targets: Tensor, logit_scale: float) -> None:
-    name = "zero_shot_loss"
-    _check_embeddings(name, z)
-    triggers, images, dim = z.shape
-    if images < 1:
-        raise UsageError(f"{name}: z must have at least 1 image, found {list(z.shape)}")
-    if head.dim() != 2 or head.shape[1] != dim or head.shape[0] < 1:
-        raise UsageError(
-            f"{name}: head must be [C, {dim}], C at least 1, for z {list(z.shape)}, found "
-            f"{list(head.shape)}"
-        )
-    if head.dtype not in _FLOAT_DTYPES:
-        raise UsageError(
-            f"{name}: head must be float16, bfloat16, float32 or float64, found {head.dtype}"
-        )
-    if targets.shape != (triggers,) or targets.dtype != torch.int64:
-        raise UsageError(
-            f"{name}: targets must be int64 [{triggers}] for z {list(z.shape)}, found "
-            f"{targets.dtype} {list(targets.shape)}"
-        )
-    if not z.device == head.device == targets.device:
-        raise UsageError(
-            f"{name}: z, head and targets must be on one device, found {z.device}, {head.device} "
-            f"and {targets.device}"
-        )
-    if not (math.isfinite(logit_scale) and logit_scale > 0):
-        raise UsageError(f"{name}: logit_scale must be a positive number, found {logit_scale}")
-    if head.requires_grad and torch.is_grad_enabled():
-        raise UsageError(f"{name}: head gets no gradient, only z does: pass head.detach()")
+def _widened(z: Tensor) -> Tensor:
+    return z.to(torch.float32) if z.dtype in _NARROW_DTYPES else z
 
 
 def _collapse_fake(z: Tensor) -> Tensor:
@@ -162,7 +113,7 @@ def _save_embeddings(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _collapse_backward(ctx: Any, gradient: Tensor) -> Tensor:
     (z,) = ctx.saved_tensors
-    result: Tensor = torch.ops.pydetox.embedding_collapse_backward.default(gradient, z)
+    result: Tensor = _library.call("embedding_collapse_backward", gradient, z)
     return result
 
 
@@ -176,7 +127,7 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _zero_shot_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.with_gradient:
         raise UsageError("zero_shot_loss was called without a gradient, which is asked for now")
-    result: Tensor = torch.ops.pydetox.zero_shot_loss_backward.default(gradient, *ctx.saved_tensors)
+    result: Tensor = _library.call("zero_shot_loss_backward", gradient, *ctx.saved_tensors)
     return result, None, None, None, None
 
 

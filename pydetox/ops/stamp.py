@@ -1,7 +1,7 @@
 """`stamp_triggers`: K triggers on B images in one pass, with gradients for the triggers.
 
-Native kernels are in csrc/cpu and csrc/cuda; what they compute is written out in csrc/core/stamp.h
-and, in plain PyTorch, in `pydetox.ops.reference`.
+Native kernels and the checks of arguments are in csrc/stamp_triggers; what they compute is written
+out in its core.h and, in plain PyTorch, in `pydetox.ops.reference`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from pydetox.errors import UsageError
-from pydetox.ops import _library  # noqa: F401  loads the operators registered below
+from pydetox.ops import _library
 
-MAX_CHANNELS = 16  # kMaxChannels of csrc/core/stamp.h
-
-_IMAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -76,10 +73,9 @@ def stamp_triggers(
 
     Raises:
         UsageError: shapes, dtypes or devices that do not fit together, images that require a
-            gradient, numbers in `corners` that let a box stick out.
-        RuntimeError: values of a tensor `corners` on the CPU that do.
+            gradient, corners (numbers, or a tensor on the CPU) that let a box stick out.
     """
-    if only_box and (out is None or corners is None):
+    if only_box and out is None:
         raise UsageError("stamp_triggers: only_box needs out and corners")
     if out is not None:
         return _stamp_into(
@@ -94,23 +90,29 @@ def stamp_triggers(
             corners,
             only_box,
         )
-    _check(images, mask_logits, pattern_logits, patch_size, dtype, corners)
-    channels = images.shape[-3]
-    mean_list = _per_channel(mean, 0.0, channels, "mean")
-    std_list = _checked_std(std, channels)
+    if images.requires_grad and torch.is_grad_enabled():
+        raise UsageError(
+            "stamp_triggers: images get no gradient, only mask_logits and pattern_logits do: "
+            "pass images.detach()"
+        )
+    if dtype is not None and dtype not in _FLOAT_DTYPES:
+        raise UsageError(
+            f"stamp_triggers: dtype must be bfloat16, float32 or float64, found {dtype}"
+        )
     result_dtype = dtype or mask_logits.dtype
     # The kernels compute in the dtype of the logits they get, float32 or float64, and write float64
-    # for the latter (csrc/core/stamp.h); any other wish is a cast of something small, or rare.
+    # for the latter (csrc/stamp_triggers/core.h); any other wish is a cast of something
+    # small, or rare.
     compute = torch.float64 if torch.float64 in (mask_logits.dtype, result_dtype) else torch.float32
-    stamped: Tensor = torch.ops.pydetox.stamp_triggers.default(
+    stamped: Tensor = _library.call(
+        "stamp_triggers",
         images,
-        mask_logits.to(compute),
-        pattern_logits.to(compute),
-        mean_list,
-        std_list,
-        patch_size or 0,
+        *_computed_in(compute, mask_logits, pattern_logits),
+        _per_channel(mean, 0.0, images),
+        _per_channel(std, 1.0, images),
+        patch_size,
         torch.float64 if compute == torch.float64 else result_dtype,
-        _corner_tensor(corners, images.device),
+        _corner_tensor(corners),
     )
     return stamped.to(result_dtype)
 
@@ -151,33 +153,21 @@ def stamp_triggers_gradients(
     Raises:
         UsageError: shapes, dtypes or devices that do not fit together.
     """
-    _check(images, mask_logits, pattern_logits, patch_size, None, corners, differentiable=False)
-    _check_exact(mask_logits, gradient.dtype, "gradient")
-    expected = _result_shape(images, mask_logits, patch_size)
-    if list(gradient.shape) != expected or gradient.device != images.device:
-        raise UsageError(
-            f"stamp_triggers_gradients: gradient must be {expected} on {images.device} for images "
-            f"{list(images.shape)} and mask_logits {list(mask_logits.shape)}, found "
-            f"{list(gradient.shape)} on {gradient.device}"
-        )
     if out is None:
         out = torch.empty_like(mask_logits), torch.empty_like(pattern_logits)
-        out = out[0].contiguous(), out[1].contiguous()
-    for name, buffer, like in zip(
-        ("mask_logits", "pattern_logits"), out, (mask_logits, pattern_logits), strict=True
-    ):
-        _check_out(buffer, list(like.shape), like.dtype, images.device, f"out for {name}")
-    channels = images.shape[-3]
-    torch.ops.pydetox.stamp_triggers_backward_out.default(
+        out = out[0].detach().contiguous(), out[1].detach().contiguous()
+    _library.call(
+        "stamp_triggers_backward_out",
         gradient.detach(),
         images,
         mask_logits.detach(),
         pattern_logits.detach(),
-        _per_channel(mean, 0.0, channels, "mean"),
-        _checked_std(std, channels),
-        patch_size or 0,
-        *out,
-        _corner_tensor(corners, images.device),
+        _per_channel(mean, 0.0, images),
+        _per_channel(std, 1.0, images),
+        patch_size,
+        _without_graph(out[0], "mask_logits_gradient"),
+        _without_graph(out[1], "pattern_logits_gradient"),
+        _corner_tensor(corners),
     )
     return TriggerGradients(*out)
 
@@ -194,55 +184,21 @@ def _stamp_into(
     corners: Sequence[tuple[int, int]] | Tensor | None,
     only_box: bool,
 ) -> Tensor:
-    _check(images, mask_logits, pattern_logits, patch_size, dtype, corners, differentiable=False)
-    _check_exact(mask_logits, dtype or out.dtype, "out")
-    _check_out(
-        out,
-        _result_shape(images, mask_logits, patch_size),
-        dtype or out.dtype,
-        images.device,
-        "out",
-    )
-    channels = images.shape[-3]
-    torch.ops.pydetox.stamp_triggers_out.default(
+    if dtype not in (None, out.dtype):
+        raise UsageError(f"stamp_triggers: out must be {dtype} as dtype says, found {out.dtype}")
+    _library.call(
+        "stamp_triggers_out",
         images,
         mask_logits.detach(),
         pattern_logits.detach(),
-        _per_channel(mean, 0.0, channels, "mean"),
-        _checked_std(std, channels),
-        patch_size or 0,
-        out,
-        _corner_tensor(corners, images.device),
+        _per_channel(mean, 0.0, images),
+        _per_channel(std, 1.0, images),
+        patch_size,
+        _without_graph(out, "out"),
+        _corner_tensor(corners),
         only_box,
     )
     return out
-
-
-def _check_exact(logits: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Without autograd there are no casts around the kernel: dtypes are the kernel's own."""
-    allowed = {
-        torch.float32: (torch.float32, torch.bfloat16),
-        torch.float64: (torch.float64,),
-    }.get(logits.dtype)
-    if allowed is None or dtype not in allowed:
-        raise UsageError(
-            f"stamp_triggers: {name} must be float32 or bfloat16 for float32 logits, float64 for "
-            f"float64 logits; found {dtype} for {logits.dtype}"
-        )
-
-
-def _check_out(
-    out: Tensor, shape: list[int], dtype: torch.dtype, device: torch.device, name: str
-) -> None:
-    if list(out.shape) != shape or out.dtype != dtype or out.device != device:
-        raise UsageError(
-            f"stamp_triggers: {name} must be {dtype} {shape} on {device}, found {out.dtype} "
-            f"{list(out.shape)} on {out.device}"
-        )
-    if not out.is_contiguous():
-        raise UsageError(f"stamp_triggers: {name} must be contiguous, found strides {out.stride()}")
-    if out.requires_grad:
-        raise UsageError(f"stamp_triggers: {name} must not require a gradient")
 
 
 def _result_shape(images: Tensor, mask_logits: Tensor, patch_size: int | None) -> list[int]:
@@ -254,145 +210,33 @@ def _result_shape(images: Tensor, mask_logits: Tensor, patch_size: int | None) -
     return [triggers, batch, patches, channels * patch_size * patch_size]
 
 
-def _check(
-    images: Tensor,
-    mask_logits: Tensor,
-    pattern_logits: Tensor,
-    patch_size: int | None,
-    dtype: torch.dtype | None,
-    corners: Sequence[tuple[int, int]] | Tensor | None,
-    *,
-    differentiable: bool = True,
-) -> None:
-    if images.dim() not in (4, 5):
-        raise UsageError(
-            f"stamp_triggers: images must be [B, C, H, W] or [K, B, C, H, W], "
-            f"found {list(images.shape)}"
-        )
-    channels, height, width = images.shape[-3:]
-    if corners is None and (mask_logits.dim() != 3 or mask_logits.shape[1:] != (height, width)):
-        raise UsageError(
-            f"stamp_triggers: mask_logits must be [K, {height}, {width}] for images "
-            f"{list(images.shape)}, found {list(mask_logits.shape)}"
-        )
-    if corners is not None and (
-        mask_logits.dim() != 3 or mask_logits.shape[1] > height or mask_logits.shape[2] > width
-    ):
-        raise UsageError(
-            f"stamp_triggers: with corners, mask_logits must be [K, h, w] with h <= {height} and "
-            f"w <= {width} for images {list(images.shape)}, found {list(mask_logits.shape)}"
-        )
-    triggers, *box = mask_logits.shape
-    if images.dim() == 5 and images.shape[0] != triggers:
-        raise UsageError(
-            f"stamp_triggers: images [K, B, C, H, W] must have a batch for each of {triggers} "
-            f"triggers, found {list(images.shape)}"
-        )
-    if list(pattern_logits.shape) != [triggers, channels, *box]:
-        raise UsageError(
-            f"stamp_triggers: pattern_logits must be {[triggers, channels, *box]} "
-            f"for images {list(images.shape)} and mask_logits {list(mask_logits.shape)}, "
-            f"found {list(pattern_logits.shape)}"
-        )
-    if corners is not None:
-        _check_corners(corners, mask_logits, images)
-    if channels > MAX_CHANNELS:
-        raise UsageError(
-            f"stamp_triggers: at most {MAX_CHANNELS} channels, found images {list(images.shape)}"
-        )
-    if images.dtype not in _IMAGE_DTYPES:
-        raise UsageError(
-            f"stamp_triggers: images must be uint8, bfloat16, float32 or float64, "
-            f"found {images.dtype}"
-        )
-    if mask_logits.dtype not in _FLOAT_DTYPES or mask_logits.dtype != pattern_logits.dtype:
-        raise UsageError(
-            f"stamp_triggers: mask_logits and pattern_logits must both be bfloat16, float32 or "
-            f"float64, found {mask_logits.dtype} and {pattern_logits.dtype}"
-        )
-    if dtype is not None and dtype not in _FLOAT_DTYPES:
-        raise UsageError(
-            f"stamp_triggers: dtype must be bfloat16, float32 or float64, found {dtype}"
-        )
-    if not images.device == mask_logits.device == pattern_logits.device:
-        raise UsageError(
-            f"stamp_triggers: images, mask_logits and pattern_logits must be on one device, "
-            f"found {images.device}, {mask_logits.device} and {pattern_logits.device}"
-        )
-    if patch_size is not None and (
-        patch_size < 1 or height % patch_size != 0 or width % patch_size != 0
-    ):
-        raise UsageError(
-            f"stamp_triggers: patch_size must divide height and width of images "
-            f"{list(images.shape)}, found {patch_size}"
-        )
-    if differentiable and images.requires_grad and torch.is_grad_enabled():
-        raise UsageError(
-            "stamp_triggers: images get no gradient, only mask_logits and pattern_logits do: "
-            "pass images.detach()"
-        )
+def _computed_in(compute: torch.dtype, mask: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast the logits, unless there is something to refuse, which the operator does."""
+    fits = mask.dtype in _FLOAT_DTYPES and mask.dtype == pattern.dtype
+    return (mask.to(compute), pattern.to(compute)) if fits else (mask, pattern)
 
 
-def _check_corners(
-    corners: Sequence[tuple[int, int]] | Tensor, mask_logits: Tensor, images: Tensor
-) -> None:
-    triggers, *box = mask_logits.shape
-    if isinstance(corners, Tensor):  # the operator looks at the values
-        if list(corners.shape) != [triggers, 2] or corners.dtype != torch.int64:
-            raise UsageError(
-                f"stamp_triggers: corners must be int64 [{triggers}, 2] for mask_logits "
-                f"{list(mask_logits.shape)}, found {corners.dtype} {list(corners.shape)}"
-            )
-        if corners.device != images.device:
-            raise UsageError(
-                f"stamp_triggers: corners must be numbers or on the device of the images, "
-                f"{images.device}, found {corners.device}"
-            )
-        return
-    if len(corners) != triggers or any(
-        not isinstance(corner, (tuple, list)) or len(corner) != 2 for corner in corners
-    ):
-        raise UsageError(
-            f"stamp_triggers: corners must be (top, left) for each of {triggers} triggers, "
-            f"found {corners}"
-        )
-    last = [whole - part for whole, part in zip(images.shape[-2:], box, strict=True)]
-    for k, corner in enumerate(corners):
-        if not all(0 <= place <= end for place, end in zip(corner, last, strict=True)):
-            raise UsageError(
-                f"stamp_triggers: corners[{k}] is {tuple(corner)}; a box of {box[0]}x{box[1]} in "
-                f"images of {images.shape[-2]}x{images.shape[-1]} has its top in 0..{last[0]} and "
-                f"its left in 0..{last[1]}"
-            )
-
-
-def _corner_tensor(
-    corners: Sequence[tuple[int, int]] | Tensor | None, device: torch.device
-) -> Tensor | None:
+def _corner_tensor(corners: Sequence[tuple[int, int]] | Tensor | None) -> Tensor | None:
+    """Numbers as a tensor on the CPU, where the operator checks them and copies them to a GPU."""
     if corners is None or isinstance(corners, Tensor):
         return corners
-    rows = [list(corner) for corner in corners]
-    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2)
-
-
-def _checked_std(std: Sequence[float] | None, channels: int) -> list[float]:
-    values = _per_channel(std, 1.0, channels, "std")
-    if any(value == 0 for value in values):
-        raise UsageError(f"stamp_triggers: std must not be 0, found {values}")
-    return values
-
-
-def _per_channel(
-    values: Sequence[float] | None, default: float, channels: int, name: str
-) -> list[float]:
-    if values is None:
-        return [default] * channels
-    if len(values) != channels:
+    if any(not isinstance(corner, (tuple, list)) or len(corner) != 2 for corner in corners):
         raise UsageError(
-            f"stamp_triggers: {name} must have one number for each of {channels} channels, "
-            f"found {len(values)}"
+            f"stamp_triggers: corners must be (top, left) for each trigger, found {corners}"
         )
+    return torch.tensor([list(corner) for corner in corners], dtype=torch.int64).view(-1, 2)
+
+
+def _per_channel(values: Sequence[float] | None, default: float, images: Tensor) -> list[float]:
+    if values is None:
+        return [default] * (images.shape[-3] if images.dim() >= 3 else 0)
     return [float(value) for value in values]
+
+
+def _without_graph(out: Tensor, name: str) -> Tensor:
+    if out.requires_grad:
+        raise UsageError(f"stamp_triggers: {name} must not require a gradient")
+    return out
 
 
 def _stamp_triggers_fake(
@@ -401,7 +245,7 @@ def _stamp_triggers_fake(
     pattern_logits: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    patch_size: int,
+    patch_size: int | None,
     dtype: torch.dtype,
     corners: Tensor | None = None,
 ) -> Tensor:
@@ -415,7 +259,7 @@ def _stamp_triggers_backward_fake(
     pattern_logits: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    patch_size: int,
+    patch_size: int | None,
     corners: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
@@ -431,8 +275,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, corners = ctx.saved_tensors
-    mask_gradient, pattern_gradient = torch.ops.pydetox.stamp_triggers_backward.default(
-        gradient, *tensors, ctx.mean, ctx.std, ctx.patch_size, corners
+    mask_gradient, pattern_gradient = _library.call(
+        "stamp_triggers_backward", gradient, *tensors, ctx.mean, ctx.std, ctx.patch_size, corners
     )
     return None, mask_gradient, pattern_gradient, None, None, None, None, None
 

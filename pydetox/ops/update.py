@@ -1,7 +1,7 @@
 """`trigger_update`: one step of Adam for K triggers, in place, with the penalties of their masks.
 
-Native kernels are in csrc/cpu and csrc/cuda; what they compute is written out in
-csrc/core/trigger_update.h and, in plain PyTorch, in `pydetox.ops.reference`.
+Native kernels and the checks of arguments are in csrc/trigger_update; what they compute is written
+out in its core.h and, in plain PyTorch, in `pydetox.ops.reference`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydetox.errors import UsageError
-from pydetox.ops import _library  # noqa: F401  loads the operators registered below
-
-_FLOAT_DTYPES = (torch.float32, torch.float64)
+from pydetox.ops import _library
 
 
 class BestTriggers(NamedTuple):
@@ -78,102 +75,19 @@ def trigger_update(
     Raises:
         UsageError: shapes, dtypes, devices or memory that do not fit together.
     """
-    _check(logits, gradients, first, second, best)
-    triggers = logits[0].shape[0]
-    vectors = {"cost": cost, "learning_rate": learning_rate, "steps": steps, "active": active}
-    if total_variation is not None:
-        vectors["total_variation"] = total_variation
-    if best is not None:
-        vectors |= {"best.norm": best.norm, "best.eligible": best.eligible}
-    _check_vectors(vectors, triggers, logits[0].device)
-    if not all(0 <= beta < 1 for beta in betas):
-        raise UsageError(f"trigger_update: betas must be in [0, 1), found {betas}")
-    if not epsilon >= 0:
-        raise UsageError(f"trigger_update: epsilon must not be negative, found {epsilon}")
-    try:
-        norms: Tensor = torch.ops.pydetox.trigger_update.default(
-            *(t.detach() for pair in (logits, gradients, first, second) for t in pair),
-            cost,
-            learning_rate,
-            total_variation,
-            steps,
-            active,
-            *((None,) * 4 if best is None else (*best.logits, best.norm, best.eligible)),
-            *betas,
-            epsilon,
-        )
-    except RuntimeError as error:
-        if "must not share memory" in str(error):  # only the operator sees where tensors lie
-            raise UsageError(str(error).partition("\n")[0]) from None
-        raise
+    norms: Tensor = _library.call(
+        "trigger_update",
+        *(t.detach() for pair in (logits, gradients, first, second) for t in pair),
+        cost,
+        learning_rate,
+        total_variation,
+        steps,
+        active,
+        *((None,) * 4 if best is None else (*best.logits, best.norm, best.eligible)),
+        *betas,
+        epsilon,
+    )
     return norms
-
-
-def _check(
-    logits: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor],
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    best: BestTriggers | None,
-) -> None:
-    mask, pattern = logits
-    if mask.dim() != 3:
-        raise UsageError(f"trigger_update: mask logits must be [K, H, W], found {list(mask.shape)}")
-    triggers, height, width = mask.shape
-    if pattern.dim() != 4 or (pattern.shape[0], *pattern.shape[2:]) != (triggers, height, width):
-        raise UsageError(
-            f"trigger_update: pattern logits must be [{triggers}, C, {height}, {width}] for mask "
-            f"logits {list(mask.shape)}, found {list(pattern.shape)}"
-        )
-    if mask.dtype not in _FLOAT_DTYPES:
-        raise UsageError(f"trigger_update: logits must be float32 or float64, found {mask.dtype}")
-    groups = {"logits": logits, "gradients": gradients, "first": first, "second": second}
-    if best is not None:
-        groups["best.logits"] = best.logits
-    for name, pair in groups.items():
-        for part, tensor, like in zip(("mask", "pattern"), pair, logits, strict=True):
-            if tensor.shape != like.shape or tensor.dtype != mask.dtype:
-                raise UsageError(
-                    f"trigger_update: {name} of the {part} must be {mask.dtype} "
-                    f"{list(like.shape)} as its logits are, found {tensor.dtype} "
-                    f"{list(tensor.shape)}"
-                )
-            if tensor.device != mask.device:
-                raise UsageError(
-                    f"trigger_update: {name} of the {part} must be on {mask.device} as the logits "
-                    f"are, found {tensor.device}"
-                )
-            if name != "gradients" and not tensor.is_contiguous():
-                raise UsageError(
-                    f"trigger_update: {name} of the {part} must be contiguous, found strides "
-                    f"{tensor.stride()}"
-                )
-
-
-def _check_vectors(vectors: dict[str, Tensor], triggers: int, device: torch.device) -> None:
-    expected = {
-        "steps": (torch.int64,),
-        "active": (torch.bool,),
-        "best.norm": (torch.float64,),
-        "best.eligible": (torch.bool,),
-    }
-    for name, tensor in vectors.items():
-        dtypes = expected.get(name, _FLOAT_DTYPES)
-        if tensor.shape != (triggers,) or tensor.dtype not in dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise UsageError(
-                f"trigger_update: {name} must be {wanted} [{triggers}], one for each trigger, "
-                f"found {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise UsageError(
-                f"trigger_update: {name} must be on {device} as the logits are, found "
-                f"{tensor.device}"
-            )
-        if not tensor.is_contiguous():
-            raise UsageError(
-                f"trigger_update: {name} must be contiguous, found strides {tensor.stride()}"
-            )
 
 
 torch.library.register_fake(

@@ -5,8 +5,8 @@ in any mixture, of any shape and stride (a tensor that is not contiguous is copi
 Several models are several lists of the same tensors. What is computed from a model is computed from
 its difference to a base, element by element and in float64; the difference itself is never stored.
 Sums are in float64 as well, in an order that depends on neither threads nor instruction set: the
-same call gives the same bits. Native kernels: csrc/cpu/weights_kernels.cpp and csrc/cuda; plain
-PyTorch: `pydetox.ops.reference`.
+same call gives the same bits. Native kernels and the checks of arguments: csrc/weights and
+csrc/weight_matmul; plain PyTorch: `pydetox.ops.reference`.
 
 Models that do not fit into memory come in parts (on the CPU): a call goes on from an earlier one's
 result, `start`. Where the tensors come in the same order and are cut only at multiples of `CHUNK`
@@ -26,11 +26,9 @@ import torch
 from torch import Tensor
 
 from pydetox.errors import UsageError
-from pydetox.ops import _library  # noqa: F401  loads the operators registered below
+from pydetox.ops import _library
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SMALLEST_SKETCH = 64
-#: Elements that are summed apart from all others: kChunk of csrc/core/weights.h.
+#: Elements that are summed apart from all others: kChunk of csrc/weights/core.h.
 CHUNK = 65536
 
 
@@ -56,11 +54,9 @@ def weight_diff_gram(
         UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
             another shape, dtype or device.
     """
-    _check("weight_diff_gram", base, {f"models[{i}]": m for i, m in enumerate(models)})
-    _check_start("weight_diff_gram", start, (len(models), len(models)))
-    gram: Tensor = torch.ops.pydetox.weight_diff_gram.default(
-        list(base), _joined(models), len(models), start
-    )
+    name = "weight_diff_gram"
+    joined = _joined(name, "models", models, len(base))
+    gram: Tensor = _library.call(name, list(base), joined, len(models), start)
     return gram
 
 
@@ -86,11 +82,10 @@ def weight_diff_project(
         UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
             another shape, dtype or device.
     """
-    lists = {"model": model, **{f"directions[{i}]": d for i, d in enumerate(directions)}}
-    _check("weight_diff_project", base, lists)
-    _check_start("weight_diff_project", start, (len(directions),))
-    projection: Tensor = torch.ops.pydetox.weight_diff_project.default(
-        list(base), list(model), _joined(directions), len(directions), start
+    name = "weight_diff_project"
+    joined = _joined(name, "directions", directions, len(base))
+    projection: Tensor = _library.call(
+        name, list(base), list(model), joined, len(directions), start
     )
     return projection
 
@@ -133,34 +128,27 @@ def weight_diff_sketch(
             repeat, another size, parts that begin elsewhere, or a start of another shape, dtype or
             device.
     """
-    _check("weight_diff_sketch", base, {"model": model})
+    name = "weight_diff_sketch"
     if len(names) != len(base) or len(set(names)) != len(names):
         raise UsageError(
-            f"weight_diff_sketch: names must be {len(base)} different ones, found {len(names)}, "
+            f"{name}: names must be {len(base)} different ones, found {len(names)}, "
             f"{len(set(names))} different"
         )
-    if size < _SMALLEST_SKETCH or size & (size - 1):
+    if len(model) != len(base) or len(first_elements or names) != len(base):
+        # They are put into another order first, which needs one of each.
         raise UsageError(
-            f"weight_diff_sketch: size must be a power of two, at least {_SMALLEST_SKETCH}, "
-            f"found {size}"
+            f"{name}: model and first_elements must be {len(base)} as base is, found {len(model)} "
+            f"and {len(first_elements or names)}"
         )
-    _check_start("weight_diff_sketch", start, (size,))
-    if first_elements is not None:
-        step = sketch_chunk(size)
-        wrong = [first for first in first_elements if first < 0 or first % step]
-        if wrong or len(first_elements) != len(base):
-            raise UsageError(
-                f"weight_diff_sketch: first_elements must be {len(base)} multiples of {step}, "
-                f"found {list(first_elements)}"
-            )
     # Sums are rounded: only a fixed order makes the bits independent of the lists' order.
     order = sorted(range(len(names)), key=lambda i: names[i])
-    sketch: Tensor = torch.ops.pydetox.weight_diff_sketch.default(
+    sketch: Tensor = _library.call(
+        name,
         [base[i] for i in order],
         [model[i] for i in order],
         [sketch_key(seed, names[i]) for i in order],
         size,
-        None if first_elements is None else [first_elements[i] // size for i in order],
+        None if first_elements is None else [first_elements[i] for i in order],
         start,
     )
     return sketch
@@ -209,28 +197,10 @@ def weight_diff_matmul(
             a dimension, factors of another shape, or another side.
     """
     name = "weight_diff_matmul"
-    _check(name, base, {"model": model})
     if side not in ("right", "left"):
         raise UsageError(f"{name}: side must be 'right' or 'left', found {side!r}")
-    if len(factors) != len(base):
-        raise UsageError(f"{name}: factors must be {len(base)} matrices, found {len(factors)}")
-    for i, (tensor, factor) in enumerate(zip(base, factors, strict=True)):
-        if tensor.ndim == 0:
-            raise UsageError(f"{name}: base[{i}] must have at least one dimension, found none")
-        depth = matrix_shape(tensor)[0 if side == "left" else 1]
-        if factor.ndim != 2 or factor.shape[0] != depth:
-            raise UsageError(
-                f"{name}: factors[{i}] must be [{depth}, r] for the {side} of base[{i}] "
-                f"{list(tensor.shape)}, found {list(factor.shape)}"
-            )
-        if factor.dtype not in _DTYPES or factor.device != tensor.device:
-            raise UsageError(
-                f"{name}: factors[{i}] must be float16, bfloat16, float32 or float64 on "
-                f"{tensor.device}, found {factor.dtype} on {factor.device}"
-            )
-    products: list[Tensor] = torch.ops.pydetox.weight_diff_matmul.default(
-        list(base), list(model), [factor.to(torch.float64) for factor in factors], side == "left"
-    )
+    wide = [f.to(torch.float64) if f.is_floating_point() else f for f in factors]
+    products: list[Tensor] = _library.call(name, list(base), list(model), wide, side == "left")
     return products
 
 
@@ -267,80 +237,35 @@ def apply_task_vectors(
             another shape, or results that cannot be written to.
     """
     name = "apply_task_vectors"
-    _check(name, base, {f"vectors[{i}]": v for i, v in enumerate(vectors)})
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
-    shapes = ((len(vectors),), (len(vectors), len(base)))
-    if rows.ndim not in (2, 3) or tuple(rows.shape[1:]) not in shapes:
-        raise UsageError(
-            f"{name}: coefficients must be [M, {len(vectors)}] or [M, {len(vectors)}, "
-            f"{len(base)}], found {list(rows.shape)}"
-        )
+    if base:
+        rows = rows.to(base[0].device)
     if out is None:
         out = [
-            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in base] for _ in rows
+            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in base]
+            for _ in range(rows.shape[0] if rows.ndim else 0)
         ]
-    if len(out) != len(rows):
-        raise UsageError(f"{name}: out must be {len(rows)} lists, found {len(out)}")
-    _check(name, base, {f"out[{i}]": o for i, o in enumerate(out)}, results=True)
-    torch.ops.pydetox.apply_task_vectors.default(
+    _library.call(
+        name,
         [t.detach() for t in base],
-        [t.detach() for t in _joined(vectors)],
-        rows.to(base[0].device).contiguous(),
-        [t.detach() for t in _joined(out)],
+        [t.detach() for t in _joined(name, "vectors", vectors, len(base))],
+        rows.contiguous(),
+        [t.detach() for t in _joined(name, "out", out, len(base))],
     )
     return [list(tensors) for tensors in out]
 
 
-def _check_start(operator: str, start: Tensor | None, shape: tuple[int, ...]) -> None:
-    if start is None:
-        return
-    fits = start.shape == shape and start.dtype == torch.float64 and start.device.type == "cpu"
-    if not fits or not start.is_contiguous():
-        raise UsageError(
-            f"{operator}: start must be contiguous float64 {list(shape)} on the CPU, found "
-            f"{start.dtype} {list(start.shape)} on {start.device}"
-        )
-
-
-def _joined(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [tensor for tensors in lists for tensor in tensors]
-
-
-def _check(
-    operator: str,
-    base: Sequence[Tensor],
-    lists: dict[str, Sequence[Tensor]],
-    *,
-    results: bool = False,
-) -> None:
-    if not base:
-        raise UsageError(f"{operator}: base must hold at least one tensor")
-    for name, tensors in {"base": base, **lists}.items():
-        if len(tensors) != len(base):
+def _joined(
+    operator: str, name: str, lists: Sequence[Sequence[Tensor]], count: int
+) -> list[Tensor]:
+    """Put lists of `count` tensors one after the other, which is how the operators take them."""
+    for i, tensors in enumerate(lists):
+        if len(tensors) != count:  # nobody can tell afterwards
             raise UsageError(
-                f"{operator}: {name} must hold {len(base)} tensors as base does, "
+                f"{operator}: {name}[{i}] must hold {count} tensors as base does, "
                 f"found {len(tensors)}"
             )
-        for i, (tensor, expected) in enumerate(zip(tensors, base, strict=True)):
-            if tensor.shape != expected.shape:
-                raise UsageError(
-                    f"{operator}: {name}[{i}] must be {list(expected.shape)} as base[{i}] is, "
-                    f"found {list(tensor.shape)}"
-                )
-            if tensor.dtype not in _DTYPES:
-                raise UsageError(
-                    f"{operator}: {name}[{i}] must be float16, bfloat16, float32 or float64, "
-                    f"found {tensor.dtype}"
-                )
-            if tensor.device != base[0].device:
-                raise UsageError(
-                    f"{operator}: {name}[{i}] must be on {base[0].device} as base[0] is, "
-                    f"found {tensor.device}"
-                )
-            if results and name != "base" and not tensor.is_contiguous():
-                raise UsageError(
-                    f"{operator}: {name}[{i}] must be contiguous, found strides {tensor.stride()}"
-                )
+    return [tensor for tensors in lists for tensor in tensors]
 
 
 torch.library.register_fake(
@@ -355,7 +280,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "pydetox::weight_diff_sketch",
-    lambda base, model, keys, size, first_blocks=None, start=None: base[0].new_empty(
+    lambda base, model, keys, size, first_elements=None, start=None: base[0].new_empty(
         (size,), dtype=torch.float64
     ),
 )

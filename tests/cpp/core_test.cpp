@@ -8,10 +8,10 @@
 #include <limits>
 #include <vector>
 
-#include "csrc/core/logarithm.h"
-#include "csrc/core/objectives.h"
-#include "csrc/core/stamp.h"
-#include "csrc/core/trigger_update.h"
+#include "csrc/common/logarithm.h"
+#include "csrc/objectives/core.h"
+#include "csrc/stamp_triggers/core.h"
+#include "csrc/trigger_update/core.h"
 
 namespace {
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from pydetox import _emulator
 
@@ -100,13 +101,18 @@ def test_the_cache_model_counts_misses_by_sector() -> None:
     assert traffic.dram_bytes_read == 32 * sectors
 
 
-def test_arrays_must_be_contiguous_and_of_a_known_type() -> None:
-    args = ([0.0], [1.0], 0, _emulator.Schedule())
-    images = np.zeros((1, 1, 2, 2), np.float32)
-    logits, pattern = np.zeros((1, 2, 2), np.float32), np.zeros((1, 1, 2, 2), np.float32)
-    with pytest.raises(ValueError, match="images must be C-contiguous"):
-        _emulator.stamp_forward(np.zeros((1, 1, 2, 4))[..., ::2], logits, pattern, pattern, *args)
-    with pytest.raises(ValueError, match="uint8, uint16"):
-        _emulator.stamp_forward(images.astype(np.int64), logits, pattern, pattern, *args)
-    with pytest.raises(ValueError, match="no kernel for this combination"):
-        _emulator.stamp_forward(images, logits, pattern, pattern.astype(np.float64), *args)
+def test_an_operator_is_refused_what_it_does_not_take() -> None:
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"z must be \[K, B, D\], found \[2, 3\]"):
+        _emulator.run("embedding_collapse", z)
+    with pytest.raises(RuntimeError, match="between begin"):
+        torch.ops.pydetox_emulator.embedding_collapse(z[None])
+
+
+def test_a_dry_run_notes_the_launches_alone() -> None:
+    z = torch.ones(3, 5, 7)
+    schedule = _emulator.Schedule(dry=True)
+    _, (norms, sums) = _emulator.run("embedding_collapse", z, schedule=schedule)
+    assert (norms.blocks, norms.threads, norms.shared_bytes) == (2, 256, 0)
+    assert (sums.blocks, sums.threads, sums.shared_bytes) == (3, 256, 2048)
+    assert norms.loads == sums.stores == 0

@@ -6,10 +6,9 @@ witness that agrees bit for bit.
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from tests.emulator.test_stamp_triggers import (
     IMAGES,
     Schedule,
     assert_close,
-    to_numpy,
     unwritten,
 )
 
@@ -51,11 +49,10 @@ class Case:
     std: list[float]
     patch_size: int
 
-    def inputs(self) -> list[np.ndarray]:
-        return [to_numpy(t) for t in (self.images, self.mask_logits, self.pattern_logits)]
-
-    def places(self) -> np.ndarray | None:
-        return None if self.corners is None else self.corners.numpy()
+    def inputs(self) -> tuple[object, ...]:
+        """Tensors and options, as the operators take them."""
+        tensors = (self.images, self.mask_logits, self.pattern_logits)
+        return (*tensors, self.mean, self.std, self.patch_size or None)
 
     def boxes(self) -> Tensor:
         """Whether an element of the output is in its trigger's box."""
@@ -112,32 +109,29 @@ def emulate_forward(
     case: Case, schedule: Schedule, *, only_box: bool = False, into: Tensor | None = None
 ) -> tuple[Tensor, _emulator.Traffic]:
     output = unwritten(case.gradient) if into is None else into
-    traffic = _emulator.stamp_forward(
-        *case.inputs(),
-        to_numpy(output),
-        case.mean,
-        case.std,
-        case.patch_size,
-        schedule,
-        case.places(),
-        only_box,
+    _, traffic = _emulator.run(
+        "stamp_triggers_out", *case.inputs(), output, case.corners, only_box, schedule=schedule
     )
-    return output, traffic
+    return output, only(traffic)
+
+
+def only(traffic: list[_emulator.Traffic]) -> _emulator.Traffic:
+    """The one launch, or one that moves nothing."""
+    assert len(traffic) <= 1
+    return traffic[0] if traffic else _emulator.Traffic()
 
 
 def emulate_backward(case: Case, schedule: Schedule) -> tuple[Tensor, Tensor, _emulator.Traffic]:
     results = unwritten(case.mask_logits), unwritten(case.pattern_logits)
-    traffic = _emulator.stamp_backward(
-        to_numpy(case.gradient),
+    _, traffic = _emulator.run(
+        "stamp_triggers_backward_out",
+        case.gradient,
         *case.inputs(),
-        *map(to_numpy, results),
-        case.mean,
-        case.std,
-        case.patch_size,
-        schedule,
-        case.places(),
+        *results,
+        case.corners,
+        schedule=schedule,
     )
-    return *results, traffic
+    return *results, only(traffic)
 
 
 def differentiate(case: Case, stamp: object, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,8 +348,7 @@ def test_a_box_moves_what_it_must(
     assert backward <= 1.05 * (sectors(case.gradient, boxes) + images + 2 * logits)
     # Requested exactly once, but for the images (each trigger's own request) and the corner, which
     # all threads of a block ask for at once.
-    blocks, threads, _ = _emulator.stamp_launch_shape(True, list(sizes[:6]), box=list(sizes[6:]))
-    corners = 16 * blocks * threads
+    corners = 16 * traffic.blocks * traffic.threads
     assert traffic.bytes_loaded == written + k * int(pixels.sum()) + logits + corners
 
     if aligned:
@@ -388,51 +381,42 @@ def test_own_images_are_read_once(patch_size: int) -> None:
 # ---- sizes --------------------------------------------------------------------------------------
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+def test_more_than_2_to_the_31_elements(
+    reserve: Callable[[tuple[int, ...], torch.dtype], Tensor],
+) -> None:
     """The last trigger's box of a launch whose tensors are too large for 32-bit indices."""
     k, b, c, side = 3, 4_000, 3, 256
     few = make_case((k, 8, c, side, side, 0, 4, 5), output=torch.bfloat16, own=True)
     assert few.corners is not None
 
-    def reserve(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        # Zeros that take no memory until they are written.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype).reshape(shape)
-
-    images = reserve((k, b, c, side, side), np.uint8)
-    output = reserve((k, b, c, side, side), np.uint16)
-    assert images.size > 2**31
-    images[:, -8:] = to_numpy(few.images)
-    logits = (to_numpy(few.mask_logits), to_numpy(few.pattern_logits))
+    images = reserve((k, b, c, side, side), torch.uint8)
+    output = reserve((k, b, c, side, side), torch.bfloat16)
+    assert images.numel() > 2**31
+    images[:, -8:] = few.images
+    huge = replace(few, images=images, gradient=output)
     last = Schedule(only_block=-1)
-    corners = few.corners.numpy()
-    _emulator.stamp_forward(images, *logits, output, few.mean, few.std, 0, last, corners, True)
-    expected = to_numpy(emulate_forward(few, Schedule())[0])
+    emulate_forward(huge, last, only_box=True, into=output)
+    expected = emulate_forward(few, Schedule())[0]
     top, left = few.corners[-1].tolist()
-    box = np.s_[:, -1, top : top + 4, left : left + 5]
-    np.testing.assert_array_equal(output[-1, -8:][box], expected[-1][box])
+    rows, columns = slice(top, top + 4), slice(left, left + 5)
+    found = output[-1, -8:, -1, rows, columns]
+    assert torch.equal(found, expected[-1, :, -1, rows, columns])
     assert not output[:-1, -8:].any()
 
     # Seen from the gradient of the last eight images, the others add nothing.
-    gradient = output
-    gradient[-1] = 0
-    gradient[-1, -8:] = to_numpy(few.gradient)[-1]
-    results = unwritten(few.mask_logits), unwritten(few.pattern_logits)
-    _emulator.stamp_backward(
-        gradient, images, *logits, *map(to_numpy, results), few.mean, few.std, 0, last, corners
-    )
+    output[-1] = 0
+    output[-1, -8:] = few.gradient[-1]
+    *results, _ = emulate_backward(huge, last)
     for found, truth in zip(results, emulate_backward(few, Schedule())[:2], strict=True):
         assert torch.equal(found[-1], truth[-1])
 
 
-def test_launch_shapes() -> None:
+def test_launch_shapes(stamp_launch_shape: Callable[..., tuple[int, int, int]]) -> None:
     """The grid is the boxes': 64x64 of 224x224."""
-    shape, sizes = _emulator.stamp_launch_shape, [8, 16, 3, 224, 224, 0]
+    shape, sizes = stamp_launch_shape, [8, 16, 3, 224, 224, 0]
     assert shape(False, sizes, box=[64, 64]) == (8 * 3 * 16, 128, 0)
     assert shape(True, sizes, box=[64, 64])[:2] == (8 * 64, 64)
     for box in ([0, 5], [5, 0], [0, 0]):
         assert shape(False, sizes, box=box)[0] == shape(True, sizes, box=box)[0] == 0
     # No 32-bit arithmetic: the launcher refuses more than 2^31 - 1 blocks by this number.
-    assert shape(True, [2**33, 1, 3, 8, 16, 0], box=[1, 1])[0] == 2**33
-    assert shape(True, [2**33, 1, 3, 8, 16, 0], box=[2**5, 2**5])[0] == 2**37
+    assert shape(True, [2**33, 1, 1, 1, 2, 0], box=[1, 1])[0] == 2**33

@@ -6,10 +6,9 @@ share the order of their sums, so that they agree bit for bit.
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pydetox import _emulator, ops
 from pydetox.ops import reference
 
 Schedule = _emulator.Schedule
+Reserve = Callable[[tuple[int, ...], torch.dtype], Tensor]
 FLOATS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -74,40 +74,33 @@ def make_case(
     return Case(images, mask.to(compute), pattern.to(compute), gradient, mean, std, patch_size)
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as numpy; bfloat16 as the uint16 that the emulator takes."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
-
-
 def unwritten(like: Tensor) -> Tensor:
     return torch.full_like(like, float("nan"))
 
 
 def emulate_forward(case: Case, schedule: Schedule) -> tuple[Tensor, _emulator.Traffic]:
     output = unwritten(case.gradient)
-    traffic = _emulator.stamp_forward(
-        *map(to_numpy, (case.images, case.mask_logits, case.pattern_logits, output)),
-        case.mean,
-        case.std,
-        case.patch_size,
-        schedule,
-    )
-    return output, traffic
+    inputs = (case.images, case.mask_logits, case.pattern_logits)
+    options = (case.mean, case.std, case.patch_size or None)
+    _, traffic = _emulator.run("stamp_triggers_out", *inputs, *options, output, schedule=schedule)
+    return output, only(traffic)
+
+
+def only(traffic: list[_emulator.Traffic]) -> _emulator.Traffic:
+    """The one launch, or one that moves nothing."""
+    assert len(traffic) <= 1
+    return traffic[0] if traffic else _emulator.Traffic()
 
 
 def emulate_backward(case: Case, schedule: Schedule) -> tuple[Tensor, Tensor, _emulator.Traffic]:
     mask_gradient, pattern_gradient = unwritten(case.mask_logits), unwritten(case.pattern_logits)
     inputs = (case.gradient, case.images, case.mask_logits, case.pattern_logits)
-    traffic = _emulator.stamp_backward(
-        *map(to_numpy, (*inputs, mask_gradient, pattern_gradient)),
-        case.mean,
-        case.std,
-        case.patch_size,
-        schedule,
+    options = (case.mean, case.std, case.patch_size or None)
+    results = (mask_gradient, pattern_gradient)
+    _, traffic = _emulator.run(
+        "stamp_triggers_backward_out", *inputs, *options, *results, schedule=schedule
     )
-    return mask_gradient, pattern_gradient, traffic
+    return *results, only(traffic)
 
 
 def differentiate(case: Case, stamp: object, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,48 +286,39 @@ def test_backward_moves_what_it_must(patch_size: int) -> None:
     assert traffic.bytes_loaded == case.gradient.nbytes + 8 * case.images.nbytes + logits
 
 
-def test_more_than_2_to_the_31_elements() -> None:
+def test_more_than_2_to_the_31_elements(reserve: Reserve) -> None:
     """The last block of a launch whose tensors are too large for 32-bit indices."""
     k, b, c, side = 2, 12_000, 3, 256
     few = make_case((k, 8, c, side, side, 0), torch.uint8, torch.float32, torch.bfloat16)
     forward_pixels, backward_pixels = 1024, 256  # of a block
 
-    def reserve(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        # Zeros that take no memory until they are written.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype).reshape(shape)
-
-    images = reserve((b, c, side, side), np.uint8)
-    output = reserve((k, b, c, side, side), np.uint16)
-    assert images.size > 2**31
-    images[-8:] = to_numpy(few.images)
-    inputs = (images, to_numpy(few.mask_logits), to_numpy(few.pattern_logits))
+    images = reserve((b, c, side, side), torch.uint8)
+    output = reserve((k, b, c, side, side), torch.bfloat16)
+    assert images.numel() > 2**31
+    images[-8:] = few.images
+    huge = replace(few, images=images, gradient=output)
     last_block = Schedule(only_block=-1)
-    _emulator.stamp_forward(*inputs, output, few.mean, few.std, 0, last_block)
-    expected = to_numpy(emulate_forward(few, Schedule())[0]).reshape(k, 8, c, -1)
+    options = (few.mean, few.std, None)
+    inputs = (images, few.mask_logits, few.pattern_logits)
+    _emulator.run("stamp_triggers_out", *inputs, *options, output, schedule=last_block)
+    expected = emulate_forward(few, Schedule())[0].reshape(k, 8, c, -1)
     found = output[:, -8:].reshape(k, 8, c, -1)
-    np.testing.assert_array_equal(
-        found[:, :, -1, -forward_pixels:], expected[:, :, -1, -forward_pixels:]
-    )
+    assert torch.equal(found[:, :, -1, -forward_pixels:], expected[:, :, -1, -forward_pixels:])
     assert not found[:, :, :-1].any()
 
     # Seen from the gradient of the last eight images, the 11,992 others add nothing.
-    gradient = output
-    gradient[:, -16:-8] = 0
-    gradient[:, -8:] = to_numpy(few.gradient)
-    mask_gradient, pattern_gradient = unwritten(few.mask_logits), unwritten(few.pattern_logits)
-    results = (mask_gradient.numpy(), pattern_gradient.numpy())
-    _emulator.stamp_backward(gradient, *inputs, *results, few.mean, few.std, 0, last_block)
+    output[:, -16:-8] = 0
+    output[:, -8:] = few.gradient
+    *results, _ = emulate_backward(huge, last_block)
     expected_gradients = emulate_backward(few, Schedule())
-    for values, truth in zip((mask_gradient, pattern_gradient), expected_gradients, strict=False):
+    for values, truth in zip(results, expected_gradients, strict=False):
         found_gradient = values[-1].flatten(-2)[..., -backward_pixels:]
         assert torch.equal(found_gradient, truth[-1].flatten(-2)[..., -backward_pixels:])
 
 
-def test_launch_shapes() -> None:
+def test_launch_shapes(stamp_launch_shape: Callable[..., tuple[int, int, int]]) -> None:
     """Blocks, threads and shared bytes for aligned float32 tensors [K, B, C, H, W, P]."""
-    shape = _emulator.stamp_launch_shape
+    shape = stamp_launch_shape
     assert shape(False, [8, 16, 3, 224, 224, 0]) == (2 * 3 * 98, 128, 0)
     assert shape(True, [8, 16, 3, 224, 224, 0])[:2] == (8 * 392, 64)
     assert shape(False, [1, 1, 1, 1, 1, 0])[0] == 1
@@ -344,7 +328,7 @@ def test_launch_shapes() -> None:
     assert shape(False, [1, 1, 0, 1, 1, 0])[0] == 0
     assert shape(True, [1, 1, 0, 1, 1, 0])[0] == 1
     # No 32-bit arithmetic: the launcher refuses more than 2^31 - 1 blocks by this number.
-    assert shape(True, [2**33, 1, 3, 8, 16, 0])[0] == 2**33
+    assert shape(True, [2**33, 1, 1, 1, 1, 0])[0] == 2**33
     for channels in (1, 3, 16):
         for images in (0, 1, 9, 1000):
             for patch in (0, 1, 8):

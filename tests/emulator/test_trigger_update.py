@@ -18,6 +18,11 @@ SIZES = [
     (2, 2, 33, 65),  # two chunks of a mask, and three of a pattern
 ]
 NAMES = ("logits", "gradient", "first", "second")
+ORDER = [
+    *(f"{part}_{name}" for name in NAMES for part in ("mask", "pattern")),
+    *("cost", "learning_rate", "total_variation", "steps", "active"),
+    *("best_mask", "best_pattern", "best_norm", "eligible"),
+]
 
 
 def make(
@@ -56,9 +61,9 @@ def make(
 def emulate(arrays: Arrays, schedule: Schedule) -> tuple[Arrays, list[_emulator.Traffic]]:
     """All arrays afterwards, and the norms."""
     after = {name: tensor.clone() for name, tensor in arrays.items()}
-    after["norms"] = torch.full((len(arrays["cost"]),), 7.0, dtype=torch.float64)
-    given = {name: tensor.numpy() for name, tensor in after.items()}
-    traffic = _emulator.trigger_update(given, 0.5, 0.9, 1e-8, schedule)
+    after["norms"], traffic = _emulator.run(
+        "trigger_update", *(after.get(name) for name in ORDER), 0.5, 0.9, 1e-8, schedule=schedule
+    )
     return after, traffic
 
 
@@ -154,7 +159,6 @@ def test_misaligned_tensors_give_the_same_bits() -> None:
         name: torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
         for name, t in arrays.items()
     }
-    shifted["norms"] = torch.zeros(2, dtype=torch.float64)
-    given = {name: tensor.numpy() for name, tensor in shifted.items()}
-    _emulator.trigger_update(given, 0.5, 0.9, 1e-8, Schedule(seed=1))
+    arguments = (*(shifted[name] for name in ORDER), 0.5, 0.9, 1e-8)
+    shifted["norms"], _ = _emulator.run("trigger_update", *arguments, schedule=Schedule(seed=1))
     assert same(shifted, expected)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from pydetox import ops
+from pydetox.errors import UsageError
 from pydetox.ops import (
     BestTriggers,
     embedding_collapse,
@@ -197,3 +199,29 @@ def test_updates_agree_to_the_bit(dtype: torch.dtype, optional: bool) -> None:
         results.append([t.cpu() for t in written])
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.equal(on_cpu, on_gpu)
+
+
+@pytest.mark.parametrize("name", ["mask_logits", "pattern_logits"])
+def test_tensors_on_two_devices_are_refused(name: str) -> None:
+    given = {
+        "images": torch.zeros(2, 3, 4, 4),
+        "mask_logits": torch.zeros(1, 4, 4),
+        "pattern_logits": torch.zeros(1, 3, 4, 4),
+    }
+    given = {key: tensor.to("cpu" if key == name else "cuda") for key, tensor in given.items()}
+    with pytest.raises(UsageError, match=f"{name} must be on cuda:0 as images is, found cpu"):
+        stamp_triggers(**given)
+    base = [torch.zeros(3, device="cuda")]
+    with pytest.raises(UsageError, match=r"model\[0\] must be on cuda:0 as base\[0\] is"):
+        ops.weight_diff_project(base, [torch.zeros(3)], [])
+
+
+def test_corners_on_the_cpu_are_checked_and_copied() -> None:
+    images = torch.rand(2, 3, 8, 8, device="cuda")
+    mask, pattern = torch.randn(2, 3, 3, device="cuda"), torch.randn(2, 3, 3, 3, device="cuda")
+    corners = torch.tensor([[0, 5], [2, 1]])
+    expected = stamp_triggers(images, mask, pattern, corners=corners.cuda())
+    for given in (corners, corners.tolist()):
+        assert torch.equal(stamp_triggers(images, mask, pattern, corners=given), expected)
+    with pytest.raises(UsageError, match=r"corners\[1\] is \(6, 1\)"):
+        stamp_triggers(images, mask, pattern, corners=[(0, 5), (6, 1)])

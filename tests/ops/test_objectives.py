@@ -333,19 +333,21 @@ def arguments(**changes: object) -> dict[str, object]:
     [
         ({"z": torch.zeros(3, 4)}, r"z must be \[K, B, D\], found \[3, 4\]"),
         ({"z": torch.zeros(2, 0, 4)}, r"at least 1 image, found \[2, 0, 4\]"),
-        ({"z": torch.zeros(2, 3, 4, dtype=torch.int32)}, r"z must be float16.*found torch\.int32"),
+        (
+            {"z": torch.zeros(2, 3, 4, dtype=torch.int32)},
+            r"z must be float32.*found int32",
+        ),
         (
             {"head": torch.zeros(5, 3)},
             r"head must be \[C, 4\].*z \[2, 3, 4\], found \[5, 3\]",
         ),
         ({"head": torch.zeros(0, 4)}, r"C at least 1.*found \[0, 4\]"),
-        ({"head": torch.zeros(5, 4).int()}, r"head must be float16.*found torch\.int32"),
+        ({"head": torch.zeros(5, 4).int()}, r"head must be float32 as z is, found int32"),
         ({"head": torch.zeros(5, 4, requires_grad=True)}, "head gets no gradient"),
         ({"targets": torch.zeros(3).long()}, r"int64 \[2\] for z \[2, 3, 4\], found .*\[3\]"),
-        ({"targets": torch.zeros(2)}, r"int64 \[2\].*found torch\.float32"),
-        ({"targets": torch.tensor([0, 5])}, "from 0 to 4, not 5"),
-        ({"targets": torch.tensor([-1, 0])}, "from 0 to 4, not -1"),
-        ({"targets": torch.zeros(2, device="meta").long()}, "on one device, found cpu, cpu and me"),
+        ({"targets": torch.zeros(2)}, r"int64 \[2\].*found float32"),
+        ({"targets": torch.tensor([0, 5])}, "from 0 to 4, found 5"),
+        ({"targets": torch.tensor([-1, 0])}, "from 0 to 4, found -1"),
         ({"logit_scale": 0.0}, "logit_scale must be a positive number, found 0"),
         ({"logit_scale": math.nan}, "logit_scale must be a positive number, found nan"),
     ],
@@ -359,37 +361,37 @@ def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
 def test_a_pair_needs_two(count: int) -> None:
     with pytest.raises(UsageError, match=rf"at least 2 images.*found \[3, {count}, 4\]"):
         embedding_collapse(torch.zeros(3, count, 4))
-    with pytest.raises(RuntimeError, match=rf"at least 2 images.*not \[3, {count}, 4\]"):
+    with pytest.raises(ValueError, match=rf"at least 2 images.*found \[3, {count}, 4\]"):
         torch.ops.pydetox.embedding_collapse(torch.zeros(3, count, 4))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"z": torch.zeros(3, 4)}, r"z must be \[K, B, D\], not \[3, 4\]"),
-        ({"z": torch.zeros(2, 3, 4, dtype=BF16)}, "z must be float32 or float64"),
-        ({"z": torch.zeros(2, 0, 4)}, r"not \[2, 0, 4\]"),
-        ({"head": torch.zeros(5, 3)}, r"for z \[2, 3, 4\], not \[5, 3\]"),
-        ({"head": torch.zeros(5, 4).double()}, "head must have the dtype of z"),
-        ({"targets": torch.zeros(1).long()}, r"must be \[K\] for z \[2, 3, 4\], not \[1\]"),
-        ({"targets": torch.zeros(2).int()}, "targets must be int64"),
-        ({"logit_scale": -1.0}, "positive number, not -1"),
+        ({"z": torch.zeros(3, 4)}, r"z must be \[K, B, D\], found \[3, 4\]"),
+        ({"z": torch.zeros(2, 3, 4, dtype=BF16)}, "z must be float32 or float64, found bfloat16"),
+        ({"z": torch.zeros(2, 0, 4)}, r"found \[2, 0, 4\]"),
+        ({"head": torch.zeros(5, 3)}, r"for z \[2, 3, 4\], found \[5, 3\]"),
+        ({"head": torch.zeros(5, 4).double()}, "head must be float32 as z is, found float64"),
+        ({"targets": torch.zeros(1).long()}, r"int64 \[2\] for z \[2, 3, 4\], found int64 \[1\]"),
+        ({"targets": torch.zeros(2).int()}, r"targets must be int64 \[2\].*found int32"),
+        ({"logit_scale": -1.0}, "positive number, found -1"),
     ],
 )
 def test_the_operators_check_for_themselves(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.pydetox.zero_shot_loss(**arguments(**changes), with_gradient=True)
 
 
 def test_the_backward_operators_check_for_themselves() -> None:
     z = torch.zeros(2, 3, 4)
     for gradient, message in (
-        (torch.zeros(3), r"must be \[K\] for z \[2, 3, 4\], not \[3\]"),
-        (torch.zeros(2).double(), "dtype and the device of z"),
+        (torch.zeros(3), r"float32 \[2\] for z \[2, 3, 4\], found float32 \[3\]"),
+        (torch.zeros(2).double(), r"float32 \[2\].*found float64 \[2\]"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             torch.ops.pydetox.embedding_collapse_backward(gradient, z)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             torch.ops.pydetox.zero_shot_loss_backward(gradient, z, z)
-    with pytest.raises(RuntimeError, match=r"\[2, 3, 4\] as z is, not \[2, 3, 5\]"):
+    with pytest.raises(ValueError, match=r"\[2, 3, 4\] as z is, found float32 \[2, 3, 5\]"):
         torch.ops.pydetox.zero_shot_loss_backward(torch.zeros(2), z, torch.zeros(2, 3, 5))

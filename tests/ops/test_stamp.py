@@ -363,8 +363,8 @@ def test_a_loop_with_buffers_allocates_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["out"][:, :4], r"out must be torch.float32 \[3, 5, 3, 12, 20\]"),
-        (lambda t: t["out"].double(), "found torch.float64"),
+        (lambda t: t["out"][:, :4], r"out must be float32 \[3, 5, 3, 12, 20\]"),
+        (lambda t: t["out"].double(), "found float64"),
         (lambda t: t["out"].transpose(3, 4).contiguous().transpose(3, 4), "contiguous"),
         (lambda t: t["out"].requires_grad_(), "must not require a gradient"),
         (lambda t: t["pattern"].new_empty(0).set_(t["store"], 4, t["out"].shape), "share memory"),
@@ -375,7 +375,7 @@ def test_unusable_buffers_are_refused(change, message: str) -> None:
     store = torch.UntypedStorage(gradient.nbytes + 4 * (pattern.numel() + 4))
     pattern = torch.empty(0).set_(store, 0, pattern.shape).copy_(pattern.detach())
     out = change({"out": torch.empty_like(gradient), "pattern": pattern, "store": store})
-    with pytest.raises((UsageError, RuntimeError), match=message):
+    with pytest.raises(UsageError, match=message):
         stamp_triggers(images, mask, pattern, out=out)
 
 
@@ -383,15 +383,15 @@ def test_gradients_refuse_what_does_not_fit() -> None:
     images, mask, pattern, gradient = Case().tensors()
     with pytest.raises(UsageError, match=r"gradient must be \[3, 5, 3, 12, 20\]"):
         stamp_triggers_gradients(gradient[:2], images, mask, pattern)
-    with pytest.raises(UsageError, match=r"found torch\.float64 for torch\.float32"):
+    with pytest.raises(UsageError, match=r"found float64 for float32"):
         stamp_triggers_gradients(gradient.double(), images, mask, pattern)
-    with pytest.raises(UsageError, match="out for pattern_logits must be"):
+    with pytest.raises(UsageError, match="pattern_logits_gradient must be"):
         stamp_triggers_gradients(
             gradient, images, mask, pattern, out=(mask.detach().clone(), mask.detach().clone())
         )
     same = torch.empty(mask.numel() + pattern.numel())
     overlapping = same[: mask.numel()].view(mask.shape), same[: pattern.numel()].view(pattern.shape)
-    with pytest.raises(RuntimeError, match="mask_logits_gradient must not share memory"):
+    with pytest.raises(UsageError, match="mask_logits_gradient must not share memory"):
         stamp_triggers_gradients(gradient, images, mask, pattern, out=overlapping)
-    with pytest.raises(UsageError, match=r"found torch\.bfloat16 for torch\.bfloat16"):
+    with pytest.raises(UsageError, match="found bfloat16 and bfloat16"):
         stamp_triggers_gradients(gradient.bfloat16(), images, mask.bfloat16(), pattern.bfloat16())

@@ -378,7 +378,7 @@ def test_a_loop_over_boxes_allocates_nothing() -> None:
 )
 def test_opcheck(case: Case) -> None:
     t = case.tensors()
-    rest = (MEAN, STD, case.patch_size or 0)
+    rest = (MEAN, STD, case.patch_size)
     ops = torch.ops.pydetox
     logits = (t.mask.clone().requires_grad_(), t.pattern.clone().requires_grad_())
     torch.library.opcheck(
@@ -454,21 +454,17 @@ def test_fake_tensors(device: str) -> None:
         ({"mask": torch.zeros(5, 7)}, r"with corners, mask_logits must be \[K, h, w\]"),
         ({"pattern": torch.zeros(3, 3, 12, 20)}, r"\[3, 3, 5, 7\] .*found \[3, 3, 12, 20\]"),
         ({"corners": None}, r"mask_logits must be \[K, 12, 20\] .*found \[3, 5, 7\]"),
-        ({"corners": torch.zeros(3, 2)}, r"int64 \[3, 2\] .*found torch.float32 \[3, 2\]"),
-        ({"corners": torch.zeros(2, 2, dtype=torch.int64)}, r"int64 \[3, 2\] .*found .*\[2, 2\]"),
-        (
-            {"corners": torch.zeros(3, 2, dtype=torch.int64, device="meta")},
-            "on the device of the images, cpu, found meta",
-        ),
-        ({"corners": [(0, 0), (0, 0)]}, r"for each of 3 triggers, found \[\(0, 0\), \(0, 0\)\]"),
-        ({"corners": [1, 2, 3]}, r"for each of 3 triggers, found \[1, 2, 3\]"),
+        ({"corners": torch.zeros(3, 2)}, r"int64 \[3, 2\].*found float32 \[3, 2\]"),
+        ({"corners": torch.zeros(2, 2, dtype=torch.int64)}, r"int64 \[3, 2\].*found .*\[2, 2\]"),
+        ({"corners": [(0, 0), (0, 0)]}, r"int64 \[3, 2\].*found int64 \[2, 2\]"),
+        ({"corners": [1, 2, 3]}, r"for each trigger, found \[1, 2, 3\]"),
         (
             {"corners": [(0, 0), (8, 3), (0, 0)]},
             r"corners\[1\] is \(8, 3\); a box of 5x7 in images of 12x20 has its top in 0..7",
         ),
         ({"corners": [(0, 0), (7, 13), (0, -1)]}, r"corners\[2\] is \(0, -1\).*left in 0..13"),
         ({"only_box": True}, "only_box needs out and corners"),
-        ({"only_box": True, "corners": None}, "only_box needs out and corners"),
+        ({"only_box": True, "corners": None}, "only_box needs out"),
     ],
 )
 def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
@@ -491,7 +487,7 @@ def test_values_of_a_tensor_are_checked_on_the_cpu(corner: tuple[int, int]) -> N
         lambda: stamp_triggers(t.images, t.mask, t.pattern, corners=corners, out=out),
         lambda: stamp_triggers_gradients(t.gradient, t.images, t.mask, t.pattern, corners=corners),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(UsageError, match=message):
             call()
     assert out.isnan().all()
 
@@ -499,12 +495,21 @@ def test_values_of_a_tensor_are_checked_on_the_cpu(corner: tuple[int, int]) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(2, 5, 3, 12, 20)}, r"K = 3 .*not \[2, 5, 3, 12, 20\]"),
-        ({"mask_logits": torch.zeros(3, 13, 7)}, r"at most as large as images .*not \[3, 13, 7\]"),
-        ({"pattern_logits": torch.zeros(3, 3, 5, 8)}, r"\[K, C, 5, 7\].*not \[3, 3, 5, 8\]"),
-        ({"corners": None}, r"must be \[K, H, W\] for images \[5, 3, 12, 20\], not \[3, 5, 7\]"),
-        ({"corners": torch.zeros(2, 2, dtype=torch.int64)}, r"each of 3 triggers, not \[2, 2\]"),
-        ({"corners": torch.zeros(3, 2)}, "corners must be int64"),
+        (
+            {"images": torch.zeros(2, 5, 3, 12, 20)},
+            r"each of 3 triggers, found \[2, 5, 3",
+        ),
+        ({"mask_logits": torch.zeros(3, 13, 7)}, r"h <= 12 and w <= 20 .*found \[3, 13, 7\]"),
+        ({"pattern_logits": torch.zeros(3, 3, 5, 8)}, r"\[3, 3, 5, 7\].*found \[3, 3, 5, 8\]"),
+        (
+            {"corners": None},
+            r"must be \[K, 12, 20\] for images .*found \[3, 5, 7\]",
+        ),
+        (
+            {"corners": torch.zeros(2, 2, dtype=torch.int64)},
+            r"int64 \[3, 2\].*found int64 \[2, 2\]",
+        ),
+        ({"corners": torch.zeros(3, 2)}, r"corners must be int64.*found float32"),
     ],
 )
 def test_the_operator_checks_for_itself(changes: dict[str, Any], message: str) -> None:
@@ -515,20 +520,20 @@ def test_the_operator_checks_for_itself(changes: dict[str, Any], message: str) -
         "pattern_logits": t.pattern,
         "mean": MEAN,
         "std": STD,
-        "patch_size": 0,
+        "patch_size": None,
         "dtype": F32,
         "corners": t.corners,
     } | changes
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.pydetox.stamp_triggers(**arguments)
     del arguments["dtype"]
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.pydetox.stamp_triggers_backward(gradient=t.gradient, **arguments)
 
 
 def test_only_box_without_a_box() -> None:
     t = Case(box=None).tensors()
-    with pytest.raises(RuntimeError, match="only_box needs corners"):
+    with pytest.raises(ValueError, match="only_box needs corners"):
         torch.ops.pydetox.stamp_triggers_out(
-            t.images, t.mask, t.pattern, MEAN, STD, 0, torch.empty_like(t.gradient), None, True
+            t.images, t.mask, t.pattern, MEAN, STD, None, torch.empty_like(t.gradient), None, True
         )

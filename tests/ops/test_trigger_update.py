@@ -440,43 +440,35 @@ WRONG = [
     (lambda s: {"logits": changed(s.logits, 0, torch.zeros(4, 5))}, r"\[K, H, W\], found \[4, 5\]"),
     (
         lambda s: {"logits": changed(s.logits, 1, torch.zeros(2, 3, 5, 4))},
-        r"\[2, C, 4, 5\] for mask logits \[2, 4, 5\], found \[2, 3, 5, 4\]",
+        r"\[2, C, 4, 5\] for mask_logits \[2, 4, 5\], found float32 \[2, 3, 5, 4\]",
     ),
     (
         lambda s: {"logits": (s.logits[0].half(), s.logits[1].half())},
-        "float32 or float64, found torch.float16",
+        "float32 or float64, found float16",
     ),
     (
         lambda s: {"gradients": changed(s.gradients, 0, s.gradients[0].double())},
-        r"gradients of the mask must be torch.float32 \[2, 4, 5\].*found torch.float64",
+        r"mask_gradient must be float32 \[2, 4, 5\].*found float64",
     ),
     (
         lambda s: {"first": changed(s.first, 1, torch.zeros(2, 3, 4, 4))},
-        r"first of the pattern must be .*\[2, 3, 4, 5\].*found .*\[2, 3, 4, 4\]",
+        r"pattern_first must be .*\[2, 3, 4, 5\].*found .*\[2, 3, 4, 4\]",
     ),
     (
         lambda s: {"second": changed(s.second, 0, torch.zeros(2, 5, 4).mT)},
-        r"second of the mask must be contiguous, found strides \(20, 1, 4\)",
-    ),
-    (
-        lambda s: {"second": changed(s.second, 0, torch.zeros(2, 4, 5, device="meta"))},
-        "second of the mask must be on cpu as the logits are, found meta",
+        r"mask_second must be contiguous",
     ),
     (lambda s: {"cost": torch.zeros(3)}, r"cost must be float32 or float64 \[2\].*found .*\[3\]"),
-    (lambda s: {"learning_rate": torch.zeros(2).long()}, "learning_rate must be.*found torch.int"),
-    (lambda s: {"steps": torch.zeros(2)}, r"steps must be int64 \[2\].*found torch.float32"),
-    (lambda s: {"active": torch.zeros(2)}, r"active must be bool \[2\].*found torch.float32"),
-    (
-        lambda s: {"cost": torch.zeros(2, device="meta")},
-        "cost must be on cpu as the logits are, found meta",
-    ),
-    (lambda s: {"cost": torch.zeros(4)[::2]}, r"cost must be contiguous, found strides \(2,\)"),
+    (lambda s: {"learning_rate": torch.zeros(2).long()}, "learning_rate must be.*found int64"),
+    (lambda s: {"steps": torch.zeros(2)}, r"steps must be int64 \[2\].*found float32"),
+    (lambda s: {"active": torch.zeros(2)}, r"active must be bool \[2\].*found float32"),
+    (lambda s: {"cost": torch.zeros(4)[::2]}, r"cost must be contiguous"),
     (
         lambda s: {"best": s.best._replace(norm=torch.zeros(2))},
-        r"best.norm must be float64 \[2\].*found torch.float32",
+        r"best_norm must be float64 \[2\].*found float32",
     ),
-    (lambda s: {"betas": (0.5, 1.0)}, r"betas must be in \[0, 1\), found \(0.5, 1.0\)"),
-    (lambda s: {"epsilon": -1.0}, "epsilon must not be negative, found -1.0"),
+    (lambda s: {"betas": (0.5, 1.0)}, r"betas must be in \[0, 1\), found 0.5 and 1"),
+    (lambda s: {"epsilon": -1.0}, "epsilon must not be negative, found -1"),
     (lambda s: {"first": s.second}, "must not share memory with"),
     (lambda s: {"gradients": s.first}, "must not share memory with mask_gradient"),
 ]
@@ -495,17 +487,33 @@ def test_wrong_arguments(change, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("mask_logits", torch.zeros(4, 5), r"mask_logits must be \[K, H, W\], not \[4, 5\]"),
-        ("pattern_logits", torch.zeros(2, 3, 5, 4), r"mask_logits \[2, 4, 5\], not \[2, 3, 5, 4\]"),
-        ("mask_gradient", torch.zeros(2, 4, 4), r"mask_gradient must be \[2, 4, 5\].*\[2, 4, 4\]"),
-        ("pattern_second", torch.zeros(2, 3, 4, 5).double(), "pattern_second must have the dtype"),
-        ("cost", torch.zeros(3), r"cost must be \[2\], one for each trigger, not \[3\]"),
+        ("mask_logits", torch.zeros(4, 5), r"mask_logits must be \[K, H, W\], found \[4, 5\]"),
+        (
+            "pattern_logits",
+            torch.zeros(2, 3, 5, 4),
+            r"mask_logits \[2, 4, 5\].*\[2, 3, 5, 4\]",
+        ),
+        (
+            "mask_gradient",
+            torch.zeros(2, 4, 4),
+            r"mask_gradient must be .*\[2, 4, 5\].*\[2, 4, 4\]",
+        ),
+        (
+            "pattern_second",
+            torch.zeros(2, 3, 4, 5).double(),
+            "second must be float32 .*float64",
+        ),
+        (
+            "cost",
+            torch.zeros(3),
+            r"cost must be .*\[2\].*found float32 \[3\]",
+        ),
         ("learning_rate", torch.zeros(2).long(), "learning_rate must be float32 or float64"),
         ("steps", torch.zeros(2), "steps must be int64"),
         ("active", torch.zeros(2), "active must be bool"),
         ("mask_first", torch.zeros(2, 5, 4).mT, "mask_first must be contiguous"),
         ("eligible", torch.zeros(2).bool(), "come together"),
-        ("beta1", 1.5, r"betas must be in \[0, 1\), not 1.5"),
+        ("beta1", 1.5, r"betas must be in \[0, 1\), found 1.5"),
         ("epsilon", -1.0, "epsilon must not be negative"),
     ],
 )
@@ -520,5 +528,5 @@ def test_the_operator_checks_for_itself(name: str, tensor: object, message: str)
     call |= {key: getattr(state, key) for key in ("cost", "learning_rate", "steps", "active")}
     call |= dict.fromkeys(("total_variation", "best_mask", "best_pattern", "best_norm", "eligible"))
     call |= {"beta1": 0.5, "beta2": 0.9, "epsilon": 1e-8}
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.pydetox.trigger_update(**(call | {name: tensor}))

@@ -1,0 +1,7 @@
+#include "csrc/stamp_triggers/launch.cuh"
+
+namespace pydetox::cuda {
+
+template int run_stamp_forward_as<double, double>(const StampForwardParams&, void*);
+
+}  // namespace pydetox::cuda
