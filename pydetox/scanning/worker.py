@@ -201,6 +201,7 @@ class Worker:
             "size": checkpoint.path.stat().st_size,
             "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
             "weights": relation,
+            "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
 
