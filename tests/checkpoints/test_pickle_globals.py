@@ -106,7 +106,7 @@ def test_libraries_of_other_pythons_are_refused(module: str, name: str) -> None:
 def test_names_that_readers_translate_differently() -> None:
     assert resolve_global("__builtin__", "set", 2, Findings()).name == "builtins.set"
     assert resolve_global("__builtin__", "xrange", 2, Findings()).name == "builtins.range"
-    with pytest.raises(CheckpointError, match="some readers take it for 'builtins.set'"):
+    with pytest.raises(CheckpointError, match=r"some readers take it for 'builtins\.set'"):
         resolve_global("__builtin__", "set", 4, Findings())
 
 
