@@ -237,6 +237,7 @@ class Scanner:
         whole = {
             "sha256": found["sha256"],
             "weights": found["weights"],
+            "findings": found.get("findings", []),
             **part,
             "seconds": {**seconds, **part.get("seconds", {})},
         }
@@ -382,6 +383,7 @@ def record_of_part(
         sha256=part.get("sha256"),
         duplicate_of=duplicate_of,
         weights=part.get("weights"),
+        findings=tuple(part.get("findings", ())),
         scan=part.get("scan", {}),
         seconds={k: v for k, v in part.get("seconds", {}).items() if v is not None},
         attempts=part.get("attempts", 0),

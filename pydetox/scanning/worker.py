@@ -195,6 +195,7 @@ class Worker:
             "size": identity.nbytes,
             "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
             "weights": relation,
+            "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
 
