@@ -396,7 +396,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _told(row: Mapping[str, Any]) -> str:
     others = [v for name, v in row["kept"].items() if name != row["attacked"]]
+    attacked = row["kept"][row["attacked"]]
     return (
-        f"ASR {row['asr_before']:.1%} -> {row['asr']:.1%}, CA kept {row['kept'][row['attacked']]:.1%},"
-        f" other tasks {_mean(others):.1%}, least {min(others):.1%}, {row['seconds']:.0f} s"
+        f"ASR {row['asr_before']:.1%} -> {row['asr']:.1%}, CA kept {attacked:.1%}, "
+        f"other tasks {_mean(others):.1%}, least {min(others):.1%}, {row['seconds']:.0f} s"
     )
