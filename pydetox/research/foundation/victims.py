@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ...models import OpenClipModel
@@ -143,19 +142,27 @@ class Workshop:
             self._backdoors[victim] = drawn
         return self._backdoors[victim]
 
-    def model(self, victim: Victim) -> OpenClipModel:
-        """Return a victim, trained or read; only its image tower differs from the base's."""
-        training, recipe = self.fine_tuning, ATTACKS.get(victim.attack or "")
-        if recipe is not None:
-            training = replace(training, epochs=recipe.epochs)
+    def key(self, victim: Victim) -> str:
+        """Return the name of a victim's weights."""
+        recipe = ATTACKS.get(victim.attack or "")
         content = {
             "base": self._base_key,
             "code": code_digest(_VICTIM_CODE),
             "victim": victim,
-            "training": training,
+            "training": self._training(victim),
             "rate": 0.0 if recipe is None else recipe.rate,
         }
-        key = key_of("victim", content)
+        return key_of("victim", content)
+
+    def _training(self, victim: Victim) -> TrainConfig:
+        recipe = ATTACKS.get(victim.attack or "")
+        return (
+            self.fine_tuning if recipe is None else replace(self.fine_tuning, epochs=recipe.epochs)
+        )
+
+    def model(self, victim: Victim) -> OpenClipModel:
+        """Return a victim, trained or read; only its image tower differs from the base's."""
+        key = self.key(victim)
         tensors = self.cache.weights(key)
         if tensors is None:
             images = self.tasks[victim.task].splits.attacker
@@ -165,7 +172,7 @@ class Workshop:
                 self.base,
                 images,
                 self.tasks[victim.task].templates,
-                replace(training, seed=1_000 + victim.seed),
+                replace(self._training(victim), seed=1_000 + victim.seed),
                 description=victim.name,
             )
             tensors = {f"visual.{k}": v for k, v in trained.visual.state_dict().items()}
@@ -174,7 +181,3 @@ class Workshop:
         model.name = victim.name
         model.clip.load_state_dict({**model.clip.state_dict(), **tensors})
         return model
-
-    def generator(self, stream: int) -> np.random.Generator:
-        """Return a generator of the seed's own stream of that number."""
-        return np.random.Generator(np.random.PCG64([self.seed, stream]))
