@@ -36,10 +36,10 @@ TRAINING_CODE = (
 EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models")
 
 #: What decides a trigger vector and its coefficient.
-_VECTOR_CODE = ("repair",)
+_VECTOR_CODE = ("repair", "session.py")
 
 #: What decides a scan.
-SCAN_CODE = (*EVALUATION_CODE, "detect", "inversion", "ops", "workflow.py")
+SCAN_CODE = (*EVALUATION_CODE, "detect", "inversion", "ops", "api.py", "session.py")
 
 #: What decides a map of the disentanglement error.
 XI_CODE = (*EVALUATION_CODE, "analysis/localization.py", "repair/task_vectors.py")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...analysis.localization import disentanglement_error
+from ...api import calibrate, scan
 from ...data import (
     ImageSet,
     Splits,
@@ -21,18 +22,19 @@ from ...data import (
     split_fashion_mnist,
     split_in_four,
 )
+from ...detect.result import ScanResult
 from ...detect.statistics import FINDINGS, Calibration
 from ...errors import DataError, UsageError
 from ...evaluation import Evaluation, evaluate
 from ...inversion import InversionResult
 from ...models import OpenClipModel
+from ...repair.result import DetoxResult
+from ...repair.subtraction import subtract
 from ...repair.task_vectors import TaskVector
-from ...repair.unlearning import subtract
 from ...reporting.images import png_data_uri
 from ...reporting.pictures import example_image
 from ...rng import child_seed, generator
 from ...training import TrainConfig, train_on_prompts
-from ...workflow import DetoxResult, ScanResult, calibrate, scan
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..defenses import (
     DEFENSES,
