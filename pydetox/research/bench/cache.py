@@ -29,11 +29,11 @@ TRAINING_CODE = (
     "data",
     "training.py",
     "models/open_clip_model.py",
-    "research/bench/lab.py",
+    "research/bench/models.py",
 )
 
 #: What decides CA and ASR of a model, besides that.
-EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models")
+EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models", "research/bench/lab.py")
 
 #: What decides a trigger vector and its coefficient.
 _VECTOR_CODE = ("repair", "session.py")

@@ -23,7 +23,8 @@ from pydetox.research.attacks import ATTACKS
 from pydetox.research.bench import Plan, quick_plan, run, write_outputs
 from pydetox.research.bench import lab as lab_module
 from pydetox.research.bench.cache import Cache, code_digest, data_digest, defense_code, key_of
-from pydetox.research.bench.lab import Lab, Suspect
+from pydetox.research.bench.lab import Lab
+from pydetox.research.bench.models import Suspect
 from pydetox.research.defenses import DEFENSES as DEFENSES_ALL
 from pydetox.research.defenses import FineTuning, PydetoxKnown, PydetoxUnknown
 from pydetox.training import TrainConfig
