@@ -84,6 +84,10 @@ class ScanConfig:
         """The families that a scan searches for."""
         return self.families if self.objective == "targeted" else self.families[:1]
 
+    def in_contrast(self) -> ScanConfig:
+        """Return the same scan in contrast to a base; nothing else of it changes."""
+        return replace(self, contrast=True)
+
     def search(self, family: TriggerFamily) -> InversionConfig:
         """Return the search for one family, with the success that its triggers need."""
         threshold = self.inversion.needed_success
