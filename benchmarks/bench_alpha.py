@@ -27,8 +27,9 @@ from benchmarks.recording import holds, record
 from pydetox.data import ImageSet
 from pydetox.evaluation import predict
 from pydetox.models import OpenClipModel
+from pydetox.repair.alpha import search_coefficient
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.repair.unlearning import UnlearnConfig, search_coefficient
 from pydetox.research.attacks import PatchTrigger
 from pydetox.research.demo import MINI_CLIP
 

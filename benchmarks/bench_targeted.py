@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.demo_models import splits, suspects
 from benchmarks.recording import holds, record
+from pydetox import ScanConfig
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
 from pydetox.detect.statistics import anomaly_index
 from pydetox.inversion import (
@@ -42,7 +43,7 @@ from pydetox.inversion import (
 )
 from pydetox.inversion.search import starting_point
 from pydetox.models import OpenClipModel
-from pydetox.workflow import ScanConfig, as_model
+from pydetox.session import as_model
 
 THREADS = 2
 SEEDS = (0, 1, 2)
@@ -127,7 +128,7 @@ def test_targeted_inversion_of_ten_classes(
         times[which].append(time.perf_counter() - since)
 
     def compare(seed: int) -> None:
-        model, _ = as_model(suspects(seed)[suspect])
+        model = as_model(suspects(seed)[suspect])
         model.clip.requires_grad_(False)
         images = splits(seed)[1].images
         head = model.zero_shot_head(DIGIT_NAMES, DIGIT_TEMPLATES)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pydetox import OpenClipModel, evaluate
 from pydetox.data import DIGIT_TEMPLATES, load_digits
+from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.repair.unlearning import subtract
 from pydetox.research.attacks import poison
 from pydetox.research.defenses import DefenderData, KnownTrigger, Outcome
 from pydetox.research.defenses.base import Stopwatch

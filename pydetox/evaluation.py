@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,22 +56,6 @@ class Evaluation:
     attack_success_rate: float | None = None
     attack_success_rate_ci: tuple[float, float] | None = None
     n_attack: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields under their own names, ready for JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def to_report_row(self, name: str) -> dict[str, Any]:
-        """Return the row that `pydetox.reporting` shows for this evaluation under `name`."""
-        return {
-            "name": name,
-            "ca": self.clean_accuracy,
-            "ca_ci": list(self.clean_accuracy_ci),
-            "n_clean": self.n_clean,
-            "asr": self.attack_success_rate,
-            "asr_ci": self.attack_success_rate_ci and list(self.attack_success_rate_ci),
-            "n_attack": self.n_attack,
-        }
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from pydetox.data import ImageSet, Template
+from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.key import calibration_key
 from pydetox.detect.statistics import Calibration
 from pydetox.inversion import TriggerFamily
 from pydetox.models import OpenClipModel
-from pydetox.workflow import ScanConfig
+from pydetox.session import Session
 
 CLASS_NAMES = ("cat", "dog", "owl")
 
@@ -51,9 +53,10 @@ def flat_calibration(
     """Return two references of which every class has that P-L1, for each family of the scan."""
     row = (size,) * (len(images.class_names or ()) or 1)
     model = OpenClipModel.from_config(model_config, seed=0)
+    session = Session.open(model, images, templates=templates)
 
     def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
-        key = config.calibration_key(images, model, family, templates=templates)
+        key = calibration_key(config, session, family)
         return Calibration((row, row), key, ("one", "two"), family=family, others=others)
 
     first, *rest = config.searched

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 import pydetox
+from pydetox import ScanConfig, calibrate, detox
 from pydetox.data import ImageSet
 from pydetox.detect.statistics import Verdict
 from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig, TargetObjective, invert
 from pydetox.models import OpenClipModel
-from pydetox.repair.unlearning import UnlearnConfig, search_coefficient, trigger_vector
+from pydetox.repair.alpha import search_coefficient
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.trigger_vector import trigger_vector
 from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.workflow import ScanConfig, calibrate, detox
 from tests.mini import CLASS_NAMES, mini_model
 from tests.test_training import TEMPLATES, coloured
 

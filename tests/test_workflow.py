@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pydetox
+from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.data import ImageSet
 from pydetox.detect.statistics import Verdict
@@ -14,11 +15,11 @@ from pydetox.errors import DataError, OutputError, UsageError
 from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig, InversionSearch
 from pydetox.models import OpenClipModel
-from pydetox.repair.unlearning import UnlearnConfig, search_coefficient
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.reporting import to_json
+from pydetox.reporting.documents import detox_document, scan_document
 from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
@@ -81,13 +82,13 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
     assert repaired.provenance.source_sha256 == result.before.sha256
     assert repaired.provenance.scaling_coefficient == result.rounds[-1].search.coefficient
     assert repaired.provenance.extra["verdict_after"] == result.after.verdict.value
-    document = json.loads(to_json(result.to_dict()))
+    document = json.loads(to_json(detox_document(result)))
     assert document["repaired"] is result.repaired
     assert document["rounds"][0]["target"] == TARGET
     assert document["seconds"].keys() >= {"scan", "unlearn", "rescan", "write"}
 
 
-def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
+def test_a_rescan_judges_what_the_scan_did_not_find_clean(story):
     _, path, data, calibration = story
     options = {"calibration": calibration, "templates": TEMPLATES}
     config = replace(CONFIG, drop_below=None)
@@ -107,8 +108,8 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
 
     again = scan(path, data, config=config, cleared=clean, **options)
     assert again.detection.cleared == clean
-    assert before.to_dict()["cleared"] == []
-    assert again.to_dict()["cleared"] == [CLASS_NAMES[c] for c in clean]
+    assert scan_document(before)["cleared"] == []
+    assert scan_document(again)["cleared"] == [CLASS_NAMES[c] for c in clean]
     assert again.detection.class_scores == before.detection.class_scores
     assert again.target == TARGET
 
@@ -117,16 +118,10 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
     assert strict.detection.dropped == (None,) * len(before.detection.p_l1)
 
     # Even if the repair makes a clean class stand out, it is not unlearned.
-    seen = []
-
-    def noted(*args, **kwargs):
-        seen.append(tuple(kwargs.get("cleared", ())))
-        return scan(*args, **kwargs)
-
-    monkeypatch.setattr("pydetox.workflow.scan", noted)
     result = detox(path, data, config=config, unlearning=UNLEARNING, max_rounds=2, **options)
-    assert seen[0] == ()
-    assert set(seen[1:]) == {clean}
+    rescans = [one.rescan for one in result.rounds if one.rescan is not None]
+    assert result.before.detection.cleared == ()
+    assert {one.detection.cleared for one in rescans} == {clean}
     assert {one.target for one in result.rounds}.isdisjoint(clean)
 
 
@@ -141,13 +136,13 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     detection = replace(before.detection, backdoored=(TARGET,))
     both = replace(before, detection=detection, others=(sure,))
     assert both.targets() == (TARGET, 1)
-    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[1]]
+    assert scan_document(both)["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[1]]
     clean = replace(before.detection, verdict=Verdict.CLEAN)
     assert replace(before, detection=clean, others=(sure,)).targets() == ()
     # Without classes there is one value, and the target is what it leads to.
     free = replace(before, objective="label-free", detection=detection, others=())
     assert replace(free, target=1).targets() == (1,)
-    assert replace(free, target=1).to_dict()["targets"] == [CLASS_NAMES[1]]
+    assert scan_document(replace(free, target=1))["targets"] == [CLASS_NAMES[1]]
 
     def triggers(targets, passes=1):
         _, done = unlearn(
@@ -271,7 +266,7 @@ def test_the_family_that_stands_out_most_decides(story):
     assert alone.detection.p_l1 == found.detection.p_l1
     once = alone.detection.p_value
     assert found.detection.p_value == pytest.approx(1 - (1 - once) ** 2, rel=1e-6, abs=1e-15)
-    assert found.to_dict()["other_families"][0]["family"] == other.family
+    assert scan_document(found)["other_families"][0]["family"] == other.family
 
 
 def test_each_pass_recovers_every_family_and_subtracts_once(story):
@@ -293,15 +288,8 @@ def test_each_pass_recovers_every_family_and_subtracts_once(story):
 
 
 @pytest.mark.parametrize("before", [None, 1.0])
-def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, monkeypatch, before):
+def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, before):
     _, path, data, _ = story
-    asked = []
-
-    def search(*args, accuracy_before, reserve):
-        asked.append((reserve, accuracy_before))
-        return search_coefficient(*args, accuracy_before=accuracy_before, reserve=reserve)
-
-    monkeypatch.setattr("pydetox.workflow.search_coefficient", search)
     _, done = unlearn(
         path,
         data,
@@ -314,7 +302,9 @@ def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, monkeypatch, 
     )
     assert [one.warps for one in done] == [(), ()]
     own = done[0].search.accuracy_before
-    assert asked == ([(0.5, None), (0.0, own)] if before is None else [(0.0, before)] * 2)
+    assert [one.search.reserve for one in done] == ([0.5, 0.0] if before is None else [0.0] * 2)
+    assert done[1].search.accuracy_before == own
+    assert before is None or own == before
 
 
 def test_warps_are_searched_as_the_configuration_says(story):
@@ -361,7 +351,7 @@ def test_classes_that_cannot_be_the_outlier_are_dropped(story):
         assert found.detection.p_l1[c] >= without.detection.p_l1[c]
         assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
         assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
-    document = json.loads(to_json(found.to_dict()))
+    document = json.loads(to_json(scan_document(found)))
     assert document["class_dropped"] == [None, 60, 60]
     assert document["class_steps"] == [80, 60, 60]
     rows = calibration.at(60).p_l1
@@ -494,11 +484,11 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
     base, path, data, plain = story
     references, calibration, config = contrast
     given = {"templates": TEMPLATES, "config": config}
-    with pytest.raises(UsageError, match="needs reference models"):
+    with pytest.raises(UsageError, match="give references="):
         calibrate(base, data, **given)
     with pytest.raises(UsageError, match="1 reference model"):
         calibrate(base, data, references=references[:1], **given)
-    with pytest.raises(UsageError, match="no base model"):
+    with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, references=references, **given)
     with pytest.raises(UsageError, match="give base="):
         scan(path, data, calibration=calibration, **given)
@@ -517,7 +507,7 @@ def test_given_references_need_no_base(story, contrast):
     assert not calibration.relative
     result = scan(path, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
     assert result.target == TARGET
-    with pytest.raises(UsageError, match="no base model"):
+    with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, templates=TEMPLATES, config=CONFIG)
 
 
@@ -598,7 +588,7 @@ def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, 
     *_, config = contrast
     monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
     for call in (scan, detox):
-        with pytest.raises(UsageError, match="nothing to compare with: give calibration=") as found:
+        with pytest.raises(UsageError, match="nothing to compare with: give references=") as found:
             call(path, data, base=base, templates=TEMPLATES, config=config)
         assert "--" not in str(found.value)
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from ..errors import ArchitectureError, DataError, UsageError
 from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
 from ..progress import Progress
+from ..repair.subtraction import subtract
 from ..repair.task_vectors import TaskVector
-from ..repair.unlearning import subtract
 
 _BLOCK = re.compile(r"^(?P<layer>(?:.+\.)?(?:resblocks|blocks|layers?)\.\d+)(?:\.|$)")
 _MODULES = (
@@ -102,10 +101,6 @@ class Localization:
     removals: tuple[Removal, ...]
     disentanglement: Disentanglement | None
     overlap: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
 
 
 def layer_of(name: str) -> str:

@@ -87,18 +87,18 @@ def command(
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
-    loaded = inputs.read_model(checkpoint)
-    images = inputs.read_images(loaded.model)
+    model = inputs.read_model(checkpoint)
+    images = inputs.read_images(model)
     search = InversionConfig(
         steps=given["steps"],
         batch_size=given["batch_size"],
         precision=given["precision"],
         seed=given["seed"],
     )
-    found, names = _invert(loaded.model, images, inputs, objective, targets, restarts, search)
+    found, names = _invert(model, images, inputs, objective, targets, restarts, search)
     extra = {
-        "checkpoint": loaded.model.name,
-        "sha256": loaded.sha256,
+        "checkpoint": model.name,
+        "sha256": model.sha256,
         "objective": objective,
         "steps": search.steps,
         "seed": search.seed,
@@ -123,8 +123,8 @@ def command(
     document = {
         "schema": "pydetox.invert/1",
         "exit_code": code,
-        "name": loaded.model.name,
-        "sha256": loaded.sha256,
+        "name": model.name,
+        "sha256": model.sha256,
         "seed": search.seed,
         "objective": objective,
         "triggers": rows,
@@ -133,7 +133,7 @@ def command(
     }
     text = {
         "title": "pydetox invert",
-        "subtitle": loaded.model.name,
+        "subtitle": model.name,
         "summary": [card(row["target"] or "any class", _in_words(row)) for row in rows]
         + [card("written to", str(output))],
     }

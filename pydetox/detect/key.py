@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from ..data import ImageSet, Template, fill_template
+from ..data import Template, fill_template
 from ..errors import UsageError
+from ..inversion import TriggerFamily
 from ..models import OpenClipModel
+from ..session import Session
+from .configuration import ScanConfig
 
 # Of a value that differs, as much is shown.
 _SHOWN = 60
 
 
-def search_key(
-    search: Mapping[str, Any],
-    images: ImageSet,
-    model: OpenClipModel,
-    *,
-    class_names: Sequence[str] | None,
-    templates: Sequence[Template],
-    base: OpenClipModel | None = None,
-) -> str:
+def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
     """Return a key as JSON text: an object of everything that sizes depend on but the weights.
 
-    Args:
-        search: Objective, family, restarts and the settings of the search.
-        images: The clean images; their pixels count, their order and labels do not.
-        model: Gives the architecture and the preprocessing.
-        class_names: The classes searched for, whose prompts count; None in a label-free scan.
-        templates: The prompts.
-        base: What triggers are in contrast to, or None.
+    config: its search, objective and restarts count, its seed does not. session: the images count
+    by their pixels, whatever their order and labels; the class names with their prompts; the
+    model's architecture and preprocessing; the base that triggers are in contrast to.
     """
+    images, model, base = session.images, session.model, session.base
+    search = asdict(config.search(family))
+    for name in ("seed", "max_batch", "check_images"):  # which change no size
+        del search[name]
     height, width = images.image_size
     content: dict[str, Any] = {
         **search,
+        "objective": config.objective,
+        "restarts": config.restarts,
         "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
-        "classes": None if class_names is None else list(class_names),
-        "prompts": None if class_names is None else _prompts(class_names, templates),
         "mean": list(model.mean),
         "std": list(model.std),
         "architecture": model.model_config,
         "base": None if base is None else fingerprint(base),
     }
+    if config.objective == "targeted":
+        names = session.class_names
+        content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}
     return json.dumps(content, sort_keys=True)
 
 

@@ -111,7 +111,7 @@ def detect(
     families: how many families of triggers are searched for in the same model, each judged by a
     call of its own: p-values are corrected for that many (Sidak).
     cleared: classes that are never the suspect because an earlier scan of the same model, before it
-    was repaired, found them clean (see `workflow.detox`).
+    was repaired, found them clean (see `pydetox.detox`).
     The verdict is `inconclusive` without a calibration, however small the trigger, because clean
     models have weak classes too; and where the sizes or the references bear none (see
     `Calibration.obstacle`): the reason says which of them, and what would help.

@@ -24,7 +24,7 @@ from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .search import check_images, check_sample, images_at_once, tower_of
+from .tower import check_images, check_sample, images_at_once, tower_of
 
 
 @dataclass(frozen=True)

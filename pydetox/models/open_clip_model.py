@@ -53,6 +53,8 @@ class OpenClipModel:
     Attributes:
         clip: open_clip's module (`CLIP` or `CustomTextCLIP`).
         name: Where it came from, for messages and reports.
+        sha256: Of the weights file that it was read from; None for a model from no file, and for a
+            copy, whose weights may change.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: Tensor name to the dtype it has in the checkpoint's file.
@@ -73,9 +75,11 @@ class OpenClipModel:
         name: str = "model",
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         companions: Mapping[str, bytes] | None = None,
+        sha256: str | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
+        self.sha256 = sha256
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
         self.storage_dtypes: dict[str, torch.dtype] = dict(
@@ -127,7 +131,7 @@ class OpenClipModel:
         """
         if checkpoint.model_config is None:
             raise ArchitectureError(
-                f"{checkpoint.name}: nothing tells its architecture; name one with model= (--model)"
+                f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         clip = _build(checkpoint.model_config, None, checkpoint.name)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
@@ -154,6 +158,7 @@ class OpenClipModel:
             name=checkpoint.name,
             storage_dtypes={key: value.dtype for key, value in weights.items()},
             companions=checkpoint.companions,
+            sha256=checkpoint.sha256,
         )
 
     @property
@@ -188,7 +193,7 @@ class OpenClipModel:
     def clone(self) -> OpenClipModel:
         """Return a model with a copy of the weights."""
         twin = copy.copy(self)
-        twin.heads = None
+        twin.heads, twin.sha256 = None, None
         twin.clip = copy.deepcopy(self.clip).eval().requires_grad_(False)
         return twin
 

@@ -24,8 +24,9 @@ from ..errors import DataError, UsageError
 from ..evaluation import Stamp
 from ..models import OpenClipModel
 from ..training import optimize
+from .configuration import UnlearnConfig
 from .task_vectors import TaskVector
-from .unlearning import UnlearnConfig, _for_each, _moved, _without_target
+from .trigger_vector import one_target_each, randomly_shifted, without_target
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def retaining_vector(
         raise DataError(f"{len(images)} image; a trigger vector needs at least 2")
     if not triggers:
         raise UsageError("no triggers; a trigger vector needs at least one")
-    classes = torch.tensor(_for_each(triggers, targets))
+    classes = torch.tensor(one_target_each(triggers, targets))
     held_images = surrogate_images(images, retention.count, seed=retention.seed)
     if others is not None:
         held_images = torch.cat([held_images, others])
@@ -174,7 +175,7 @@ def retaining_vector(
         index, other, which, other_which = batch
         clean, strange = images[index], held_images[other]
         if config.augment:
-            clean = _moved(clean, rng)
+            clean = randomly_shifted(clean, rng)
         pictures = [clean, _stamped(clean, triggers, which)]
         if retention.surrogates:
             pictures.append(strange)
@@ -188,7 +189,7 @@ def retaining_vector(
         total = seen[0].new_zeros(())
         if retention.names:
             target = classes[which].to(head.device)
-            wanted = _without_target(held, target, config.certainly_target)
+            wanted = without_target(held, target, config.certainly_target)
             logits = scale * torch.cat(seen[:2]) @ head.T
             total = total + retention.names * cross_entropy(logits, torch.cat([held, wanted]))
         else:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import ImageSet
+from ..detect.result import ScanResult
 from ..inversion import RecoveredTrigger
 from ..rng import child_seed
-from ..workflow import ScanResult
 
 #: The pictures of a trigger, and what they are called.
 PICTURES = {"mask": "mask", "pattern": "mask × pattern", "stamped": "stamped image"}

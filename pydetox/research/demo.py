@@ -15,17 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..api import calibrate, detox, scan
 from ..atomic import write_file
 from ..checkpoints import Provenance, save_checkpoint
 from ..data import DIGIT_NAMES, DIGIT_TEMPLATES, ImageSet, load_digits
+from ..detect.configuration import ScanConfig
+from ..detect.result import ScanResult
 from ..evaluation import Evaluation, evaluate, predict
 from ..models import OpenClipModel
-from ..repair.unlearning import subtract
+from ..repair.result import DetoxResult
+from ..repair.subtraction import subtract
 from ..reporting import to_json, write_detox_report
+from ..reporting.documents import evaluation_row, scan_document
 from ..reporting.pictures import example_image
 from ..rng import child_seed, generator
+from ..session import as_model
 from ..training import TrainConfig, train_on_prompts
-from ..workflow import DetoxResult, ScanConfig, ScanResult, as_model, calibrate, detox, scan
 from .attacks import PatchTrigger, badnets, poison
 
 _IMAGE_SIZE = 32
@@ -123,8 +128,8 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     clock = time.perf_counter()
     seconds |= {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
 
-    backdoored, _ = as_model(paths["backdoored"])
-    repaired = backdoored if result.path is None else as_model(result.path)[0]
+    backdoored = as_model(paths["backdoored"])
+    repaired = backdoored if result.path is None else as_model(result.path)
     before, after = (_evaluate(model, test, attack) for model in (backdoored, repaired))
     curve = _true_asr_curve(backdoored, result, test, attack)
     lap("evaluate")
@@ -249,10 +254,10 @@ def _report(
 ) -> dict[str, Any]:
     found = summary["backdoored"]
     right = found["target_true"] == found["target_inferred"]
-    scans = [clean.to_dict(), result.before.to_dict()]
+    scans = [scan_document(clean), scan_document(result.before)]
     names = ["clean suspect", "backdoored suspect"]
     if result.after is not None:
-        scans.append(result.after.to_dict())
+        scans.append(scan_document(result.after))
         names.append("repaired model, re-scan")
     report: dict[str, Any] = {
         "title": "pydetox demo",
@@ -269,7 +274,10 @@ def _report(
         ],
         "scans": [one | {"name": name} for one, name in zip(scans, names, strict=True)],
         "triggers": _pictures(result, attack, test, seed),
-        "evaluation": [before.to_report_row("backdoored"), after.to_report_row("repaired")],
+        "evaluation": [
+            evaluation_row(before, "backdoored"),
+            evaluation_row(after, "repaired"),
+        ],
         "provenance": {"seed": seed, "sha256 of the backdoored file": result.before.sha256},
         "seconds": summary["seconds"],
     }

@@ -17,7 +17,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..data import ImageSource
-    from ..workflow import ScanConfig
+    from ..detect.configuration import ScanConfig
 
 EngineName = Literal["auto", "inline", "local", "ray"]
 
@@ -230,15 +230,14 @@ class ScannerConfig:
         given = self.base is not None or bool(self.reference_models)
         return given and self.calibration is None
 
-    def scan_config(self, *, contrast: bool | None = None) -> ScanConfig:
+    def scan_config(self) -> ScanConfig:
         """Return the configuration of a single scan.
 
-        contrast: whether it is in contrast to the base; None if that follows from the reference
-        models. With a calibration file, the file tells.
+        What it compares with decides whether it is in contrast to the base (see `ReferencePlan`).
         """
+        from ..detect.configuration import ScanConfig
         from ..inversion import InversionConfig
         from ..training import TrainConfig
-        from ..workflow import ScanConfig
 
         config = ScanConfig(
             objective=self.objective,
@@ -252,11 +251,7 @@ class ScannerConfig:
             ),
             seed=self.seed,
         )
-        if self.keep_all:
-            config = dataclasses.replace(config, drop_below=None)
-        if contrast is None:
-            contrast = self.base is not None and bool(self.reference_models)
-        return config.in_contrast() if contrast else config
+        return dataclasses.replace(config, drop_below=None) if self.keep_all else config
 
 
 def _absolute(reference: str) -> str:

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
-from .. import workflow
+from ..api import calibrate, scan
 from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
 from ..checkpoints.index import AMBIGUOUS_RULES
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
+from ..detect.references import ReferencePlan
+from ..detect.result import ScanResult
+from ..detect.search import search_classes
 from ..detect.statistics import Calibration
 from ..errors import (
     CheckpointError,
@@ -30,9 +33,11 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
+from ..reporting.documents import scan_document
 from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
+from ..session import Session
 from .config import ScannerConfig
 from .memory import Limits, return_freed
 from .tasks import ErrorKind, Task, failure
@@ -143,23 +148,34 @@ class Worker:
         read = time.perf_counter() - start
         if not self._config.inversion:
             return read, 0.0
-        contrast = self._config.scan_config().contrast
+        calibration = None
         if self._config.calibration is not None:
-            contrast = read_calibration(Path(self._config.calibration)).relative
+            calibration = read_calibration(Path(self._config.calibration))
+        plan = self._plan(calibration)
+        session = Session.open(
+            model,
+            images,
+            templates=self._images.prompts,
+            base=self._base_model() if plan.config.contrast else None,
+        )
         seconds = []
         for steps in (1, _TIMED_STEPS):
-            config = self._config.scan_config(contrast=contrast)
-            config = replace(config, inversion=replace(config.inversion, steps=steps))
-            found = workflow.scan(
-                model,
-                images,
-                base=self._base_model() if contrast else None,
-                templates=self._images.prompts,
-                config=config,
-            )
-            everything = (found.inversion, *(one.inversion for one in found.others))
-            seconds.append(sum(one.seconds for one in everything))
+            few = replace(plan.config, inversion=replace(plan.config.inversion, steps=steps))
+            found = [
+                search_classes(session, few, family, description=f"timing ({family})")
+                for family in few.searched
+            ]
+            seconds.append(sum(one.seconds for one in found))
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1) / share
+
+    def _plan(self, calibration: Calibration | None) -> ReferencePlan:
+        """Return what a scan with that calibration compares with."""
+        return ReferencePlan.decide(
+            self._config.scan_config(),
+            base=self._config.base,
+            references=None if calibration else self._config.reference_models or None,
+            calibration=calibration,
+        )
 
     def _read(self, reference: str) -> Checkpoint:
         checkpoint = read_checkpoint(self._identify(reference))
@@ -207,7 +223,7 @@ class Worker:
         except PydetoxError as error:
             raise SetupError(str(error)) from error
         images = self._images_for(references[0] if base is None else base)
-        calibration = workflow.calibrate(
+        calibration = calibrate(
             base,
             images,
             references=references or None,
@@ -231,31 +247,29 @@ class Worker:
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
         calibration = self._find_calibration(task)
-        contrast = calibration is not None and calibration.relative
-        if contrast and self._config.base is None:
-            raise SetupError(
-                f"{self._config.calibration}: made in contrast to a base; give that --base"
-            )
-        scan = workflow.scan(
+        try:
+            plan = self._plan(calibration)
+        except UsageError as error:
+            raise SetupError(str(error)) from error
+        found = scan(
             model,
             images,
             calibration=calibration,
-            base=self._base_model() if contrast else None,
+            base=self._base_model() if plan.config.contrast else None,
             templates=self._images.prompts,
-            config=self._config.scan_config(contrast=contrast),
+            config=plan.config,
         )
-        scan = replace(scan, sha256=str(task.payload["sha256"]))
-        result = to_plain(scan.to_dict())
+        result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
-        best = weakest_trigger(scan)
+        best = weakest_trigger(found)
         return {
             "result": result,
             "artifacts": {
                 name: base64.b64encode(data).decode()
-                for name, data in _artifacts(scan, best, images, self._config.seed).items()
+                for name, data in _artifacts(found, best, images, self._config.seed).items()
             },
-            "seconds": {"read": waited, "prepare": prepared, "inversion": scan.inversion.seconds},
+            "seconds": {"read": waited, "prepare": prepared, "inversion": found.inversion.seconds},
         }
 
     def _model(self, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
@@ -309,9 +323,7 @@ class Worker:
         return self._calibration[1]
 
 
-def _artifacts(
-    scan: workflow.ScanResult, best: int, images: ImageSet, seed: int
-) -> dict[str, bytes]:
+def _artifacts(scan: ScanResult, best: int, images: ImageSet, seed: int) -> dict[str, bytes]:
     """The most suspect trigger: as tensors, and as pictures."""
     trigger = scan.inversion.trigger(best)
     targets = scan.class_names if scan.inversion.targets is not None else None

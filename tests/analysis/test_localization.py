@@ -19,8 +19,11 @@ from pydetox.analysis.localization import (
 )
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.evaluation import evaluate, predict
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.repair.unlearning import UnlearnConfig, subtract, trigger_vector
+from pydetox.repair.trigger_vector import trigger_vector
+from pydetox.reporting.documents import localization_document
 from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
 from tests.mini import CLASS_NAMES, mini_model
@@ -204,7 +207,7 @@ def test_all_parts_come_together_as_plain_data(story):
     assert sum(s.energy for s in found.layers) == pytest.approx(1)
     assert sum(s.energy for s in found.modules) == pytest.approx(1)
     assert found.overlap == pytest.approx(vector.cosine(whole))
-    content = found.to_dict()
+    content = localization_document(found)
     assert content["layers"][0]["group"] == found.layers[0].group
     assert content["removals"] == ()
     assert content["disentanglement"] is None

@@ -120,8 +120,8 @@ def calibration_file(
     """Write a calibration for FAST scans of those images, with that P-L1 for every class."""
     from pydetox.data import load_images
     from pydetox.detect.calibration_file import write_calibration
+    from pydetox.detect.configuration import ScanConfig
     from pydetox.inversion import InversionConfig
-    from pydetox.workflow import ScanConfig
 
     config = ScanConfig(inversion=InversionConfig(steps=3, batch_size=1))
     given = replace(load_images(images, image_size=16), class_names=classes)

@@ -40,8 +40,8 @@ class TestHelp:
                 assert parameter.help
 
     def test_defaults_are_those_of_the_library(self) -> None:
-        from pydetox.repair.unlearning import UnlearnConfig
-        from pydetox.workflow import ScanConfig
+        from pydetox.detect.configuration import ScanConfig
+        from pydetox.repair.configuration import UnlearnConfig
 
         scan, vector = ScanConfig(), UnlearnConfig()
         for name in ("scan", "unlearn"):

@@ -147,6 +147,7 @@ class TestEval:
     def test_accuracy(self, run: Run, folder: Path, images: tuple) -> None:
         from pydetox.data import DEFAULT_TEMPLATES, load_images
         from pydetox.evaluation import evaluate
+        from pydetox.reporting.documents import evaluation_document
 
         result = run("eval", folder / "suspect", *images, "--format", "json")
         assert result.exit_code == 0
@@ -155,7 +156,7 @@ class TestEval:
         image_set = load_images(folder / "images.npz", image_size=16)
         assert image_set.class_names is not None
         head = model.zero_shot_head(image_set.class_names, DEFAULT_TEMPLATES)
-        expected = evaluate(model, image_set, head).to_dict()
+        expected = evaluation_document(evaluate(model, image_set, head))
         assert {key: content[key] for key in expected} == expected
         assert content["schema"] == "pydetox.eval/1"
         assert content["class_names"] == ["cat", "dog", "cow"]

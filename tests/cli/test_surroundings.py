@@ -228,16 +228,16 @@ def test_one_checkpoint_whose_numbers_overflow(run: Run, folder: Path, args: tup
 def test_a_dry_run_of_a_thousand_classes_times_some(
     run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pydetox import workflow
+    from pydetox.scanning import worker
 
     classes = []
-    real = workflow.scan
+    real = worker.search_classes
 
-    def scan(model, images, **more):
-        classes.append(len(images.class_names))
-        return real(model, images, **more)
+    def search(session, *arguments, **more):
+        classes.append(len(session.images.class_names))
+        return real(session, *arguments, **more)
 
-    monkeypatch.setattr(workflow, "scan", scan)
+    monkeypatch.setattr(worker, "search_classes", search)
     names = tmp_path / "names.txt"
     names.write_text("".join(f"class {k}\n" for k in range(1000)))
     given = (*images, "--class-names", names, "--dry-run", "--format", "json")

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError, DataError
 from pydetox.models import OpenClipModel, open_clip_model
+from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.repair.unlearning import subtract
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 
 

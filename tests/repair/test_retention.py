@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from pydetox.errors import DataError, UsageError
 from pydetox.models import OpenClipModel
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.retention import (
     RetentionConfig,
     feature_drift,
@@ -15,7 +16,8 @@ from pydetox.repair.retention import (
     retaining_vector,
     surrogate_images,
 )
-from pydetox.repair.unlearning import UnlearnConfig, subtract, trigger_vector
+from pydetox.repair.subtraction import subtract
+from pydetox.repair.trigger_vector import trigger_vector
 from pydetox.research.attacks import badnets
 
 TINY = {

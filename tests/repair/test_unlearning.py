@@ -12,16 +12,11 @@ from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
 from pydetox.models import OpenClipModel
+from pydetox.repair.alpha import choose_coefficient, search_coefficient
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.repair.unlearning import (
-    UnlearnConfig,
-    _moved,
-    _without_target,
-    choose_coefficient,
-    search_coefficient,
-    subtract,
-    trigger_vector,
-)
+from pydetox.repair.trigger_vector import randomly_shifted, trigger_vector, without_target
 from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
 from tests.mini import CLASS_NAMES, mini_images, mini_model
@@ -78,7 +73,7 @@ def test_a_search_opens_no_file_and_predicts_once_for_each_alpha(victim, monkeyp
         sizes.append(len(images))
         return predict(model, images, head)
 
-    monkeypatch.setattr("pydetox.repair.unlearning.predict", counted)
+    monkeypatch.setattr("pydetox.repair.alpha.predict", counted)
     watching = True
     sys.addaudithook(
         lambda event, _: opened.append(event) if watching and event == "open" else None
@@ -189,19 +184,19 @@ def test_triggered_images_are_pushed_away_from_the_target_unless_they_surely_are
     probabilities = torch.tensor(
         [[0.2, 0.5, 0.3], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.2, 0.5, 0.3]]
     )
-    pushed = _without_target(probabilities, torch.tensor([1, 1, 1, 0]), 0.9)
+    pushed = without_target(probabilities, torch.tensor([1, 1, 1, 0]), 0.9)
     expected = [[0.4, 0.0, 0.6], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.0, 0.625, 0.375]]
     assert torch.allclose(pushed, torch.tensor(expected))
     # Nothing else is left: no division by zero.
     one = torch.tensor([1])
-    assert _without_target(torch.tensor([[0.0, 1.0]]), one, 1.0).tolist() == [[0.0, 1.0]]
+    assert without_target(torch.tensor([[0.0, 1.0]]), one, 1.0).tolist() == [[0.0, 1.0]]
 
 
 def test_moved_images_are_shifts_and_mirrors_with_their_edges_repeated():
     images = torch.randint(0, 256, (40, 3, 33, 16), dtype=torch.uint8)
-    moved = _moved(images, np.random.default_rng(3))
+    moved = randomly_shifted(images, np.random.default_rng(3))
     assert moved.dtype == torch.uint8
-    assert torch.equal(moved, _moved(images, np.random.default_rng(3)))
+    assert torch.equal(moved, randomly_shifted(images, np.random.default_rng(3)))
     seen = set()
     for before, after in zip(images, moved, strict=True):
         around = pad(before[None].float(), (1, 1, 2, 2), mode="replicate")[0].to(torch.uint8)

@@ -11,10 +11,10 @@ import pytest
 from pydetox.checkpoints import Provenance, save_checkpoint
 from pydetox.data import load_images
 from pydetox.detect.calibration_file import write_calibration
+from pydetox.detect.configuration import ScanConfig
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.scanning import Scanner, ScannerConfig, ScanRecord
-from pydetox.workflow import ScanConfig
 from tests.cli.conftest import TINY, write_images
 from tests.mini import flat_calibration
 

@@ -29,17 +29,17 @@ TRAINING_CODE = (
     "data",
     "training.py",
     "models/open_clip_model.py",
-    "research/bench/lab.py",
+    "research/bench/models.py",
 )
 
 #: What decides CA and ASR of a model, besides that.
-EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models")
+EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models", "research/bench/lab.py")
 
 #: What decides a trigger vector and its coefficient.
-_VECTOR_CODE = ("repair",)
+_VECTOR_CODE = ("repair", "session.py")
 
 #: What decides a scan.
-SCAN_CODE = (*EVALUATION_CODE, "detect", "inversion", "ops", "workflow.py")
+SCAN_CODE = (*EVALUATION_CODE, "detect", "inversion", "ops", "api.py", "session.py")
 
 #: What decides a map of the disentanglement error.
 XI_CODE = (*EVALUATION_CODE, "analysis/localization.py", "repair/task_vectors.py")

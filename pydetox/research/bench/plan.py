@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ...detect.configuration import ScanConfig
 from ...errors import UsageError
 from ...inversion import InversionConfig
 from ...training import TrainConfig
-from ...workflow import ScanConfig
 from ..attacks import ATTACKS
 from ..demo import MINI_CLIP
 

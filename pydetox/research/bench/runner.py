@@ -20,7 +20,8 @@ from ... import progress
 from ...errors import PydetoxError
 from ...progress import Progress
 from ..defenses import DEFENSES
-from .lab import Lab, Suspect, defense_named
+from .lab import Lab, defense_named
+from .models import Suspect
 from .plan import Plan
 from .summary import summarize
 

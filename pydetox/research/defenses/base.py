@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from ...data import ImageSet, Template
+from ...detect.configuration import ScanConfig
 from ...detect.statistics import Calibration
 from ...errors import DataError, UsageError
 from ...evaluation import Stamp
 from ...models import OpenClipModel
-from ...workflow import ScanConfig
 
 C = TypeVar("C")
 

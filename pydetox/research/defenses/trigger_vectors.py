@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...api import detox
 from ...models import OpenClipModel
+from ...repair.alpha import CoefficientSearch, search_coefficient
+from ...repair.configuration import UnlearnConfig
+from ...repair.subtraction import subtract
 from ...repair.task_vectors import TaskVector
-from ...repair.unlearning import (
-    CoefficientSearch,
-    UnlearnConfig,
-    search_coefficient,
-    subtract,
-    trigger_vector,
-)
+from ...repair.trigger_vector import trigger_vector
 from ...rng import child_seed
-from ...workflow import detox
+from ...session import Session
 from .base import DefenderData, Outcome, Stopwatch
 
 
@@ -45,7 +43,7 @@ class PlainTbar:
 
 @dataclass(frozen=True)
 class PydetoxKnown:
-    """pydetox with the true trigger: the forget vector (see `pydetox.repair.unlearning`)."""
+    """pydetox with the true trigger: the forget vector (see `pydetox.repair.trigger_vector`)."""
 
     name: str = "pydetox, known trigger"
     needs_trigger: bool = True
@@ -117,7 +115,8 @@ def _subtract_known(
     triggers = data.known(name)
     watch = Stopwatch(len(data.images), data.label_count)
     head = data.head(model)
-    forget = config.forget_set(data.images)
+    session = Session.open(model, data.images, templates=data.templates)
+    forget = session.forget_set(config.forget_share, config.seed)
     if forget_set is not None:
         forget = forget.at_most(forget_set, child_seed("defenses.forget", config.seed))
     repaired = model.clone()

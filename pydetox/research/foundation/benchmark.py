@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...api import unlearn
 from ...data import ImageSet
+from ...detect.configuration import ScanConfig
 from ...evaluation import predict, wilson_interval
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
+from ...repair.configuration import UnlearnConfig
 from ...repair.retention import RetentionConfig
-from ...repair.unlearning import UnlearnConfig
 from ...training import TrainConfig
-from ...workflow import ScanConfig, unlearn
 from ..bench.cache import code_digest, key_of
 from ..defenses import (
     CleanClip,
@@ -41,7 +42,9 @@ _CODE = (
     "repair",
     "inversion",
     "ops",
-    "workflow.py",
+    "api.py",
+    "session.py",
+    "detect",
     "models",
     "evaluation.py",
 )

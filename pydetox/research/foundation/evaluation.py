@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from ...data import ImageSet
 from ...evaluation import Evaluation, Stamp, evaluate, predict, wilson_interval
 from ...models import OpenClipModel
+from ...reporting.documents import evaluation_document
 from ..data import Task
 
 Part = Literal["validation", "test"]
@@ -66,7 +67,7 @@ class TaskReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return {
-            "tasks": {name: one.to_dict() for name, one in self.tasks.items()},
+            "tasks": {name: evaluation_document(one) for name, one in self.tasks.items()},
             "attacked": self.attacked,
             "transferred": {name: list(one) for name, one in self.transferred.items()},
             "retrieval": asdict(self.retrieval),

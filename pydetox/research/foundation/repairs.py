@@ -1,4 +1,4 @@
-"""Unlearning that holds what the defender does not measure: research beside `workflow.unlearn`."""
+"""Unlearning that holds what the defender does not measure: research beside `pydetox.unlearn`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...api import recover_triggers, recover_warps
 from ...data import ImageSet, Template
+from ...detect.configuration import ScanConfig
 from ...evaluation import Stamp
 from ...models import OpenClipModel
+from ...repair.alpha import search_coefficient
+from ...repair.configuration import UnlearnConfig
 from ...repair.retention import (
     FeatureDrift,
     RetentionConfig,
@@ -19,8 +23,7 @@ from ...repair.retention import (
     retaining_vector,
     surrogate_images,
 )
-from ...repair.unlearning import UnlearnConfig, search_coefficient, subtract
-from ...workflow import ScanConfig, recover_triggers, recover_warps
+from ...repair.subtraction import subtract
 
 # Other surrogates than those that are held, so that what was held by heart does not count.
 _MEASURED_STREAM = 7_919

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pydetox
+from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import Evaluation
 from pydetox.inversion import InversionConfig
@@ -22,11 +23,11 @@ from pydetox.research.attacks import ATTACKS
 from pydetox.research.bench import Plan, quick_plan, run, write_outputs
 from pydetox.research.bench import lab as lab_module
 from pydetox.research.bench.cache import Cache, code_digest, data_digest, defense_code, key_of
-from pydetox.research.bench.lab import Lab, Suspect
+from pydetox.research.bench.lab import Lab
+from pydetox.research.bench.models import Suspect
 from pydetox.research.defenses import DEFENSES as DEFENSES_ALL
 from pydetox.research.defenses import FineTuning, PydetoxKnown, PydetoxUnknown
 from pydetox.training import TrainConfig
-from pydetox.workflow import ScanConfig
 from tests.cli.conftest import TINY
 from tests.mini import mini_images
 from tests.test_training import coloured
@@ -227,7 +228,7 @@ def test_a_result_depends_on_its_own_method_alone():
     assert "research/defenses/fine_tuning.py" in code["PAR"]
     assert "repair" in code["plain TBAR"]
     assert "inversion" not in code["pydetox, known trigger"]
-    assert {"inversion", "workflow.py", "repair"} <= set(code["pydetox, unknown trigger"])
+    assert {"inversion", "session.py", "repair"} <= set(code["pydetox, unknown trigger"])
     root = Path(pydetox.__file__).parent
     assert all((root / part).exists() for parts in code.values() for part in parts)
 

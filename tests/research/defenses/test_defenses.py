@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.evaluation import evaluate
 from pydetox.inversion import InversionConfig
-from pydetox.repair.unlearning import UnlearnConfig
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.research.attacks import Backdoor, PatchTrigger, plant
 from pydetox.research.defenses import (
     DEFENSES,
@@ -32,7 +33,6 @@ from pydetox.research.defenses.augmentation import random_views
 from pydetox.research.defenses.fine_pruning import prune_hidden_units
 from pydetox.research.defenses.fine_tuning import info_nce
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.workflow import ScanConfig
 from tests.mini import CLASS_NAMES, flat_calibration, mini_model
 from tests.test_training import TEMPLATES, coloured
 
