@@ -38,7 +38,7 @@ def test_the_way_from_python(
     config = pydetox.ScanConfig(
         inversion=InversionConfig(steps=5),
         references=2,
-        reference_training=TrainConfig(epochs=1),
+        reference_training=TrainConfig(epochs=1, learning_rate=1e-4),
     )
     unlearning = pydetox.UnlearnConfig(steps=2, passes=1, warps=0)
     names: dict = {"config": config, "unlearning": unlearning}

@@ -1,6 +1,6 @@
 """Inner products, projections, sketches and sums of whole checkpoints that stay in their files.
 
-    from pydetox import weight_space
+    from pydetox.analysis import weight_space
     weight_space.cosine("base.safetensors", ["a.safetensors", "b.pt", "hf-hub:org/repo"])
 
 A checkpoint is named as for `pydetox.checkpoints.load_checkpoint`. Its floating-point tensors
