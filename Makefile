@@ -116,11 +116,11 @@ format: $(dev)
 
 # Reads the sources and imports the command line alone: neither torch nor the native build.
 docs: $(site)
-	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 	echo "the site: build/site/index.html"
 
 wheel-check: $(ready)
-	$(python) tools/wheel_check.py --torch "$(WHEEL_TORCH)"
+	@$(python) tools/wheel_check.py --torch "$(WHEEL_TORCH)"
 
 clean:
 	rm -rf build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

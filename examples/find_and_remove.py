@@ -38,7 +38,7 @@ def main() -> None:
 
     # The defender.
     config = pydetox.ScanConfig(
-        inversion=InversionConfig(steps=50, batch_size=8),
+        inversion=InversionConfig(steps=60, batch_size=8),
         families=("patch",),
         references=2,
         reference_training=tuning,
@@ -51,7 +51,7 @@ def main() -> None:
             output=Path(folder) / "repaired",
             templates=DIGIT_TEMPLATES,
             config=config,
-            unlearning=pydetox.UnlearnConfig(steps=50, passes=1, warps=0),
+            unlearning=pydetox.UnlearnConfig(steps=80, passes=1, warps=0),
         )
         print(f"verdict: {result.verdict.value}, target: {result.before.target_name}")
         print(f"repaired: {result.repaired}")

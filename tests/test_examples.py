@@ -63,7 +63,7 @@ def test_find_and_remove(tmp_path: Path) -> None:
     assert verdict == "verdict: backdoored, target: seven"
     assert repaired == "repaired: True"
     assert shares(before)[1] > 80
-    assert shares(after)[1] < 10
+    assert shares(after)[1] < 15
     assert shares(after)[0] > shares(before)[0] - 5
 
 

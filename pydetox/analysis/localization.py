@@ -33,13 +33,14 @@ _MODULES = (
 
 @dataclass(frozen=True)
 class Share:
-    """What one group of tensors has of a vector.
+    """The part of a trigger vector that lies in one group of tensors.
 
     Attributes:
-        group: Name of a layer or a kind of module.
-        energy: Share of |tau_t|^2, in [0, 1].
-        density: That share over the group's share of the numbers of tau_t: 1 is average.
-        overlap: Cosine of tau_t and tau_b within the group; None without tau_b or where one is 0.
+        group: The name of a layer or of a kind of module.
+        energy: The group's share of |tau_t|^2, in [0, 1].
+        density: `energy` over the group's share of all elements of tau_t. An even spread gives 1.
+        overlap: The cosine of tau_t and tau_b within the group; None without tau_b, and where one
+            of them is 0.
     """
 
     group: str
@@ -50,14 +51,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Rank:
-    """Of one matrix of the trigger vector.
+    """The spectrum of one matrix of the trigger vector.
 
     Attributes:
-        name: Of the tensor.
-        shape: Rows and columns.
+        name: The name of the tensor.
+        shape: The numbers of rows and columns.
         effective_rank: exp of the entropy of the normalised singular values, 1..min(shape) (Roy and
             Vetterli, "The effective rank", EUSIPCO 2007).
-        top_energy: Share of the energy that the largest singular value holds.
+        top_energy: The share of the energy that the largest singular value holds.
     """
 
     name: str
@@ -68,7 +69,13 @@ class Rank:
 
 @dataclass(frozen=True)
 class Removal:
-    """CA and ASR when alpha tau_t is subtracted in one layer only (or, for "all", in every one)."""
+    """What happens when alpha tau_t is subtracted in one layer only.
+
+    Attributes:
+        layer: The layer; "none" and "all" stand for no layer and for every layer.
+        clean_accuracy: CA afterwards, in [0, 1].
+        attack_success_rate: ASR afterwards, in [0, 1].
+    """
 
     layer: str
     clean_accuracy: float
@@ -77,12 +84,13 @@ class Removal:
 
 @dataclass(frozen=True)
 class Disentanglement:
-    """The error xi over a grid.
+    """The disentanglement error xi over a grid of coefficients.
 
     Attributes:
-        first, second: alpha of the first and of the second task vector, ascending.
-        error: One row per value of `first`, xi in [0, 2].
-        mean: Over the grid points in [0, 1] x [0, 1].
+        first: The coefficients of the first task vector, ascending.
+        second: The coefficients of the second task vector, ascending.
+        error: xi, in [0, 2]: one row per value of `first`, one column per value of `second`.
+        mean: The mean of xi over the grid points in [0, 1] x [0, 1].
     """
 
     first: tuple[float, ...]
@@ -93,7 +101,17 @@ class Disentanglement:
 
 @dataclass(frozen=True)
 class Localization:
-    """Everything about one trigger vector; see the parts."""
+    """Everything that is measured of one trigger vector.
+
+    Attributes:
+        layers: The vector's shares by layer.
+        modules: The vector's shares by kind of module.
+        ranks: The spectrum of each matrix.
+        removals: CA and ASR after the removal of the vector in one layer alone.
+        disentanglement: The error xi; None without the clean start.
+        overlap: The cosine of the trigger vector and of the whole fine-tuning; None without the
+            clean start.
+    """
 
     layers: tuple[Share, ...]
     modules: tuple[Share, ...]

@@ -24,8 +24,11 @@ from ..ops.weights import matrix_shape, sketch_key
 class DifferenceSVD:
     """The leading part of D = model - base, one tensor's matrix [m, n]: D ~ U diag(s) V^T.
 
-    left: U, float64 [m, k], orthonormal columns. singular_values: s, float64 [k], descending.
-    right: V, float64 [n, k], orthonormal columns. energy: |D|_F^2, of all of D and exact.
+    Attributes:
+        left: U, float64 [m, k], with orthonormal columns.
+        singular_values: s, float64 [k], descending.
+        right: V, float64 [n, k], with orthonormal columns.
+        energy: |D|_F^2, which is exact and counts all of D.
     """
 
     left: Tensor
@@ -35,7 +38,7 @@ class DifferenceSVD:
 
     @property
     def captured(self) -> float:
-        """Share of the energy that is in these k directions, in [0, 1]; 1 where D is zero."""
+        """The share of the energy in these k directions, in [0, 1]; 1 where D is zero."""
         if self.energy == 0:
             return 1.0
         return min(1.0, float(self.singular_values.square().sum()) / self.energy)
@@ -52,19 +55,20 @@ class DifferenceSVD:
 
     @property
     def effective_rank(self) -> float:
-        """`effective_rank` of the k singular values: of D itself where `captured` is close to 1."""
+        """The effective rank of the k singular values; that of D where `captured` is close to 1."""
         return effective_rank(self.singular_values)
 
 
 def effective_rank(singular_values: Tensor) -> float:
     """Return exp(H(p)), H the entropy (in nats) of p = s / sum(s); 0 where all of s is zero.
 
-    Between 1 and the number of values: as many equal singular values would have this entropy.
+    The result lies between 1 and the number of values. That many equal singular values would have
+    the same entropy.
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO
     2007.
 
     Args:
-        singular_values: [k], none negative.
+        singular_values: A tensor [k] of numbers that are not negative.
     """
     values = singular_values.double()
     if values.ndim != 1 or not bool((values >= 0).all()):

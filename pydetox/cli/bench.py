@@ -44,7 +44,7 @@ from . import exit_codes, options
     "--seeds",
     type=options.COUNT,
     metavar="N",
-    help="How many seeds. Without it, as many as the plan.",
+    help="Number of seeds. Without it, as many as the plan has.",
 )
 @click.option(
     "--first-seed",

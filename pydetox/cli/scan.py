@@ -100,9 +100,13 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--workers",
     type=options.COUNT,
     metavar="N",
-    help="How many. Without it, one per GPU or per four CPU cores.",
+    help="Number of workers. Without it, one per GPU or per four CPU cores.",
 )
-@click.option("--address", metavar="ADDRESS", help="Of the Ray cluster. Without it, this machine.")
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Address of the Ray cluster. Without it, a cluster on this machine.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),

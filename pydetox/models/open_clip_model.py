@@ -52,18 +52,19 @@ class OpenClipModel:
 
     Attributes:
         clip: open_clip's module (`CLIP` or `CustomTextCLIP`).
-        name: Where it came from, for messages and reports.
-        sha256: Of the weights file that it was read from; None for a model from no file, and for a
-            copy, whose weights may change.
+        name: The name of the model's source, for messages and reports.
+        sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
+            weights may change.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
-        storage_dtypes: Tensor name to the dtype it has in the checkpoint's file.
-        companions: Of a checkpoint in transformers' layout, the files beside its weights.
-        image_size: Height and width of an input image in pixels.
-        mean, std: Normalisation per channel, for pixels in [0, 1].
+        storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
+        companions: The files beside the weights of a checkpoint in transformers' layout.
+        image_size: The height and width of an input image in pixels.
+        mean: The mean of each channel that is subtracted from pixels in [0, 1].
+        std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
-        heads: Where zero-shot heads are kept, None to compute each anew. It is for models whose
-            weights stay as they are.
+        heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
+            models whose weights stay as they are.
     """
 
     def __init__(
@@ -177,12 +178,12 @@ class OpenClipModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.clip.parameters()).device
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of both towers."""
+        """The number of weights of both towers."""
         return sum(p.numel() for p in self.clip.parameters())
 
     def to(self, device: torch.device | str) -> OpenClipModel:

@@ -40,7 +40,7 @@ class Plan:
     Attributes:
         data: Image source of `load_images`; fashion-mnist brings its own test part.
         attacker, defender, validation, test: Images in each part (see `data.Splits`).
-        fine_tuning_images: Of the attacker's part, what suspects are fine-tuned on.
+        fine_tuning_images: The number of the attacker's images that suspects are fine-tuned on.
         attacks: Names (`attacks.ATTACKS`).
         rates: Poisoned share of the fine-tuning set, for each backdoor, by attack.
         epochs: Passes over it, for attacks that need more than `fine_tuning` has.
@@ -51,8 +51,8 @@ class Plan:
             same base, each on images drawn anew, never measured. At least 2.
         tuning_seed: A further seed, whose models serve to choose settings and for nothing else.
         tuning_attacks: The attacks of those models.
-        model_config: open_clip's.
-        base_training, fine_tuning: Of the base and of every suspect.
+        model_config: open_clip's ``model_cfg`` of all models.
+        base_training, fine_tuning: The training of the base and of every suspect.
         scan: How the defender scans; its seed is replaced by that of the models.
         least_planted: A victim counts when each of its triggers succeeds at least so often on
             validation images before any defence.

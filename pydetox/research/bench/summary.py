@@ -68,10 +68,10 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
 def won_shares(rows: Sequence[Row], *, finished: bool = False) -> dict[str, float]:
     """Return, for each baseline, the share of attacks that pydetox wins against it.
 
-    It wins with a lower ASR at an equal or higher CA, both means over an attack's victims. Where
-    the finished repair has less CA than the baseline, the furthest point on the way to it counts
-    that has not (rows with a "path"): alpha trades one for the other, so that methods compare at
-    equal CA. finished: only finished repairs count.
+    pydetox wins with a lower ASR at an equal or higher CA, both means over an attack's victims.
+    alpha trades CA for ASR, so that methods are compared at equal CA: where the finished repair has
+    less CA than the baseline, an earlier point of the repair counts instead, namely the last one
+    that has not less (rows with a "path"). With `finished`, only finished repairs count.
     """
     shares = {}
     for baseline in DEFENSES:

@@ -21,7 +21,12 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, eq=False)
 class KnownTrigger:
-    """trigger: stamps uint8 images. target: index of the class it leads to."""
+    """A trigger that a defence is told about.
+
+    Attributes:
+        trigger: A function that stamps uint8 images.
+        target: The index of the class that the trigger leads to.
+    """
 
     trigger: Stamp
     target: int
@@ -38,8 +43,8 @@ class DefenderData:
         triggers: The backdoors' triggers and targets; empty for a defence that does not know them.
         base: The clean model that the suspect was fine-tuned from, for defences that scan; None for
             the others.
-        calibration: Of clean references, for the same defences; None for the others.
-        scan: How such defences scan.
+        calibration: The sizes of clean references, for defences that scan; None for the others.
+        scan: The configuration of those scans.
     """
 
     images: ImageSet
@@ -57,7 +62,7 @@ class DefenderData:
 
     @property
     def label_count(self) -> int:
-        """Number of labels there are: that of the images, or 0."""
+        """The number of labels: one per image, or 0 for a set without labels."""
         return 0 if self.images.labels is None else len(self.images)
 
     def labels(self) -> Tensor:
@@ -75,7 +80,13 @@ class DefenderData:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a defence used. seconds: wall time. images, labels: distinct ones."""
+    """What a defence used.
+
+    Attributes:
+        seconds: The wall time.
+        images: The number of distinct images.
+        labels: The number of distinct labels.
+    """
 
     seconds: float
     images: int
@@ -84,7 +95,13 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """model: the repaired model, a new one. cost: see Cost. details: for reports, per method."""
+    """What a defence returns.
+
+    Attributes:
+        model: The repaired model. It is a new one.
+        cost: What the defence used.
+        details: What reports show of this method.
+    """
 
     model: OpenClipModel
     cost: Cost
@@ -92,28 +109,28 @@ class Outcome:
 
 
 class Defense(Protocol[C]):
-    """One method.
+    """One method of repairing a model.
 
     Attributes:
-        name: As in tables.
-        needs_trigger: Whether it is told trigger and target.
-        grid: The settings tried before a comparison, on models that are not part of it: as many for
-            each method (`TUNING_EFFORT`), the first being the default.
+        name: The name in tables.
+        needs_trigger: Whether the method is told trigger and target.
+        grid: The settings that are tried before a comparison, on models that are not part of it.
+            The first is the default. All methods have equally many (`TUNING_EFFORT`).
     """
 
     @property
     def name(self) -> str:
-        """As in tables."""
+        """The name in tables."""
         ...
 
     @property
     def needs_trigger(self) -> bool:
-        """Whether it is told trigger and target."""
+        """Whether the method is told trigger and target."""
         ...
 
     @property
     def grid(self) -> tuple[C, ...]:
-        """The settings tried."""
+        """The settings that are tried."""
         ...
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: C) -> Outcome:
@@ -122,7 +139,7 @@ class Defense(Protocol[C]):
 
 
 class Stopwatch:
-    """Makes the Cost of a defence: started when it is made."""
+    """A clock for the cost of a defence. It starts when it is made."""
 
     def __init__(self, images: int, labels: int) -> None:
         self._start = time.perf_counter()

@@ -43,11 +43,11 @@ class TowersConfig:
 
     Attributes:
         learning_rate: Peak rate of AdamW (see `training.optimize`).
-        weight: Of the further term.
-        threshold: PAR's: squared distance at which the perturbation ends; of CleanCLIP unused.
+        weight: The weight of the further term.
+        threshold: The squared distance at which PAR's perturbation ends; CleanCLIP ignores it.
         epochs: Passes over the images.
         batch_size: Images per step.
-        seed: Of batches, prompts and views.
+        seed: The seed of batches, prompts and views.
     """
 
     learning_rate: float

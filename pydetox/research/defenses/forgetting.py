@@ -27,10 +27,10 @@ class ForgettingConfig:
     Attributes:
         learning_rate: Peak rate of AdamW (see `training.optimize`).
         steps: Optimiser steps.
-        retain: Gradient ascent: weight of the clean images' loss beside it, 0 for none.
-        triggered_share: Correct labels: share of the images of a step that are stamped.
+        retain: The weight of the clean images' loss in gradient ascent; 0 leaves it out.
+        triggered_share: The share of stamped images in a step of the method with correct labels.
         batch_size: Images per step.
-        seed: Of the batches.
+        seed: The seed of the batches.
     """
 
     learning_rate: float

@@ -24,6 +24,7 @@ from ...repair.retention import (
     surrogate_images,
 )
 from ...repair.subtraction import subtract
+from ...rng import child_seed
 
 # Other surrogates than those that are held, so that what was held by heart does not count.
 _MEASURED_STREAM = 7_919
@@ -101,7 +102,9 @@ def retained_unlearn(
 
     known, passes = list(triggers or ()), list[RepairPass]()
     accuracy: float | None = None
-    forget = unlearning.forget_set(images).images
+    forget = images.split(
+        (unlearning.forget_share,), seed=child_seed("repair.forget", unlearning.seed)
+    )[0].images
     for number in range(unlearning.passes if triggers is None else 1):
         if triggers is None:
             known += recovered(
