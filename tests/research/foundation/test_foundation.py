@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pydetox.data import ImageSet, Splits
+from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import UsageError
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.retention import RetentionConfig, image_features
-from pydetox.repair.unlearning import UnlearnConfig
 from pydetox.research.attacks import badnets, poison
 from pydetox.research.data import Task
 from pydetox.research.foundation.base import FOUNDATION_CLIP, JointTraining, train_base
@@ -26,7 +27,6 @@ from pydetox.research.foundation.evaluation import report_tasks, retrieve
 from pydetox.research.foundation.repairs import RetainedConfig, only_named, retained_unlearn
 from pydetox.research.foundation.victims import ATTACKS, draw_victims
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.workflow import ScanConfig
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230), "white": (240,) * 3}
 SHAPES = ("bar", "pole", "dot")
