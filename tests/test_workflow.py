@@ -570,7 +570,7 @@ def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
     assert "[0.5, 0.5, 0.25] here" in message
     steps = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
     assert "steps is 80 there and 81 here" in refusal(config=steps)
-    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, interval=7)
+    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, patience=49)
     message = refusal(config=replace(CONFIG, inversion=rate, restarts=2))
     assert message.count(" there and ") == 3
     assert ", and 1 more" in message
