@@ -244,7 +244,7 @@ class Worker:
         try:
             plan = self._plan(calibration)
         except UsageError as error:
-            raise SetupError(str(error)) from error
+            raise SetupError(f"{self._config.calibration}: {error}") from error
         found = scan(
             model,
             images,
