@@ -490,7 +490,7 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
         calibrate(base, data, references=references[:1], **given)
     with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, references=references, **given)
-    with pytest.raises(UsageError, match="give base="):
+    with pytest.raises(UsageError, match="give that base="):
         scan(path, data, calibration=calibration, **given)
     with pytest.raises(UsageError, match="sizes from different searches"):
         scan(path, data, calibration=plain, base=base, **given)
