@@ -174,7 +174,7 @@ def retaining_vector(
     def loss(batch: Tensor) -> Tensor:
         index, other, which, other_which = batch
         clean, strange = images[index], held_images[other]
-        if config.augment:
+        if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         pictures = [clean, _stamped(clean, triggers, which)]
         if retention.surrogates:
@@ -189,7 +189,7 @@ def retaining_vector(
         total = seen[0].new_zeros(())
         if retention.names:
             target = classes[which].to(head.device)
-            wanted = without_target(held, target, config.certainly_target)
+            wanted = without_target(held, target, config.advanced.certainly_target)
             logits = scale * torch.cat(seen[:2]) @ head.T
             total = total + retention.names * cross_entropy(logits, torch.cat([held, wanted]))
         else:

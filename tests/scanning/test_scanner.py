@@ -57,15 +57,18 @@ def test_it_says_what_a_single_scan_says(registry, config):
     from pydetox import load_images
     from pydetox import scan as scan_one
     from pydetox.detect.calibration_file import read_calibration
+    from pydetox.reporting.documents import scan_document
 
     torch.set_num_threads(1)
     one = to_plain(
-        scan_one(
-            registry / "models" / "a",
-            load_images(registry / "images.npz", image_size=16),
-            calibration=read_calibration(Path(config().calibration)),
-            config=config().scan_config(),
-        ).to_dict()
+        scan_document(
+            scan_one(
+                registry / "models" / "a",
+                load_images(registry / "images.npz", image_size=16),
+                calibration=read_calibration(Path(config().calibration)),
+                config=config().scan_config(),
+            )
+        )
     )
     (record,) = scan(config(), registry / "models" / "a").values()
     for key in ("class_p_l1", "class_scores", "p_l1", "score", "p_value", "verdict", "reason"):

@@ -103,7 +103,7 @@ def retained_unlearn(
     known, passes = list(triggers or ()), list[RepairPass]()
     accuracy: float | None = None
     forget = images.split(
-        (unlearning.forget_share,), seed=child_seed("repair.forget", unlearning.seed)
+        (unlearning.advanced.forget_share,), seed=child_seed("repair.forget", unlearning.seed)
     )[0].images
     for number in range(unlearning.passes if triggers is None else 1):
         if triggers is None:
