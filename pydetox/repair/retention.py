@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize
 from ..errors import DataError, UsageError
 from ..evaluation import Stamp
 from ..models import OpenClipModel
+from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
 from .task_vectors import TaskVector
@@ -116,7 +117,7 @@ def surrogate_images(images: Tensor, count: int, *, seed: int) -> Tensor:
     """
     if not len(images) or count < 1:
         raise DataError(f"{len(images)} images, {count} surrogates; expected at least one of each")
-    rng = np.random.Generator(np.random.PCG64([seed, 21]))
+    rng = generator("repair.surrogates", seed)
     makers = (_mixed, _shuffled, _cropped, _side_by_side, _noise, _leaves)
     parts = []
     for k, make in enumerate(makers):
@@ -155,7 +156,7 @@ def retaining_vector(
         held_images = torch.cat([held_images, others])
     held_features = image_features(model, held_images)
     tuned, scale = model.clone(), model.logit_scale
-    rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
+    rng = generator("repair.retaining", config.seed)
     size = min(config.batch_size, len(images))
 
     def batches() -> Iterator[Tensor]:

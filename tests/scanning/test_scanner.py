@@ -85,8 +85,6 @@ def test_photos_in_one_folder_within_another_serve_with_class_names(registry, co
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\ncow\n")
     given = {"images": str(photos.parent), "class_names": str(names)}
-    (record,) = scan(config(**given), registry / "models" / "a").values()
-    assert record.verdict in ("clean", "suspicious", "backdoored")
     # The references of a base are fine-tuned to its own predictions then.
     base = {"base": str(registry / "base"), "references": 2, "reference_epochs": 1}
     (record,) = scan(config(**given, **base, calibration=None), registry / "models" / "a").values()
