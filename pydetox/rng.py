@@ -80,6 +80,7 @@ STREAMS: Mapping[str, str] = {
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
     "foundation.measured": "seed of the images that the drift of features is measured on",
+    "foundation.pass": "seed of the recovery of triggers in a pass of a repair; by number",
     "foundation.forget": "seed of the split that gives the forget set",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",

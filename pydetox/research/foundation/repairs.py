@@ -164,7 +164,7 @@ def recovered(
     config: UnlearnConfig,
 ) -> list[Stamp]:
     """Return the triggers into a class that one pass recovers, amplified."""
-    of_pass = replace(scan, seed=scan.seed + 86028121 * number)
+    of_pass = replace(scan, seed=child_seed("foundation.pass", scan.seed, number))
     found = list[Stamp]()
     for family in of_pass.families:
         found += config.amplified(
