@@ -41,7 +41,7 @@ from pydetox.inversion import (
     invert,
     relative_to_smallest,
 )
-from pydetox.inversion.search import starting_point
+from pydetox.inversion.start import starting_point
 from pydetox.models import OpenClipModel
 from pydetox.session import as_model
 

@@ -17,6 +17,7 @@ import pydetox
 from benchmarks.demo_models import splits, suspects
 from pydetox.data import DIGIT_TEMPLATES
 from pydetox.inversion import CollapseObjective, InversionSearch, TargetObjective
+from pydetox.inversion.configuration import AdvancedInversionConfig
 from pydetox.models.frozen import freeze
 from pydetox.research.demo import MINI_CLIP, demo_scan_config
 
@@ -69,7 +70,8 @@ def targeted_search(
     name = graph_field()
     if name is not None:
         options[name] = graph
-    config = pydetox.InversionConfig(steps=steps, patience=steps, interval=steps, **options)
+    advanced = AdvancedInversionConfig(interval=steps)
+    config = pydetox.InversionConfig(steps=steps, patience=steps, advanced=advanced, **options)
     search = InversionSearch(model, images, objective, config)
     if graph and name is None:
         _capture_gradients(search)
@@ -82,7 +84,8 @@ def label_free_search(
     """Return the step of a label-free search, none of which ever ends."""
     size, steps = model.image_size, 1 << 14
     images = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, generator=generator)
-    config = pydetox.InversionConfig(steps=steps, patience=steps, interval=steps, **options)
+    advanced = AdvancedInversionConfig(interval=steps)
+    config = pydetox.InversionConfig(steps=steps, patience=steps, advanced=advanced, **options)
     return InversionSearch(model, images, CollapseObjective(), config, restarts=restarts).step
 
 
