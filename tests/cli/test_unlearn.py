@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from pydetox.checkpoints import load_checkpoint
-from pydetox.detect import statistics
 from pydetox.detect.calibration_file import read_calibration
 from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.result import ScanResult
@@ -26,7 +26,7 @@ def verdicts(
     monkeypatch: pytest.MonkeyPatch, says_clean: Path, says_backdoored: Path
 ) -> Callable[..., None]:
     """`verdicts("backdoored", "clean")`: what the next scans find, by what they compare with."""
-    real = statistics.detect
+    real = sys.modules["pydetox.detect.scan"].detect  # says_* have put a stand-in there
     references = {
         "clean": read_calibration(says_clean),
         "backdoored": read_calibration(says_backdoored),
