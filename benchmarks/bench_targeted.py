@@ -63,9 +63,12 @@ def neural_cleanse(
     """Return P-L1 of the smallest working mask into one class. start: logits [H, W], [3, H, W]."""
     assert isinstance(config.learning_rate, float)
     mask, pattern = (logits.clone().requires_grad_() for logits in start)
-    optimizer = torch.optim.Adam([mask, pattern], lr=config.learning_rate, betas=config.betas)
+    optimizer = torch.optim.Adam(
+        [mask, pattern], lr=config.learning_rate, betas=config.advanced.betas
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
-    schedule, cost, hits, misses = config.schedule, config.schedule.initial, 0, 0
+    schedule = config.advanced.schedule
+    cost, hits, misses = schedule.initial, 0, 0
     smallest, smoothed = math.inf, 0.0
     for step, batch in enumerate(batches):
         share, colour = torch.tanh(mask) / 2 + 0.5, torch.tanh(pattern) / 2 + 0.5

@@ -48,6 +48,8 @@ STREAMS: Mapping[str, str] = {
     "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
+    "repair.surrogates": "images that stand for what nobody gave, to hold features on",
+    "repair.retaining": "batches, triggers and shifts of a vector that holds features",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
@@ -70,6 +72,16 @@ STREAMS: Mapping[str, str] = {
     # Research: the demo
     "demo.target": "target class of the attack",
     "demo.suspect": "seed of a suspect's fine-tuning; by name",
+    # Research: several tasks in one model
+    "foundation.pictures": "placements of emoji and photographs; by task",
+    "foundation.base": "batches and prompts of the base's training",
+    "foundation.trigger": "seed of a victim's trigger; by attack and task",
+    "foundation.victim": "seed of a victim's fine-tuning",
+    "foundation.attacker": "images that the attacker optimises a trigger on",
+    "foundation.names": "the quarter of the classes that the defender knows",
+    "foundation.measured": "seed of the images that the drift of features is measured on",
+    "foundation.pass": "seed of the recovery of triggers in a pass of a repair; by number",
+    "foundation.forget": "seed of the split that gives the forget set",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -41,7 +41,9 @@ def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenC
         return checkpoint
     if isinstance(checkpoint, Checkpoint):
         return OpenClipModel.from_checkpoint(checkpoint)
-    return OpenClipModel.from_checkpoint(load_checkpoint(checkpoint, model=architecture), take=True)
+    return OpenClipModel.from_checkpoint(
+        load_checkpoint(checkpoint, model=architecture), consume=True
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from pydetox import ScanConfig, calibrate, detox
 from pydetox.data import ImageSet
 from pydetox.detect.statistics import Verdict
 from pydetox.evaluation import evaluate
-from pydetox.inversion import InversionConfig, TargetObjective, invert
+from pydetox.inversion import AdvancedInversionConfig, InversionConfig, TargetObjective, invert
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import search_coefficient
 from pydetox.repair.configuration import UnlearnConfig
@@ -89,7 +89,9 @@ def test_the_check_of_a_search_is_of_images_of_all_classes(
     data = by_class(data)
     head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
     objective = TargetObjective(head, [0, 1, 2], victim.logit_scale)
-    config = InversionConfig(steps=1, check_images=30, initial_mask=-20.0)
+    config = InversionConfig(
+        steps=1, advanced=AdvancedInversionConfig(check_images=30, initial_mask=-20.0)
+    )
     found = invert(victim, data.images, objective, config, labels=data.labels)
     assert found.success.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
 

@@ -496,7 +496,7 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
         calibrate(base, data, references=references[:1], **given)
     with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, references=references, **given)
-    with pytest.raises(UsageError, match="give base="):
+    with pytest.raises(UsageError, match="give that base="):
         scan(path, data, calibration=calibration, **given)
     with pytest.raises(UsageError, match="sizes from different searches"):
         scan(path, data, calibration=plain, base=base, **given)
@@ -577,7 +577,7 @@ def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
     assert "[0.5, 0.5, 0.25] here" in message
     steps = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
     assert "steps is 80 there and 81 here" in refusal(config=steps)
-    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, interval=7)
+    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, patience=49)
     message = refusal(config=replace(CONFIG, inversion=rate, restarts=2))
     assert message.count(" there and ") == 3
     assert ", and 1 more" in message

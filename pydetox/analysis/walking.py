@@ -19,7 +19,7 @@ from ..ops.weights import CHUNK
 from ..progress import Progress
 
 #: The name of a checkpoint, as for `pydetox.checkpoints.load_checkpoint`.
-Reference = str | os.PathLike[str]
+CheckpointName = str | os.PathLike[str]
 
 #: Dtypes of the weights that can be computed with.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -48,15 +48,15 @@ class Step:
 class Files:
     """Files with the same tensors, the first of which is the base; checked before anything else."""
 
-    def __init__(self, references: Sequence[Reference], offline: bool) -> None:
-        self._references = references
+    def __init__(self, names: Sequence[CheckpointName], offline: bool) -> None:
+        self._checkpoints = names
         self._offline = offline
         self._identities: list[tuple[int, ...]] = []
         self._open: dict[int, MappedWeights] = {}
         self._bytes: dict[str, int] = {}  # of one element, in the file that has it widest
         with ExitStack() as stack:
             stack.callback(self.close)
-            for i in range(len(references)):
+            for i in range(len(names)):
                 weights = self._opened(i)
                 if i == 0:
                     self.base = weights
@@ -68,7 +68,7 @@ class Files:
                     if not self.names:
                         raise ArchitectureError(f"{weights.path}: holds no floating-point weights")
                 self._check(weights)
-                if i > 0 and len(references) > KEPT_OPEN:
+                if i > 0 and len(names) > KEPT_OPEN:
                     self._release(i)
             stack.pop_all()
 
@@ -119,7 +119,7 @@ class Files:
             progress.update(sum(part.count * width[part.name] for part in parts) / 2**20)
         for weights in opened:
             weights.check()
-        if len(self._references) > KEPT_OPEN:
+        if len(self._checkpoints) > KEPT_OPEN:
             for i in list(self._open)[1:]:
                 self._release(i)
 
@@ -141,7 +141,7 @@ class Files:
 
     def _opened(self, i: int) -> MappedWeights:
         if i not in self._open:
-            weights = MappedWeights(self._references[i], offline=self._offline)
+            weights = MappedWeights(self._checkpoints[i], offline=self._offline)
             self._open[i] = weights
             if i == len(self._identities):
                 self._identities.append(weights.identity)

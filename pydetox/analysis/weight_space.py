@@ -37,7 +37,7 @@ from pydetox.ops import (
 from pydetox.ops.weights import CHUNK, sketch_chunk
 from pydetox.progress import Progress
 
-from .walking import Files, Reference
+from .walking import CheckpointName, Files
 
 #: Bytes that a step looks at, of all files together, unless told otherwise.
 MEMORY = 48 << 20
@@ -47,7 +47,11 @@ _APPLY_UNIT = 4096  # elements; results do not depend on where tensors are cut
 
 
 def gram(
-    base: Reference, models: Sequence[Reference], *, memory: int = MEMORY, offline: bool = False
+    base: CheckpointName,
+    models: Sequence[CheckpointName],
+    *,
+    memory: int = MEMORY,
+    offline: bool = False,
 ) -> Tensor:
     """Return the inner products of M models' differences to a base.
 
@@ -87,7 +91,11 @@ def gram(
 
 
 def cosine(
-    base: Reference, models: Sequence[Reference], *, memory: int = MEMORY, offline: bool = False
+    base: CheckpointName,
+    models: Sequence[CheckpointName],
+    *,
+    memory: int = MEMORY,
+    offline: bool = False,
 ) -> Tensor:
     """Return the cosines of the angles between M models' differences to a base.
 
@@ -113,9 +121,9 @@ def cosine(
 
 
 def project(
-    base: Reference,
-    model: Reference,
-    directions: Sequence[Reference],
+    base: CheckpointName,
+    model: CheckpointName,
+    directions: Sequence[CheckpointName],
     *,
     memory: int = MEMORY,
     offline: bool = False,
@@ -159,8 +167,8 @@ def project(
 
 
 def sketch(
-    base: Reference,
-    model: Reference,
+    base: CheckpointName,
+    model: CheckpointName,
     *,
     seed: int,
     size: int = 4096,
@@ -211,8 +219,8 @@ def sketch(
 
 
 def apply(
-    base: Reference,
-    models: Sequence[Reference],
+    base: CheckpointName,
+    models: Sequence[CheckpointName],
     coefficients: Sequence[float],
     path: str | os.PathLike[str],
     *,

@@ -40,7 +40,7 @@ def index_file(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
     if weights_key is not None:
         raise CheckpointError(
             f"is a safetensors file, which has no dictionary {quote(weights_key)} in it: leave "
-            "--weights-key out"
+            "weights_key= out"
         )
     return index_safetensors(file)
 

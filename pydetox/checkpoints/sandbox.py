@@ -108,7 +108,7 @@ class Sandbox:
         content = {"path": Path(file.path).name[-64:], "weights_key": weights_key}
         request = json.dumps(content).encode()
         if len(request) > MAX_REQUEST:
-            raise CheckpointError("has no tensors under a key as long as that of --weights-key")
+            raise CheckpointError("has no tensors under a key as long as that of weights_key=")
         try:
             try:
                 socket.send_fds(self._control, [request], [file.descriptor, writing])

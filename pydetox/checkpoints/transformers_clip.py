@@ -269,7 +269,7 @@ def to_open_clip(
     if missing or extra:
         kinds = (("missing", missing), ("unexpected", extra))
         raise ArchitectureError(
-            "the weights are not those of its config.json: "
+            "the weights are not those of its configuration: "
             + "; ".join(
                 f"{len(names)} {kind} ({', '.join(map(quote, names[:3]))}"
                 f"{', …' if len(names) > 3 else ''})"

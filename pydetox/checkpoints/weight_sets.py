@@ -162,7 +162,7 @@ def _names(candidates: dict[str, Mapping]) -> str:
         return ""
     shown = [f"{quote(key or ROOT_KEY)} ({len(m.pairs)})" for key, m in candidates.items()]
     more = ", …" if len(shown) > _SHOWN else ""
-    return f"; there are tensors under {', '.join(shown[:_SHOWN])}{more}: name one by --weights-key"
+    return f"; there are tensors under {', '.join(shown[:_SHOWN])}{more}: name one by weights_key="
 
 
 def _shown(key: str) -> str:

@@ -56,7 +56,7 @@ class Inputs:
     def read_model(self, reference: ModelLike) -> OpenClipModel:
         """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise."""
         checkpoint = load_checkpoint(str(reference), model=self.model, offline=self.offline)
-        model = OpenClipModel.from_checkpoint(checkpoint, take=True)
+        model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)
         return model.to(self.device)

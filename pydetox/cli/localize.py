@@ -112,7 +112,7 @@ def command(
         order = [int(k) for k in found.p_l1.argsort()]
         stamps = [found.trigger(k) for k in order]
     unlearning = UnlearnConfig(vector=given["vector"], seed=given["seed"])
-    share = unlearning.forget_share
+    share = unlearning.advanced.forget_share
     forget, held = images.split((share, 1 - share), seed=given["seed"])
     vector = trigger_vector(model, forget.images, stamps, head, index, unlearning)
     if alpha is None:

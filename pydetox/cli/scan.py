@@ -10,6 +10,7 @@ import click
 
 from . import exit_codes, options
 from .group import print_error
+from .wording import in_options
 
 if TYPE_CHECKING:
     from ..scanning import ScannerConfig, ScanRecord
@@ -218,7 +219,7 @@ def command(
             for record in found:
                 records.append(record)
                 if record.error is not None:
-                    display.log(record.error)
+                    display.log(in_options(record.error))
     order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:

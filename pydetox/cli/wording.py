@@ -25,6 +25,7 @@ OPTIONS = {
     "templates": "--templates",
     "trigger": "--trigger",
     "triggers": "--trigger",
+    "weights_key": "--weights-key",
 }
 
 # An argument without a value, as in "give base=" or "(class_names=)".

@@ -28,6 +28,7 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
     """
     images, model, base = session.images, session.model, session.base
     search = asdict(config.search(family))
+    search |= search.pop("advanced")
     for name in ("seed", "max_batch", "check_images"):  # which change no size
         del search[name]
     height, width = images.image_size

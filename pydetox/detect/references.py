@@ -93,8 +93,9 @@ class ReferencePlan:
             if config.objective != "targeted":
                 contrast = False
         if contrast and base is None:
-            made = " (the calibration was made in one)" if calibration is not None else ""
-            raise UsageError(f"a search in contrast to the base{made} needs it: give base=")
+            if calibration is not None and calibration.relative:
+                raise UsageError("the calibration was made in contrast to a base: give that base=")
+            raise UsageError("a search in contrast to the base needs it: give base=")
         if contrast and references is None and calibration is None:
             raise UsageError(
                 "a search in contrast to the base has nothing to compare with: give references=, "

@@ -8,7 +8,7 @@ those: smooth warps of the image.
 
 from __future__ import annotations
 
-from .configuration import FAMILIES, InversionConfig
+from .configuration import FAMILIES, AdvancedInversionConfig, InversionConfig
 from .elimination import Elimination, relative_to_smallest
 from .objectives import CollapseObjective, ContrastObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
@@ -19,6 +19,7 @@ from .warps import RecoveredWarp, WarpConfig, WarpResult, invert_warps
 
 __all__ = [
     "FAMILIES",
+    "AdvancedInversionConfig",
     "CollapseObjective",
     "ContrastObjective",
     "CostSchedule",

@@ -62,13 +62,12 @@ class InversionSearch:
         self._elimination = elimination
         device = model.device
         self._images = images.to(device)
-        chosen = check_sample(
-            labels, len(images), config.check_images, generator("inversion.check", config.seed)
-        )
+        rng = generator("inversion.check", config.seed)
+        chosen = check_sample(labels, len(images), config.advanced.check_images, rng)
         self._checked = chosen.to(device)
         mask, pattern, batches = starting_point(config, count, size, len(images))
         mask, pattern = mask.to(device), pattern.to(device)
-        self._triggers = Triggers.start(mask, pattern, config.schedule)
+        self._triggers = Triggers.start(mask, pattern, config.advanced.schedule)
         self._running = list(range(count))  # the triggers' index, where no device is asked
         self._batch = batches.shape[1]
         self._batches = batches.to(device)
@@ -110,16 +109,16 @@ class InversionSearch:
             learning_rate=self._rate.fill_(config.rate(self._steps)),
             steps=now.steps,
             active=self._active,
-            betas=config.betas,
+            betas=config.advanced.betas,
             best=BestTriggers(
                 (now.best_mask, now.best_pattern),
                 now.smallest,
                 now.smoothed >= config.needed_success,
             ),
         )
-        now.costs = config.schedule.update(now.costs, success >= config.needed_success)
+        now.costs = config.advanced.schedule.update(now.costs, success >= config.needed_success)
         self._steps += 1
-        if self._steps % config.interval == 0 or self._steps == config.steps:
+        if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
             self._look()
 
     def result(self) -> InversionResult:
@@ -173,7 +172,7 @@ class InversionSearch:
         running = self._running
         for k, size in zip(running, sizes, strict=True):
             self._sizes[k] = size
-            if size < (1 - config.least_progress) * self._size_then[k]:
+            if size < (1 - config.advanced.least_progress) * self._size_then[k]:
                 self._last_progress[k], self._size_then[k] = step, size
         self._history.append(list(self._sizes))
         if self._elimination is not None and step < config.steps:

@@ -25,7 +25,11 @@ def starting_point(
         values = rng.standard_normal(shape, dtype=np.float32)
         return torch.from_numpy(values).mul_(0.5).add_(centre)
 
-    centre = FAMILIES[config.family] if config.initial_mask is None else config.initial_mask
+    centre = (
+        FAMILIES[config.family]
+        if config.advanced.initial_mask is None
+        else config.advanced.initial_mask
+    )
     mask = normal((count, image_size, image_size), centre)
     if config.family == "blend":
         mask.fill_(centre)

@@ -121,11 +121,11 @@ class OpenClipModel:
         return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
+    def from_checkpoint(cls, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
         """Build the architecture and put the weights in, in float32.
 
-        take: let the checkpoint's tensors become the model's, where their dtype allows it, instead
-        of copying them: half the memory, but the checkpoint must not be used any more.
+        consume: let the checkpoint's tensors become the model's, where their dtype allows it,
+        instead of copying them: half the memory, but the checkpoint must not be used any more.
 
         Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
         named in one line, and nothing is loaded partially.
@@ -146,10 +146,10 @@ class OpenClipModel:
                 f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
             )
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
-        own = {
-            key: value.to(expected[key].dtype, copy=not (take and _has_storage_alone(value, users)))
-            for key, value in weights.items()
-        }
+        own = {}
+        for key, value in weights.items():
+            keep = consume and _has_storage_alone(value, users)
+            own[key] = value.to(expected[key].dtype, copy=not keep)
         # Assigned, not copied into what was allocated for them: that memory was never touched.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(

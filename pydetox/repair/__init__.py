@@ -8,13 +8,14 @@ the whole from scan to re-scan, `provenance` saves what came out.
 from __future__ import annotations
 
 from .alpha import CoefficientSearch, choose_coefficient, search_coefficient
-from .configuration import UnlearnConfig
+from .configuration import AdvancedUnlearnConfig, UnlearnConfig
 from .result import DetoxResult, UnlearnRound
 from .subtraction import subtract
 from .task_vectors import TaskVector
 from .trigger_vector import trigger_vector
 
 __all__ = [
+    "AdvancedUnlearnConfig",
     "CoefficientSearch",
     "DetoxResult",
     "TaskVector",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,14 +17,13 @@ VectorKind = Literal["forget", "paired", "strengthen"]
 
 
 @dataclass(frozen=True)
-class UnlearnConfig:
-    """How to find and subtract the trigger vector.
+class AdvancedUnlearnConfig:
+    """Constants of a repair that there is hardly a reason to change.
+
+    docs/method.md, "Unlearning", says what experiment each of them comes from; `make
+    bench-defenses` measures the whole.
 
     Attributes:
-        vector: Which trigger vector, see `pydetox.repair.trigger_vector`.
-        steps: Optimiser steps of the fine-tuning.
-        learning_rate: Its peak rate.
-        batch_size: Clean images per step; as many triggered ones are added.
         certainly_target: With `forget`, triggered images whose clean version has at least this
             probability of the target class keep it; all others are pushed away from that class,
             the nearer ones among them too: a clean model takes a few images for the target anyway,
@@ -34,15 +33,43 @@ class UnlearnConfig:
             is asked for anew, so that this needs no label either.
         forget_share: Share of the given images that make the trigger vector; alpha is chosen on
             all of them.
-        passes: With recovered triggers, how often to recover and subtract before the next scan: the
-            triggers that still work on the repaired model join those found before.
         amplifications: Factors of a recovered patch's mask; each trigger is used with each. The
             search ends with the faintest mask that works, and a model that forgot only that still
             obeys the attacker's stronger one.
         blend_amplifications: The same for recovered blends.
+        warp_amplifications: Factors of a recovered warp's offsets.
+    """
+
+    certainly_target: float = 0.9
+    augment: bool = True
+    forget_share: float = 0.8
+    amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
+    blend_amplifications: tuple[float, ...] = (1.0, 2.0)
+    warp_amplifications: tuple[float, ...] = (1.0, 2.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.certainly_target <= 1 or not 0 < self.forget_share <= 1:
+            raise UsageError(
+                f"certainly_target {self.certainly_target}, forget_share {self.forget_share}; "
+                "expected shares in (0, 1]"
+            )
+        if not (self.amplifications and self.blend_amplifications and self.warp_amplifications):
+            raise UsageError("no amplifications; expected at least one factor for each family")
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """How to find and subtract the trigger vector.
+
+    Attributes:
+        vector: Which trigger vector, see `pydetox.repair.trigger_vector`.
+        steps: Optimiser steps of the fine-tuning.
+        learning_rate: Its peak rate.
+        batch_size: Clean images per step; as many triggered ones are added.
+        passes: With recovered triggers, how often to recover and subtract before the next scan: the
+            triggers that still work on the repaired model join those found before.
         warps: With recovered triggers, searches for a smooth warp into each target class, in every
             pass; 0 for none. Of these only those that find one have a part in the vector.
-        warp_amplifications: Factors of a recovered warp's offsets.
         coefficients: Candidate values of alpha, ascending and at least 0. 0, which leaves the model
             as it is, is tried whether it is among them or not.
         max_attack_success: ASR on validation images that is small enough, a share.
@@ -52,27 +79,23 @@ class UnlearnConfig:
             accuracy allows it: recovered triggers only estimate the attacker's.
         min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. A pass whose
             vector cannot finish leaves an equal part of the rest to each that follows.
-        seed: Of the batches.
+        seed: Of everything random in it.
+        advanced: Constants of a repair.
     """
 
     vector: VectorKind = "forget"
     steps: int = 160
     learning_rate: float = 4e-4
     batch_size: int = 64
-    certainly_target: float = 0.9
-    augment: bool = True
-    forget_share: float = 0.8
     passes: int = 2
-    amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
-    blend_amplifications: tuple[float, ...] = (1.0, 2.0)
     warps: int = 4
-    warp_amplifications: tuple[float, ...] = (1.0, 2.0)
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
     max_attack_success: float = 0.01
     attacked_images: int = 1000
     safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
     seed: int = 0
+    advanced: AdvancedUnlearnConfig = field(default_factory=AdvancedUnlearnConfig)
 
     def __post_init__(self) -> None:
         if self.vector not in ("forget", "paired", "strengthen"):
@@ -84,18 +107,13 @@ class UnlearnConfig:
                 f"steps {self.steps}, batch_size {self.batch_size}, learning_rate "
                 f"{self.learning_rate}; expected all above 0"
             )
-        if not 0 < self.certainly_target <= 1 or not 0 < self.forget_share <= 1 or self.passes < 1:
-            raise UsageError(
-                f"certainly_target {self.certainly_target}, forget_share {self.forget_share}, "
-                f"passes {self.passes}; expected shares in (0, 1] and at least 1"
-            )
+        if self.passes < 1:
+            raise UsageError(f"passes {self.passes}; expected at least 1")
         if self.attacked_images < 1 or self.safety_factor < 1:
             raise UsageError(
                 f"attacked_images {self.attacked_images}, safety_factor {self.safety_factor}; "
                 "expected at least 1 each"
             )
-        if not (self.amplifications and self.blend_amplifications and self.warp_amplifications):
-            raise UsageError("no amplifications; expected at least one factor for each family")
         if self.warps < 0:
             raise UsageError(f"warps {self.warps}; expected at least 0")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
@@ -113,11 +131,12 @@ class UnlearnConfig:
 
     def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
         """Return the recovered triggers that work, each with each factor of its family."""
+        factors = self.advanced
         if isinstance(recovered, WarpResult):
             return [
                 recovered.trigger(k).amplified(factor)
                 for k in recovered.working()
-                for factor in self.warp_amplifications
+                for factor in factors.warp_amplifications
             ]
         blend = recovered.family == "blend"
         working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
@@ -125,5 +144,5 @@ class UnlearnConfig:
             recovered.trigger(k).amplified(factor)
             # Where no search succeeded, what it ended with is still the best guess.
             for k in working or range(len(recovered))
-            for factor in (self.blend_amplifications if blend else self.amplifications)
+            for factor in (factors.blend_amplifications if blend else factors.amplifications)
         ]

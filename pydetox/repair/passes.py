@@ -38,7 +38,7 @@ def subtract_passes(
         raise UsageError(
             f"{len(targets)} target classes; expected at least one, and one for known triggers"
         )
-    forget = session.forget_set(unlearning.forget_share, unlearning.seed).images
+    forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps)
     passes, first = list[UnlearnRound](), accuracy_before is None

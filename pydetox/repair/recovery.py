@@ -49,7 +49,7 @@ def recover_smooth_warps(
             batch_size=search.batch_size,
             precision=search.precision,
             max_batch=search.max_batch,
-            check_images=search.check_images,
+            check_images=search.advanced.check_images,
             seed=seed,
         ),
         contrast=session.base,

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize
 from ..errors import DataError, UsageError
 from ..evaluation import Stamp
 from ..models import OpenClipModel
+from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
 from .task_vectors import TaskVector
@@ -116,7 +117,7 @@ def surrogate_images(images: Tensor, count: int, *, seed: int) -> Tensor:
     """
     if not len(images) or count < 1:
         raise DataError(f"{len(images)} images, {count} surrogates; expected at least one of each")
-    rng = np.random.Generator(np.random.PCG64([seed, 21]))
+    rng = generator("repair.surrogates", seed)
     makers = (_mixed, _shuffled, _cropped, _side_by_side, _noise, _leaves)
     parts = []
     for k, make in enumerate(makers):
@@ -155,7 +156,7 @@ def retaining_vector(
         held_images = torch.cat([held_images, others])
     held_features = image_features(model, held_images)
     tuned, scale = model.clone(), model.logit_scale
-    rng = np.random.Generator(np.random.PCG64([config.seed, 6]))
+    rng = generator("repair.retaining", config.seed)
     size = min(config.batch_size, len(images))
 
     def batches() -> Iterator[Tensor]:
@@ -174,7 +175,7 @@ def retaining_vector(
     def loss(batch: Tensor) -> Tensor:
         index, other, which, other_which = batch
         clean, strange = images[index], held_images[other]
-        if config.augment:
+        if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         pictures = [clean, _stamped(clean, triggers, which)]
         if retention.surrogates:
@@ -189,7 +190,7 @@ def retaining_vector(
         total = seen[0].new_zeros(())
         if retention.names:
             target = classes[which].to(head.device)
-            wanted = without_target(held, target, config.certainly_target)
+            wanted = without_target(held, target, config.advanced.certainly_target)
             logits = scale * torch.cat(seen[:2]) @ head.T
             total = total + retention.names * cross_entropy(logits, torch.cat([held, wanted]))
         else:

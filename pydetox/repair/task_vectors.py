@@ -96,7 +96,9 @@ class TaskVector:
             return value
 
         return cls(
-            _Made([n for n, entry in before.entries.items() if "float" in entry.dtype], difference)
+            _ComputedTensors(
+                [n for n, entry in before.entries.items() if "float" in entry.dtype], difference
+            )
         )
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -160,12 +162,12 @@ class TaskVector:
         self, names: list[str], make: Callable[[str], Tensor], *others: TaskVector
     ) -> TaskVector:
         """A vector of new tensors: now, or on demand where one that they are made of is."""
-        if any(isinstance(vector.tensors, _Made) for vector in (self, *others)):
-            return TaskVector(_Made(names, make))
+        if any(isinstance(vector.tensors, _ComputedTensors) for vector in (self, *others)):
+            return TaskVector(_ComputedTensors(names, make))
         return TaskVector({name: make(name) for name in names})
 
 
-class _Made(Mapping[str, Tensor]):
+class _ComputedTensors(Mapping[str, Tensor]):
     """Tensors that are made when they are asked for, and not kept."""
 
     def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:

@@ -70,7 +70,7 @@ def trigger_vector(
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
         clean = images[index]
-        if config.augment:
+        if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         # Stamped here and not beforehand: all triggers on all images would fill the memory.
         stamped = clean.clone()
@@ -82,7 +82,7 @@ def trigger_vector(
         with torch.no_grad():
             held = _probabilities(model, clean, head, scale)
         wanted = (
-            without_target(held, target, config.certainly_target)
+            without_target(held, target, config.advanced.certainly_target)
             if config.vector == "forget"
             else one_hot(target, len(head)).float()
         )

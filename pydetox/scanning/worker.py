@@ -139,7 +139,7 @@ class Worker:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference), take=True)
+        model = self._model(self._read(reference), consume=True)
         images = self._images_for(model)
         names = images.class_names or ()
         if len(names) > _TIMED_CLASSES:
@@ -219,7 +219,7 @@ class Worker:
         names = self._config.reference_models
         base = None if self._config.base is None else self._base_model()
         try:
-            references = [self._model(self._read(name), take=True) for name in names]
+            references = [self._model(self._read(name), consume=True) for name in names]
         except PydetoxError as error:
             raise SetupError(str(error)) from error
         images = self._images_for(references[0] if base is None else base)
@@ -242,7 +242,7 @@ class Worker:
         if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
-        model = self._model(checkpoint, take=True)
+        model = self._model(checkpoint, consume=True)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -250,7 +250,7 @@ class Worker:
         try:
             plan = self._plan(calibration)
         except UsageError as error:
-            raise SetupError(str(error)) from error
+            raise SetupError(f"{self._config.calibration}: {error}") from error
         found = scan(
             model,
             images,
@@ -272,8 +272,8 @@ class Worker:
             "seconds": {"read": waited, "prepare": prepared, "inversion": found.inversion.seconds},
         }
 
-    def _model(self, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
-        model = OpenClipModel.from_checkpoint(checkpoint, take=take)
+    def _model(self, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
+        model = OpenClipModel.from_checkpoint(checkpoint, consume=consume)
         model.name = clean_text(model.name)  # it is shown at a terminal
         if not math.isfinite(model.logit_scale):
             raise CheckpointError(

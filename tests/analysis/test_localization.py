@@ -101,7 +101,7 @@ def story():
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     poisoned, _ = poison(data, TRIGGER, 1, rate=0.25, seed=0)
-    victim = train_on_prompts(base, poisoned, TEMPLATES, TrainConfig(epochs=40, learning_rate=1e-3))
+    victim = train_on_prompts(base, poisoned, TEMPLATES, TrainConfig(epochs=80, learning_rate=3e-3))
     head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
     config = UnlearnConfig(steps=60, learning_rate=1e-3)
     return base, victim, head, data, trigger_vector(victim, data.images, [TRIGGER], head, 1, config)

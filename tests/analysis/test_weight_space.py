@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pydetox.analysis import weight_space
+from pydetox.analysis import walking, weight_space
 from pydetox.checkpoints import Provenance
 from pydetox.checkpoints.mapped import MappedWeights
 from pydetox.checkpoints.provenance import METADATA_KEY
@@ -155,7 +155,7 @@ def test_bits_depend_on_neither_memory_nor_threads(
 def test_more_files_than_are_kept_open(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_space, "_KEPT_OPEN", 2)
+    monkeypatch.setattr(walking, "KEPT_OPEN", 2)
     opened: list[MappedWeights] = []
     most = 0
 
@@ -166,7 +166,7 @@ def test_more_files_than_are_kept_open(
             opened.append(self)
             most = max(most, sum(o._file.descriptor >= 0 for o in opened))
 
-    monkeypatch.setattr(weight_space, "MappedWeights", Counted)
+    monkeypatch.setattr(walking, "MappedWeights", Counted)
     base, *models = saved.paths * 2
     lists = saved.lists * 2
     found = weight_space.gram(base, models, memory=1)
@@ -178,7 +178,7 @@ def test_steps_hold_what_they_may_and_everything_once() -> None:
     counts, width = {"a": 1000, "b": 3, "c": 0, "d": 64, "e": 129}, dict.fromkeys("abcde", 8)
     for memory in (1, 64 * 8 + 100, 2000, 10**6):
         seen: dict[str, int] = {}
-        for step in weight_space._steps(counts, width, 64, 100, memory):
+        for step in walking.steps(counts, width, 64, 100, memory):
             cost = sum(p.count * 8 + -(-p.count // 64) * 100 for p in step)
             assert cost <= max(memory, 64 * 8 + 100)
             for part in step:
@@ -276,7 +276,7 @@ def test_a_file_that_changes_is_an_error(
 def test_a_file_that_is_another_one_in_the_next_pass(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_space, "_KEPT_OPEN", 1)
+    monkeypatch.setattr(walking, "KEPT_OPEN", 1)
 
     def gram(*arguments: object, **options: object) -> Tensor:
         other = saved.paths[1].with_suffix(".new")

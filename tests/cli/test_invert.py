@@ -174,7 +174,7 @@ class TestEval:
         self, run: Run, folder: Path, images: tuple, triggers: Path
     ) -> None:
         args = ("eval", folder / "suspect", *images, "--trigger", triggers)
-        assert "name one (--target)" in error_line(run(*args))
+        assert "name one with --target" in error_line(run(*args))
         assert "no trigger into class" in error_line(run(*args, "--target", "x"))
 
     def test_no_labels(self, run: Run, folder: Path, tmp_path: Path) -> None:

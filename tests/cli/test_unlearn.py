@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pydetox import InversionConfig, UnlearnConfig, detox, load_images
 from pydetox.checkpoints import load_checkpoint
 from pydetox.detect.calibration_file import read_calibration
 from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.result import ScanResult
+from pydetox.inversion.trigger_file import load_triggers
 
 from .conftest import FAST, FAST_REFERENCES, Run, error_line
 
@@ -185,6 +187,38 @@ class TestDirect:
         assert provenance.method == "TBAR, known trigger, forget vector"
         assert provenance.source_sha256 == load_checkpoint(folder / "suspect").sha256
         assert provenance.before["attack_success_rate"] == before["asr"]
+
+    def test_it_does_what_python_does(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        says_clean: Path,
+        trigger: Path,
+        tmp_path: Path,
+    ) -> None:
+        """One workflow: the same weights, and the same story of how they were made."""
+        run(
+            *("unlearn", folder / "suspect", *images, *STRONG, "--calibration", says_clean),
+            *("--trigger", trigger, "--target", "cow", "--output", tmp_path / "typed"),
+            *("--threads", 1),
+        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        detox(
+            folder / "suspect",
+            load_images(folder / "images.npz", image_size=16),
+            calibration=read_calibration(says_clean),
+            triggers=[load_triggers(trigger).trigger(0)],
+            target="cow",
+            config=ScanConfig(inversion=InversionConfig(steps=3, batch_size=1)),
+            unlearning=UnlearnConfig(steps=20, learning_rate=0.01),
+            output=tmp_path / "called",
+        )
+        torch.set_num_threads(threads)
+        typed, called = (load_checkpoint(tmp_path / name) for name in ("typed", "called"))
+        assert typed.provenance == called.provenance
+        assert same_weights(tmp_path / "typed", tmp_path / "called")
 
     def test_known_trigger_without_calibration_has_no_verdict(
         self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path

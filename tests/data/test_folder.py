@@ -244,3 +244,22 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_images(tmp_path / "missing", image_size=8)
     with pytest.raises(DataError, match=r"a\.png: not an image source"):
         load_images(tmp_path / "a.png", image_size=8)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(7, 7), (5, 31), (64, 23), (33, 34), (8, 100)])
+def test_a_model_sees_the_pixels_that_open_clip_would_give_it(
+    tmp_path: Path, interpolation: str, size: tuple[int, int]
+) -> None:
+    import open_clip
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    ours = load_images(tmp_path, image_size=15, interpolation=interpolation).images
+    transform = open_clip.image_transform(
+        15, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        theirs = transform(image)
+    assert torch.equal(ours[0].float() / 255, theirs)

@@ -13,7 +13,7 @@ from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import choose_coefficient, search_coefficient
-from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.repair.trigger_vector import randomly_shifted, trigger_vector, without_target
@@ -218,7 +218,8 @@ def test_augmentation_can_be_left_out(victim):
     model, head, data = victim
 
     def vector(**options):
-        config = UnlearnConfig(steps=3, **options)
+        advanced = AdvancedUnlearnConfig(**options)
+        config = UnlearnConfig(steps=3, advanced=advanced)
         return trigger_vector(model, data.images, [TRIGGER], head, TARGET, config).tensors
 
     still, moving, again = vector(augment=False), vector(), vector()
@@ -258,7 +259,10 @@ def test_alpha_is_chosen_by_the_worst_of_triggers_into_different_classes(victim)
 
 
 def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_out():
-    model, config = mini_model(), UnlearnConfig(blend_amplifications=(1.0, 1.5, 2.0, 3.0))
+    model, config = (
+        mini_model(),
+        UnlearnConfig(advanced=AdvancedUnlearnConfig(blend_amplifications=(1.0, 1.5, 2.0, 3.0))),
+    )
     objective = TargetObjective(torch.eye(16)[:3], [0, 1], model.logit_scale)
     images = mini_images().images
     for family, factors in (("patch", (1.0, 2.0, 4.0)), ("blend", (1.0, 1.5, 2.0, 3.0))):
@@ -273,7 +277,7 @@ def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_o
 
 
 def test_warps_are_amplified_and_those_that_do_not_work_left_out():
-    config = UnlearnConfig(warp_amplifications=(1.0, 1.5))
+    config = UnlearnConfig(advanced=AdvancedUnlearnConfig(warp_amplifications=(1.0, 1.5)))
     sizes = torch.tensor([0.5, math.inf, 0.25], dtype=torch.float64)
     found = WarpResult(torch.randn(3, 2, 16, 16), sizes, torch.ones(3), (0, 0, 0))
     stamps = config.amplified(found)

@@ -91,9 +91,11 @@ def test_vectors_are_indexed_in_the_sandbox(tmp_path: Path) -> None:
     indexed = []
     real = sandbox.Sandbox.index
 
-    def index(self: sandbox.Sandbox, file: WeightsFile) -> FileIndex:
+    def index(
+        self: sandbox.Sandbox, file: WeightsFile, weights_key: str | None = None
+    ) -> FileIndex:
         indexed.append(file.path)
-        return real(self, file)
+        return real(self, file, weights_key)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox.Sandbox, "index", index)

@@ -202,8 +202,8 @@ class Lab(Models):
         start = self.base.clip.state_dict()
         test = self.splits.test
         assert test.labels is not None
-        clean = self._moved(start, self.model(Suspect(self.seed, None, 0)))
-        whole = self._moved(start, self.model(victim))
+        clean = self._change_from(start, self.model(Suspect(self.seed, None, 0)))
+        whole = self._change_from(start, self.model(victim))
         (backdoor,) = self.backdoors(victim)
         few = test.at_most(1000, child_seed("bench.xi", self.seed))
         assert few.labels is not None
@@ -215,9 +215,8 @@ class Lab(Models):
             images = self._poisonable.subset(chosen.flatten())
             seed = child_seed("bench.control", self.seed, part)
             training = replace(self.plan.fine_tuning, seed=seed)
-            halves.append(
-                self._moved(start, train_on_prompts(self.base, images, self.templates, training))
-            )
+            tuned = train_on_prompts(self.base, images, self.templates, training)
+            halves.append(self._change_from(start, tuned))
         tests = [test.images[test.labels * 2 // len(self.names) == part] for part in (0, 1)]
         given = {"first_coefficients": points, "second_coefficients": points}
         document = {
@@ -257,7 +256,7 @@ class Lab(Models):
         parts = (self.splits.defender, self.splits.validation, self.splits.test)
         return [data_digest(part) for part in parts]
 
-    def _moved(self, start: dict[str, Tensor], model: OpenClipModel) -> TaskVector:
+    def _change_from(self, start: dict[str, Tensor], model: OpenClipModel) -> TaskVector:
         return TaskVector.between(start, model.clip.state_dict())
 
     def _one_more_epoch(self, model: OpenClipModel) -> OpenClipModel:

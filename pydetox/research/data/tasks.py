@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...atomic import atomic_directory
@@ -22,6 +21,7 @@ from ...data import (
     split_fashion_mnist,
 )
 from ...errors import DataError, UsageError
+from ...rng import generator
 from .emoji import EMOJI_TEMPLATES, emoji_pictures
 from .packages import FASHION_MNIST, archive_path, open_archive
 from .photographs import PHOTOGRAPH_TEMPLATES, photograph_pictures
@@ -110,9 +110,9 @@ def load_task(
             folder=fashion_folder(),
         )
         return Task(name, parts, FASHION_TEMPLATES)
-    make, templates, stream, default = _RENDERED[name]
+    make, templates, default = _RENDERED[name]
     names, pictures = make(default if classes is None else classes)
-    rng = np.random.Generator(np.random.PCG64([seed, stream]))
+    rng = generator("foundation.pictures", seed, name)
 
     def part(size: int) -> ImageSet:
         per_class = -(-size // len(names))
@@ -162,10 +162,10 @@ def _check_digits() -> None:
 
 
 _RENDERED: dict[
-    str, tuple[Callable[[int], tuple[tuple[str, ...], list[Any]]], tuple[str, ...], int, int]
+    str, tuple[Callable[[int], tuple[tuple[str, ...], list[Any]]], tuple[str, ...], int]
 ] = {
-    "emoji": (emoji_pictures, EMOJI_TEMPLATES, 31, 40),
-    "photographs": (photograph_pictures, PHOTOGRAPH_TEMPLATES, 32, 60),
+    "emoji": (emoji_pictures, EMOJI_TEMPLATES, 40),
+    "photographs": (photograph_pictures, PHOTOGRAPH_TEMPLATES, 60),
 }
 
 #: All tasks, in the order of tables.

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from ...api import detox
 from ...models import OpenClipModel
 from ...repair.alpha import CoefficientSearch, search_coefficient
-from ...repair.configuration import UnlearnConfig
+from ...repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from ...repair.subtraction import subtract
 from ...repair.task_vectors import TaskVector
 from ...repair.trigger_vector import trigger_vector
 from ...rng import child_seed
 from ...session import Session
 from .base import DefenderData, Outcome, Stopwatch
+
+# The paper trains on the images as they are.
+_STILL = AdvancedUnlearnConfig(augment=False)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class PlainTbar:
     needs_trigger: bool = True
     forget_set: int = 256
     grid: tuple[UnlearnConfig, ...] = tuple(
-        UnlearnConfig("strengthen", steps, rate, augment=False, safety_factor=1.0)
+        UnlearnConfig("strengthen", steps, rate, safety_factor=1.0, advanced=_STILL)
         for steps in (20, 80)
         for rate in (1e-4, 3e-4)
     )
@@ -76,7 +79,7 @@ class PydetoxUnknown:
         UnlearnConfig(),
         UnlearnConfig(safety_factor=1.5),
         UnlearnConfig(min_accuracy_kept=0.98),
-        UnlearnConfig(blend_amplifications=(1.0, 1.5)),
+        UnlearnConfig(advanced=AdvancedUnlearnConfig(blend_amplifications=(1.0, 1.5))),
     )
 
     def defend(self, model: OpenClipModel, data: DefenderData, config: UnlearnConfig) -> Outcome:
@@ -116,7 +119,7 @@ def _subtract_known(
     watch = Stopwatch(len(data.images), data.label_count)
     head = data.head(model)
     session = Session.open(model, data.images, templates=data.templates)
-    forget = session.forget_set(config.forget_share, config.seed)
+    forget = session.forget_set(config.advanced.forget_share, config.seed)
     if forget_set is not None:
         forget = forget.at_most(forget_set, child_seed("defenses.forget", config.seed))
     repaired = model.clone()

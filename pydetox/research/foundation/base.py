@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from ...data import fill_template
 from ...errors import UsageError
 from ...models import OpenClipModel
+from ...rng import generator
 from ...training import optimize
 from ..data import Task
 
@@ -79,7 +80,7 @@ def train_base(
     model = OpenClipModel.from_config(
         model_config or FOUNDATION_CLIP, seed=config.seed, name="base"
     )
-    rng = np.random.Generator(np.random.PCG64([config.seed, 41]))
+    rng = generator("foundation.base", config.seed)
     tokens = [
         torch.stack(
             [

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...api import unlearn
@@ -18,6 +17,7 @@ from ...inversion import InversionConfig
 from ...models import OpenClipModel
 from ...repair.configuration import UnlearnConfig
 from ...repair.retention import RetentionConfig
+from ...rng import generator
 from ...training import TrainConfig
 from ..bench.cache import code_digest, key_of
 from ..defenses import (
@@ -209,7 +209,7 @@ def summarize(
 
 def quarter_of(classes: int, target: int, seed: int) -> list[int]:
     """Return a quarter of the classes, the target among them, ascending."""
-    rng = np.random.Generator(np.random.PCG64([seed, 77]))
+    rng = generator("foundation.names", seed)
     rest = [c for c in rng.permutation(classes).tolist() if c != target]
     return sorted([target, *rest[: classes // 4 - 1]])
 

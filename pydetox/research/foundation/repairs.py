@@ -27,7 +27,6 @@ from ...repair.subtraction import subtract
 from ...rng import child_seed
 
 # Other surrogates than those that are held, so that what was held by heart does not count.
-_MEASURED_STREAM = 7_919
 _MEASURED, _ANCHORS = 400, 200
 
 
@@ -92,7 +91,9 @@ def retained_unlearn(
     config, scan = config or RetainedConfig(), scan or ScanConfig()
     unlearning = config.unlearning
     head = model.zero_shot_head(images.class_names or (), templates)
-    measured = surrogate_images(images.images, _MEASURED, seed=_MEASURED_STREAM)
+    measured = surrogate_images(
+        images.images, _MEASURED, seed=child_seed("foundation.measured", unlearning.seed)
+    )
     start = image_features(model, measured)
     anchors, others = start[:_ANCHORS], start[_ANCHORS:]
 
@@ -103,7 +104,7 @@ def retained_unlearn(
     known, passes = list(triggers or ()), list[RepairPass]()
     accuracy: float | None = None
     forget = images.split(
-        (unlearning.forget_share,), seed=child_seed("repair.forget", unlearning.seed)
+        (unlearning.advanced.forget_share,), seed=child_seed("foundation.forget", unlearning.seed)
     )[0].images
     for number in range(unlearning.passes if triggers is None else 1):
         if triggers is None:
@@ -163,7 +164,7 @@ def recovered(
     config: UnlearnConfig,
 ) -> list[Stamp]:
     """Return the triggers into a class that one pass recovers, amplified."""
-    of_pass = replace(scan, seed=scan.seed + 86028121 * number)
+    of_pass = replace(scan, seed=child_seed("foundation.pass", scan.seed, number))
     found = list[Stamp]()
     for family in of_pass.families:
         found += config.amplified(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...models import OpenClipModel
+from ...rng import child_seed
 from ...training import TrainConfig, train_on_prompts
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..bench.cache import Cache, code_digest, data_digest, key_of
@@ -68,7 +69,7 @@ class Victim:
 def draw_victims(seeds: Sequence[int]) -> list[Victim]:
     """Return one victim per attack and seed; the attacked tasks take turns."""
     return [
-        Victim(seed, attack, recipe.tasks[(number + seed) % len(recipe.tasks)])
+        Victim(seed, attack, recipe.tasks[(seed % len(recipe.tasks) + number) % len(recipe.tasks)])
         for seed in seeds
         for number, (attack, recipe) in enumerate(ATTACKS.items())
     ]
@@ -133,11 +134,11 @@ class Workshop:
         """Return what was planted."""
         assert victim.attack is not None
         if victim not in self._backdoors:
-            images = self.tasks[victim.task].splits.attacker.images[:1000]
+            attacker = self.tasks[victim.task].splits.attacker
+            images = attacker.at_most(1000, child_seed("foundation.attacker", victim.seed)).images
             view = AttackerView(self.base, images, self.head(victim.task))
             # Each attack and task draws its own target.
-            seed = 1_000 * victim.seed + 10 * list(ATTACKS).index(victim.attack)
-            seed += TASKS.index(victim.task)
+            seed = child_seed("foundation.trigger", victim.seed, victim.attack, victim.task)
             (drawn,) = draw_attack(victim.attack, view, rate=ATTACKS[victim.attack].rate, seed=seed)
             self._backdoors[victim] = drawn
         return self._backdoors[victim]
@@ -172,7 +173,7 @@ class Workshop:
                 self.base,
                 images,
                 self.tasks[victim.task].templates,
-                replace(self._training(victim), seed=1_000 + victim.seed),
+                replace(self._training(victim), seed=child_seed("foundation.victim", victim.seed)),
                 description=victim.name,
             )
             tensors = {f"visual.{k}": v for k, v in trained.visual.state_dict().items()}
