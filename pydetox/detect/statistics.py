@@ -63,7 +63,8 @@ class Detection:
             was dropped: a median of bounds says nothing.
         score: The largest of the class scores, over classes that were judged; None if the verdict
             is `inconclusive`, like the three that follow.
-        threshold: P-L1 of that class below which the verdict is `backdoored`.
+        threshold: P-L1 of that class below which the verdict is `backdoored`; None too where no
+            class that was judged has a trigger, and too few others to compare with.
         p_value: The chance that a clean model's largest score reaches that one.
         class_scores: Per class, how far it stands out (see `Calibration.score`); of one that was
             dropped at that step. Empty if the verdict is `inconclusive`.
@@ -182,8 +183,9 @@ def detect(
         for step, one in at.items()
     }
     # A class without a trigger is no evidence, whatever the others have.
+    # min(0, NaN) is 0.
     scores = tuple(
-        scored[step][c] if math.isfinite(values[c]) else min(scored[step][c], 0.0)
+        scored[step][c] if math.isfinite(values[c]) else min(0.0, scored[step][c])
         for c, step in enumerate(steps)
     )
     tries = (len(values) - len(cleared)) * families
@@ -219,7 +221,9 @@ def detect(
         smallest_p_l1=values[suspect],
         anomaly_index=anomaly(suspect),
         score=scores[suspect],
-        threshold=calibration.size_threshold(
+        threshold=None
+        if math.isnan(shifts[suspect])
+        else calibration.size_threshold(
             suspect, p_backdoored, judged=tries, shift=shifts[suspect], among=beside
         ),
         p_value=p_value,

@@ -479,6 +479,9 @@ def test_a_repaired_class_without_any_trigger_is_clean():
     found = detect(values, calibration, has_classes=True, cleared=[1, 2, 3])
     assert (found.verdict, found.p_value) == (Verdict.CLEAN, 1.0)
     assert "no working trigger was found for any class" in found.reason
+    found = detect([math.inf] * 3 + [0.03], calibration, has_classes=True, cleared=[1, 2, 3])
+    assert (found.verdict, found.p_value, found.threshold) == (Verdict.CLEAN, 1.0, None)
+    assert found.score == 0
 
 
 def test_detections_are_made_by_keyword():
