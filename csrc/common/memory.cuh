@@ -78,6 +78,10 @@ __device__ __forceinline__ void store(T* to, const T* from) {
   }
 }
 
+// The compiler moves no access to memory past this point. Without it all loads of an unrolled loop
+// may come first, and wait in more registers than there are.
+__device__ __forceinline__ void stay_in_order() { asm volatile("" ::: "memory"); }
+
 // The block's dynamic shared memory, 16-byte aligned.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
