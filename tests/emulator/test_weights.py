@@ -234,7 +234,7 @@ def test_every_byte_is_moved_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "count"), [(gram, 9), (project, 18), (lambda lists, s: sketch(lists, 64, s), 2)]
+    ("run", "count"), [(gram, 9), (project, 18), (lambda lists, s: sketch(lists, 512, s), 2)]
 )
 def test_without_its_barrier_a_kernel_is_wrong_in_some_schedule(run, count: int) -> None:
     # Whole tiles: the last of a warp's sums are the ones that come too late.
