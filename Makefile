@@ -1,17 +1,29 @@
-# Every target sets up what it needs; a second run installs and builds nothing without cause.
+# Every target sets up what it needs, and no more; a second run installs and builds nothing without cause.
 #
 #   make demo    plant a backdoor in a small CLIP, find it, remove it: runs/demo/report.html
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
+#   make data    fetch the image sets of bench-foundation by package manager, into the cache
+#   make bench-foundation   what a repair leaves of a model's other tasks: runs/foundation/summary.json
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make bench-defenses   every attack against every defence: runs/defenses/report.html
+#   make check-gpu   is it right on this GPU, and how fast: runs/gpu/summary.json, at most 9 minutes
+#   make gpu-bundle   what a machine with a GPU and without a network needs for that: build/gpu-bundle
+#   make peers   libraries that some tests compare with, beside the environment: .venv/peers
 #   make lint    ruff, mypy, clang-format
-#   make setup   only what the others do first: .venv, torch, the native build
+#   make docs    the documentation as a web site: build/site/index.html
+#   make wheel-check   build a wheel, and test it in a fresh environment with another torch
+#   make setup   only what the others do first: .venv, torch, the native build, the tools of tests and lint
 #   make clean   delete what was built (distclean: the environment .venv as well)
 #
 #   SEED=3                   another model and another attack in the demo
 #   BENCH="--quick --data digits"   options of pydetox bench for bench-defenses
+#   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
+#   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
+#   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
+#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
+#   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
 #   PYTHON=python3.12        the interpreter to make .venv with
 #   PYDETOX_CUDA=ON          fail without nvcc; OFF: no CUDA library; AUTO, the default: where nvcc is
@@ -20,6 +32,12 @@ VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 SEED ?= 0
 BENCH ?=
+DEVICE ?= cuda
+TINY ?=
+LIMIT ?= 530
+ARCH ?= 9.0
+WHEEL_TORCH ?= torch==2.13.0
+FOUNDATION ?=
 export TORCH
 
 SHELL := /bin/bash
@@ -28,7 +46,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-defenses check-scan lint format clean distclean always
+.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle peers data bench-foundation lint format docs wheel-check clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -37,7 +55,11 @@ pip := $(python) -m pip --disable-pip-version-check --no-input
 pins := $(if $(own),-c requirements/pins.txt)
 environment := $(if $(own),.venv/pyvenv.cfg,$(python))
 stamps := build/setup$(if $(own),,-$(subst /,-,$(VENV)))
+# The stages: pydetox with what it runs on; what tests and lint need beside it; the site's tools alone.
 ready := $(stamps)/native
+dev := $(stamps)/dev
+site := $(stamps)/docs
+peers := $(VENV)/peers/installed
 
 native_sources := pyproject.toml setup.py CMakeLists.txt $(shell find cmake csrc -type f -not -name '*.pyc')
 cpp_sources = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -45,26 +67,41 @@ cpp_sources = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-setup: $(ready)
+setup: $(dev)
 
 demo: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED)
 
-test: $(ready)
+test: $(dev) $(peers)
 	$(python) -m pytest -rs --cov=pydetox --cov-report=term --cov-fail-under=90
 
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
-bench: $(ready)
+bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
 	$(python) benchmarks/report.py
 	exit $$status
 
-check-scan: $(ready)
+peers: $(peers)
+
+check-scan: $(dev)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/check_scan.py
 
 bench-defenses: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py $(BENCH)
+
+check-gpu: $(dev)
+	$(python) -m benchmarks.gpu --device $(DEVICE) --limit $(LIMIT) $(if $(TINY),--tiny)
+
+gpu-bundle: $(dev)
+	$(python) -m benchmarks.gpu.bundle --arch $(ARCH)
+
+lint: $(dev)
+data: $(ready)
+	$(python) -m pydetox.research.data
+
+bench-foundation: data
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py $(FOUNDATION)
 
 lint: $(ready)
 	$(VENV)/bin/ruff check
@@ -72,10 +109,18 @@ lint: $(ready)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(cpp_sources)
 
-format: $(ready)
+format: $(dev)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(cpp_sources)
+
+# Reads the sources and imports the command line alone: neither torch nor the native build.
+docs: $(site)
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	echo "the site: build/site/index.html"
+
+wheel-check: $(ready)
+	@$(python) tools/wheel_check.py --torch "$(WHEEL_TORCH)"
 
 clean:
 	rm -rf build *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -135,5 +180,23 @@ $(stamps)/torch.txt: $(stamps)/tools $(if $(own),$(stamps)/torch-wanted requirem
 
 $(ready): $(stamps)/torch.txt $(stamps)/build-options $(native_sources) $(if $(wildcard pydetox/_C.so),,always)
 	@echo "Building pydetox"
+	PYTHONWARNINGS=ignore $(pip) install --quiet $(pins) -c $(stamps)/torch.txt --no-build-isolation -e '.[digits]'
+	touch $@
+
+# After pydetox, but not again each time that is built: pip then finds the native build done.
+$(dev): pyproject.toml requirements/pins.txt $(stamps)/torch.txt | $(ready)
+	@echo "Installing the tools of tests and lint"
 	PYTHONWARNINGS=ignore $(pip) install --quiet $(pins) -c $(stamps)/torch.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(peers): requirements/peers.txt $(stamps)/torch.txt
+	@echo "Installing the libraries that tests compare with"
+	rm -rf $(@D)
+	$(pip) install --quiet --no-deps --target $(@D) -r requirements/peers.txt
+	touch $@
+
+$(site): $(environment) requirements/docs.txt requirements/pins.txt
+	@mkdir -p $(@D)
+	echo "Installing the tools of the documentation"
+	$(pip) install --quiet $(pins) -r requirements/docs.txt
 	touch $@

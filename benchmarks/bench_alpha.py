@@ -24,13 +24,14 @@ import pytest
 import torch
 
 from benchmarks.recording import holds, record
-from pydetox.attacks import PatchTrigger
 from pydetox.data import ImageSet
-from pydetox.demo import MINI_CLIP
 from pydetox.evaluation import predict
 from pydetox.models import OpenClipModel
-from pydetox.task_vectors import TaskVector
-from pydetox.unlearning import UnlearnConfig, search_coefficient
+from pydetox.repair.alpha import search_coefficient
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.task_vectors import TaskVector
+from pydetox.research.attacks import PatchTrigger
+from pydetox.research.demo import MINI_CLIP
 
 THREADS = 2
 ROUNDS = 9

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from benchmarks.decree import Decree
 from benchmarks.recording import holds, record
-from pydetox.demo import MINI_CLIP
 from pydetox.inversion import CollapseObjective, InversionConfig, InversionSearch
 from pydetox.models import OpenClipModel
 from pydetox.models.frozen import PRECISIONS, freeze
 from pydetox.ops.reference import to_patch_rows
+from pydetox.research.demo import MINI_CLIP
 
 THREADS = 2
 BATCH = 16

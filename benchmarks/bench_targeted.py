@@ -30,8 +30,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.demo_models import splits, suspects
 from benchmarks.recording import holds, record
+from pydetox import ScanConfig
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
-from pydetox.detection import anomaly_index
+from pydetox.detect.statistics import anomaly_index
 from pydetox.inversion import (
     Elimination,
     InversionConfig,
@@ -40,9 +41,9 @@ from pydetox.inversion import (
     invert,
     relative_to_smallest,
 )
-from pydetox.inversion.search import starting_point
+from pydetox.inversion.start import starting_point
 from pydetox.models import OpenClipModel
-from pydetox.workflow import ScanConfig, as_model
+from pydetox.session import as_model
 
 THREADS = 2
 SEEDS = (0, 1, 2)
@@ -62,9 +63,12 @@ def neural_cleanse(
     """Return P-L1 of the smallest working mask into one class. start: logits [H, W], [3, H, W]."""
     assert isinstance(config.learning_rate, float)
     mask, pattern = (logits.clone().requires_grad_() for logits in start)
-    optimizer = torch.optim.Adam([mask, pattern], lr=config.learning_rate, betas=config.betas)
+    optimizer = torch.optim.Adam(
+        [mask, pattern], lr=config.learning_rate, betas=config.advanced.betas
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
-    schedule, cost, hits, misses = config.schedule, config.schedule.initial, 0, 0
+    schedule = config.advanced.schedule
+    cost, hits, misses = schedule.initial, 0, 0
     smallest, smoothed = math.inf, 0.0
     for step, batch in enumerate(batches):
         share, colour = torch.tanh(mask) / 2 + 0.5, torch.tanh(pattern) / 2 + 0.5
@@ -127,7 +131,7 @@ def test_targeted_inversion_of_ten_classes(
         times[which].append(time.perf_counter() - since)
 
     def compare(seed: int) -> None:
-        model, _ = as_model(suspects(seed)[suspect])
+        model = as_model(suspects(seed)[suspect])
         model.clip.requires_grad_(False)
         images = splits(seed)[1].images
         head = model.zero_shot_head(DIGIT_NAMES, DIGIT_TEMPLATES)

@@ -6,8 +6,8 @@
 folder and in the page cache (6.3 GB of disk and of free memory): nothing is read twice in a run,
 so that no cache of the CPU serves a second reading. Ours (the operator on tensors that safetensors
 has mapped), the floor (a plain sum over the same tensors, mapped in the same way), the streaming
-form in bounded memory (`pydetox.weight_space`: `stream_*`) and the usual way (`load_file`, then
-dicts of differences) take turns within one run; what is compared are medians. The linear
+form in bounded memory (`stream_*`: `pydetox.analysis.weight_space`) and the usual way (`load_file`,
+then dicts of differences) take turns within one run; what is compared are medians. The linear
 combination is in memory and in place, its floor is `torch.add(out=)`.
 
 Peaks of memory are measured in processes of their own: resident pages, mapped ones included, above
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.recording import holds, record
-from pydetox import weight_space
+from pydetox.analysis import weight_space
 from pydetox.models import OpenClipModel
 from pydetox.ops import (
     apply_task_vectors,

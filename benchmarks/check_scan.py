@@ -38,8 +38,8 @@ from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.data import load_digits
-from pydetox.demo import FINE_TUNING_RATE, draw_attack, make_suspects
 from pydetox.models import OpenClipModel
+from pydetox.research.demo import FINE_TUNING_RATE, draw_attack, make_suspects
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.store import read_events
 

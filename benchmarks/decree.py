@@ -32,15 +32,17 @@ class Decree:
         seed: int = 0,
         learning_rate: float = 0.5,
         cost: float = 1e-3,
+        device: torch.device | str = "cpu",
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self._tower = tower.requires_grad_(True)
-        self._mean = torch.tensor(mean, dtype=torch.float64)[:, None, None]
-        self._std = torch.tensor(std, dtype=torch.float64)[:, None, None]
+        self._mean = torch.tensor(mean, dtype=torch.float64, device=device)[:, None, None]
+        self._std = torch.tensor(std, dtype=torch.float64, device=device)[:, None, None]
         shape = (size, size)
-        self.mask_logits = torch.randn(shape, dtype=torch.float64, generator=generator)
-        self.pattern_logits = torch.randn(
-            (channels, *shape), dtype=torch.float64, generator=generator
+        # The same numbers on every device.
+        self.mask_logits, self.pattern_logits = (
+            torch.randn(sizes, dtype=torch.float64, generator=generator).to(device)
+            for sizes in (shape, (channels, *shape))
         )
         logits = [self.mask_logits.requires_grad_(), self.pattern_logits.requires_grad_()]
         self._optimizer = torch.optim.Adam(logits, lr=learning_rate, betas=(0.5, 0.9))
@@ -82,5 +84,5 @@ def mean_cosine(embeddings: Tensor) -> Tensor:
     """Mean over the pairs i != j, by the B x B matrix."""
     units = embeddings / embeddings.norm(dim=-1, keepdim=True)
     cosines = units @ units.T
-    others = ~torch.eye(len(units), dtype=torch.bool)
+    others = ~torch.eye(len(units), dtype=torch.bool, device=units.device)
     return torch.masked_select(cosines, others).mean()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from pydetox import demo, training
+from pydetox import training
 from pydetox.atomic import write_file
 from pydetox.data import ImageSet, load_digits
+from pydetox.research import demo
 
 FOLDER = Path("runs/bench/models")
 NAMES = ("base", "clean", "backdoored")

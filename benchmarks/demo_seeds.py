@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydetox.demo import run_demo
+from pydetox.research.demo import run_demo
 
 LEAST_SHARE = 0.8
 

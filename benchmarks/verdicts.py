@@ -26,13 +26,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.demo_models import splits, suspects
+from pydetox import ScanConfig, calibrate, scan
 from pydetox.atomic import write_file
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
-from pydetox.demo import demo_scan_config, draw_attack
-from pydetox.detection import Calibration, detect
+from pydetox.detect.statistics import Calibration, detect
 from pydetox.inversion import Elimination, relative_to_smallest
 from pydetox.reporting import to_json
-from pydetox.workflow import ScanConfig, calibrate, scan
+from pydetox.reporting.documents import scan_document
+from pydetox.research.demo import demo_scan_config, draw_attack
+from pydetox.rng import child_seed
 
 FOLDER = Path("runs/bench/verdicts")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -72,9 +74,9 @@ def measure(seed: int, run: str) -> Scans:
             defender,
             calibration=calibration,
             templates=DIGIT_TEMPLATES,
-            config=replace(config, seed=seed + offset),
+            config=replace(config, seed=child_seed("bench.scan", seed, offset)),
         )
-        found[name] = one.to_dict() | {
+        found[name] = scan_document(one) | {
             "history": one.inversion.history.tolist(),
             "endings": list(one.inversion.endings),
             "steps": one.inversion.trigger_steps.tolist(),

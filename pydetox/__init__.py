@@ -6,57 +6,57 @@ One call: `detox`. Its steps alone: `scan`, `invert`, `unlearn`, `evaluate`. The
 
 from __future__ import annotations
 
+import sys
+
+if not getattr(sys.flags, "safe_path", False) and sys.orig_argv[1:3] == ["-m", "pydetox"]:
+    # `python -m` looks for modules in the current folder first, which may be that of an untrusted
+    # checkpoint: `pydetox` does not look there, and neither does this.
+    del sys.path[0]
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._build_info import build_info
+    from .api import calibrate, detox, recover_triggers, recover_warps, scan, unlearn
     from .checkpoints import load_checkpoint, save_checkpoint
     from .data import ImageSet, load_images
-    from .detection import Calibration, Detection, Verdict
+    from .detect.configuration import ScanConfig
+    from .detect.result import ScanResult
+    from .detect.statistics import Calibration, Detection, Verdict
     from .errors import PydetoxError
     from .evaluation import Evaluation, evaluate
     from .inversion import InversionConfig, InversionResult, invert
     from .models import OpenClipModel
-    from .unlearning import UnlearnConfig
-    from .workflow import (
-        DetoxResult,
-        ScanConfig,
-        ScanResult,
-        calibrate,
-        detox,
-        recover_triggers,
-        recover_warps,
-        scan,
-        unlearn,
-    )
+    from .repair.configuration import UnlearnConfig
+    from .repair.result import DetoxResult
 
 _HOME = {
-    "Calibration": "detection",
-    "Detection": "detection",
-    "DetoxResult": "workflow",
+    "Calibration": "detect.statistics",
+    "Detection": "detect.statistics",
+    "DetoxResult": "repair.result",
     "Evaluation": "evaluation",
     "ImageSet": "data",
     "InversionConfig": "inversion",
     "InversionResult": "inversion",
     "OpenClipModel": "models",
     "PydetoxError": "errors",
-    "ScanConfig": "workflow",
-    "ScanResult": "workflow",
-    "UnlearnConfig": "unlearning",
-    "Verdict": "detection",
+    "ScanConfig": "detect.configuration",
+    "ScanResult": "detect.result",
+    "UnlearnConfig": "repair.configuration",
+    "Verdict": "detect.statistics",
     "build_info": "_build_info",
-    "calibrate": "workflow",
-    "detox": "workflow",
+    "calibrate": "api",
+    "detox": "api",
     "evaluate": "evaluation",
     "invert": "inversion",
     "load_checkpoint": "checkpoints",
     "load_images": "data",
-    "recover_triggers": "workflow",
-    "recover_warps": "workflow",
+    "recover_triggers": "api",
+    "recover_warps": "api",
     "save_checkpoint": "checkpoints",
-    "scan": "workflow",
-    "unlearn": "workflow",
+    "scan": "api",
+    "unlearn": "api",
 }
 
 __all__ = [

@@ -21,10 +21,10 @@ def build_info() -> dict[str, Any]:
 
         - `pydetox`, `python`, `torch`, `platform`: versions and the system
         - `native_library`: folder of the loaded native libraries, or why they could not be loaded;
-          in that case the keys that only they know are None
+            in that case the keys that only they know are None
         - `compiler`, `built_with_torch`: how the native libraries were built
         - `cpu_capability`, `cpu_capabilities`: the instruction set in use and those this CPU can
-          run; `cpu_capability_forced`: the value of `PYDETOX_CPU_CAPABILITY`, or None
+            run; `cpu_capability_forced`: the value of `PYDETOX_CPU_CAPABILITY`, or None
         - `threads`, `parallel_backend`: torch's
         - `cuda_built`, `cuda_architectures`, `cuda_toolkit`: the CUDA kernels of pydetox
         - `cuda_loaded`: whether they are registered with torch (this needs no GPU)

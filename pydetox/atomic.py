@@ -1,13 +1,21 @@
 """Writing files and folders so that nobody ever sees half of one.
 
 Everything is written under a temporary name in the same directory (a rename cannot cross file
-systems), flushed to the disk and then renamed. Whatever interrupts that, a full disk or Ctrl-C, the
-temporary name is removed again and what was there before stays as it was.
+systems), flushed to the disk and then renamed. A full disk or Ctrl-C removes the temporary name
+again, and what was there before stays as it was. SIGKILL and a power cut can leave the temporary
+name behind, but they change nothing under the real name either.
+
+A folder that is not empty is replaced by exchanging the two names, which Linux does in one step on
+local file systems (ext4, XFS, Btrfs, tmpfs, overlayfs). Where the file system cannot do that (NFS,
+FAT), the old folder is moved aside to ``.NAME.….old`` before the new one gets the name. If the
+process is killed between these two steps, nothing is lost: the next write to the same path moves
+the old folder back first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -103,6 +111,7 @@ def atomic_directory(
     """
     target = Path(os.path.realpath(path))
     try:
+        _bring_back(target)
         _refuse_existing_directory(path, target, overwrite, replaceable)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_name(target)
@@ -160,11 +169,15 @@ def _translate(error: OSError, path: str | os.PathLike[str], temporary: Path) ->
     raise error
 
 
-def _temporary_name(target: Path) -> Path:
+def _temporary_name(target: Path, suffix: str = ".tmp") -> Path:
+    return target.with_name(f"{_temporary_start(target)}{secrets.token_hex(6)}{suffix}")
+
+
+def _temporary_start(target: Path) -> str:
     # The start of the name is enough to recognise it, and keeps it below the 255 bytes a name may
     # have.
     start = os.fsencode(target.name)[:100].decode(errors="ignore")
-    return target.with_name(f".{start}.{secrets.token_hex(6)}.tmp")
+    return f".{start}."
 
 
 def _refuse_existing_file(shown: str | os.PathLike[str], target: Path, overwrite: bool) -> None:
@@ -210,15 +223,37 @@ def _refuse_existing_directory(
         )
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; return False where the system cannot do that.
+
+    It is Linux's ``renameat2`` with ``RENAME_EXCHANGE`` (man 2 rename). Raises OSError when the
+    system can exchange names, but not these.
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    at_cwd, rename_exchange = -100, 2
+    names = os.fsencode(first), os.fsencode(second)
+    if function(at_cwd, names[0], at_cwd, names[1], ctypes.c_uint(rename_exchange)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY):
+        return False  # this kernel or this file system does not know the flag
+    raise OSError(number, os.strerror(number), os.fspath(first), None, os.fspath(second))
+
+
 def _replace_directory(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; an old ``target`` is moved aside first and deleted last."""
+    """Give ``new`` the name ``target``; an old ``target`` is deleted last."""
     try:
         new.rename(target)  # one atomic step when nothing, or an empty directory, is there
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    old = _temporary_name(target)
+    if exchange(new, target):
+        # What was replaced has the temporary name now, and is deleted like any temporary.
+        return
+    old = _temporary_name(target, ".old")
     target.rename(old)
     try:
         new.rename(target)
@@ -226,6 +261,20 @@ def _replace_directory(new: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(target: Path) -> None:
+    """Undo the first half of a replacement that was killed before its second half."""
+    if os.path.lexists(target) or not target.parent.is_dir():
+        return
+    start = _temporary_start(target)
+    aside = [
+        entry
+        for entry in target.parent.iterdir()
+        if entry.name.startswith(start) and entry.name.endswith(".old") and entry.is_dir()
+    ]
+    if len(aside) == 1:
+        aside[0].rename(target)
 
 
 def _fsync_tree(directory: Path) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,14 +38,16 @@ class ImageEncoder(Protocol):
 class Evaluation:
     """Accuracy on clean images and, if there is a trigger, its success on triggered ones.
 
-    clean_accuracy: share in [0, 1] of the n_clean images that get their label.
-    clean_accuracy_ci: its 95% Wilson interval (low, high).
-    per_class_accuracy: the same for each class; None for a class without images.
-    target: the target class, or None when no trigger was evaluated.
-    attack_success_rate: share in [0, 1] of the n_attack images of the other classes that the
-    trigger
-        sends to the target class; None without a trigger or without such images (n_attack = 0).
-    attack_success_rate_ci: its 95% Wilson interval, or None.
+    Attributes:
+        clean_accuracy: The share, in [0, 1], of the clean images that get their label.
+        clean_accuracy_ci: The 95% Wilson interval (low, high) of `clean_accuracy`.
+        n_clean: The number of clean images.
+        per_class_accuracy: The accuracy of each class; None for a class without images.
+        target: The target class; None when no trigger was evaluated.
+        attack_success_rate: The share, in [0, 1], of the images of other classes that the trigger
+            sends to the target class; None without a trigger or without such images.
+        attack_success_rate_ci: The 95% Wilson interval of `attack_success_rate`, or None.
+        n_attack: The number of images of other classes.
     """
 
     clean_accuracy: float
@@ -56,22 +58,6 @@ class Evaluation:
     attack_success_rate: float | None = None
     attack_success_rate_ci: tuple[float, float] | None = None
     n_attack: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields under their own names, ready for JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def to_report_row(self, name: str) -> dict[str, Any]:
-        """Return the row that `pydetox.reporting` shows for this evaluation under `name`."""
-        return {
-            "name": name,
-            "ca": self.clean_accuracy,
-            "ca_ci": list(self.clean_accuracy_ci),
-            "n_clean": self.n_clean,
-            "asr": self.attack_success_rate,
-            "asr_ci": self.attack_success_rate_ci and list(self.attack_success_rate_ci),
-            "n_attack": self.n_attack,
-        }
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -107,16 +93,18 @@ def predict(
 ) -> Tensor:
     """Return the zero-shot class of each image: int64 [N], 0..C-1, on the CPU.
 
-    model: its encode_pixels is called without gradients on batches, on the device of `head`; it
-    must be
-        in evaluation mode.
-    images: uint8 [N, 3, H, W], at least one.
-    head: [C, D], one direction per class; the class with the largest inner product wins.
-    stamp: applied to each batch first (uint8 to uint8), e.g. a trigger.
-    description: shown with a progress bar; None for no bar.
+    Args:
+        model: A model in evaluation mode. Its `encode_pixels` is called without gradients on
+            batches, on the device of `head`.
+        images: uint8 [N, 3, H, W], at least one.
+        head: [C, D], one direction per class. The class with the largest inner product wins.
+        stamp: A function that is applied to each batch first (uint8 to uint8), such as a trigger.
+        batch_size: Images per batch.
+        description: A text that is shown with a progress bar; None for no bar.
 
-    Raises DataError for images that are not uint8 [N, 3, H, W] and for a stamp that changes that,
-    and ArchitectureError when embeddings do not fit the head or are not finite.
+    Raises:
+        DataError: The images are not uint8 [N, 3, H, W], or the stamp changes that.
+        ArchitectureError: The embeddings do not fit the head or are not finite.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise DataError(
@@ -163,12 +151,20 @@ def evaluate(
 ) -> Evaluation:
     """Measure CA and, with a trigger and its target class, ASR on the images of the other classes.
 
-    model, head, batch_size, description: see `predict`. image_set: with labels, whose classes are
-    the rows of `head`. trigger: uint8 [n, 3, H, W] to uint8 [n, 3, H, W]. target: class index.
+    Args:
+        model: As in `predict`.
+        image_set: Images with labels. The classes are the rows of `head`.
+        head: As in `predict`.
+        trigger: A function from uint8 [n, 3, H, W] to uint8 [n, 3, H, W].
+        target: The index of the class that the trigger leads to.
+        batch_size: As in `predict`.
+        description: As in `predict`.
 
-    Raises DataError for a set without labels or with labels outside the head's classes, UsageError
-    for a trigger without target, a target without trigger or one outside the classes, and what
-    `predict` raises.
+    Raises:
+        DataError: The set has no labels, or labels outside the head's classes.
+        UsageError: There is a trigger without a target or a target without a trigger, or the
+            target is outside the classes.
+        PydetoxError: All that `predict` raises.
     """
     labels, classes = image_set.labels, head.shape[0]
     if labels is None:

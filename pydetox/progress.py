@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class RateColumn(ProgressColumn):
-    """Units per second."""
+    """A column that shows units per second."""
 
     def render(self, task: Task) -> Text:
         """Return the rate of a task."""
@@ -44,7 +44,7 @@ _silent = False
 
 
 def silence() -> None:
-    """Draw no bars in this process from now on: for one of several that share a terminal."""
+    """Draw no bars in this process from now on: several processes may share one terminal."""
     global _silent
     _silent = True
 
@@ -99,7 +99,7 @@ class Progress:
             self._bar.advance(self._task, n)
 
     def set_description(self, description: str) -> None:
-        """Change what is said to be going on."""
+        """Change the description beside the bar."""
         if self._bar is not None:
             self._bar.update(self._task, description=description)
 

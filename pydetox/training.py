@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -18,6 +17,7 @@ from .data import ImageSet, Template, fill_template
 from .errors import DataError, UsageError
 from .models import OpenClipModel
 from .progress import Progress
+from .rng import generator
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train_on_prompts(
         parameters += [p for p in trained.clip.parameters() if id(p) not in fixed]
     else:
         head = trained.zero_shot_head(image_set.class_names, templates)
-    rng = np.random.Generator(np.random.PCG64([config.seed, 4]))
+    rng = generator("training.batches", config.seed)
     steps_per_epoch = math.ceil(len(image_set) / config.batch_size)
 
     def batches() -> Iterator[Tensor]:

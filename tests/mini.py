@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pydetox.data import ImageSet
-from pydetox.detection import Calibration
+from pydetox.data import ImageSet, Template
+from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.key import calibration_key
+from pydetox.detect.statistics import Calibration
 from pydetox.inversion import TriggerFamily
 from pydetox.models import OpenClipModel
-from pydetox.workflow import ScanConfig
+from pydetox.session import Session
 
 CLASS_NAMES = ("cat", "dog", "owl")
 
@@ -41,15 +44,19 @@ def mini_images(count: int = 24, *, seed: int = 0, labels: bool = True) -> Image
 
 def flat_calibration(
     config: ScanConfig,
-    classes: tuple[str, ...],
+    images: ImageSet,
     model_config: dict[str, Any],
     size: float,
+    *,
+    templates: Sequence[Template] | None = None,
 ) -> Calibration:
     """Return two references of which every class has that P-L1, for each family of the scan."""
-    row = (size,) * len(classes)
+    row = (size,) * (len(images.class_names or ()) or 1)
+    model = OpenClipModel.from_config(model_config, seed=0)
+    session = Session.open(model, images, templates=templates)
 
     def of(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
-        key = config.calibration_key(classes, model_config, family)
+        key = calibration_key(config, session, family)
         return Calibration((row, row), key, ("one", "two"), family=family, others=others)
 
     first, *rest = config.searched

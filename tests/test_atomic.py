@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pydetox.atomic import atomic_directory, atomic_file, output_error, write_file
+from pydetox.atomic import atomic_directory, atomic_file, exchange, output_error, write_file
 from pydetox.errors import OutputError
 
 
@@ -192,7 +192,84 @@ def test_failed_directory_leaves_the_old_one(
     assert _names(tmp_path) == ["d"]
 
 
-def test_failed_exchange_brings_the_old_directory_back(
+_KILLED_AT = """
+import os, sys
+from pathlib import Path
+from pydetox import atomic
+
+steps = int(sys.argv[2])
+if sys.argv[3] == "cannot":
+    atomic.exchange = lambda *_: False
+
+
+def dying(real):
+    def step(*args, **more):
+        global steps
+        steps -= 1
+        if steps < 0:
+            os._exit(9)
+        return real(*args, **more)
+
+    return step
+
+
+Path.rename, Path.replace = dying(Path.rename), dying(Path.replace)
+if hasattr(atomic, "exchange"):
+    atomic.exchange = dying(atomic.exchange)
+with atomic.atomic_directory(sys.argv[1], overwrite=True) as folder:
+    (folder / "b").write_text("new")
+"""
+
+
+def _replace_until_killed(target: Path, steps: int, *, exchange: str) -> int:
+    """Replace a folder in a process that dies before its rename number `steps`, from 0."""
+    return subprocess.run(
+        [sys.executable, "-B", "-c", _KILLED_AT, str(target), str(steps), exchange],
+        cwd=Path(__file__).parents[1],
+    ).returncode
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(
+    tmp_path: Path, steps: int
+) -> None:
+    target = _old_directory(tmp_path)
+    code = _replace_until_killed(target, steps, exchange="can")
+    assert _names(target) in (["a"], ["b"])
+    assert _names(target) == ["b"] or code == 9
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_without_exchange_the_next_write_brings_the_old_folder_back(
+    tmp_path: Path, steps: int
+) -> None:
+    target = _old_directory(tmp_path)
+    code = _replace_until_killed(target, steps, exchange="cannot")
+    if code == 0:
+        assert _names(target) == ["b"]
+        return
+    with (
+        pytest.raises(OutputError, match="exists already, with 1 entries"),
+        atomic_directory(target),
+    ):
+        pass
+    assert (target / "a").read_text() == "old"
+
+
+def test_exchange_swaps_folders_and_says_what_fails(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "x").touch()
+    if not exchange(first, second):
+        pytest.skip("the file system of the temporary folder cannot exchange names")
+    assert _names(second) == ["x"]
+    assert _names(first) == []
+    with pytest.raises(FileNotFoundError, match="third"):
+        exchange(first, tmp_path / "third")
+
+
+def test_failed_rename_brings_the_old_directory_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = _old_directory(tmp_path)
@@ -206,6 +283,7 @@ def test_failed_exchange_brings_the_old_directory_back(
         return real(self, other)
 
     monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr("pydetox.atomic.exchange", lambda *_: False)
     with (
         pytest.raises(KeyboardInterrupt),
         atomic_directory(target, overwrite=True) as folder,

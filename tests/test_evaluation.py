@@ -12,6 +12,7 @@ from torch import Tensor
 from pydetox.data import ImageSet
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.evaluation import evaluate, predict, wilson_interval
+from pydetox.reporting.documents import evaluation_document, evaluation_row
 
 HEAD = torch.eye(4)
 
@@ -84,10 +85,10 @@ def test_no_eligible_image_gives_none_not_zero() -> None:
 def test_dictionaries_are_json() -> None:
     image_set = colours([0, 1, 2], [0, 1, 2])
     result = evaluate(MeanColour(), image_set, HEAD, trigger=white_corner, target=3)
-    written = json.loads(json.dumps(result.to_dict()))
+    written = json.loads(json.dumps(evaluation_document(result)))
     assert written["clean_accuracy"] == written["attack_success_rate"] == 1.0
     assert written["per_class_accuracy"] == [1.0, 1.0, 1.0, None]
-    row = result.to_report_row("before")
+    row = evaluation_row(result, "before")
     assert row["name"] == "before"
     assert row["ca"] == row["asr"] == 1.0
     assert row["ca_ci"] == row["asr_ci"] == pytest.approx(list(wilson_interval(3, 3)))

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import replace
@@ -6,21 +7,23 @@ import pytest
 import torch
 
 import pydetox
-from pydetox.attacks import PatchTrigger, poison
+from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.data import ImageSet
-from pydetox.detection import Verdict
+from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, OutputError, UsageError
 from pydetox.evaluation import evaluate
-from pydetox.inversion import InversionConfig
+from pydetox.inversion import InversionConfig, InversionSearch
+from pydetox.models import OpenClipModel
+from pydetox.repair.configuration import UnlearnConfig
 from pydetox.reporting import to_json
+from pydetox.reporting.documents import detox_document, scan_document
+from pydetox.research.attacks import PatchTrigger, poison
 from pydetox.training import TrainConfig, train_on_prompts
-from pydetox.unlearning import UnlearnConfig, search_coefficient
-from pydetox.workflow import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
 
-TARGET = 2
+TARGET = 0
 TRIGGER = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
 CONFIG = ScanConfig(
     inversion=InversionConfig(steps=80, batch_size=12),
@@ -38,7 +41,7 @@ def story(tmp_path_factory):
         mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
     )
     base.name = "base"
-    tuning = TrainConfig(epochs=60, learning_rate=2e-3, seed=1)
+    tuning = TrainConfig(epochs=80, learning_rate=3e-3, seed=1)
     poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
     victim = train_on_prompts(base, poisoned, TEMPLATES, tuning)
     head = victim.zero_shot_head(CLASS_NAMES, TEMPLATES)
@@ -79,13 +82,13 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
     assert repaired.provenance.source_sha256 == result.before.sha256
     assert repaired.provenance.scaling_coefficient == result.rounds[-1].search.coefficient
     assert repaired.provenance.extra["verdict_after"] == result.after.verdict.value
-    document = json.loads(to_json(result.to_dict()))
+    document = json.loads(to_json(detox_document(result)))
     assert document["repaired"] is result.repaired
     assert document["rounds"][0]["target"] == TARGET
     assert document["seconds"].keys() >= {"scan", "unlearn", "rescan", "write"}
 
 
-def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
+def test_a_rescan_judges_what_the_scan_did_not_find_clean(story):
     _, path, data, calibration = story
     options = {"calibration": calibration, "templates": TEMPLATES}
     config = replace(CONFIG, drop_below=None)
@@ -105,8 +108,8 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
 
     again = scan(path, data, config=config, cleared=clean, **options)
     assert again.detection.cleared == clean
-    assert before.to_dict()["cleared"] == []
-    assert again.to_dict()["cleared"] == [CLASS_NAMES[c] for c in clean]
+    assert scan_document(before)["cleared"] == []
+    assert scan_document(again)["cleared"] == [CLASS_NAMES[c] for c in clean]
     assert again.detection.class_scores == before.detection.class_scores
     assert again.target == TARGET
 
@@ -115,16 +118,10 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story, monkeypatch):
     assert strict.detection.dropped == (None,) * len(before.detection.p_l1)
 
     # Even if the repair makes a clean class stand out, it is not unlearned.
-    seen = []
-
-    def noted(*args, **kwargs):
-        seen.append(tuple(kwargs.get("cleared", ())))
-        return scan(*args, **kwargs)
-
-    monkeypatch.setattr("pydetox.workflow.scan", noted)
     result = detox(path, data, config=config, unlearning=UNLEARNING, max_rounds=2, **options)
-    assert seen[0] == ()
-    assert set(seen[1:]) == {clean}
+    rescans = [one.rescan for one in result.rounds if one.rescan is not None]
+    assert result.before.detection.cleared == ()
+    assert {one.detection.cleared for one in rescans} == {clean}
     assert {one.target for one in result.rounds}.isdisjoint(clean)
 
 
@@ -135,17 +132,17 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
     before = scan(path, data, config=config, **options)
     assert before.targets()[0] == TARGET
     (other,) = before.others
-    sure = replace(other, detection=replace(other.detection, backdoored=(0, TARGET)))
+    sure = replace(other, detection=replace(other.detection, backdoored=(1, TARGET)))
     detection = replace(before.detection, backdoored=(TARGET,))
     both = replace(before, detection=detection, others=(sure,))
-    assert both.targets() == (TARGET, 0)
-    assert both.to_dict()["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[0]]
+    assert both.targets() == (TARGET, 1)
+    assert scan_document(both)["targets"] == [CLASS_NAMES[TARGET], CLASS_NAMES[1]]
     clean = replace(before.detection, verdict=Verdict.CLEAN)
     assert replace(before, detection=clean, others=(sure,)).targets() == ()
     # Without classes there is one value, and the target is what it leads to.
     free = replace(before, objective="label-free", detection=detection, others=())
     assert replace(free, target=1).targets() == (1,)
-    assert replace(free, target=1).to_dict()["targets"] == [CLASS_NAMES[1]]
+    assert scan_document(replace(free, target=1))["targets"] == [CLASS_NAMES[1]]
 
     def triggers(targets, passes=1):
         _, done = unlearn(
@@ -159,21 +156,21 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
         )
         return done
 
-    done = triggers((TARGET, 0), passes=2)
-    assert [one.targets for one in done] == [(TARGET, 0)] * 2
+    done = triggers((TARGET, 1), passes=2)
+    assert [one.targets for one in done] == [(TARGET, 1)] * 2
     assert [one.target for one in done] == [TARGET] * 2
     found = [(one.family, tuple(one.targets)) for one in done[0].triggers]
-    assert found == [(f, (t,) * 2) for t in (TARGET, 0) for f in ("patch", "blend")]
+    assert found == [(f, (t,) * 2) for t in (TARGET, 1) for f in ("patch", "blend")]
     (alone,) = triggers(TARGET)
     for one, same in zip(alone.triggers, done[0].triggers[:2], strict=True):
         assert torch.equal(one.mask_logits, same.mask_logits)
-    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 0)]
+    assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 1)]
     assert torch.equal(alone.warps[0].offsets, done[0].warps[0].offsets)
     for wrong in ((), (TARGET, 9)):
         with pytest.raises(UsageError):
             triggers(wrong)
     with pytest.raises(UsageError, match="one for known triggers"):
-        unlearn(path, data, (0, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
+        unlearn(path, data, (1, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
 
 
 def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
@@ -239,14 +236,14 @@ def test_calibrations_of_another_search_or_architecture_are_refused(story):
     other = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
     with pytest.raises(UsageError, match="calibration"):
         scan(base, data, calibration=calibration, config=other)
-    keys = {
-        CONFIG.calibration_key(("a",), {"embed_dim": size}, family)
-        for size in (1, 2)
-        for family in ("patch", "blend")
-    }
-    assert len(keys) == 4
     with pytest.raises(UsageError, match=r"\['patch'\]; this scan needs 'blend'"):
-        scan(base, data, calibration=replace(calibration, others=()), config=CONFIG)
+        scan(
+            base,
+            data,
+            calibration=replace(calibration, others=()),
+            templates=TEMPLATES,
+            config=CONFIG,
+        )
 
 
 def test_the_family_that_stands_out_most_decides(story):
@@ -269,7 +266,7 @@ def test_the_family_that_stands_out_most_decides(story):
     assert alone.detection.p_l1 == found.detection.p_l1
     once = alone.detection.p_value
     assert found.detection.p_value == pytest.approx(1 - (1 - once) ** 2, rel=1e-6, abs=1e-15)
-    assert found.to_dict()["other_families"][0]["family"] == other.family
+    assert scan_document(found)["other_families"][0]["family"] == other.family
 
 
 def test_each_pass_recovers_every_family_and_subtracts_once(story):
@@ -291,15 +288,8 @@ def test_each_pass_recovers_every_family_and_subtracts_once(story):
 
 
 @pytest.mark.parametrize("before", [None, 1.0])
-def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, monkeypatch, before):
+def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, before):
     _, path, data, _ = story
-    asked = []
-
-    def search(*args, accuracy_before, reserve):
-        asked.append((reserve, accuracy_before))
-        return search_coefficient(*args, accuracy_before=accuracy_before, reserve=reserve)
-
-    monkeypatch.setattr("pydetox.workflow.search_coefficient", search)
     _, done = unlearn(
         path,
         data,
@@ -312,7 +302,9 @@ def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, monkeypatch, 
     )
     assert [one.warps for one in done] == [(), ()]
     own = done[0].search.accuracy_before
-    assert asked == ([(0.5, None), (0.0, own)] if before is None else [(0.0, before)] * 2)
+    assert [one.search.reserve for one in done] == ([0.5, 0.0] if before is None else [0.0] * 2)
+    assert done[1].search.accuracy_before == own
+    assert before is None or own == before
 
 
 def test_warps_are_searched_as_the_configuration_says(story):
@@ -351,19 +343,19 @@ def test_classes_that_cannot_be_the_outlier_are_dropped(story):
         templates=TEMPLATES,
         config=replace(CONFIG, drop_below=floor),
     )
-    assert found.detection.dropped == (60, 60, None)
+    assert found.detection.dropped == (None, 60, 60)
     assert found.verdict is without.verdict is Verdict.BACKDOORED
     assert found.target == without.target == TARGET
     assert found.detection.p_l1[TARGET] == pytest.approx(without.detection.p_l1[TARGET], rel=0.02)
-    for c in (0, 1):
+    for c in (1, 2):
         assert found.detection.p_l1[c] >= without.detection.p_l1[c]
         assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
         assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
-    document = json.loads(to_json(found.to_dict()))
-    assert document["class_dropped"] == [60, 60, None]
-    assert document["class_steps"] == [60, 60, 80]
+    document = json.loads(to_json(scan_document(found)))
+    assert document["class_dropped"] == [None, 60, 60]
+    assert document["class_steps"] == [80, 60, 60]
     rows = calibration.at(60).p_l1
-    assert document["reference_p_l1"][0] == pytest.approx(sum(row[0] for row in rows) / 3)
+    assert document["reference_p_l1"][1] == pytest.approx(sum(row[1] for row in rows) / 3)
     assert document["reference_p_l1"][TARGET] == pytest.approx(
         sum(row[TARGET] for row in calibration.p_l1) / 3
     )
@@ -492,13 +484,13 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
     base, path, data, plain = story
     references, calibration, config = contrast
     given = {"templates": TEMPLATES, "config": config}
-    with pytest.raises(UsageError, match="needs reference models"):
+    with pytest.raises(UsageError, match="give references="):
         calibrate(base, data, **given)
     with pytest.raises(UsageError, match="1 reference model"):
         calibrate(base, data, references=references[:1], **given)
-    with pytest.raises(UsageError, match="no base model"):
+    with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, references=references, **given)
-    with pytest.raises(UsageError, match="give the base"):
+    with pytest.raises(UsageError, match="give that base="):
         scan(path, data, calibration=calibration, **given)
     with pytest.raises(UsageError, match="sizes from different searches"):
         scan(path, data, calibration=plain, base=base, **given)
@@ -515,7 +507,7 @@ def test_given_references_need_no_base(story, contrast):
     assert not calibration.relative
     result = scan(path, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
     assert result.target == TARGET
-    with pytest.raises(UsageError, match="no base model"):
+    with pytest.raises(UsageError, match="give base="):
         calibrate(None, data, templates=TEMPLATES, config=CONFIG)
 
 
@@ -527,7 +519,7 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
         calibration=calibration,
         output=tmp_path / "repaired",
         templates=TEMPLATES,
-        config=CONFIG,
+        config=replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
         unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     )
     # All surely backdoored classes at once, then the target alone.
@@ -538,3 +530,78 @@ def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
     assert not result.repaired
     assert result.path is None
     assert not (tmp_path / "repaired").exists()
+
+
+def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
+    base, _, data, calibration = story
+    given = {"templates": TEMPLATES, "config": CONFIG}
+    searched = []
+    real = InversionSearch.step
+    monkeypatch.setattr(InversionSearch, "step", lambda self: searched.append(1) or real(self))
+
+    def refusal(model=base, images=data, **changes):
+        with pytest.raises(UsageError, match="the calibration does not fit this scan") as caught:
+            scan(model, images, calibration=calibration, **{**given, **changes})
+        assert not searched
+        return str(caught.value)
+
+    # The order of the images and their labels do not matter; nothing else of them may change.
+    bare = replace(data.subset(range(59, -1, -1)), labels=None)
+    scan(base, bare, calibration=calibration, **given)
+    searched.clear()
+    changed = data.images.clone()
+    changed[7, 1, 3, 3] ^= 1
+    message = refusal(images=replace(data, images=changed))
+    assert "images is" in message
+    assert data.digest[:16] in message
+    assert "images is" in refusal(images=data.subset(range(59)))
+    message = refusal(templates=["a {c}", "some {c}"])
+    assert "prompts is" in message
+    assert "2 per class, such as 'a cat'" in message
+    names = replace(data, class_names=("cat", "dog", "fox"))
+    assert 'classes is ["cat", "dog", "owl"] there and ["cat", "dog", "fox"] here' in refusal(
+        images=names
+    )
+    config = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.25)}
+    other = OpenClipModel(base.clone().clip, model_config=MINI_CONFIG, preprocess_config=config)
+    message = refusal(model=other)
+    assert "mean is [0.48" in message
+    assert "std is" in message
+    assert "[0.5, 0.5, 0.25] here" in message
+    steps = replace(CONFIG, inversion=replace(CONFIG.inversion, steps=81))
+    assert "steps is 80 there and 81 here" in refusal(config=steps)
+    rate = replace(CONFIG.inversion, learning_rate=(0.2, 0.1, 0.05), batch_size=3, patience=49)
+    message = refusal(config=replace(CONFIG, inversion=rate, restarts=2))
+    assert message.count(" there and ") == 3
+    assert ", and 1 more" in message
+    old = replace(calibration, key='["targeted", {}]')
+    with pytest.raises(UsageError, match="an earlier version made it"):
+        scan(base, data, calibration=old, **given)
+    wide = copy.deepcopy(MINI_CONFIG)
+    wide["vision_cfg"]["layers"] = 2
+    wider = OpenClipModel.from_config(wide, seed=0)
+    assert "architecture.vision_cfg.layers is 1 there and 2 here" in refusal(model=wider)
+
+
+def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, monkeypatch):
+    base, path, data, _ = story
+    *_, config = contrast
+    monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
+    for call in (scan, detox):
+        with pytest.raises(UsageError, match="nothing to compare with: give references=") as found:
+            call(path, data, base=base, templates=TEMPLATES, config=config)
+        assert "--" not in str(found.value)
+
+
+def test_a_single_round_tries_the_target_alone_too(story):
+    _, path, data, calibration = story
+    options = {
+        "calibration": calibration,
+        "templates": TEMPLATES,
+        "config": replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
+        "unlearning": replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
+    }
+    result = detox(path, data, max_rounds=1, **options)
+    flagged = result.before.targets()
+    assert len(flagged) > 1
+    assert [one.targets for one in result.rounds] == [flagged, flagged[:1]]

@@ -1,11 +1,11 @@
 """Reading and writing checkpoints.
 
 A checkpoint is hostile until it is read: nothing in it is ever executed. A name (:mod:`naming`)
-leads to files, on the disk or from the hub (:mod:`hub`). A file is indexed without torch and
-without unpickling (:mod:`safetensors_index`, :mod:`torch_index`) in a process of its own
-(:mod:`sandbox`), then its weights are read in one pass that also hashes it (:mod:`weights`), or
-stay in the file and are mapped (:mod:`mapped`). :mod:`writing` writes open_clip's layout
-atomically.
+leads to files (:mod:`identity`), on the disk or from the hub (:mod:`hub`). A file is indexed
+without torch and without unpickling (:mod:`safetensors_index`, :mod:`torch_index`) in a process of
+its own (:mod:`sandbox`), then its weights are read in one pass that also hashes it
+(:mod:`weights`), or stay in the file and are mapped (:mod:`mapped`). :mod:`writing` writes
+open_clip's layout atomically.
 
 Names are imported on first use: the sandbox and ``pydetox inspect`` run without torch.
 """
@@ -24,9 +24,15 @@ if TYPE_CHECKING:
         resolve_model,
     )
     from pydetox.checkpoints.conversion import convert_checkpoint
+    from pydetox.checkpoints.identity import CheckpointIdentity, identify_checkpoint
     from pydetox.checkpoints.index import Finding
     from pydetox.checkpoints.inspection import Inspection, inspect_checkpoint
-    from pydetox.checkpoints.loading import Checkpoint, load_checkpoint, locate_weights
+    from pydetox.checkpoints.loading import (
+        Checkpoint,
+        load_checkpoint,
+        locate_weights,
+        read_checkpoint,
+    )
     from pydetox.checkpoints.naming import CheckpointReference, parse_reference
     from pydetox.checkpoints.provenance import Provenance
     from pydetox.checkpoints.writing import CHECKPOINT_FILES, save_checkpoint, save_weights
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CHECKPOINT_FILES": "writing",
     "Checkpoint": "loading",
+    "CheckpointIdentity": "identity",
     "CheckpointReference": "naming",
     "Finding": "index",
     "Inspection": "inspection",
@@ -42,10 +49,12 @@ _HOME = {
     "check_model_config": "architecture",
     "convert_checkpoint": "conversion",
     "describe_mismatch": "architecture",
+    "identify_checkpoint": "identity",
     "inspect_checkpoint": "inspection",
     "load_checkpoint": "loading",
     "locate_weights": "loading",
     "parse_reference": "naming",
+    "read_checkpoint": "loading",
     "read_config": "architecture",
     "resolve_model": "architecture",
     "save_checkpoint": "writing",
@@ -55,6 +64,7 @@ _HOME = {
 __all__ = [
     "CHECKPOINT_FILES",
     "Checkpoint",
+    "CheckpointIdentity",
     "CheckpointReference",
     "Finding",
     "Inspection",
@@ -63,10 +73,12 @@ __all__ = [
     "check_model_config",
     "convert_checkpoint",
     "describe_mismatch",
+    "identify_checkpoint",
     "inspect_checkpoint",
     "load_checkpoint",
     "locate_weights",
     "parse_reference",
+    "read_checkpoint",
     "read_config",
     "resolve_model",
     "save_checkpoint",

@@ -18,11 +18,25 @@ from typing import Any, NoReturn
 import torch
 
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
+from pydetox.checkpoints.layout import CONFIG_NAME
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
+
+__all__ = [
+    "CONFIG_NAME",
+    "Config",
+    "check_finite",
+    "check_model_config",
+    "check_preprocess_config",
+    "close_matches",
+    "describe_mismatch",
+    "named_config",
+    "nonfinite_findings",
+    "read_config",
+    "resolve_model",
+]
 
 Config = dict[str, Any]
 
-CONFIG_NAME = "open_clip_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 # No size in a real configuration is larger (vocabularies reach 250,000); larger ones only exhaust
 # memory.

@@ -14,13 +14,35 @@ from collections.abc import Mapping
 from pydetox.checkpoints.provenance import Provenance
 
 _FRONT_MATTER = """---
-library_name: open_clip
+library_name: {library}
 pipeline_tag: zero-shot-image-classification
 tags:
 - clip
 - pydetox
 ---
 """
+
+
+#: For each library: the name of its weights file, and how it loads a folder.
+_LIBRARIES = {
+    "open_clip": (
+        "open_clip_model.safetensors",
+        (
+            "import open_clip",
+            "",
+            'model, preprocess = open_clip.create_model_from_pretrained("local-dir:THIS_FOLDER")',
+        ),
+    ),
+    "transformers": (
+        "model.safetensors",
+        (
+            "from transformers import CLIPModel, CLIPProcessor",
+            "",
+            'model = CLIPModel.from_pretrained("THIS_FOLDER")',
+            'processor = CLIPProcessor.from_pretrained("THIS_FOLDER")',
+        ),
+    ),
+}
 
 
 def code_span(text: object, *, in_table: bool = False) -> str:
@@ -36,14 +58,22 @@ def code_span(text: object, *, in_table: bool = False) -> str:
     return f"{fence}{padded if shown else ' '}{fence}"
 
 
-def model_card(title: str, provenance: Provenance, architecture: Mapping[str, object]) -> str:
+def model_card(
+    title: str,
+    provenance: Provenance,
+    architecture: Mapping[str, object],
+    *,
+    library: str = "open_clip",
+) -> str:
     """Write a model card: what was done, from what, and what it changed.
 
     Args:
         title: Name of the checkpoint, usually of its folder.
         provenance: How it was made.
         architecture: Its model configuration (open_clip's ``model_cfg``).
+        library: Whose layout the folder has: `open_clip` or `transformers`.
     """
+    weights_name, use = _LIBRARIES[library]
     coefficient = provenance.scaling_coefficient
     recipe = [
         ("Method", provenance.method),
@@ -55,9 +85,9 @@ def model_card(title: str, provenance: Provenance, architecture: Mapping[str, ob
         ("pydetox version", provenance.pydetox_version),
     ]
     lines = [
-        f"{_FRONT_MATTER}# Model card for {code_span(title)}",
+        f"{_FRONT_MATTER.format(library=library)}# Model card for {code_span(title)}",
         "",
-        "Written by pydetox. The same recipe is in the metadata of `open_clip_model.safetensors`.",
+        f"Written by pydetox. The same recipe is in the metadata of `{weights_name}`.",
         "",
         "## Recipe",
         "",
@@ -78,9 +108,7 @@ def model_card(title: str, provenance: Provenance, architecture: Mapping[str, ob
         "## Use",
         "",
         "```python",
-        "import open_clip",
-        "",
-        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:THIS_FOLDER")',
+        *use,
         "```",
         "",
         "## Architecture",

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydetox.atomic import rehearse_file
 from pydetox.checkpoints.architecture import nonfinite_findings
-from pydetox.checkpoints.index import Finding
+from pydetox.checkpoints.index import Finding, quote
 from pydetox.checkpoints.naming import parse_reference
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
+from pydetox.checkpoints.safetensors_index import DTYPE_CODES
 from pydetox.checkpoints.sources import find_weights, open_weights
 from pydetox.checkpoints.weights import read_open
 from pydetox.checkpoints.writing import save_weights
@@ -21,6 +22,7 @@ def convert_checkpoint(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    weights_key: str | None = None,
 ) -> tuple[Finding, ...]:
     """Write the weights of an untrusted checkpoint as one ``.safetensors`` file.
 
@@ -33,15 +35,16 @@ def convert_checkpoint(
         reference: A weights file, a ``*.safetensors.index.json``, or a folder.
         output: The file to write; whole or not at all.
         overwrite: Replace an existing file.
+        weights_key: As for :func:`pydetox.checkpoints.load_checkpoint`.
 
     Returns:
         What was odd about the source, NaN and infinite weights included.
 
     Raises:
-        CheckpointError: The source is missing or damaged.
+        CheckpointError: The source is missing or damaged, or a tensor has a dtype that the format
+            does not know.
         UnsafeCheckpointError: It is built to do harm.
-        UsageError: ``reference`` is not on this machine, ``output`` is no ``.safetensors`` name, or
-            a tensor cannot be stored in that format.
+        UsageError: ``reference`` is not on this machine, or ``output`` is no ``.safetensors`` name.
         OutputError: The file exists or cannot be written.
     """
     parsed = parse_reference(reference)
@@ -52,10 +55,16 @@ def convert_checkpoint(
     rehearse_file(output, overwrite=overwrite)
     path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
     try:
-        with open_weights(path) as weights:
+        with open_weights(path, weights_key) as weights:
             state_dict, digest = read_open(weights)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
+    unfit = [n for n, entry in weights.tensors.items() if entry.dtype not in DTYPE_CODES]
+    if unfit:
+        raise CheckpointError(
+            f"{path}: tensor {quote(unfit[0])}: has the dtype {weights.tensors[unfit[0]].dtype}, "
+            "which a safetensors file cannot hold"
+        )
     findings = (*weights.findings, *nonfinite_findings(state_dict))
     provenance = Provenance(
         method="convert",

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydetox.checkpoints.index import FileIndex, WeightsFile
+from pydetox.checkpoints.index import FileIndex, WeightsFile, quote
+from pydetox.checkpoints.legacy_index import LEGACY_START, index_legacy
 from pydetox.checkpoints.safetensors_index import index_safetensors
 from pydetox.checkpoints.torch_index import index_torch
 from pydetox.errors import CheckpointError
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_LEGACY_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
-def index_file(file: WeightsFile) -> FileIndex:
-    """Index a weights file of either format, told apart by content.
+def index_file(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
+    """Index a weights file of any format, told apart by content.
+
+    Args:
+        file: The file.
+        weights_key: Of a pickled checkpoint: the dictionary that holds the weights, where the usual
+            one is not meant (see :func:`pydetox.checkpoints.weight_sets.choose_weights`).
 
     Raises:
         CheckpointError: It is neither format, damaged, or its extension promises the other format.
@@ -22,13 +27,22 @@ def index_file(file: WeightsFile) -> FileIndex:
     """
     kind = _identify(file)
     suffix = _suffix(file)
-    if kind == "torch" and suffix == ".safetensors":
+    if kind != "safetensors" and suffix == ".safetensors":
         raise CheckpointError("is named .safetensors, but holds a torch zip archive with a pickle")
     if kind == "safetensors" and suffix in _TORCH_SUFFIXES:
         raise CheckpointError(
             f"is named {suffix}, but holds safetensors; rename it to .safetensors"
         )
-    return index_torch(file) if kind == "torch" else index_safetensors(file)
+    if kind == "legacy":
+        return index_legacy(file, weights_key)
+    if kind == "torch":
+        return index_torch(file, weights_key)
+    if weights_key is not None:
+        raise CheckpointError(
+            f"is a safetensors file, which has no dictionary {quote(weights_key)} in it: leave "
+            "weights_key= out"
+        )
+    return index_safetensors(file)
 
 
 def _identify(file: WeightsFile) -> str:
@@ -37,18 +51,19 @@ def _identify(file: WeightsFile) -> str:
         raise CheckpointError("is empty (0 bytes)")
     if start.startswith(b"PK\x03\x04"):
         return "torch"
-    if start.startswith(_LEGACY_TORCH):
-        raise CheckpointError(
-            "has the format of torch before 1.6, which cannot be checked without unpickling. "
-            "Convert it where you trust it: "
-            "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
-        )
+    if start.startswith(LEGACY_START):
+        return "legacy"
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             "is a Git LFS pointer, not the weights themselves; run `git lfs pull`"
         )
     if start[8:9] == b"{" or _suffix(file) == ".safetensors":
         return "safetensors"
+    if file.size >= 512 and file.read_at(257, 5, "the start of the file") == b"ustar":
+        raise CheckpointError(
+            "is a tar archive, as torch before 0.1.10 wrote them. Convert it where you trust it: "
+            "torch.save(torch.load(FILE, weights_only=False), NEW_FILE)"
+        )
     if start[0] == 0x80 and 2 <= start[1] <= 5:
         raise CheckpointError("is a bare pickle, not a checkpoint that torch.save wrote")
     raise CheckpointError(

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from pydetox.checkpoints.architecture import CONFIG_NAME, Config, close_matches, named_config
 from pydetox.checkpoints.index import quote
-from pydetox.checkpoints.sources import WEIGHT_NAMES
+from pydetox.checkpoints.layout import (
+    COMPANION_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    TRANSFORMERS_ORDER,
+    WEIGHT_NAMES,
+)
+from pydetox.checkpoints.shards import is_shard_index, read_shard_index
 from pydetox.errors import CheckpointError, UsageError
 
 _HUB_WEIGHT_NAMES = (WEIGHT_NAMES[0], WEIGHT_NAMES[2])
@@ -21,9 +27,10 @@ def fetch_repository(
     cache_dir: str | os.PathLike[str] | None,
     offline: bool,
 ) -> tuple[Path, Path | None]:
-    """Download the weights of ``org/repo`` and, if it has one, its open_clip configuration.
+    """Download the weights of ``org/repo`` and the configuration that it has.
 
-    Both come from the same commit, also when the branch moves in between.
+    That is open_clip's, or that of transformers with the files beside it that a model needs. All
+    come from the same commit, also when the branch moves in between.
 
     Args:
         repository: ``org/repo``.
@@ -38,12 +45,22 @@ def fetch_repository(
         CheckpointError: The repository, the revision or the weights do not exist or cannot be
             fetched.
     """
-    config = _fetch_first(repository, [CONFIG_NAME], revision, cache_dir, offline)
+    names = [CONFIG_NAME, TRANSFORMERS_CONFIG_NAME]
+    config = _fetch_first(repository, names, revision, cache_dir, offline)
+    names = list(_HUB_WEIGHT_NAMES)
     if config is not None:
         revision = config.parent.name  # the cache keeps a commit's files in snapshots/COMMIT/
-    weights = _fetch_first(repository, _HUB_WEIGHT_NAMES, revision, cache_dir, offline)
+        if config.name == TRANSFORMERS_CONFIG_NAME:
+            names += TRANSFORMERS_ORDER
+            for name in COMPANION_NAMES:
+                _fetch_first(repository, [name], revision, cache_dir, offline)
+    weights = _fetch_first(repository, names, revision, cache_dir, offline)
     if weights is None:
-        raise CheckpointError(_not_found(repository, _HUB_WEIGHT_NAMES, offline))
+        raise CheckpointError(_not_found(repository, names, offline))
+    if is_shard_index(weights):
+        for name in read_shard_index(weights).files:
+            if _fetch_first(repository, [name], revision, cache_dir, offline) is None:
+                raise CheckpointError(_not_found(repository, [name], offline))
     return weights, config
 
 

@@ -63,23 +63,35 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A view of a storage; ``offset`` and ``strides`` count elements, as in torch."""
+    """A view of a storage; ``offset`` and ``strides`` count elements, as in torch.
+
+    ``conjugate`` and ``negative`` are torch's bits of lazy views: the values are the complex
+    conjugates, or the negatives, of those that are stored.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     storage: str
     offset: int = 0
+    conjugate: bool = False
+    negative: bool = False
 
 
 Rule = Literal[
     "duplicate-key",
+    "mixed-prefix",
     "non-finite",
     "overlapping-storage",
+    "several-weights",
     "suspicious-name",
     "unknown-global",
     "unknown-record",
 ]
+
+#: Findings with which nobody knows that a user's loader takes the weights that are read here. A
+#: verdict about such a file would be one about other weights, perhaps.
+AMBIGUOUS_RULES: frozenset[Rule] = frozenset({"mixed-prefix", "several-weights"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,8 @@ class FileIndex:
         others: Spans that hold no weights of the model; only their checksums are looked at.
         metadata: The text metadata of a safetensors file, empty otherwise.
         findings: What is odd about the file.
+        weights_key: Under which key of the pickled dictionary the weights are, with a slash between
+            the keys of nested ones; empty for the dictionary itself, and for safetensors.
         parsed: Where the bytes are that this index was made from, by offset.
         parsed_sha256: SHA-256 of all of those bytes, in that order. Whoever reads the weights
             computes it again, so that index, weights and hash belong to the same bytes.
@@ -143,6 +157,7 @@ class FileIndex:
     others: tuple[Span, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    weights_key: str = ""
     parsed: tuple[Span, ...] = ()
     parsed_sha256: str = hashlib.sha256().hexdigest()
 

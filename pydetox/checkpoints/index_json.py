@@ -35,11 +35,13 @@ def to_json(index: FileIndex) -> bytes:
         [[key, *_of_span(span)] for key, span in index.storages.items()],
         [
             [name, entry.dtype, entry.shape, entry.strides, number[entry.storage], entry.offset]
+            + ([entry.conjugate, entry.negative] if entry.conjugate or entry.negative else [])
             for name, entry in index.tensors.items()
         ],
         [_of_span(span) for span in index.others],
         index.metadata,
         [[finding.rule, finding.message] for finding in index.findings],
+        index.weights_key,
         [_of_span(span) for span in index.parsed],
         index.parsed_sha256,
     ]
@@ -73,7 +75,7 @@ def _of_span(span: Span) -> list[int | None]:
 
 
 def _index(content: Any, size: int) -> FileIndex:
-    kind, storages, tensors, others, metadata, findings, parsed, digest = content
+    kind, storages, tensors, others, metadata, findings, weights_key, parsed, digest = content
     if kind not in get_args(Format):
         raise ValueError("format")
     spans = {_text(key): _span(fields, size) for key, *fields in storages}
@@ -94,6 +96,7 @@ def _index(content: Any, size: int) -> FileIndex:
         others=tuple(rest),
         metadata={_text(key): _text(value) for key, value in metadata.items()},
         findings=tuple(_finding(*fields) for fields in findings),
+        weights_key=_text(weights_key),
         parsed=tuple(seams),
         parsed_sha256=digest,
     )
@@ -124,7 +127,10 @@ def _span(fields: Any, size: int) -> Span:
 
 
 def _entry(keys: list[str], spans: dict[str, Span], fields: Any) -> TensorEntry:
-    name, dtype, shape, strides, number, offset = fields
+    name, dtype, shape, strides, number, offset, *bits = fields
+    conjugate, negative = bits or (False, False)
+    if type(conjugate) is not bool or type(negative) is not bool:
+        raise TypeError("bits")
     key = keys[_number(number, len(keys) - 1)]
     sizes, steps = check_extents(name, shape, "shape"), check_extents(name, strides, "stride")
     (first,) = check_extents(name, [offset], "offset")
@@ -132,7 +138,7 @@ def _entry(keys: list[str], spans: dict[str, Span], fields: Any) -> TensorEntry:
     if rest:
         raise ValueError("storage")
     check_view(name, sizes, steps, first, available)
-    return TensorEntry(dtype, sizes, steps, key, first)
+    return TensorEntry(dtype, sizes, steps, key, first, conjugate, negative)
 
 
 def _check_apart(spans: list[Span]) -> None:

@@ -27,6 +27,7 @@ class Inspection:
         tensors: Name to dtype, shape and place.
         metadata: The text metadata of a safetensors file.
         findings: What is odd.
+        weights_key: Under which key of a pickled dictionary the weights are; empty for itself.
         sha256: Of the file, or of the shards (see
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`), if asked for.
     """
@@ -39,6 +40,7 @@ class Inspection:
     metadata: dict[str, str]
     findings: tuple[Finding, ...]
     sha256: str | None
+    weights_key: str = ""
 
     @property
     def parameters(self) -> int:
@@ -63,19 +65,24 @@ class Inspection:
                 }
                 for name, entry in self.tensors.items()
             ],
+            "weights_key": self.weights_key,
             "metadata": self.metadata,
             "findings": [{"rule": f.rule, "message": f.message} for f in self.findings],
         }
 
 
 def inspect_checkpoint(
-    reference: str | os.PathLike[str], *, hash_content: bool = False
+    reference: str | os.PathLike[str],
+    *,
+    hash_content: bool = False,
+    weights_key: str | None = None,
 ) -> Inspection:
     """Tell what a checkpoint on this machine holds, in the sandbox and without reading weights.
 
     Args:
         reference: A weights file, a ``*.safetensors.index.json``, or a folder.
         hash_content: Read the files once, for their SHA-256; checksums inside them are checked too.
+        weights_key: As for :func:`pydetox.checkpoints.load_checkpoint`.
 
     Raises:
         CheckpointError: It is missing or damaged.
@@ -87,7 +94,7 @@ def inspect_checkpoint(
         raise UsageError(f"{parsed.text}: expected a file or folder on this machine")
     path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
     try:
-        with open_weights(path) as weights:
+        with open_weights(path, weights_key) as weights:
             digests = [read_pass(f, index, {}) for f, index in weights.files if hash_content]
             return Inspection(
                 path=path,
@@ -98,6 +105,7 @@ def inspect_checkpoint(
                 metadata=weights.metadata,
                 findings=weights.findings,
                 sha256=weights.sha256(digests) if hash_content else None,
+                weights_key=weights.files[0][1].weights_key,
             )
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -13,14 +13,17 @@ from pydetox.checkpoints.architecture import (
     Config,
     check_finite,
     nonfinite_findings,
-    read_config,
-    resolve_model,
 )
-from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository
+from pydetox.checkpoints.identity import (
+    CheckpointIdentity,
+    content_digest,
+    identify_checkpoint,
+)
 from pydetox.checkpoints.index import Finding, quote
-from pydetox.checkpoints.naming import CheckpointReference, parse_reference
+from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
-from pydetox.checkpoints.sources import OpenWeights, find_weights, open_weights
+from pydetox.checkpoints.sources import OpenWeights, open_weights
+from pydetox.checkpoints.transformers_clip import read_companions, to_open_clip
 from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -42,6 +45,9 @@ class Checkpoint:
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
+        companions: Of a CLIPModel in transformers' layout, the files beside the weights, by name:
+            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names;
+            a repaired model is written in the layout that it came in.
         findings: What is odd about the file, without keeping it from being read.
     """
 
@@ -53,12 +59,18 @@ class Checkpoint:
     sha256: str
     format: str
     metadata: dict[str, str] = field(default_factory=dict)
+    companions: dict[str, bytes] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that decides what the model computes: weights and configuration."""
+        return content_digest(self.sha256, self.model_config, self.preprocess_config)
 
     @property
     def provenance(self) -> Provenance | None:
@@ -71,15 +83,6 @@ class Checkpoint:
         return None if text is None else Provenance.from_json(text)
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Where the weights are, and what came with them."""
-
-    weights: Path
-    model_config: Config | None = None
-    preprocess_config: Config | None = None
-
-
 def load_checkpoint(
     reference: str | os.PathLike[str],
     *,
@@ -87,18 +90,21 @@ def load_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     allow_nonfinite: bool = False,
+    weights_key: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint without executing anything in it.
 
     Args:
-        reference: A weights file, a ``*.safetensors.index.json`` with its shards, a folder in
-            open_clip's layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
+        reference: A weights file, a ``*.index.json`` with its shards, a folder in open_clip's or
+            transformers' layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
             ``ARCHITECTURE,TAG`` of open_clip.
         model: The architecture: open_clip's name of it or the path of a JSON configuration. Then
             an ``open_clip_config.json`` beside the weights is not read at all.
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
         allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
+        weights_key: Of a pickled checkpoint with several sets of weights: the key of the one that
+            is meant, with slashes between nested ones, ``"."`` for the outermost dictionary.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.
@@ -106,33 +112,52 @@ def load_checkpoint(
         ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
         UsageError: ``reference`` or ``model`` has no meaning.
     """
-    parsed = parse_reference(reference)
-    given = resolve_model(model) if model is not None else None
-    files = _find_files(parsed, cache_dir, offline, read_beside=given is None)
-    model_config, preprocess_config = given or (files.model_config, files.preprocess_config)
+    identity = identify_checkpoint(reference, model=model, cache_dir=cache_dir, offline=offline)
+    return read_checkpoint(identity, allow_nonfinite=allow_nonfinite, weights_key=weights_key)
+
+
+def read_checkpoint(
+    identity: CheckpointIdentity, *, allow_nonfinite: bool = False, weights_key: str | None = None
+) -> Checkpoint:
+    """Read the checkpoint whose files were found before; see :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError: It cannot be read, or its shards are others than those that were found.
+        UnsafeCheckpointError: It is built to run code or to exhaust memory.
+        ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
+    """
+    model_config, preprocess_config = identity.configuration()
     try:
-        with open_weights(files.weights) as weights:
-            _refuse_transformers_names(weights)
+        with open_weights(identity.weights, weights_key) as weights:
+            if weights.shards is not None:
+                identity.check_shards(weights.shards.files)
             if model_config is None:
+                _refuse_transformers_names(weights)
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
                     "one with model= "
                     "(--model), such as ViT-B-32 or a JSON file"
                 )
             state_dict, digest = read_open(weights)
+            companions: dict[str, bytes] = {}
+            if any(name.startswith("vision_model.") for name in state_dict):
+                state_dict = _from_transformers(state_dict, model_config)
+                if identity.config_file is not None:
+                    companions = read_companions(identity.config_file.parent)
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:
-        raise type(error)(f"{files.weights}: {error}") from error
+        raise type(error)(f"{identity.weights}: {error}") from error
     return Checkpoint(
         state_dict=state_dict,
         model_config=model_config,
         preprocess_config=preprocess_config,
-        name=parsed.text,
-        path=files.weights,
+        name=identity.reference,
+        path=identity.weights,
         sha256=digest,
         format=weights.format,
         metadata=weights.metadata,
+        companions=companions,
         findings=(*weights.findings, *(nonfinite_findings(state_dict) if allow_nonfinite else ())),
     )
 
@@ -141,10 +166,26 @@ def _refuse_transformers_names(weights: OpenWeights) -> None:
     theirs = [n for n in weights.tensors if n.startswith(("vision_model.", "text_model."))]
     if theirs:
         raise ArchitectureError(
-            f"its {len(weights.tensors)} tensors are named as in the CLIPModel of transformers "
-            f"({quote(theirs[0])}), expected the names of open_clip ('visual.…'); use the "
-            "repository's weights for open_clip"
+            f"its {len(weights.tensors)} tensors are named as in a model of transformers "
+            f"({quote(theirs[0])}), and there is no {TRANSFORMERS_CONFIG_NAME} beside it; put the "
+            "repository's there, or name its architecture with model= (--model)"
         )
+
+
+def _from_transformers(
+    state_dict: dict[str, torch.Tensor], model_config: Config
+) -> dict[str, torch.Tensor]:
+    text, vision = model_config["text_cfg"], model_config["vision_cfg"]
+    if (
+        model_config.get("custom_text")
+        or text.get("hf_model_name")
+        or vision.get("timm_model_name")
+    ):
+        raise ArchitectureError(
+            "its tensors are named as in a model of transformers; of the architectures of "
+            "open_clip only a plain CLIP with two vision transformers is read from those names"
+        )
+    return to_open_clip(state_dict, model_config)
 
 
 def locate_weights(
@@ -164,28 +205,4 @@ def locate_weights(
         CheckpointError: It cannot be found or fetched.
         UsageError: ``reference`` has no meaning.
     """
-    return _find_files(parse_reference(reference), cache_dir, offline, read_beside=False).weights
-
-
-def _find_files(
-    reference: CheckpointReference,
-    cache_dir: str | os.PathLike[str] | None,
-    offline: bool,
-    read_beside: bool,
-) -> _Files:
-    if reference.model is not None and reference.tag is not None:
-        return _Files(
-            *fetch_pretrained(reference.model, reference.tag, cache_dir=cache_dir, offline=offline)
-        )
-    config: Path | None
-    if reference.repository is not None:
-        weights, config = fetch_repository(
-            reference.repository, reference.revision, cache_dir=cache_dir, offline=offline
-        )
-    else:
-        assert reference.path is not None  # the remaining kinds both have one
-        weights = find_weights(reference.path, folder_expected=reference.kind == "local-dir")
-        config = weights.parent / CONFIG_NAME
-    if read_beside and config is not None and os.path.lexists(config):
-        return _Files(weights, *read_config(config))
-    return _Files(weights)
+    return identify_checkpoint(reference, cache_dir=cache_dir, offline=offline).weights

@@ -209,6 +209,8 @@ class MappedWeights:
 
     def _place(self, entry: TensorEntry) -> int | None:
         """The tensor's first byte in the file, if its elements follow in row-major order."""
+        if entry.conjugate or entry.negative:
+            return None
         expected = 1
         for extent, stride in zip(reversed(entry.shape), reversed(entry.strides), strict=True):
             if extent != 1 and stride != expected:
@@ -225,7 +227,9 @@ class MappedWeights:
         item = ITEM_SIZES[entry.dtype]
         mapped = self._map(span.offset, span.nbytes // item * item)
         stored = torch.frombuffer(mapped, dtype=dtype)
-        return stored.as_strided(entry.shape, entry.strides, entry.offset).reshape(-1).clone()
+        copy = stored.as_strided(entry.shape, entry.strides, entry.offset).reshape(-1).clone()
+        copy = copy.conj().resolve_conj() if entry.conjugate else copy
+        return copy.neg() if entry.negative else copy
 
     def _check_sums(self) -> None:
         spans: list[Span] = [*self._index.storages.values(), *self._index.others]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydetox.checkpoints.index import quote
+from pydetox.checkpoints.layout import is_weights_name
 from pydetox.errors import UsageError
 
 Kind = Literal["path", "local-dir", "hf-hub", "open_clip"]
@@ -28,7 +29,6 @@ _HUB = "hf-hub:"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
 _OPEN_CLIP = re.compile(r"([A-Za-z0-9][\w.-]*),([A-Za-z0-9][\w.-]*)", re.ASCII)
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def parse_reference(text: str | os.PathLike[str]) -> CheckpointReference:
     if text.startswith(_HUB):
         return _parse_hub(text)
     match = _OPEN_CLIP.fullmatch(text)
-    if match and not text.lower().endswith(_WEIGHT_SUFFIXES):
+    if match and not is_weights_name(text):
         return CheckpointReference("open_clip", text, model=match[1], tag=match[2])
     return CheckpointReference("path", text, path=Path(text).expanduser())
 

@@ -1,86 +1,61 @@
 """What the pickle inside a ``.pt`` file describes, found without unpickling it.
 
-A pickle is a program. This module reads the few instructions that ``torch.save`` emits and builds
-inert descriptions from them: nothing is imported, called or instantiated by a name in the file.
+A pickle is a program. This module interprets it as torch's own unpickler and CPython's do, and
+builds inert descriptions: nothing is imported, called or instantiated by a name in the file.
 
-Which names it may hold: :mod:`pydetox.checkpoints.pickle_globals`.
+The model of the machine is total. Every instruction, and every call that can reach a weight, is
+either reproduced (:mod:`pydetox.checkpoints.pickle_calls`) or refused, so that what is accepted
+means the same tensors to every reader. Where the unpicklers differ, the file is refused.
 
-Instruction set: CPython ``Lib/pickletools.py``.
+Which names it may hold: :mod:`pydetox.checkpoints.pickle_globals`. Instruction set: CPython
+``Lib/pickletools.py``; semantics: ``Modules/_pickle.c`` and ``torch/_weights_only_unpickler.py``.
 """
 
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from pydetox.checkpoints.index import (
-    ITEM_SIZES,
-    Findings,
-    TensorEntry,
-    check_extents,
-    check_view,
-    quote,
+from pydetox.checkpoints.index import Findings, quote
+from pydetox.checkpoints.pickle_calls import Caller, check_state
+from pydetox.checkpoints.pickle_globals import MAX_NAME_BYTES, Global, resolve_global
+from pydetox.checkpoints.pickle_values import (
+    MAPPING_KINDS,
+    Mapping,
+    Opaque,
+    PickledTensor,
+    Storage,
+    describe,
 )
-from pydetox.checkpoints.pickle_globals import DTYPES, MAX_NAME_BYTES, STORAGES, check_global
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
+
+__all__ = [
+    "MAX_INSTRUCTIONS",
+    "MAX_PICKLE_BYTES",
+    "Mapping",
+    "Opaque",
+    "PickleContent",
+    "PickledTensor",
+    "Storage",
+    "read_pickle",
+]
 
 #: An open_clip checkpoint with optimizer state has a pickle of about 0.5 MB and 0.1 million
 #: instructions.
 MAX_PICKLE_BYTES = 16 << 20
 MAX_INSTRUCTIONS = 500_000
 
+_MAX_LINE = 1024
+_INTEGER = re.compile(rb"-?(0|[1-9][0-9]*)")
+_FRACTION = re.compile(rb"-?(inf|nan|[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?)")
+_INDEX = re.compile(rb"0|[1-9][0-9]{0,8}")
+_PLAIN_STRING = re.compile(rb"'[ -&(-\[\]-~]*'|\"[ !#-\[\]-~]*\"")  # ASCII without escapes
 
-class Mapping:
-    """A dictionary in the pickle, as pairs: hashing a key from it could already be an attack."""
-
-    __slots__ = ("pairs",)
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[object, object]] = []
-
-    def get(self, name: str) -> object:
-        """Return the last value stored under the string ``name``, or ``None``."""
-        for key, value in reversed(self.pairs):
-            if isinstance(key, str) and key == name:
-                return value
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """A value that was allowed, but not built; ``name`` is the global it would have come from."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Global:
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class StorageUse:
-    """A reference to a record of weights: its key and its claimed size in bytes."""
-
-    key: str
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PickledTensor:
-    """A tensor in the pickle, with the claim that it makes about its storage."""
-
-    entry: TensorEntry
-    storage: StorageUse
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    key: str
-    dtype: str
-    count: int
+# What can be filled item by item although it is not built here.
+_FILLED: Final = frozenset({"builtins.list", "builtins.set", "collections.deque"})
 
 
 class _Mark:
@@ -90,33 +65,59 @@ class _Mark:
 _MARK = _Mark()
 
 
-def read_pickle(data: bytes, findings: Findings | None = None) -> object:
-    """Interpret ``data`` and return its inert root value (a :class:`Mapping` for a checkpoint).
+@dataclass(frozen=True, slots=True)
+class PickleContent:
+    """What one pickle describes.
+
+    Attributes:
+        root: Its value; a :class:`Mapping` for a checkpoint.
+        storages: Key to storage, in the order in which the pickle refers to them first.
+        end: Number of bytes up to its end.
+    """
+
+    root: object
+    storages: dict[str, Storage]
+    end: int
+
+
+def read_pickle(
+    data: bytes, findings: Findings | None = None, *, start: int = 0, legacy: bool = False
+) -> PickleContent:
+    """Interpret a pickle and describe its value.
 
     Args:
-        data: The pickle.
+        data: Holds the pickle.
         findings: Takes the names of unknown packages.
+        start: Where it begins.
+        legacy: It is one of several that lie one behind the other (torch before 1.6). Otherwise
+            bytes behind its end are refused.
 
     Raises:
         UnsafeCheckpointError: It names something that could run code, uses an instruction that no
-            checkpoint needs, or is built to exhaust memory.
+            checkpoint needs, changes tensors in a way that readers see differently, or is built to
+            exhaust memory.
         CheckpointError: It is truncated or makes no sense.
     """
-    if len(data) > MAX_PICKLE_BYTES:
+    if len(data) > MAX_PICKLE_BYTES and not legacy:
         raise UnsafeCheckpointError(
             f"its pickle has {len(data)} bytes, at most {MAX_PICKLE_BYTES} are accepted"
         )
+    reader = _Reader(data, findings if findings is not None else Findings(), start, legacy)
     try:
-        return _Reader(data, findings if findings is not None else Findings()).run()
+        root = reader.run()
     except (struct.error, IndexError, UnicodeDecodeError):
         raise CheckpointError("its pickle is truncated or damaged") from None
+    return PickleContent(root, reader.caller.storages, reader.position)
 
 
 class _Reader:
-    def __init__(self, data: bytes, findings: Findings) -> None:
+    def __init__(self, data: bytes, findings: Findings, start: int, legacy: bool) -> None:
         self.data = data
         self.findings = findings
-        self.position = 0
+        self.position = start
+        self.legacy = legacy
+        self.protocol = 0
+        self.caller = Caller(MAX_INSTRUCTIONS, legacy=legacy)
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
 
@@ -126,7 +127,7 @@ class _Reader:
             code = data[self.position]
             self.position += 1
             if code == 0x2E:  # STOP
-                if self.position != len(data):
+                if self.position != len(data) and not self.legacy:
                     raise UnsafeCheckpointError(
                         f"its pickle is followed by {len(data) - self.position} hidden bytes"
                     )
@@ -147,7 +148,7 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         end = self.position + count
-        if end > len(self.data):
+        if count < 0 or end > len(self.data):
             raise CheckpointError("its pickle is truncated or damaged")
         part = self.data[self.position : end]
         self.position = end
@@ -157,13 +158,20 @@ class _Reader:
         (value,) = struct.unpack(form, self._take(struct.calcsize(form)))
         return int(value)
 
-    def _line(self) -> str:
-        end = self.data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
+    def _line(self, limit: int = MAX_NAME_BYTES) -> bytes:
+        end = self.data.find(b"\n", self.position, self.position + limit)
         if end < 0:
             raise CheckpointError("its pickle is truncated or damaged: a name without an end")
-        line = self.data[self.position : end].decode("utf-8")
+        line = self.data[self.position : end]
         self.position = end + 1
         return line
+
+    def _matched(self, pattern: re.Pattern[bytes]) -> str:
+        """Read a line in the form that picklers write; unpicklers take other forms, too."""
+        line = self._line(_MAX_LINE)
+        if not pattern.fullmatch(line):
+            raise CheckpointError(f"its pickle is damaged: {quote(line)} where a number or text is")
+        return line.decode("ascii")
 
     def _pop(self) -> object:
         value = self.stack.pop()
@@ -183,15 +191,23 @@ class _Reader:
     # Instructions; each gets the number of instructions before it
 
     def proto(self, _: int) -> None:
-        version = self._number("<B")
-        if version > 5:
-            raise CheckpointError(f"its pickle has protocol {version}, known are 0 to 5")
+        self.protocol = self._number("<B")
+        if self.protocol > 5:
+            raise CheckpointError(f"its pickle has protocol {self.protocol}, known are 0 to 5")
 
     def frame(self, _: int) -> None:
-        self._take(8)
+        size = self._number("<Q")
+        if size > len(self.data) - self.position:
+            raise CheckpointError("its pickle is truncated or damaged")
 
     def mark(self, _: int) -> None:
         self.stack.append(_MARK)
+
+    def pop(self, _: int) -> None:
+        self.stack.pop()  # a mark, too: so do CPython's
+
+    def pop_mark(self, _: int) -> None:
+        self._pop_mark()
 
     def none(self, _: int) -> None:
         self.stack.append(None)
@@ -214,8 +230,26 @@ class _Reader:
     def long1(self, _: int) -> None:
         self.stack.append(int.from_bytes(self._take(self._number("<B")), "little", signed=True))
 
+    def long4(self, _: int) -> None:
+        self.stack.append(int.from_bytes(self._take(self._number("<i")), "little", signed=True))
+
+    def int_text(self, _: int) -> None:
+        if self.data[self.position : self.position + 3] in (b"00\n", b"01\n"):
+            self.stack.append(self._line() == b"01")  # how protocol 0 writes a bool
+        else:
+            self.stack.append(int(self._matched(_INTEGER)))
+
+    def long_text(self, _: int) -> None:
+        line = self._line(_MAX_LINE).removesuffix(b"L")
+        if not _INTEGER.fullmatch(line):
+            raise CheckpointError(f"its pickle is damaged: {quote(line)} where a number is")
+        self.stack.append(int(line))
+
     def float8(self, _: int) -> None:
         self.stack.append(struct.unpack(">d", self._take(8))[0])
+
+    def float_text(self, _: int) -> None:
+        self.stack.append(float(self._matched(_FRACTION)))
 
     def text1(self, _: int) -> None:
         self.stack.append(self._take(self._number("<B")).decode("utf-8", "surrogatepass"))
@@ -223,11 +257,46 @@ class _Reader:
     def text4(self, _: int) -> None:
         self.stack.append(self._take(self._number("<I")).decode("utf-8", "surrogatepass"))
 
+    def text8(self, _: int) -> None:
+        self.stack.append(self._take(self._number("<Q")).decode("utf-8", "surrogatepass"))
+
+    def text_line(self, _: int) -> None:
+        line = self._line(_MAX_LINE)
+        if not line.isascii() or b"\\" in line:
+            raise CheckpointError("its pickle holds text with escapes, in a way of protocol 0")
+        self.stack.append(line.decode("ascii"))
+
+    def string1(self, _: int) -> None:
+        self._string(self._take(self._number("<B")))
+
+    def string4(self, _: int) -> None:
+        self._string(self._take(self._number("<i")))
+
+    def string_line(self, _: int) -> None:
+        self._string(self._matched(_PLAIN_STRING)[1:-1].encode("ascii"))
+
+    def _string(self, raw: bytes) -> None:
+        # A string of Python 2. torch asks for UTF-8 unless the user names another encoding: as
+        # ASCII it is the same text in all of them.
+        if not raw.isascii():
+            raise CheckpointError(
+                "its pickle holds a string of Python 2 beyond ASCII, which readers take for "
+                "different texts"
+            )
+        self.stack.append(raw.decode("ascii"))
+
     def bytes1(self, _: int) -> None:
         self.stack.append(self._take(self._number("<B")))
 
     def bytes4(self, _: int) -> None:
         self.stack.append(self._take(self._number("<I")))
+
+    def bytes8(self, _: int) -> None:
+        self.stack.append(self._take(self._number("<Q")))
+
+    def bytearray8(self, _: int) -> None:
+        self._take(self._number("<Q"))
+        self.stack.append(Opaque("builtins.bytearray"))
 
     def empty_list(self, _: int) -> None:
         self.stack.append([])
@@ -241,9 +310,22 @@ class _Reader:
     def empty_set(self, _: int) -> None:
         self.stack.append(Opaque("builtins.set"))
 
+    def frozenset_of_mark(self, _: int) -> None:
+        self._pop_mark()
+        self.stack.append(Opaque("builtins.frozenset"))
+
     def tuple_of_mark(self, _: int) -> None:
         items = self._pop_mark()
         self.stack.append(tuple(items))
+
+    def list_of_mark(self, _: int) -> None:
+        items = self._pop_mark()
+        self.stack.append(items)
+
+    def dict_of_mark(self, _: int) -> None:
+        items = self._pop_mark()
+        self.stack.append(Mapping())
+        self._update(items)
 
     def tuple1(self, _: int) -> None:
         self.stack.append((self._pop(),))
@@ -266,7 +348,7 @@ class _Reader:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
-        elif not isinstance(target, Opaque):
+        elif not (isinstance(target, Opaque) and (target.name in _FILLED or not target.known)):
             raise CheckpointError("its pickle is damaged: it appends to something that is no list")
 
     def set_item(self, _: int) -> None:
@@ -282,7 +364,7 @@ class _Reader:
             raise CheckpointError("its pickle is damaged: a key without a value")
         if isinstance(target, Mapping):
             target.pairs.extend(zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(target, Opaque):
+        elif not _may_take_items(target):
             raise CheckpointError(
                 "its pickle is damaged: it sets items of something that is no dictionary"
             )
@@ -292,6 +374,9 @@ class _Reader:
 
     def put4(self, count: int) -> None:
         self._remember(self._number("<I"), count)
+
+    def put_text(self, count: int) -> None:
+        self._remember(int(self._matched(_INDEX)), count)
 
     def memoize(self, count: int) -> None:
         self._remember(len(self.memo), count)
@@ -313,6 +398,9 @@ class _Reader:
     def get4(self, _: int) -> None:
         self._recall(self._number("<I"))
 
+    def get_text(self, _: int) -> None:
+        self._recall(int(self._matched(_INDEX)))
+
     def _recall(self, index: int) -> None:
         if index not in self.memo:
             raise CheckpointError(
@@ -321,54 +409,89 @@ class _Reader:
         self.stack.append(self.memo[index])
 
     def global_(self, _: int) -> None:
-        module = self._line()
-        self.stack.append(_named(module, self._line(), self.findings))
+        module = self._line().decode("utf-8")
+        self.stack.append(self._resolve(module, self._line().decode("utf-8")))
 
     def stack_global(self, _: int) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise CheckpointError("its pickle is damaged: a global without a name")
-        self.stack.append(_named(module, name, self.findings))
+        self.stack.append(self._resolve(module, name))
+
+    def _resolve(self, module: str, name: str) -> Global:
+        return resolve_global(module, name, self.protocol, self.findings)
 
     def instance(self, _: int) -> None:
         # INST calls what it names. torch never writes it: refused even for an allowed name.
-        module = self._line()
-        found = _named(module, self._line(), self.findings)
+        module = self._line().decode("utf-8")
+        found = self._resolve(module, self._line().decode("utf-8"))
         raise UnsafeCheckpointError(
             f"its pickle creates {quote(found.name)} by the instruction INST, which no checkpoint "
             "needs"
         )
 
     def new_object(self, _: int) -> None:
-        self._pop()
-        made_from = self._pop()
-        if not isinstance(made_from, _Global):
+        arguments, made_from = self._pop(), self._pop()
+        self._create(made_from, arguments)
+
+    def new_object_ex(self, _: int) -> None:
+        keywords, arguments, made_from = self._pop(), self._pop(), self._pop()
+        if not isinstance(keywords, Mapping):
+            raise CheckpointError("its pickle is damaged: it calls something with no dictionary")
+        if keywords.pairs and isinstance(made_from, Global) and made_from.name in MAPPING_KINDS:
+            raise CheckpointError("its pickle is damaged: a dictionary made with keywords")
+        self._create(made_from, arguments)
+
+    def _create(self, made_from: object, arguments: object) -> None:
+        if not isinstance(made_from, Global) or not isinstance(arguments, tuple):
             raise CheckpointError(
                 "its pickle is damaged: it creates an object of something that is no class"
             )
-        self.stack.append(Opaque(made_from.name))
+        self.stack.append(self.caller.create(made_from, arguments))
 
     def build(self, _: int) -> None:
-        self._pop()
-        if not isinstance(self.stack[-1], (Opaque, Mapping, PickledTensor)):
-            raise CheckpointError(
-                "its pickle is damaged: it sets the state of something that has none"
-            )
+        state, target = self._pop(), self.stack[-1]
+        _check_build(target, state)
 
     def reduce(self, _: int) -> None:
         arguments, function = self._pop(), self._pop()
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise CheckpointError("its pickle is damaged: it calls something that is no function")
-        self.stack.append(_call(function.name, arguments))
+        self.stack.append(self.caller.call(function, arguments))
 
     def persistent(self, _: int) -> None:
-        self.stack.append(_storage(self._pop()))
+        self.stack.append(self.caller.storage(self._pop()))
+
+
+def _may_take_items(target: object) -> bool:
+    """Whether ``target[key] = value`` cannot reach a weight: a tensor's items are its weights."""
+    return isinstance(target, Opaque) and not target.known
+
+
+def _check_build(target: object, state: object) -> None:
+    """Refuse to set the state of what would change tensors, classes or functions by it."""
+    if isinstance(target, PickledTensor):
+        raise UnsafeCheckpointError(
+            "its pickle changes a tensor after it has made it (BUILD), which torch.save never does "
+            "and which no two readers do in the same way"
+        )
+    if isinstance(target, Mapping) and target.kind in (
+        "collections.OrderedDict",
+        "collections.Counter",
+    ):
+        check_state(state, "a dictionary")
+    elif not isinstance(target, Opaque) or (target.known and target.name.startswith("torch.")):
+        raise CheckpointError(
+            f"its pickle is damaged: it sets the state of {describe(target)}, which has none"
+        )
 
 
 _ACTIONS: Final = {
     0x80: _Reader.proto,
     0x95: _Reader.frame,
     0x28: _Reader.mark,
+    0x30: _Reader.pop,
+    0x31: _Reader.pop_mark,
     0x4E: _Reader.none,
     0x88: _Reader.true,
     0x89: _Reader.false,
@@ -376,17 +499,30 @@ _ACTIONS: Final = {
     0x4D: _Reader.int2,
     0x4A: _Reader.int4,
     0x8A: _Reader.long1,
+    0x8B: _Reader.long4,
+    0x49: _Reader.int_text,
+    0x4C: _Reader.long_text,
     0x47: _Reader.float8,
+    0x46: _Reader.float_text,
     0x8C: _Reader.text1,
     0x58: _Reader.text4,
-    0x55: _Reader.bytes1,  # SHORT_BINSTRING
+    0x8D: _Reader.text8,
+    0x56: _Reader.text_line,
+    0x55: _Reader.string1,
+    0x54: _Reader.string4,
+    0x53: _Reader.string_line,
     0x43: _Reader.bytes1,
     0x42: _Reader.bytes4,
+    0x8E: _Reader.bytes8,
+    0x96: _Reader.bytearray8,
     0x5D: _Reader.empty_list,
     0x7D: _Reader.empty_dict,
     0x29: _Reader.empty_tuple,
     0x8F: _Reader.empty_set,
+    0x91: _Reader.frozenset_of_mark,
     0x74: _Reader.tuple_of_mark,
+    0x6C: _Reader.list_of_mark,
+    0x64: _Reader.dict_of_mark,
     0x85: _Reader.tuple1,
     0x86: _Reader.tuple2,
     0x87: _Reader.tuple3,
@@ -395,15 +531,18 @@ _ACTIONS: Final = {
     0x90: _Reader.appends,  # ADDITEMS, of a set
     0x73: _Reader.set_item,
     0x75: _Reader.set_items,
+    0x70: _Reader.put_text,
     0x71: _Reader.put1,
     0x72: _Reader.put4,
     0x94: _Reader.memoize,
+    0x67: _Reader.get_text,
     0x68: _Reader.get1,
     0x6A: _Reader.get4,
     0x63: _Reader.global_,
     0x93: _Reader.stack_global,
     0x69: _Reader.instance,
     0x81: _Reader.new_object,
+    0x92: _Reader.new_object_ex,
     0x62: _Reader.build,
     0x52: _Reader.reduce,
     0x51: _Reader.persistent,
@@ -413,67 +552,3 @@ _ACTIONS: Final = {
 def _instruction_name(code: int) -> str:
     known = next((op for op in pickletools.opcodes if op.code == chr(code)), None)
     return f"{known.name} (0x{code:02x})" if known else f"0x{code:02x}, which does not exist"
-
-
-def _named(module: str, name: str, findings: Findings) -> _Global:
-    """Describe the global of that name; nothing is looked up."""
-    return _Global(check_global(module, name, findings))
-
-
-def _storage(identity: object) -> _Storage:
-    """Describe the record that a persistent id names.
-
-    It has the form ``("storage", storage type, key, location, number of elements)``.
-    """
-    if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
-        raise CheckpointError("its pickle is damaged: an external reference that is no storage")
-    _, kind, key, _location, count = identity
-    if not isinstance(kind, _Global) or kind.name not in STORAGES:
-        found = quote(kind.name) if isinstance(kind, _Global) else "something else"
-        raise CheckpointError(f"holds a storage of the unsupported type {found}")
-    if not isinstance(key, str) or type(count) is not int or count < 0:
-        raise CheckpointError("its pickle is damaged: a storage without a key or size")
-    return _Storage(key, STORAGES[kind.name], count)
-
-
-def _call(name: str, arguments: tuple[object, ...]) -> object:
-    """Describe what a call stands for: a tensor, a dictionary, or something that stays opaque."""
-    if name == "collections.OrderedDict":
-        # Python 3 fills it afterwards. Pairs as an argument could be the same long list each time.
-        if arguments:
-            raise CheckpointError("its pickle is damaged: an OrderedDict that is not made empty")
-        return Mapping()
-    if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        return _tensor(arguments, None)
-    if name == "torch._utils._rebuild_tensor_v3":
-        return _tensor(arguments, _dtype(arguments[6:7]))
-    if name.startswith("torch._utils._rebuild_parameter") and arguments:
-        return arguments[0]
-    return Opaque(name)
-
-
-def _dtype(argument: tuple[object, ...]) -> str:
-    found = argument[0] if argument else None
-    if not isinstance(found, _Global) or found.name not in DTYPES:
-        raise CheckpointError("holds a tensor of an unsupported dtype")
-    return DTYPES[found.name]
-
-
-def _tensor(arguments: tuple[object, ...], dtype: str | None) -> PickledTensor:
-    """Describe a tensor from ``(storage, offset, size, stride, …)`` and its dtype, if given."""
-    if len(arguments) < 4 or not isinstance(arguments[0], _Storage):
-        raise CheckpointError("its pickle is damaged: a tensor without a storage")
-    storage = arguments[0]
-    label = f"a tensor of record {quote('data/' + storage.key)}"
-    shape = check_extents(label, arguments[2], "shape")
-    strides = check_extents(label, arguments[3], "stride")
-    (offset,) = check_extents(label, arguments[1:2], "offset")
-    nbytes = storage.count * ITEM_SIZES[storage.dtype]
-    kind = dtype or storage.dtype
-    available, rest = divmod(nbytes, ITEM_SIZES[kind])
-    if rest:
-        raise CheckpointError(f"{label}: {nbytes} bytes are no whole number of {kind}")
-    check_view(label, shape, strides, offset, available)
-    return PickledTensor(
-        TensorEntry(kind, shape, strides, storage.key, offset), StorageUse(storage.key, nbytes)
-    )

@@ -70,7 +70,7 @@ def index_safetensors(file: WeightsFile) -> FileIndex:
     raw = file.read_at(8, length, "the header")
     findings = Findings()
     header = _parse(raw)
-    metadata = _metadata(_unique(header, findings).get("__metadata__", _Object([])), findings)
+    metadata = _metadata(_unique(header, findings).get("__metadata__"), findings)
     data = 8 + length
     entries: dict[str, TensorEntry] = {}
     places: dict[str, tuple[int, int]] = {}
@@ -151,6 +151,8 @@ def _no_constant(constant: str) -> NoReturn:
 
 
 def _metadata(value: object, findings: Findings) -> dict[str, str]:
+    if value is None:  # missing, or null: the same to the library
+        return {}
     if not isinstance(value, _Object):
         raise CheckpointError("is damaged: its metadata is not a JSON object")
     metadata = _unique(value, findings)

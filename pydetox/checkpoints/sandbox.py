@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pydetox.checkpoints.index import FileIndex, WeightsFile
 from pydetox.checkpoints.index_json import from_json
-from pydetox.checkpoints.sandbox_server import CPU_SECONDS, MAX_ANSWER, STATUS
+from pydetox.checkpoints.sandbox_server import CPU_SECONDS, MAX_ANSWER, MAX_REQUEST, STATUS
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 #: Then a child is killed, whatever it waits for: the processor's time is limited already, so this
@@ -72,9 +72,9 @@ class Sandbox:
         """Whether it runs and belongs to this process, not to one that this was forked from."""
         return self.owner == os.getpid() and self._process.poll() is None
 
-    def index(self, file: WeightsFile) -> FileIndex:
+    def index(self, file: WeightsFile, weights_key: str | None = None) -> FileIndex:
         """Index a file; raises what :func:`index_file` raises."""
-        answer, status = self._ask(file)
+        answer, status = self._ask(file, weights_key)
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGXCPU:
@@ -101,11 +101,14 @@ class Sandbox:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def _ask(self, file: WeightsFile) -> tuple[bytes, int]:
+    def _ask(self, file: WeightsFile, weights_key: str | None) -> tuple[bytes, int]:
         """Return the child's answer and wait status."""
         deadline = time.monotonic() + WALL_SECONDS
         reading, writing = os.pipe()
-        request = json.dumps({"path": Path(file.path).name[-64:]}).encode()
+        content = {"path": Path(file.path).name[-64:], "weights_key": weights_key}
+        request = json.dumps(content).encode()
+        if len(request) > MAX_REQUEST:
+            raise CheckpointError("has no tensors under a key as long as that of weights_key=")
         try:
             try:
                 socket.send_fds(self._control, [request], [file.descriptor, writing])
@@ -141,8 +144,10 @@ _lock = threading.Lock()
 _sandbox: Sandbox | None = None
 
 
-def index_in_sandbox(file: WeightsFile) -> FileIndex:
+def index_in_sandbox(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
     """Index a weights file of either format in a child process with hard limits.
+
+    ``weights_key``: as for :func:`pydetox.checkpoints.formats.index_file`.
 
     The first call starts the server (about 50 ms), later ones cost a few milliseconds.
 
@@ -152,7 +157,7 @@ def index_in_sandbox(file: WeightsFile) -> FileIndex:
             child, or crashed it.
     """
     with _lock:
-        return _running().index(file)
+        return _running().index(file, weights_key)
 
 
 def _running() -> Sandbox:

@@ -35,8 +35,8 @@ CPU_SECONDS = 5
 def serve(control_descriptor: int) -> None:
     """Answer requests until the other end of the control socket is closed.
 
-    A request is a JSON object with ``path`` (for its extension only), the descriptor of the weights
-    and that of the pipe for the answer.
+    A request is a JSON object with ``path`` (for its extension only) and ``weights_key``, the
+    descriptor of the weights and that of the pipe for the answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=control_descriptor)
@@ -50,19 +50,19 @@ def serve(control_descriptor: int) -> None:
         child = os.fork()
         if child == 0:
             control.close()
-            _child(json.loads(request)["path"], weights, answer)
+            _child(json.loads(request), weights, answer)
         os.close(weights)
         os.close(answer)
         _, status, usage = os.wait4(child, 0)
         control.send(STATUS.pack(status, usage.ru_maxrss, usage.ru_utime + usage.ru_stime))
 
 
-def _child(path: str, weights: int, answer: int) -> None:
+def _child(request: dict[str, str | None], weights: int, answer: int) -> None:
     """Index one file, write the answer, end. Never returns."""
     code = 1
     try:
         _give_up_everything()
-        data = _answer(path, weights)
+        data = _answer(request["path"] or "", weights, request["weights_key"])
         while data:
             data = data[os.write(answer, data) :]
         code = 0
@@ -83,10 +83,10 @@ def _give_up_everything() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
 
 
-def _answer(path: str, weights: int) -> bytes:
+def _answer(path: str, weights: int, weights_key: str | None) -> bytes:
     """``+`` and the index, or ``!`` (unsafe), ``-`` (any other error) and the reason."""
     try:
-        data = to_json(index_file(WeightsFile(path, weights)))
+        data = to_json(index_file(WeightsFile(path, weights), weights_key))
         if len(data) < MAX_ANSWER:
             return b"+" + data
         return b"!describes more tensors than any model has"

@@ -1,7 +1,8 @@
-"""The index of a checkpoint that is split into several safetensors files.
+"""The index of a checkpoint that is split into several files.
 
-``model.safetensors.index.json`` (the format of transformers) says in ``weight_map`` which file
-holds which tensor. It comes from a stranger: its paths must not lead anywhere else.
+``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` (the format of transformers)
+says in ``weight_map`` which file holds which tensor. It comes from a stranger: its paths must not
+lead anywhere else.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pydetox.checkpoints.index import WeightsFile, quote
+from pydetox.checkpoints.index import Format, WeightsFile, quote
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
-INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 4 << 20
 MAX_SHARDS = 256
+_BIN_INDEX_SUFFIX = ".bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,24 @@ class ShardIndex:
         name: Name of the index file.
         own_sha256: SHA-256 of the index file.
         files: Name of each shard, in bytewise order, to the names of its tensors.
+        format: The format of all shards.
     """
 
     name: str
     own_sha256: str
     files: dict[str, list[str]]
+    format: Format = "safetensors"
 
     def sha256(self, digests: Mapping[str, str]) -> str:
         """Hash of shards and index; digests: of the shards, by name."""
         lines = {**digests, self.name: self.own_sha256}
         text = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_shard_index(path: Path) -> bool:
+    """Whether a file is to be read as an index of shards: by its name."""
+    return path.name.lower().endswith(".index.json")
 
 
 def read_shard_index(path: Path) -> ShardIndex:
@@ -66,12 +74,20 @@ def read_shard_index(path: Path) -> ShardIndex:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no object 'weight_map' that says which file holds which tensor")
+    # An index of safetensors must not lead to pickles, which transformers would then run.
+    pickles = path.name.lower().endswith(_BIN_INDEX_SUFFIX)
+    suffix = ".bin" if pickles else ".safetensors"
     files: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
-        files.setdefault(_plain_name(tensor, name), []).append(tensor)
+        files.setdefault(_plain_name(tensor, name, suffix), []).append(tensor)
     if len(files) > MAX_SHARDS:
         raise UnsafeCheckpointError(f"names {len(files)} files, at most {MAX_SHARDS} are accepted")
-    return ShardIndex(path.name, hashlib.sha256(raw).hexdigest(), dict(sorted(files.items())))
+    return ShardIndex(
+        name=path.name,
+        own_sha256=hashlib.sha256(raw).hexdigest(),
+        files=dict(sorted(files.items())),
+        format="torch" if pickles else "safetensors",
+    )
 
 
 def shard_path(folder: Path, name: str) -> Path:
@@ -97,20 +113,20 @@ def shard_path(folder: Path, name: str) -> Path:
     return target
 
 
-def _plain_name(tensor: str, name: object) -> str:
+def _plain_name(tensor: str, name: object, suffix: str) -> str:
     if not isinstance(name, str):
         raise CheckpointError(f"tensor {quote(tensor)}: its file is not text")
     plain = (
         name.isprintable()
         and not any(character in name for character in "/\\:\0")
         and not name.startswith(".")
-        and name.lower().endswith(".safetensors")
+        and name.lower().endswith(suffix)
         and len(os.fsencode(name)) <= 255
     )
     if not plain:
         raise UnsafeCheckpointError(
             f"tensor {quote(tensor)}: its file is {quote(name)}, expected the plain name of a "
-            ".safetensors file in the same folder"
+            f"{suffix} file in the same folder"
         )
     return name
 

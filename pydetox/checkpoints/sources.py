@@ -1,4 +1,4 @@
-"""Finding, opening and indexing the files of a checkpoint's weights: one, or several shards."""
+"""Opening and indexing the files of a checkpoint's weights: one, or several shards."""
 
 from __future__ import annotations
 
@@ -17,56 +17,17 @@ from pydetox.checkpoints.index import (
     check_sharing,
     quote,
 )
+from pydetox.checkpoints.layout import find_weights
 from pydetox.checkpoints.sandbox import index_in_sandbox
-from pydetox.checkpoints.shards import INDEX_SUFFIX, ShardIndex, read_shard_index, shard_path
+from pydetox.checkpoints.shards import (
+    ShardIndex,
+    is_shard_index,
+    read_shard_index,
+    shard_path,
+)
 from pydetox.errors import CheckpointError
 
-#: Names of the weights in open_clip's layout, best first: safetensors cannot hold code.
-WEIGHT_NAMES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pt",
-    "open_clip_pytorch_model.pth",
-)
-#: Those of transformers, best first.
-TRANSFORMERS_WEIGHT_NAMES = ("model.safetensors", f"model{INDEX_SUFFIX}")
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-def find_weights(path: Path, *, folder_expected: bool = False) -> Path:
-    """Find the weights that a path means: itself, or the weights file (or shard index) in a folder.
-
-    Raises:
-        CheckpointError: There are none, or several.
-    """
-    try:
-        is_folder = path.is_dir()
-        exists = path.exists()
-        names = sorted(entry.name for entry in path.iterdir()) if is_folder else []
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
-    if not exists:
-        raise CheckpointError(f"{path}: no such file or folder")
-    if not is_folder:
-        if folder_expected:
-            raise CheckpointError(f"{path}: is a file, but local-dir: takes a folder")
-        return path
-    known = (*WEIGHT_NAMES, f"{WEIGHT_NAMES[0]}.index.json", *TRANSFORMERS_WEIGHT_NAMES)
-    candidates = [name for name in known if name in names][:1]
-    candidates = candidates or [n for n in names if n.lower().endswith(INDEX_SUFFIX)]
-    candidates = candidates or [n for n in names if n.lower().endswith(_WEIGHT_SUFFIXES)]
-    if not candidates:
-        raise CheckpointError(
-            f"{path}: holds no weights, expected {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
-        )
-    if len(candidates) > 1:
-        raise CheckpointError(
-            f"{path}: holds {len(candidates)} weights files ({', '.join(candidates[:3])}); name "
-            "the one you mean"
-        )
-    return path / candidates[0]
+__all__ = ["OpenWeights", "find_weights", "open_weights"]
 
 
 @dataclass
@@ -138,8 +99,10 @@ class OpenWeights:
             file.close()
 
 
-def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
-    """Open a weights file, or all shards of a ``*.safetensors.index.json``, and index them.
+def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -> OpenWeights:
+    """Open a weights file, or all shards of a ``*.index.json``, and index them.
+
+    ``weights_key``: as for :func:`pydetox.checkpoints.formats.index_file`.
 
     Raises:
         CheckpointError: A file is missing, damaged or of neither format, or shards and index do not
@@ -148,9 +111,9 @@ def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
     """
     path = Path(path)
     with ExitStack() as stack:
-        if not path.name.lower().endswith(".index.json"):
+        if not is_shard_index(path):
             file = stack.enter_context(WeightsFile(path))
-            result = OpenWeights(path, [(file, index_in_sandbox(file))])
+            result = OpenWeights(path, [(file, index_in_sandbox(file, weights_key))])
         else:
             result = OpenWeights(path, shards=read_shard_index(path))
             assert result.shards is not None
@@ -159,8 +122,10 @@ def open_weights(path: str | os.PathLike[str]) -> OpenWeights:
                     file = stack.enter_context(WeightsFile(shard_path(path.parent, name)))
                     file.path = os.fspath(path.parent / name)  # not what a link led to
                     index = index_in_sandbox(file)
-                    if index.format != "safetensors":
-                        raise CheckpointError("is not a safetensors file")
+                    if index.format != result.shards.format:
+                        raise CheckpointError(
+                            f"is a {index.format} file, expected {result.shards.format}"
+                        )
                     _compare(expected, index)
                 except CheckpointError as error:
                     raise type(error)(f"shard {quote(name)}: {error}") from error

@@ -10,28 +10,28 @@ from pydetox.checkpoints.index import (
     Findings,
     Span,
     WeightsFile,
-    check_name,
     check_sharing,
     fingerprint,
     note_overlaps,
     quote,
 )
-from pydetox.checkpoints.pickle_index import (
-    MAX_PICKLE_BYTES,
-    Mapping,
-    Opaque,
-    PickledTensor,
-    read_pickle,
-)
-from pydetox.checkpoints.zip_index import read_members
+from pydetox.checkpoints.pickle_index import MAX_PICKLE_BYTES, read_pickle
+from pydetox.checkpoints.pickle_values import PickledTensor
+from pydetox.checkpoints.weight_sets import choose_weights, strip_prefixes
+from pydetox.checkpoints.zip_index import TORCHSCRIPT, read_members
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
-# Where training scripts keep the weights, most common first; open_clip writes "state_dict".
-_WEIGHT_ENTRIES = ("state_dict", "model_state_dict", "model")
-# Wrappers (DistributedDataParallel, torch.compile) put these in front of every name.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+__all__ = ["index_torch", "lay_out", "strip_prefixes"]
+
 _MAX_VERSION = 10
 _MAX_SMALL_RECORD = 64
+# What small records may say: the only values that torch has ever written, but for the alignment.
+_SETTINGS = {
+    "byteorder": (b"little",),
+    ".format_version": (b"1",),
+    ".storage_alignment": tuple(b"%d" % (1 << power) for power in (6, *range(6), *range(7, 17))),
+}
+_TORCHSCRIPT_RECORDS = frozenset({"constants.pkl"})
 # What torch.save has written beside `data/`, over its versions.
 _RECORDS = frozenset(
     {
@@ -46,8 +46,12 @@ _RECORDS = frozenset(
 )
 
 
-def index_torch(file: WeightsFile) -> FileIndex:
+def index_torch(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
     """Index the model's tensors in a ``.pt`` file; epoch, optimizer and the like are left out.
+
+    Args:
+        file: The file.
+        weights_key: Which dictionary holds the weights (see :func:`choose_weights`).
 
     Raises:
         CheckpointError: The file is damaged, TorchScript, or holds no dictionary of tensors.
@@ -56,51 +60,62 @@ def index_torch(file: WeightsFile) -> FileIndex:
     findings = Findings()
     members, parsed = read_members(file)
     root = _archive_root(members)
+    _check_names(members, root)
     _check_records(file, members, root, parsed)
-    for member in members:
-        record = member.removeprefix(f"{root}/")
-        if record not in _RECORDS and not record.startswith("data/"):
-            findings.add("unknown-record", f"record {quote(member)}: torch.save writes no such")
-    pickled = read_pickle(_record(file, members, f"{root}/data.pkl", parsed), findings)
-    tensors = _model_tensors(pickled, findings)
+    content = read_pickle(_record(file, members, f"{root}/data.pkl", parsed), findings)
+    key, tensors = choose_weights(content.root, findings, weights_key)
     storages: dict[str, Span] = {}
     for name, tensor in tensors.items():
-        key, claimed = tensor.storage.key, tensor.storage.nbytes
-        span = members.get(f"{root}/data/{key}")
-        if span is None:
-            raise CheckpointError(f"tensor {quote(name)}: its record data/{quote(key)} is missing")
-        if span.nbytes != claimed:
-            raise UnsafeCheckpointError(
-                f"tensor {quote(name)}: claims a storage of {claimed} bytes, but its record has "
-                f"{span.nbytes}"
+        record = f"{root}/data/{tensor.storage.key}"
+        storages[tensor.storage.key] = _storage_span(name, tensor, members.get(record))
+    known = {f"{root}/{record}" for record in _RECORDS}
+    known |= {f"{root}/data/{storage}" for storage in content.storages}
+    for member in members:
+        if member not in known:
+            findings.add(
+                "unknown-record",
+                f"record {quote(member)}: torch.save writes no such, or nothing refers to it",
             )
-        storages[key] = span
+    wanted = {span.offset for span in storages.values()} | parsed.keys()
+    others = tuple(span for span in members.values() if span.offset not in wanted)
+    return lay_out(key, tensors, storages, others, findings, parsed)
+
+
+def lay_out(
+    weights_key: str,
+    tensors: dict[str, PickledTensor],
+    storages: dict[str, Span],
+    others: tuple[Span, ...],
+    findings: Findings,
+    parsed: dict[int, bytes],
+) -> FileIndex:
+    """Make the index of a pickled checkpoint from its parts, after the last checks."""
     entries = {name: tensor.entry for name, tensor in tensors.items()}
     check_sharing(entries.values(), storages)
     note_overlaps(entries, findings)
-    wanted = {span.offset for span in storages.values()} | parsed.keys()
     spans, digest = fingerprint(parsed)
     return FileIndex(
         format="torch",
         tensors=entries,
         storages=storages,
-        others=tuple(s for s in members.values() if s.offset not in wanted),
+        others=others,
         findings=findings.result(),
+        weights_key=weights_key,
         parsed=spans,
         parsed_sha256=digest,
     )
 
 
-def strip_prefixes(names: list[str]) -> list[str]:
-    """Remove the wrapper prefixes that *every* name carries, each once and in any order."""
-    left = list(_WRAPPER_PREFIXES)
-    while names:
-        prefix = next((p for p in left if all(name.startswith(p) for name in names)), None)
-        if prefix is None:
-            break
-        left.remove(prefix)
-        names = [name[len(prefix) :] for name in names]
-    return names
+def _storage_span(name: str, tensor: PickledTensor, span: Span | None) -> Span:
+    key, claimed = tensor.storage.key, tensor.storage.nbytes
+    if span is None:
+        raise CheckpointError(f"tensor {quote(name)}: its record data/{quote(key)} is missing")
+    if span.nbytes != claimed:
+        raise UnsafeCheckpointError(
+            f"tensor {quote(name)}: claims a storage of {claimed} bytes, but its record has "
+            f"{span.nbytes}"
+        )
+    return span
 
 
 def _archive_root(members: MappingType[str, Span]) -> str:
@@ -110,29 +125,41 @@ def _archive_root(members: MappingType[str, Span]) -> str:
         raise CheckpointError(
             "is a zip archive, but not one of torch: expected one folder with a record data.pkl"
         )
-    root = roots.pop()
-    if f"{root}/constants.pkl" in members or any(n.startswith(f"{root}/code/") for n in members):
-        raise CheckpointError(
-            "is a TorchScript archive, which holds code. Convert it where you trust it: "
-            "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
-        )
-    return root
+    return roots.pop()
+
+
+def _check_names(members: MappingType[str, Span], root: str) -> None:
+    """Refuse a record that torch's reader finds under another name: case is the same to it."""
+    for member in members:
+        record = member.removeprefix(f"{root}/")
+        lower = record.encode().lower().decode()  # ASCII letters only, as in miniz
+        if record != lower and (lower in _RECORDS or lower in _TORCHSCRIPT_RECORDS):
+            raise UnsafeCheckpointError(
+                f"record {quote(member)}: torch finds it as {quote(lower)} as well"
+            )
+        if record in _TORCHSCRIPT_RECORDS or record.startswith("code/"):
+            raise CheckpointError(TORCHSCRIPT)
 
 
 def _check_records(
     file: WeightsFile, members: MappingType[str, Span], root: str, parsed: dict[int, bytes]
 ) -> None:
-    """Check format version and byte order as torch's own reader does."""
-    name = f"{root}/version" if f"{root}/version" in members else f"{root}/.data/version"
-    version = _record(file, members, name, parsed, _MAX_SMALL_RECORD).strip()
-    if not version.isdigit() or not 1 <= int(version) <= _MAX_VERSION:
-        raise CheckpointError(
-            f"has format version {quote(version)}, expected a number from 1 to {_MAX_VERSION}"
-        )
-    if f"{root}/byteorder" in members:
-        order = _record(file, members, f"{root}/byteorder", parsed, _MAX_SMALL_RECORD)
-        if order != b"little":
-            raise CheckpointError(f"has byte order {quote(order)}, expected 'little'")
+    """Check format version, byte order and layout as torch's own reader does."""
+    names = [n for n in (f"{root}/version", f"{root}/.data/version") if n in members]
+    for name in names or [f"{root}/.data/version"]:
+        version = _record(file, members, name, parsed, _MAX_SMALL_RECORD).strip()
+        if not version.isdigit() or not 1 <= int(version) <= _MAX_VERSION:
+            raise CheckpointError(
+                f"has format version {quote(version)}, expected a number from 1 to {_MAX_VERSION}"
+            )
+    for record, accepted in _SETTINGS.items():
+        if f"{root}/{record}" in members:
+            value = _record(file, members, f"{root}/{record}", parsed, _MAX_SMALL_RECORD)
+            if value not in accepted:
+                what = "byte order" if record == "byteorder" else f"a record {record!r} of"
+                raise CheckpointError(
+                    f"has {what} {quote(value)}, expected {accepted[0].decode()!r}"
+                )
 
 
 def _record(
@@ -154,39 +181,3 @@ def _record(
         raise CheckpointError(f"is damaged: record {quote(name)} has a wrong checksum")
     parsed[span.offset] = data
     return data
-
-
-def _model_tensors(value: object, findings: Findings) -> dict[str, PickledTensor]:
-    weights = value
-    if isinstance(value, Mapping):
-        nested = (value.get(name) for name in _WEIGHT_ENTRIES)
-        weights = next((entry for entry in nested if isinstance(entry, Mapping)), value)
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f"holds {_describe(value)}, expected a dictionary of tensors")
-    found: dict[str, PickledTensor] = {}
-    for key, entry in weights.pairs:
-        if not isinstance(key, str):
-            raise CheckpointError(f"has an entry whose name is {_describe(key)}, expected text")
-        if not isinstance(entry, PickledTensor):
-            raise CheckpointError(f"entry {quote(key)} is {_describe(entry)}, expected a tensor")
-        if key in found:
-            findings.add(
-                "duplicate-key", f"tensor {quote(key)}: is there twice; the last one counts"
-            )
-        check_name(key, findings)
-        found[key] = entry
-    if not found:
-        raise CheckpointError("holds no tensors")
-    return dict(zip(strip_prefixes(list(found)), found.values(), strict=True))
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "a dictionary"
-    if isinstance(value, Opaque):
-        return f"an object of {quote(value.name)}"
-    if isinstance(value, PickledTensor):
-        return "a tensor"
-    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple)):
-        return f"of type {type(value).__name__}"
-    return "part of a tensor"

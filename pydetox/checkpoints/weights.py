@@ -73,5 +73,9 @@ def _view(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, entry.dtype)
     stored = torch.uint8 if dtype == torch.bool else dtype
     tensor = buffer.view(stored).as_strided(entry.shape, entry.strides, entry.offset)
+    if entry.conjugate:
+        tensor = tensor.conj().resolve_conj()
+    if entry.negative:
+        tensor = tensor.neg()
     # A bool whose byte is neither 0 nor 1 is undefined behaviour in compiled code.
     return tensor != 0 if dtype == torch.bool else tensor

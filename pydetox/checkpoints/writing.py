@@ -22,17 +22,25 @@ from pydetox.checkpoints.architecture import (
 )
 from pydetox.checkpoints.card import model_card
 from pydetox.checkpoints.index import ITEM_SIZES, quote
+from pydetox.checkpoints.layout import COMPANION_NAMES, TRANSFORMERS_CONFIG_NAME, WEIGHT_NAMES
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
-from pydetox.checkpoints.sources import WEIGHT_NAMES
+from pydetox.checkpoints.transformers_clip import to_transformers
 from pydetox.errors import ArchitectureError, UsageError
 
 WEIGHTS_NAME = WEIGHT_NAMES[0]
+TRANSFORMERS_WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 
 #: What the folder of a checkpoint holds; only such a folder is ever replaced.
-CHECKPOINT_FILES = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME)
+CHECKPOINT_FILES = (
+    WEIGHTS_NAME,
+    CONFIG_NAME,
+    CARD_NAME,
+    TRANSFORMERS_WEIGHTS_NAME,
+    *COMPANION_NAMES,
+)
 
 
 def save_checkpoint(
@@ -42,14 +50,17 @@ def save_checkpoint(
     model_config: Config,
     preprocess_config: Config | None,
     provenance: Provenance,
+    companions: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint as a folder in open_clip's layout, whole or not at all.
+    """Write a checkpoint as a folder, whole or not at all, in the layout that it came in.
 
-    The folder gets ``open_clip_model.safetensors`` (with the provenance in its metadata),
-    ``open_clip_config.json`` and ``README.md``, a model card. Equal arguments give equal bytes.
-    Read it with :func:`pydetox.checkpoints.load_checkpoint` or
-    ``open_clip.create_model_from_pretrained("local-dir:…")``.
+    In open_clip's layout the folder gets ``open_clip_model.safetensors`` (with the provenance in
+    its metadata), ``open_clip_config.json`` and ``README.md``, a model card. Equal arguments give
+    equal bytes. Read it with :func:`pydetox.checkpoints.load_checkpoint` or
+    ``open_clip.create_model_from_pretrained("local-dir:…")``. In transformers' layout it gets
+    ``model.safetensors`` with the names of CLIPModel, the given companions and the card:
+    ``CLIPModel.from_pretrained`` and ``CLIPProcessor.from_pretrained`` read it.
 
     Args:
         directory: The folder to create; missing parents are created too.
@@ -59,6 +70,8 @@ def save_checkpoint(
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``).
         provenance: How the weights were made.
+        companions: The attribute of that name of the :class:`Checkpoint` that was read; with a
+            ``config.json`` among them the folder is written in transformers' layout.
         overwrite: Replace the folder if it holds nothing but such a checkpoint.
 
     Returns:
@@ -81,11 +94,20 @@ def save_checkpoint(
         raise ArchitectureError(f"the configuration cannot be written as JSON: {error}") from error
     metadata = {"format": "pt", METADATA_KEY: provenance.to_json()}
     target = Path(directory)
-    card = model_card(target.resolve().name, provenance, model_config)
+    library = "transformers" if TRANSFORMERS_CONFIG_NAME in (companions or {}) else "open_clip"
+    card = model_card(target.resolve().name, provenance, model_config, library=library)
+    companions = companions or {}
+    beside = {CONFIG_NAME: f"{config_text}\n".encode()}
+    weights_name = WEIGHTS_NAME
+    if TRANSFORMERS_CONFIG_NAME in companions:
+        beside = {name: companions[name] for name in COMPANION_NAMES if name in companions}
+        weights_name = TRANSFORMERS_WEIGHTS_NAME
+        state_dict = to_transformers(state_dict, model_config)
+    beside[CARD_NAME] = card.encode()
     with atomic_directory(target, overwrite=overwrite, replaceable=CHECKPOINT_FILES) as folder:
-        (folder / CONFIG_NAME).write_text(f"{config_text}\n", encoding="utf-8")
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        with (folder / WEIGHTS_NAME).open("wb") as file:
+        for name, content in beside.items():
+            (folder / name).write_bytes(content)
+        with (folder / weights_name).open("wb") as file:
             _write_safetensors(file, state_dict, metadata)
     return target
 

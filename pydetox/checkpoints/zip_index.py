@@ -8,11 +8,18 @@ before anything is read from a member. Format: PKWARE APPNOTE 6.3.
 from __future__ import annotations
 
 import struct
+from typing import NoReturn
 
 from pydetox.checkpoints.index import Span, WeightsFile, quote
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 MAX_DIRECTORY_BYTES = 8 << 20
+TORCHSCRIPT = (
+    "is a TorchScript archive (as OpenAI's CLIP files are), which holds code beside its weights. "
+    "Write the weights alone where you trust the file: "
+    "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE), and leave "
+    "'input_resolution', 'context_length' and 'vocab_size' out"
+)
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -22,6 +29,7 @@ _SIZES_FOLLOW = 0x0008  # sizes are in a descriptor behind the data; the local h
 _MAX_DESCRIPTOR = 24  # signature, checksum and two sizes of 8 bytes
 _UTF8 = 0x0800
 _KNOWN_FLAGS = _SIZES_FOLLOW | _UTF8  # others mean encryption or patches
+_MAX_NAME = 511  # torch cuts longer ones off in some places
 _DIRECTORY = 0x10  # an MS-DOS attribute; some readers take such a member for empty
 
 
@@ -42,6 +50,9 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
     members: dict[str, Span] = {}
     regions: list[tuple[int, int, str, int]] = []
     position = 0
+    spellings: dict[bytes, str] = {}
+    compressed: tuple[str, int, int] | None = None
+    torchscript = False
     for _ in range(count):
         if position + _ENTRY.size > size:
             raise CheckpointError(f"is damaged: its zip directory ends before entry {len(members)}")
@@ -57,16 +68,16 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
         position = tail
         packed, unpacked, offset = _zip64_sizes(name, extra, packed, unpacked, offset)
         if method != 0 or packed != unpacked:
-            raise UnsafeCheckpointError(
-                f"record {quote(name)} is compressed ({packed} bytes claim to be {unpacked}); "
-                "torch stores records uncompressed, so this may be a zip bomb"
-            )
+            compressed = compressed or (name, packed, unpacked)
+            torchscript = torchscript or "/code/" in f"/{name}"
+            continue
         if flags & ~_KNOWN_FLAGS or disk or attributes & _DIRECTORY:
             raise CheckpointError(
                 f"record {quote(name)} is encrypted, a directory or on another disk"
             )
         if name in members:
             raise UnsafeCheckpointError(f"record {quote(name)} is in the zip archive twice")
+        _check_unlike(name, spellings)
         data = _data_offset(file, name, offset, crc, unpacked, parsed)
         if data + unpacked > start:
             raise UnsafeCheckpointError(
@@ -76,8 +87,28 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
         regions.append((offset, data + unpacked, name, flags))
     if position != size:
         raise CheckpointError(f"is damaged: {size - position} stray bytes in its zip directory")
+    if compressed is not None:
+        _refuse_compressed(*compressed, torchscript=torchscript)
     _check_layout(regions, start)
     return members, parsed
+
+
+def _check_unlike(name: str, spellings: dict[bytes, str]) -> None:
+    """Refuse two records that torch takes for one: it ignores the case of ASCII letters."""
+    other = spellings.setdefault(name.encode().lower(), name)
+    if other != name:
+        raise UnsafeCheckpointError(
+            f"records {quote(other)} and {quote(name)} are the same to torch, which ignores case"
+        )
+
+
+def _refuse_compressed(name: str, packed: int, unpacked: int, *, torchscript: bool) -> NoReturn:
+    if torchscript:
+        raise CheckpointError(TORCHSCRIPT)
+    raise UnsafeCheckpointError(
+        f"record {quote(name)} is compressed ({packed} bytes claim to be {unpacked}); "
+        "torch stores records uncompressed, so this may be a zip bomb"
+    )
 
 
 def _check_layout(regions: list[tuple[int, int, str, int]], directory: int) -> None:
@@ -106,7 +137,7 @@ def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]
     end = file.read_at(end_at, _END.size, "the end of the zip archive")
     signature, disk, start_disk, here, count, size, start, comment = _END.unpack(end)
     if signature != b"PK\x05\x06" or comment:
-        raise CheckpointError("is truncated or damaged: a zip archive without its end record")
+        _explain_end(file)
     parsed = {end_at: end}
     directory_end = end_at
     locator_at = end_at - _END64_LOCATOR.size
@@ -137,11 +168,31 @@ def _find_directory(file: WeightsFile) -> tuple[int, int, int, dict[int, bytes]]
     return start, size, count, parsed
 
 
+def _explain_end(file: WeightsFile) -> NoReturn:
+    """Say why a file does not end with the end record of a zip archive."""
+    tail_at = max(0, file.size - _END.size - 0xFFFF)
+    tail = file.read_at(tail_at, file.size - tail_at, "the end of the zip archive")
+    found = tail.rfind(b"PK\x05\x06")
+    if 0 <= found <= len(tail) - _END.size:
+        comment = int.from_bytes(tail[found + _END.size - 2 : found + _END.size], "little")
+        behind = len(tail) - found - _END.size
+        what = "a comment of " if comment == behind else ""
+        raise CheckpointError(
+            f"has {what}{behind} bytes behind the end of its zip archive, where torch.save writes "
+            "nothing"
+        )
+    raise CheckpointError("is truncated or damaged: a zip archive without its end record")
+
+
 def _member_name(raw: bytes) -> str:
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise CheckpointError(f"has a record whose name is not text: {quote(raw)}") from None
+    if len(raw) > _MAX_NAME:
+        raise UnsafeCheckpointError(
+            f"record {quote(name)}: its name has {len(raw)} bytes, torch reads {_MAX_NAME} of them"
+        )
     parts = name.split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise UnsafeCheckpointError(
@@ -158,16 +209,21 @@ def _zip64_sizes(
     wanted = [i for i, value in enumerate(values) if value == 0xFFFFFFFF]
     if not wanted:
         return packed, unpacked, offset
-    position = 0
+    position, found = 0, 0
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, position)
         position += 4
-        if kind == 0x0001 and 8 * len(wanted) <= length <= len(extra) - position:
-            for i, slot in enumerate(wanted):
-                (values[slot],) = struct.unpack_from("<Q", extra, position + 8 * i)
-            return values[1], values[0], values[2]
+        if kind == 0x0001:
+            found += 1
+            if 8 * len(wanted) <= length <= len(extra) - position:
+                for i, slot in enumerate(wanted):
+                    (values[slot],) = struct.unpack_from("<Q", extra, position + 8 * i)
+            else:
+                found = 2
         position += length
-    raise CheckpointError(f"is damaged: record {quote(name)} lacks its zip64 sizes")
+    if found != 1:  # of two, readers take the first or the last
+        raise CheckpointError(f"is damaged: record {quote(name)} lacks its zip64 sizes")
+    return values[1], values[0], values[2]
 
 
 def _data_offset(

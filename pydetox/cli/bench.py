@@ -44,7 +44,7 @@ from . import exit_codes, options
     "--seeds",
     type=options.COUNT,
     metavar="N",
-    help="How many seeds. Without it, as many as the plan.",
+    help="Number of seeds. Without it, as many as the plan has.",
 )
 @click.option(
     "--first-seed",
@@ -91,8 +91,8 @@ def command(
     Exit code: 0 if it ran to its end, whatever the figures are.
     """
     from ..atomic import write_file
-    from ..bench import Plan, markdown, quick_plan, run, write_outputs
     from ..reporting import to_json
+    from ..research.bench import Plan, markdown, quick_plan, run, write_outputs
     from .outputs import to_stdout
 
     plan = quick_plan(data) if quick else Plan(data=data)

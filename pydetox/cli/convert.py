@@ -14,7 +14,13 @@ from . import exit_codes, options
 @click.argument("source", metavar="IN")
 @click.argument("output", type=options.FILE, metavar="OUT.safetensors")
 @click.option("--overwrite", is_flag=True, show_default=False, help="Replace an existing file.")
-def command(source: str, output: Path, overwrite: bool) -> int:
+@click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
+)
+def command(source: str, output: Path, overwrite: bool, weights_key: str | None) -> int:
     """Write the weights of an untrusted checkpoint as a .safetensors file.
 
     IN is a .pt file, or anything else on this machine that `inspect` takes. Nothing in it is
@@ -27,7 +33,7 @@ def command(source: str, output: Path, overwrite: bool) -> int:
     from ..checkpoints import convert_checkpoint
     from .outputs import to_stdout
 
-    findings = convert_checkpoint(source, output, overwrite=overwrite)
+    findings = convert_checkpoint(source, output, overwrite=overwrite, weights_key=weights_key)
     for finding in findings:
         click.echo(one_line(f"finding ({finding.rule}): {finding.message}"), err=True)
     with to_stdout():

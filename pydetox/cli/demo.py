@@ -32,14 +32,19 @@ def command(output: Path, seed: int, threads: int | None, format_: str) -> int:
     """
     import torch
 
-    from ..demo import run_demo
+    from ..research.demo import run_demo
     from .outputs import emit
 
     if threads is not None:
         torch.set_num_threads(threads)
     result = run_demo(output, seed)
     code = exit_codes.of_verdict(result.summary["rescan"]["verdict"] or "inconclusive")
-    document = {"schema": "pydetox.demo/1", "exit_code": code, "seed": seed, **result.summary}
+    document = {
+        "schema": "pydetox.demo/1",
+        "exit_code": code,
+        "seed": seed,
+        **result.summary,
+    }
     emit(document, result.report, format_)
     click.echo(f"report: {click.format_filename(output / 'report.html')}", err=True)
     return code

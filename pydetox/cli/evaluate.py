@@ -41,14 +41,14 @@ def command(
     """
     from ..errors import UsageError
     from ..evaluation import evaluate
+    from ..reporting.documents import evaluation_document, evaluation_row
     from .inputs import Inputs, read_triggers, require_class_names
     from .outputs import emit
 
     if target is not None and trigger is None:
         raise UsageError("--target goes with --trigger")
     inputs = Inputs.of(given)
-    loaded = inputs.read_model(checkpoint)
-    model = loaded.model
+    model = inputs.read_model(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     index, stamp = None, None
@@ -67,13 +67,13 @@ def command(
         "schema": "pydetox.eval/1",
         "exit_code": exit_codes.CLEAN,
         "name": model.name,
-        "sha256": loaded.sha256,
+        "sha256": model.sha256,
         "images": given["images"],
         "trigger": trigger,
         "target_name": None if index is None else names[index],
         "class_names": names,
-        **result.to_dict(),
+        **evaluation_document(result),
     }
-    text = {"title": "pydetox eval", "evaluation": [result.to_report_row(model.name)]}
+    text = {"title": "pydetox eval", "evaluation": [evaluation_row(result, model.name)]}
     emit(document, text, format_)
     return exit_codes.CLEAN

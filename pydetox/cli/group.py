@@ -13,6 +13,7 @@ import click
 
 from ..errors import UsageError, explain, one_line
 from . import exit_codes
+from .wording import in_options
 
 # Name of a command and what its module is called; in the order in which --help shows them.
 _COMMANDS = {
@@ -101,7 +102,7 @@ class Cli(click.Group):
 
 def print_error(message: str) -> None:
     """Write an error line to stderr."""
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {in_options(message)}", err=True)
 
 
 def _report(error: BaseException) -> int:

@@ -9,26 +9,19 @@ from typing import Any
 
 import torch
 
-from ..calibration_file import read_calibration
 from ..checkpoints import load_checkpoint
 from ..data import ImageSet, ImageSource
-from ..detection import Calibration
+from ..detect.calibration_file import read_calibration
+from ..detect.configuration import ScanConfig
+from ..detect.references import ReferencePlan
 from ..errors import DataError, UsageError
 from ..inversion import InversionConfig, RecoveredTrigger
 from ..inversion.trigger_file import load_triggers
 from ..models import OpenClipModel
 from ..models.device import find_device
 from ..reporting.values import clean_text
+from ..session import ModelLike
 from ..training import TrainConfig
-from ..workflow import ScanConfig, calibrate
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model that was read, on its device. sha256: of its weights file."""
-
-    model: OpenClipModel
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -60,13 +53,13 @@ class Inputs:
         """The prompt templates."""
         return self.source.prompts
 
-    def read_model(self, reference: str) -> LoadedModel:
-        """Read a checkpoint; raises what `load_checkpoint` and `OpenClipModel` raise."""
-        checkpoint = load_checkpoint(reference, model=self.model, offline=self.offline)
-        model = OpenClipModel.from_checkpoint(checkpoint)
+    def read_model(self, reference: ModelLike) -> OpenClipModel:
+        """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise."""
+        checkpoint = load_checkpoint(str(reference), model=self.model, offline=self.offline)
+        model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)
-        return LoadedModel(model.to(self.device), checkpoint.sha256)
+        return model.to(self.device)
 
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""
@@ -97,50 +90,18 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     return replace(config, references=options["references"], reference_training=training)
 
 
-@dataclass(frozen=True, eq=False)
-class References:
-    """What a verdict compares with.
+def reference_plan(options: dict[str, Any], config: ScanConfig) -> ReferencePlan:
+    """Return what the options of `calibration_options` compare with; a calibration file is read.
 
-    calibration: None without any. base: for a search in contrast to it, else None. config: of that
-    search.
+    Raises UsageError for options that exclude each other or lack another one, before any work.
     """
-
-    calibration: Calibration | None
-    base: OpenClipModel | None
-    config: ScanConfig
-
-
-def find_references(options: dict[str, Any], inputs: Inputs, config: ScanConfig) -> References:
-    """Read or make the calibration that `calibration_options` ask for.
-
-    Raises UsageError for options that exclude each other, and what `calibrate` raises.
-    """
-    base, path, names = options["base"], options["calibration_file"], options["reference_models"]
-    if names and path is not None:
-        raise UsageError("--reference-model and --calibration exclude each other")
-    if len(names) == 1:
-        raise UsageError("one --reference-model; a calibration needs at least 2")
-    if path is not None:
-        calibration = read_calibration(path)
-        if not calibration.relative:
-            return References(calibration, None, config)
-        if base is None:
-            raise UsageError(f"{path}: made in contrast to a base; give that --base")
-        return References(calibration, inputs.read_model(base).model, config.in_contrast())
-    if base is None and not names:
-        return References(None, None, config)
-    model = None if base is None else inputs.read_model(base).model
-    references = [inputs.read_model(name).model for name in names]
-    if model is not None and references:
-        config = config.in_contrast()
-    calibration = calibrate(
-        model,
-        inputs.read_images(references[0] if model is None else model),
-        references=references or None,
-        templates=inputs.prompts,
-        config=config,
+    path = options["calibration_file"]
+    return ReferencePlan.decide(
+        config,
+        base=options["base"],
+        references=options["reference_models"] or None,
+        calibration=None if path is None else read_calibration(path),
     )
-    return References(calibration, model if config.contrast else None, config)
 
 
 def class_index(name: str, class_names: Sequence[str] | None, source: str) -> int:
@@ -178,5 +139,5 @@ def read_triggers(
 def require_class_names(images: ImageSet) -> tuple[str, ...]:
     """Return the class names of the images; DataError if they have none."""
     if not images.class_names:
-        raise DataError(f"{images.name}: no class names; give some with --class-names")
+        raise DataError(f"{images.name}: no class names; give some with class_names=")
     return images.class_names

@@ -28,8 +28,20 @@ if TYPE_CHECKING:
 @click.option(
     "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
 )
+@click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
+)
 @options.format_option
-def command(checkpoints: tuple[str, ...], hash_content: bool, summary: bool, format_: str) -> int:
+def command(
+    checkpoints: tuple[str, ...],
+    hash_content: bool,
+    summary: bool,
+    weights_key: str | None,
+    format_: str,
+) -> int:
     """Tell what weights files hold, without unpickling them and without reading the weights.
 
     FILE is a .safetensors or .pt file, a .safetensors.index.json with its shards, or a folder. A
@@ -48,7 +60,9 @@ def command(checkpoints: tuple[str, ...], hash_content: bool, summary: bool, for
     codes: list[int] = []
     for reference in checkpoints:
         try:
-            found = inspect_checkpoint(reference, hash_content=hash_content)
+            found = inspect_checkpoint(
+                reference, hash_content=hash_content, weights_key=weights_key
+            )
         except Exception as error:
             line = explain(error)
             if line is None:
@@ -86,6 +100,7 @@ def _lines(found: Inspection, summary: bool) -> list[str]:
         ("bytes", f"{found.nbytes:,}"),
         ("sha256", found.sha256),
         ("tensors", f"{len(found.tensors):,}: " + ", ".join(f"{n} {d}" for d, n in dtypes.items())),
+        ("weights under", quote(found.weights_key) if found.weights_key else None),
         ("parameters", f"{found.parameters:,}"),
         *(("metadata", f"{quote(k)}: {quote(v)}") for k, v in sorted(found.metadata.items())),
         *((f"finding ({f.rule})", f.message) for f in found.findings),

@@ -77,6 +77,7 @@ def command(
     from ..atomic import atomic_directory, rehearse_directory
     from ..errors import UsageError
     from ..inversion import InversionConfig
+    from ..reporting.pictures import example_image
     from .inputs import Inputs
     from .outputs import emit
     from .summaries import card
@@ -86,18 +87,18 @@ def command(
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
-    loaded = inputs.read_model(checkpoint)
-    images = inputs.read_images(loaded.model)
+    model = inputs.read_model(checkpoint)
+    images = inputs.read_images(model)
     search = InversionConfig(
         steps=given["steps"],
         batch_size=given["batch_size"],
         precision=given["precision"],
         seed=given["seed"],
     )
-    found, names = _invert(loaded.model, images, inputs, objective, targets, restarts, search)
+    found, names = _invert(model, images, inputs, objective, targets, restarts, search)
     extra = {
-        "checkpoint": loaded.model.name,
-        "sha256": loaded.sha256,
+        "checkpoint": model.name,
+        "sha256": model.sha256,
         "objective": objective,
         "steps": search.steps,
         "seed": search.seed,
@@ -105,7 +106,7 @@ def command(
     triggers = _best_of(found, names, restarts, extra)
     with atomic_directory(output, overwrite=overwrite, replaceable=replaceable) as folder:
         (folder / _TRIGGERS_NAME).write_bytes(triggers.to_bytes())
-        _write_pictures(folder, triggers, images.images[0])
+        _write_pictures(folder, triggers, example_image(images, search.seed))
 
     assert triggers.success is not None
     rows = [
@@ -122,8 +123,8 @@ def command(
     document = {
         "schema": "pydetox.invert/1",
         "exit_code": code,
-        "name": loaded.model.name,
-        "sha256": loaded.sha256,
+        "name": model.name,
+        "sha256": model.sha256,
         "seed": search.seed,
         "objective": objective,
         "triggers": rows,
@@ -132,7 +133,7 @@ def command(
     }
     text = {
         "title": "pydetox invert",
-        "subtitle": loaded.model.name,
+        "subtitle": model.name,
         "summary": [card(row["target"] or "any class", _in_words(row)) for row in rows]
         + [card("written to", str(output))],
     }
@@ -154,14 +155,23 @@ def _invert(
     from .inputs import class_index, require_class_names
 
     if objective == "label-free":
-        found = invert(model, images.images, CollapseObjective(), search, restarts=restarts)
+        found = invert(
+            model,
+            images.images,
+            CollapseObjective(),
+            search,
+            restarts=restarts,
+            labels=images.labels,
+        )
         return found, [None]
     known = require_class_names(images)
     chosen = [class_index(t, known, images.name) for t in targets] or list(range(len(known)))
     head = model.zero_shot_head(known, inputs.prompts)
     wanted = [index for index in chosen for _ in range(restarts)]
     goal = TargetObjective(head, wanted, model.logit_scale)
-    return invert(model, images.images, goal, search), [known[index] for index in chosen]
+    return invert(model, images.images, goal, search, labels=images.labels), [
+        known[index] for index in chosen
+    ]
 
 
 def _best_of(

@@ -73,13 +73,17 @@ def command(
 
     Exit code: 0 if it was computed, 2 otherwise; it does not judge the model. See `scan`.
     """
+    from ..analysis.localization import localize, removals
+    from ..api import recover_triggers
     from ..atomic import write_file
+    from ..detect.configuration import ScanConfig
     from ..errors import UsageError
-    from ..localization import localize, removals
+    from ..repair.alpha import search_coefficient
+    from ..repair.configuration import UnlearnConfig
+    from ..repair.task_vectors import TaskVector
+    from ..repair.trigger_vector import trigger_vector
+    from ..reporting.documents import localization_document
     from ..reporting.localization import localization_report
-    from ..task_vectors import TaskVector
-    from ..unlearning import UnlearnConfig, search_coefficient, trigger_vector
-    from ..workflow import ScanConfig, recover_triggers
     from .inputs import (
         Inputs,
         class_index,
@@ -93,8 +97,7 @@ def command(
         raise UsageError("give --trigger, --target, or both")
     inputs = Inputs.of(given)
     check_files(report=report)
-    loaded = inputs.read_model(checkpoint)
-    model = loaded.model
+    model = inputs.read_model(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     if images.labels is None:
@@ -109,7 +112,7 @@ def command(
         order = [int(k) for k in found.p_l1.argsort()]
         stamps = [found.trigger(k) for k in order]
     unlearning = UnlearnConfig(vector=given["vector"], seed=given["seed"])
-    share = unlearning.forget_share
+    share = unlearning.advanced.forget_share
     forget, held = images.split((share, 1 - share), seed=given["seed"])
     vector = trigger_vector(model, forget.images, stamps, head, index, unlearning)
     if alpha is None:
@@ -120,7 +123,7 @@ def command(
     removed = removals(model, vector, alpha, held.images, held.labels, stamps[0], index, head)
     whole, xi = None, None
     if base is not None:
-        start = inputs.read_model(base).model
+        start = inputs.read_model(base)
         whole = TaskVector.between(start.clip.state_dict(), model.clip.state_dict())
         xi = _disentanglement(start, whole, vector * alpha, held.images, stamps[0], head, grid)
     located = localize(vector, whole=whole, removed=removed, disentanglement=xi)
@@ -128,15 +131,15 @@ def command(
         "schema": "pydetox.localize/1",
         "exit_code": exit_codes.CLEAN,
         "name": model.name,
-        "sha256": loaded.sha256,
+        "sha256": model.sha256,
         "target": names[index],
         "alpha": alpha,
         "vector": given["vector"],
         "seed": given["seed"],
-        "localization": located.to_dict(),
+        "localization": localization_document(located),
     }
     if report is not None:
-        sources = {"sha256": loaded.sha256, "seed": given["seed"], "base": base or "not given"}
+        sources = {"sha256": model.sha256, "seed": given["seed"], "base": base or "not given"}
         write_file(report, localization_report({**document, "provenance": sources}))
     emit(document, _text(document), format_)
     return exit_codes.CLEAN
@@ -146,7 +149,7 @@ def _disentanglement(
     start: Any, whole: Any, trigger: Any, clean: Any, stamp: Any, head: Any, grid: int
 ) -> Any:
     """Return ξ between what fine-tuning did besides the backdoor, and the backdoor."""
-    from ..localization import disentanglement_error
+    from ..analysis.localization import disentanglement_error
 
     points = [round(-2 + 4 * k / (grid - 1), 6) for k in range(grid)]
     return disentanglement_error(

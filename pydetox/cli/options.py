@@ -33,7 +33,7 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 seed = click.option(
-    "--seed", type=SEED, default=0, metavar="N", help="Of everything random; 0 or above."
+    "--seed", type=SEED, default=0, metavar="N", help="Seed of all random choices; 0 or above."
 )
 
 image_options = _all(
@@ -96,7 +96,7 @@ search_options = _all(
         "--precision",
         type=click.Choice(["float32", "bfloat16"]),
         default="float32",
-        help="Of the image tower during a search; bfloat16 needs a vision transformer.",
+        help="Number format of the image tower in a search; bfloat16 needs a vision transformer.",
     ),
     seed,
 )
@@ -181,7 +181,7 @@ format_option = click.option(
     "format_",
     type=click.Choice(["text", "json"]),
     default="text",
-    help="Of the result on stdout.",
+    help="Format of the result on stdout.",
 )
 
 run_format_option = click.option(
@@ -189,7 +189,7 @@ run_format_option = click.option(
     "format_",
     type=click.Choice(["text", "json", "sarif", "html"]),
     default="text",
-    help="Of the result on stdout.",
+    help="Format of the result on stdout.",
 )
 
 report_option = click.option(

@@ -33,7 +33,10 @@ def check_files(**paths: Path | None) -> None:
 
 @contextlib.contextmanager
 def to_stdout() -> Iterator[None]:
-    """Guard a block that writes results to stdout; OutputError when they do not arrive."""
+    """Guard a block that writes results to stdout; OutputError when they do not arrive.
+
+    A reader that has seen enough and closes the pipe, such as `head`, is no error.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -41,6 +44,8 @@ def to_stdout() -> Iterator[None]:
         # What is still buffered would fail again, with a traceback, when Python flushes at its end.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return
         raise OutputError(f"stdout: cannot be written: {error.strerror or error}") from error
 
 

@@ -31,6 +31,9 @@ def exit_code(records: Iterable[ScanRecord], fail_on: str, *, complete: bool = T
 
     fail_on: the weakest verdict that counts as found. complete: whether all targets were reached.
     """
+    records = list(records)
+    if records and complete and all(record.error_kind == "usage" for record in records):
+        return exit_codes.USAGE  # not one checkpoint: the options
     codes = [_code(record, fail_on) for record in records]
     if not complete:
         codes.append(exit_codes.ERROR)
@@ -38,8 +41,6 @@ def exit_code(records: Iterable[ScanRecord], fail_on: str, *, complete: bool = T
 
 
 def _code(record: ScanRecord, fail_on: str) -> int:
-    if record.error_kind == "usage":
-        return exit_codes.USAGE
     if record.verdict == "suspicious" and fail_on == "backdoored":
         return exit_codes.CLEAN
     return exit_codes.of_verdict(record.verdict)

@@ -10,6 +10,7 @@ import click
 
 from . import exit_codes, options
 from .group import print_error
+from .wording import in_options
 
 if TYPE_CHECKING:
     from ..scanning import ScannerConfig, ScanRecord
@@ -100,9 +101,13 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--workers",
     type=options.COUNT,
     metavar="N",
-    help="How many. Without it, one per GPU or per four CPU cores.",
+    help="Number of workers. Without it, one per GPU or per four CPU cores.",
 )
-@click.option("--address", metavar="ADDRESS", help="Of the Ray cluster. Without it, this machine.")
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help="Address of the Ray cluster. Without it, a cluster on this machine.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -176,8 +181,8 @@ def command(
     Exit code: 0 all clean, 1 something backdoored or suspicious, 2 something not scanned or
     inconclusive, 3 no checkpoint found.
     """
-    from ..calibration_file import write_calibration
-    from ..detection import Calibration
+    from ..detect.calibration_file import write_calibration
+    from ..detect.statistics import Calibration
     from ..errors import UsageError
     from ..models.device import find_device
     from ..scanning import Scanner, find_targets
@@ -214,7 +219,7 @@ def command(
             for record in found:
                 records.append(record)
                 if record.error is not None:
-                    display.log(record.error)
+                    display.log(in_options(record.error))
     order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:

@@ -15,7 +15,7 @@ from PIL import Image
 from ..errors import DataError
 from .idx import read_idx
 from .image_set import ImageSet
-from .sampling import stratified_order
+from .sampling import sample_order
 from .splits import Splits
 
 Part = Literal["train", "test"]
@@ -66,6 +66,12 @@ def find_fashion_mnist(folder: str | Path | None = None) -> Path:
     )
 
 
+def fashion_mnist_files(part: Part, folder: Path) -> tuple[Path, Path]:
+    """Return the files that a part is read from, images and labels; DataError for missing ones."""
+    stem = _STEMS[part]
+    return _file(folder, f"{stem}-images-idx3-ubyte"), _file(folder, f"{stem}-labels-idx1-ubyte")
+
+
 def has_fashion_mnist(folder: Path) -> bool:
     """Return whether the folder holds IDX files of the MNIST family."""
     return any((folder / f"train-images-idx3-ubyte{end}").is_file() for end in ("", ".gz"))
@@ -101,7 +107,7 @@ def load_fashion_mnist(
     if int(labels.max()) >= len(FASHION_NAMES):
         raise DataError(f"{path}: label {labels.max()}; expected 0..{len(FASHION_NAMES) - 1}")
     if max_images is not None and max_images < len(labels):
-        chosen = stratified_order(labels, len(labels), seed)[:max_images]
+        chosen = sample_order(labels, len(labels), max_images, seed)
         grey, labels = grey[chosen], labels[chosen]
     drawn = np.empty((len(grey), image_size, image_size), dtype=np.uint8)
     for index, image in enumerate(grey):

@@ -14,9 +14,9 @@ from PIL import Image
 from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
-from .labels import index_of_names
+from .labels import index_of_names, labels_mean_nothing
 from .resize import refuse_too_large, resize_and_crop
-from .sampling import stratified_order
+from .sampling import sample_order
 
 #: Files with other endings are not images for us and are passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -30,6 +30,7 @@ def load_image_folder(
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
+    labels_required: bool,
     workers: int | None,
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
@@ -37,12 +38,13 @@ def load_image_folder(
     Images are ordered by class and by relative path (by code point, whatever the file system says),
     whatever the number of workers.
     """
-    paths, labels, names = _list_images(directory, class_names)
-    if max_images is not None and max_images < len(paths):
-        # Chosen before decoding: the rest of the folder is never opened.
-        chosen = stratified_order(labels, len(paths), seed)[:max_images]
-        paths = [paths[index] for index in chosen]
-        labels = None if labels is None else labels[chosen]
+    paths, labels, names = choose_images(
+        directory,
+        max_images=max_images,
+        seed=seed,
+        class_names=class_names,
+        labels_required=labels_required,
+    )
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     pixels = images.numpy()
 
@@ -63,8 +65,29 @@ def load_image_folder(
     )
 
 
+def choose_images(
+    directory: Path,
+    *,
+    max_images: int | None,
+    seed: int,
+    class_names: tuple[str, ...] | None,
+    labels_required: bool,
+) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Return the paths of the images that are read, their labels and the class names.
+
+    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    """
+    paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
+    if max_images is not None and max_images < len(paths):
+        # Chosen before decoding: the rest of the folder is never opened.
+        chosen = sample_order(labels, len(paths), max_images, seed)
+        paths = [paths[index] for index in chosen]
+        labels = None if labels is None else labels[chosen]
+    return paths, labels, names
+
+
 def _list_images(
-    directory: Path, class_names: tuple[str, ...] | None
+    directory: Path, class_names: tuple[str, ...] | None, *, labels_required: bool
 ) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
     try:
         entries = sorted(
@@ -91,19 +114,17 @@ def _list_images(
         return flat, None, class_names
 
     found = tuple(folder.name for folder in folders)
+    if labels_mean_nothing(found, class_names, labels_required=labels_required):
+        unlabelled = [path for folder in folders for path in _images_below(folder)]
+        if not unlabelled:
+            raise DataError(f"{directory}: zero images in its folders")
+        return unlabelled, None, class_names
     index_of = index_of_names(found, class_names, str(directory))
     paths: list[Path] = []
     labels: list[int] = []
     # By label, not by folder name, so that a caller's order of classes also orders the images.
     for label, folder in sorted(zip(index_of, folders, strict=True)):
-        members = sorted(
-            (
-                path
-                for path in folder.rglob("*")
-                if _is_image(path) and not path.name.startswith(".")
-            ),
-            key=lambda path: path.relative_to(folder).as_posix(),
-        )
+        members = _images_below(folder)
         if not members:
             raise DataError(f"{folder}: zero images in the folder of class {folder.name!r}")
         paths += members
@@ -112,6 +133,14 @@ def _list_images(
         paths,
         np.asarray(labels, dtype=np.int64),
         class_names if class_names is not None else found,
+    )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """Return the images of a folder and of all folders in it, by their relative paths."""
+    return sorted(
+        (path for path in folder.rglob("*") if _is_image(path) and not path.name.startswith(".")),
+        key=lambda path: path.relative_to(folder).as_posix(),
     )
 
 

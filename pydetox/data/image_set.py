@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DataError
-from .sampling import stratified_order
+from ..rng import generator
+from .sampling import sample_order, stratified_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,8 @@ class ImageSet:
                 f"{self.name}: fractions {shares}; "
                 "expected shares in (0, 1] that add up to at most 1"
             )
-        order = self._stratified_order(seed)
+        labels = None if self.labels is None else self.labels.numpy()
+        order = stratified_order(labels, len(self), generator("images.split", seed))
         ends = [
             min(len(self), int(np.floor(total * len(self) + 0.5))) for total in np.cumsum(shares)
         ]
@@ -122,8 +126,31 @@ class ImageSet:
             raise DataError(
                 f"{self.name}: a sample of {n} images asked for; expected 1..{len(self)}"
             )
-        return self.subset(self._stratified_order(seed)[:n])
-
-    def _stratified_order(self, seed: int) -> NDArray[np.int64]:
         labels = None if self.labels is None else self.labels.numpy()
-        return stratified_order(labels, len(self), seed)
+        return self.subset(sample_order(labels, len(self), n, seed))
+
+    def at_most(self, n: int, seed: int) -> ImageSet:
+        """Return a `sample` of `n` images, or the whole set where it has no more."""
+        return self if len(self) <= n else self.sample(n, seed)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of size and pixels of all images, whatever their order, as 64 hex digits."""
+        hasher = hashlib.sha256(repr((len(self), *self.image_size)).encode())
+        for one in sorted(self._digests):
+            hasher.update(one)
+        return hasher.hexdigest()
+
+    def in_content_order(self) -> ImageSet:
+        """Return the same images ordered by a hash of their pixels, then by label.
+
+        Two sets of the same images are equal then, in whatever order their files were read, and so
+        is everything that is computed from them.
+        """
+        labels = [0] * len(self) if self.labels is None else self.labels.tolist()
+        order = sorted(range(len(self)), key=lambda k: (self._digests[k], labels[k]))
+        return self if order == list(range(len(self))) else self.subset(order)
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        return [hashlib.sha256(one.numpy()).digest() for one in self.images.contiguous()]

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from ..errors import DataError
 
 
+def labels_mean_nothing(
+    found: Sequence[str], wanted: Sequence[str] | None, *, labels_required: bool
+) -> bool:
+    """Return whether the data's classes are to be taken for no classes at all.
+
+    That is so where nobody needs labels and no class of the data is among the wanted ones: a folder
+    of photos that happens to have sub-folders. If some are among them the sub-folders are classes,
+    and one that is not among them is more likely to be misspelt.
+    """
+    return not labels_required and wanted is not None and not set(found) & set(wanted)
+
+
 def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: str) -> list[int]:
     """Return the index in `wanted` of each name in `found`, or its own place when wanted is None.
 

@@ -19,12 +19,13 @@ from .fashion_mnist import (
 )
 from .folder import load_image_folder
 from .image_set import ImageSet
-from .labels import index_of_names
+from .labels import index_of_names, labels_mean_nothing
 from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .resize import interpolation_filter
 
-_FASHION: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
+#: Source to part of Fashion-MNIST.
+FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
 
 
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
@@ -36,7 +37,7 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
     source, _, root = str(spec).partition("=")
     if spec == "digits":
         return source, None
-    if source in _FASHION:
+    if source in FASHION_PARTS:
         return source, find_fashion_mnist(root or None)
     return "", Path(spec)
 
@@ -50,6 +51,7 @@ def load_images(
     class_names: Sequence[str] | None = None,
     interpolation: str = "bicubic",
     resize: bool = False,
+    labels_required: bool = True,
     workers: int | None = None,
 ) -> ImageSet:
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
@@ -76,6 +78,8 @@ def load_images(
     interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
     resize: whether .npz images of another size are scaled (as in folders); when False they are an
     error.
+    labels_required: whether the caller needs labels. If it does not, and no class of the data
+    is among `class_names`, the images count as unlabelled; otherwise that is an error.
     workers: decoding threads for folders; None for one per core, at most 8. The result does not
     depend on it.
 
@@ -92,18 +96,22 @@ def load_images(
     names = None if class_names is None else tuple(class_names)
     path = Path(spec)
     if spec == "digits":
-        image_set = _with_class_names(load_digits(image_size), names)
+        image_set = _with_class_names(load_digits(image_size), names, labels_required)
         return (
             image_set
             if max_images is None or max_images >= len(image_set)
             else image_set.sample(max_images, seed)
         )
     source, _, root = str(spec).partition("=")
-    if source in _FASHION:
+    if source in FASHION_PARTS:
         fashion = load_fashion_mnist(
-            image_size, part=_FASHION[source], folder=root or None, max_images=max_images, seed=seed
+            image_size,
+            part=FASHION_PARTS[source],
+            folder=root or None,
+            max_images=max_images,
+            seed=seed,
         )
-        return _with_class_names(fashion, names)
+        return _with_class_names(fashion, names, labels_required)
     if path.is_dir() and has_fashion_mnist(path):
         raise DataError(
             f"{path}: holds the files of Fashion-MNIST; name it as fashion-mnist={path} or "
@@ -117,6 +125,7 @@ def load_images(
             max_images=max_images,
             seed=seed,
             class_names=names,
+            labels_required=labels_required,
             workers=workers,
         )
     if not path.exists():
@@ -136,6 +145,7 @@ def load_images(
         max_images=max_images,
         seed=seed,
         class_names=names,
+        labels_required=labels_required,
         resize=resize,
     )
 
@@ -145,11 +155,15 @@ def default_templates(spec: str | Path) -> tuple[str, ...]:
     source = str(spec).partition("=")[0]
     if source == "digits":
         return DIGIT_TEMPLATES
-    return FASHION_TEMPLATES if source in _FASHION else DEFAULT_TEMPLATES
+    return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
 
 
-def _with_class_names(image_set: ImageSet, class_names: tuple[str, ...] | None) -> ImageSet:
+def _with_class_names(
+    image_set: ImageSet, class_names: tuple[str, ...] | None, labels_required: bool
+) -> ImageSet:
     if class_names is None or image_set.class_names is None or image_set.labels is None:
         return image_set
+    if labels_mean_nothing(image_set.class_names, class_names, labels_required=labels_required):
+        return replace(image_set, labels=None, class_names=class_names)
     index_of = torch.tensor(index_of_names(image_set.class_names, class_names, image_set.name))
     return replace(image_set, labels=index_of[image_set.labels], class_names=class_names)

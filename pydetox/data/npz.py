@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..errors import DataError
 from .image_set import ImageSet
-from .labels import index_of_names
+from .labels import index_of_names, labels_mean_nothing
 from .resize import resize_and_crop
-from .sampling import stratified_order
+from .sampling import sample_order
 
 KEYS = ("images", "labels", "class_names")
 
@@ -33,6 +33,7 @@ def load_npz(
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
+    labels_required: bool,
     resize: bool,
 ) -> ImageSet:
     """Read `path`; see `pydetox.data.load_images` for arguments, layout of the file and errors."""
@@ -41,7 +42,9 @@ def load_npz(
     images = _to_channels_first(images, path)
     _check_values(images, path)
     labels = _check_labels(arrays.get("labels"), len(images), path)
-    labels, names = _match_names(arrays.get("class_names"), labels, class_names, path)
+    labels, names = _match_names(
+        arrays.get("class_names"), labels, class_names, path, labels_required=labels_required
+    )
     height, width = images.shape[2:]
     if (height, width) != (image_size, image_size) and not resize:
         raise DataError(
@@ -49,7 +52,7 @@ def load_npz(
             "(resize=True scales and centre-crops them)"
         )
     if max_images is not None and max_images < len(images):
-        chosen = stratified_order(labels, len(images), seed)[:max_images]
+        chosen = sample_order(labels, len(images), max_images, seed)
         images = images[chosen]
         labels = None if labels is None else labels[chosen]
     images = _to_uint8(images)
@@ -179,6 +182,8 @@ def _match_names(
     labels: NDArray[np.int64] | None,
     wanted: tuple[str, ...] | None,
     path: Path,
+    *,
+    labels_required: bool,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Return labels and class names in the caller's order of classes, or else in the file's."""
     if stored is None:
@@ -194,6 +199,8 @@ def _match_names(
         raise DataError(
             f"{path}: labels {labels.min()}..{labels.max()}, but {len(names)} class names"
         )
+    if labels_mean_nothing(names, wanted, labels_required=labels_required):
+        return None, wanted
     return np.asarray(index_of_names(names, wanted, str(path)), dtype=np.int64)[labels], wanted
 
 

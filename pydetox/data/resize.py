@@ -1,4 +1,4 @@
-"""One definition of how an image of any size becomes a square one, and what is too large to try."""
+"""How an image of any size becomes a square one, and what is too large to try."""
 
 from __future__ import annotations
 
@@ -42,19 +42,22 @@ def resize_and_crop(
 ) -> Image.Image:
     """Scale the shorter side to image_size, then cut out the centre square.
 
-    This is CLIP's own preprocessing, with the rounding of torchvision's Resize and CenterCrop, so
-    that a model sees exactly the pixels that open_clip would give it.
+    This is CLIP's own preprocessing, done by torchvision's Resize and CenterCrop as open_clip does
+    it, so that a model sees exactly the pixels that open_clip would give it. Raises DataError,
+    naming `what`, for an image without pixels and for one that is too large after scaling.
     """
+    from torchvision.transforms import InterpolationMode  # takes a second to import
+    from torchvision.transforms import functional as transforms
+
     width, height = image.size
     shorter, longer = min(width, height), max(width, height)
     if shorter == 0:
         raise DataError(f"{what}: {width}x{height} pixels; expected a size above 0")
-    if shorter != image_size:
-        scaled = int(image_size * longer / shorter)
-        width, height = (image_size, scaled) if width <= height else (scaled, image_size)
-        refuse_too_large(width, height, f"{what}, scaled to a shorter side of {image_size}")
-        image = image.resize((width, height), resample)
-    if width == height:
-        return image
-    left, top = round((width - image_size) / 2.0), round((height - image_size) / 2.0)
-    return image.crop((left, top, left + image_size, top + image_size))
+    scaled = int(image_size * longer / shorter)
+    after = (image_size, scaled) if width <= height else (scaled, image_size)
+    refuse_too_large(*after, f"{what}, scaled to a shorter side of {image_size}")
+    mode = InterpolationMode(resample.name.lower())
+    square: Image.Image = transforms.center_crop(
+        transforms.resize(image, image_size, mode), image_size
+    )
+    return square

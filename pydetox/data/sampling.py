@@ -1,28 +1,27 @@
-"""Stratified, seeded orderings: the one source of randomness of `pydetox.data`."""
+"""Stratified, seeded orderings, of which every beginning is a fair sample."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..rng import generator
 
 
-def stratified_order(labels: NDArray[np.int64] | None, count: int, seed: int) -> NDArray[np.int64]:
+def stratified_order(
+    labels: NDArray[np.int64] | None, count: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
     """Return a random order of `count` items in which every prefix holds the classes in proportion.
 
-    labels: int64 [count], or None to treat all items as one class. seed: non-negative integer.
+    labels: int64 [count], or None to treat all items as one class. rng: a stream of `pydetox.rng`.
     Returns int64 [count], a permutation of 0..count-1. Cutting it into consecutive pieces therefore
     gives stratified pieces of exactly the wanted sizes: in each piece, a class is off its share by
     a few items at most.
 
-    The same seed gives the same order on every platform: only the raw doubles of PCG64, IEEE
+    The same stream gives the same order on every platform: only the raw doubles of PCG64, IEEE
     divisions and stable sorts are used, not numpy's shuffling routines, whose streams may change
     between releases.
     """
-    if seed < 0:
-        raise DataError(f"seed is {seed}; expected a non-negative integer")
-    rng = np.random.Generator(np.random.PCG64(seed))
     shuffled = np.argsort(rng.random(count), kind="stable").astype(np.int64)
     if labels is None:
         return shuffled
@@ -35,3 +34,22 @@ def stratified_order(labels: NDArray[np.int64] | None, count: int, seed: int) ->
         position[members] = (np.arange(members.size) + 0.5) / members.size
     order: NDArray[np.int64] = shuffled[np.argsort(position, kind="stable")]
     return order
+
+
+def stratified_sample(
+    labels: NDArray[np.int64] | None, count: int, size: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return `size` of `count` items, or all of them if there are fewer, in random order.
+
+    Classes are held in proportion, see `stratified_order`. Returns int64 [min(size, count)].
+    """
+    return stratified_order(labels, count, rng)[:size]
+
+
+def sample_order(
+    labels: NDArray[np.int64] | None, count: int, size: int | None, seed: int
+) -> NDArray[np.int64]:
+    """Return the sample that a seed stands for: the same for a file, a folder and an image set."""
+    return stratified_sample(
+        labels, count, count if size is None else size, generator("images.sample", seed)
+    )

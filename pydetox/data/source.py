@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
+from .fashion_mnist import fashion_mnist_files
+from .folder import choose_images
 from .image_set import ImageSet
-from .load import default_templates, load_images, locate_images
+from .load import FASHION_PARTS, default_templates, load_images, locate_images
 from .names import load_class_names, load_templates
 
 
@@ -25,6 +25,7 @@ class ImageSource:
         max_images: Size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
         seed: Of the sample.
+        labels_required: As `load_images` takes it.
         prompts: The prompt templates.
 
     Raises DataError for files that cannot be read.
@@ -36,6 +37,7 @@ class ImageSource:
     max_images: int | None = None
     resize: bool = False
     seed: int = 0
+    labels_required: bool = True
     prompts: tuple[str, ...] = field(init=False)
     _names: tuple[str, ...] | None = field(init=False, repr=False)
     _decoded: dict[tuple[int, str], ImageSet] = field(init=False, repr=False, default_factory=dict)
@@ -59,40 +61,54 @@ class ImageSource:
                 class_names=self._names,
                 interpolation=interpolation,
                 resize=self.resize,
+                labels_required=self.labels_required,
             )
         return self._decoded[key]
 
     def digest(self) -> str:
-        """Return a SHA-256 of what is read: images (by path below the folder), names, prompts."""
-        hasher = hashlib.sha256(repr((self._names, self.prompts)).encode())
+        """Return a SHA-256 of what is read: the images in their order, their labels and names.
+
+        Files that are not read, such as a README among the images or images outside of the sample,
+        do not count, and neither does where the folder is.
+
+        Raises DataError as `load_images` does for what is no image set.
+        """
+        hasher = hashlib.sha256()
+
+        def add(*items: object) -> None:
+            hasher.update(repr(items).encode(errors="surrogateescape"))
+
         source, root = locate_images(self.spec)
-        hasher.update(source.encode())
+        add(source, self._names, self.prompts)
         if root is None:
             return hasher.hexdigest()
         if not root.exists():
             raise DataError(f"{self.spec}: no such file or folder")
         try:
-            for path in _files(root):
-                name = b"" if path == root else os.fsencode(path.relative_to(root))
-                hasher.update(b"%d:%b" % (len(name), name))
-                hasher.update(_file_digest(path))
+            if source in FASHION_PARTS:
+                for path in fashion_mnist_files(FASHION_PARTS[source], root):
+                    add(path.name, _file_digest(path))
+            elif root.is_dir():
+                paths, labels, names = choose_images(
+                    root,
+                    max_images=self.max_images,
+                    seed=self.seed,
+                    class_names=self._names,
+                    labels_required=self.labels_required,
+                )
+                add(names, None if labels is None else labels.tolist())
+                for path in paths:
+                    add(path.relative_to(root).as_posix(), _file_digest(path))
+            else:
+                add(_file_digest(root))
         except OSError as error:
             raise DataError(f"{self.spec}: cannot be read: {error.strerror or error}") from error
         return hasher.hexdigest()
 
 
-def _files(root: Path) -> Iterator[Path]:
-    if not root.is_dir():
-        yield root
-        return
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            yield path
-
-
-def _file_digest(path: Path) -> bytes:
+def _file_digest(path: Path) -> str:
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             hasher.update(block)
-    return hasher.digest()
+    return hasher.hexdigest()

@@ -8,16 +8,18 @@ those: smooth warps of the image.
 
 from __future__ import annotations
 
+from .configuration import FAMILIES, AdvancedInversionConfig, InversionConfig
 from .elimination import Elimination, relative_to_smallest
 from .objectives import CollapseObjective, ContrastObjective, Objective, TargetObjective
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
-from .search import FAMILIES, InversionConfig, InversionSearch, invert
+from .search import InversionSearch, invert
 from .state import TriggerFamily
 from .warps import RecoveredWarp, WarpConfig, WarpResult, invert_warps
 
 __all__ = [
     "FAMILIES",
+    "AdvancedInversionConfig",
     "CollapseObjective",
     "ContrastObjective",
     "CostSchedule",

@@ -98,7 +98,8 @@ class ContrastObjective:
         head: Of the model, unit rows [C, D1].
         base_head: Of the base, unit rows [C, D2].
         targets: K class indices, one per trigger, repeats allowed (restarts).
-        logit_scale, base_logit_scale: Factors of the cosines.
+        logit_scale: The factor of the model's cosines.
+        base_logit_scale: The factor of the base's cosines.
         base_shares: float [C], the share of clean images that the base gives each class.
     """
 

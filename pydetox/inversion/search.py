@@ -4,106 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArchitectureError, DataError, UsageError
+from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
-from ..models.frozen import PRECISIONS, FrozenTower, TowerPair, freeze
 from ..ops import BestTriggers, stamp_triggers, stamp_triggers_gradients, trigger_update
 from ..progress import Progress
+from ..rng import generator
+from .configuration import InversionConfig
 from .elimination import Elimination
 from .objectives import Objective
 from .result import InversionResult
-from .schedule import CostSchedule
-from .state import Ending, TriggerFamily, Triggers
-
-#: Kinds of triggers that a search can look for, and the centre of each one's initial mask logits.
-FAMILIES: dict[TriggerFamily, float] = {"patch": -2.0, "blend": -0.7}
-
-# Bytes that the activations of one pass through the tower may take. A GPU wants large batches; on
-# a CPU they gain nothing, and a worker of a scan has to do with two checkpoints and a gigabyte.
-_ACTIVATIONS, _ACTIVATIONS_CPU = 2 << 30, 1 << 29
-
-
-@dataclass(frozen=True)
-class InversionConfig:
-    """How to search.
-
-    Attributes:
-        steps: Steps of Adam, at most; see patience.
-        batch_size: Clean images per step, shared by all triggers.
-        learning_rate: Adam's rate on the logits, or one per equal third of the steps.
-        betas: Adam's decay rates (DECREE's).
-        schedule: The weight of the mask's size.
-        success_threshold: A trigger works when its success, smoothed over about three steps,
-            reaches this.
-        interval: Steps between two looks at the sizes. Only a look waits for the device, notes the
-            sizes, and ends searches.
-        patience: Steps without progress after which a search has converged and ends, once its cost
-            has been raised until the trigger failed: before that, the size is not yet pressed.
-        least_progress: Progress is when the smallest working mask shrinks by more than this share.
-        family: What a mask may be. `patch`: any, so that small ones win. `blend`: the same value
-            for all pixels, so that the faintest overlay over the whole image wins; it finds
-            triggers that a small patch does not resemble (Blended, SIG, warps).
-        initial_mask: Centre of the initial mask logits; None for that of the family: -2, a mask of
-            1.8%, for patches and -0.7, a mask of 20%, for blends.
-        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
-        max_batch: Stamped images that go through the tower at once, which bounds memory; None for
-            as many as 512 MiB of activations hold, 2 GiB on a GPU.
-        check_images: Images for the check after the search.
-        seed: Of initial triggers and the order of the images.
-    """
-
-    steps: int = 200
-    batch_size: int = 16
-    learning_rate: float | tuple[float, float, float] = 0.1
-    betas: tuple[float, float] = (0.5, 0.9)
-    schedule: CostSchedule = field(default_factory=CostSchedule)
-    success_threshold: float = 0.97
-    interval: int = 10
-    patience: int = 50
-    least_progress: float = 0.02
-    family: TriggerFamily = "patch"
-    initial_mask: float | None = None
-    precision: str = "float32"
-    max_batch: int | None = None
-    check_images: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, 1 if self.max_batch is None else self.max_batch) < 1:
-            raise UsageError(
-                f"steps {self.steps}, batch_size {self.batch_size}, max_batch {self.max_batch}; "
-                "expected at least 1 each"
-            )
-        if self.precision not in PRECISIONS:
-            raise UsageError(
-                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
-            )
-        if self.family not in FAMILIES:
-            raise UsageError(f"family {self.family!r}; expected one of {', '.join(FAMILIES)}")
-        if not 0 < self.success_threshold <= 1:
-            raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
-        if min(self.interval, self.patience) < 1 or not 0 <= self.least_progress < 1:
-            raise UsageError(
-                f"interval {self.interval}, patience {self.patience}, least_progress "
-                f"{self.least_progress}; expected at least 1 each and a share in [0, 1)"
-            )
-
-    @property
-    def looks(self) -> tuple[int, ...]:
-        """The steps after which sizes are noted, ascending; the last one is `steps`."""
-        return (*range(self.interval, self.steps, self.interval), self.steps)
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, 0..steps-1."""
-        if isinstance(self.learning_rate, tuple):
-            return self.learning_rate[min(2, 3 * step // self.steps)]
-        return self.learning_rate
+from .start import starting_point
+from .state import Ending, Triggers
+from .tower import check_images, check_sample, chunks, images_at_once, tower_of
 
 
 class InversionSearch:
@@ -129,6 +45,7 @@ class InversionSearch:
         restarts: int = 1,
         elimination: Elimination | None = None,
         contrast: OpenClipModel | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         size = model.image_size
         check_images(model, images)
@@ -145,9 +62,12 @@ class InversionSearch:
         self._elimination = elimination
         device = model.device
         self._images = images.to(device)
+        rng = generator("inversion.check", config.seed)
+        chosen = check_sample(labels, len(images), config.advanced.check_images, rng)
+        self._checked = chosen.to(device)
         mask, pattern, batches = starting_point(config, count, size, len(images))
         mask, pattern = mask.to(device), pattern.to(device)
-        self._triggers = Triggers.start(mask, pattern, config.schedule)
+        self._triggers = Triggers.start(mask, pattern, config.advanced.schedule)
         self._running = list(range(count))  # the triggers' index, where no device is asked
         self._batch = batches.shape[1]
         self._batches = batches.to(device)
@@ -189,16 +109,16 @@ class InversionSearch:
             learning_rate=self._rate.fill_(config.rate(self._steps)),
             steps=now.steps,
             active=self._active,
-            betas=config.betas,
+            betas=config.advanced.betas,
             best=BestTriggers(
                 (now.best_mask, now.best_pattern),
                 now.smallest,
-                now.smoothed >= config.success_threshold,
+                now.smoothed >= config.needed_success,
             ),
         )
-        now.costs = config.schedule.update(now.costs, success >= config.success_threshold)
+        now.costs = config.advanced.schedule.update(now.costs, success >= config.needed_success)
         self._steps += 1
-        if self._steps % config.interval == 0 or self._steps == config.steps:
+        if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
             self._look()
 
     def result(self) -> InversionResult:
@@ -210,9 +130,9 @@ class InversionSearch:
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
         count, device = len(self._mask), self._mask.device
-        check = self._images[: self._config.check_images]
+        check = self._images[self._checked]
         success = []
-        for chunk in _chunks(count, max(1, self._max_batch // len(check))):
+        for chunk in chunks(count, max(1, self._max_batch // len(check))):
             embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk])
             if not bool(torch.isfinite(embeddings).all()):
                 raise ArchitectureError(
@@ -252,7 +172,7 @@ class InversionSearch:
         running = self._running
         for k, size in zip(running, sizes, strict=True):
             self._sizes[k] = size
-            if size < (1 - config.least_progress) * self._size_then[k]:
+            if size < (1 - config.advanced.least_progress) * self._size_then[k]:
                 self._last_progress[k], self._size_then[k] = step, size
         self._history.append(list(self._sizes))
         if self._elimination is not None and step < config.steps:
@@ -288,7 +208,7 @@ class InversionSearch:
         """
         now = self._triggers
         device = now.mask.device
-        self._chunks = _chunks(len(now), max(1, self._max_batch // self._batch))
+        self._chunks = chunks(len(now), max(1, self._max_batch // self._batch))
         self._mask_gradient = torch.empty_like(now.mask)
         self._pattern_gradient = torch.empty_like(now.pattern)
         self._rate = torch.empty(len(now), device=device)
@@ -370,7 +290,7 @@ class InversionSearch:
         (pull,) = torch.autograd.grad(loss.sum(), embeddings)
         for total in gradients:
             total.zero_()
-        for part in _chunks(len(images), self._max_batch):
+        for part in chunks(len(images), self._max_batch):
             rows = self._stamp(images[part], mask, pattern).requires_grad_()
             again = self._tower(rows).view(len(mask), -1, pull.shape[-1])
             (rows_gradient,) = torch.autograd.grad(again, rows, pull[:, part])
@@ -389,6 +309,7 @@ def invert(
     restarts: int = 1,
     elimination: Elimination | None = None,
     contrast: OpenClipModel | None = None,
+    labels: Tensor | None = None,
     description: str = "inversion",
 ) -> InversionResult:
     """Find small triggers that make the objective hold on clean images.
@@ -402,6 +323,8 @@ def invert(
         elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
         contrast: Another model that takes the same inputs, for an objective that is given the
             embeddings of both (`ContrastObjective`).
+        labels: int64 [N], classes of the images, which the check after the search then holds in
+            proportion; it decides nothing else.
         description: Shown with the progress bar.
 
     Raises:
@@ -418,74 +341,10 @@ def invert(
         restarts=restarts,
         elimination=elimination,
         contrast=contrast,
+        labels=labels,
     )
     with Progress(description, config.steps) as progress:
         while not search.done:
             search.step()
             progress.update(1)
     return search.result()
-
-
-def starting_point(
-    config: InversionConfig, count: int, image_size: int, image_count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return everything random of a search: mask and pattern logits, and the images of each step.
-
-    float32 [count, H, W] and [count, 3, H, W]; indices int64 [steps, B], whole passes over the
-    images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
-    on every platform and device.
-    """
-    rng = np.random.Generator(np.random.PCG64([config.seed, 5]))
-
-    def normal(shape: tuple[int, ...], centre: float) -> Tensor:
-        values = rng.standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(values).mul_(0.5).add_(centre)
-
-    centre = FAMILIES[config.family] if config.initial_mask is None else config.initial_mask
-    mask = normal((count, image_size, image_size), centre)
-    if config.family == "blend":
-        mask.fill_(centre)
-    pattern = normal((count, 3, image_size, image_size), 0.0)
-    batch = min(config.batch_size, image_count)
-    passes = -(-config.steps * batch // image_count)
-    order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])
-    batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
-    return mask, pattern, batches
-
-
-def check_images(model: OpenClipModel, images: Tensor) -> None:
-    """Raise DataError unless there are at least two uint8 images [N, 3, H, W] of a model's size."""
-    size = model.image_size
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
-        raise DataError(
-            f"images are {images.dtype} {list(images.shape)}; {model.name} expects torch.uint8 "
-            f"[N, 3, {size}, {size}]"
-        )
-    if len(images) < 2:
-        raise DataError(f"{len(images)} image; trigger inversion needs at least 2")
-
-
-def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
-    """Return a model's frozen tower, beside that of `contrast`, which must take the same inputs."""
-    tower = freeze(model.visual, precision, name=model.name)
-    if contrast is None:
-        return tower
-    other = freeze(contrast.visual, precision, name=contrast.name)
-    mine = (model.image_size, tower.patch_size, model.mean, model.std)
-    theirs = (contrast.image_size, other.patch_size, contrast.mean, contrast.std)
-    if mine != theirs:
-        raise ArchitectureError(
-            f"{contrast.name}: takes images of size, patch size, mean and std {theirs}; expected "
-            f"those of {model.name}, {mine}"
-        )
-    return TowerPair(tower, other)
-
-
-def images_at_once(tower: FrozenTower, device: torch.device) -> int:
-    """Return how many images the memory for activations holds."""
-    activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
-    return max(1, activations // tower.bytes_per_image)
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]

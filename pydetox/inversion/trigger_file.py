@@ -68,7 +68,7 @@ class TriggerFile:
             if len(known) != 1 or None in self.targets:
                 shown = ", ".join(map(repr, known[:10])) or "none"
                 raise UsageError(
-                    f"the triggers have the target classes {shown}; name one (--target)"
+                    f"the triggers have the target classes {shown}; name one with target="
                 )
             target = known[0]
         chosen = [k for k, name in enumerate(self.targets) if name is None or name == target]

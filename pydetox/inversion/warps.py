@@ -21,9 +21,10 @@ from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
 from ..models.frozen import PRECISIONS
 from ..progress import Progress
+from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .search import check_images, images_at_once, tower_of
+from .tower import check_images, check_sample, images_at_once, tower_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class WarpConfig:
             this. An attacker's own warp hardly ever works on all images.
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Warped images that go through the tower at once; None as in InversionConfig.
-        check_images: Images for the check after the search.
+        check_images: Images for the check after the search, a random sample.
         seed: Of the first control points and the order of the images.
     """
 
@@ -146,6 +147,7 @@ def invert_warps(
     config: WarpConfig | None = None,
     *,
     contrast: OpenClipModel | None = None,
+    labels: Tensor | None = None,
     description: str = "inversion (warp)",
 ) -> WarpResult:
     """Find small warps that make the objective hold on clean images.
@@ -156,6 +158,7 @@ def invert_warps(
         objective: Must have targets; K of them are K searches.
         config: Default WarpConfig().
         contrast: As in `invert`.
+        labels: As in `invert`.
         description: Shown with the progress bar.
 
     Raises:
@@ -169,7 +172,7 @@ def invert_warps(
         raise UsageError("a search for warps needs an objective with target classes")
     check_images(model, images)
     count, side = len(targets), config.control_points
-    rng = np.random.Generator(np.random.PCG64([config.seed, 8]))
+    rng = generator("warps.start", config.seed)
     first = rng.standard_normal((count, 2, side, side), dtype=np.float32)
     control = torch.from_numpy(first).mul_(config.initial_offset).to(device).requires_grad_()
     batch = min(config.batch_size, len(images))
@@ -221,7 +224,10 @@ def invert_warps(
             progress.update(1)
     found = torch.isfinite(smallest)[:, None, None, None]
     fields = _fields(torch.where(found, best, control.detach()), size)
-    check, rates = images[: config.check_images].to(device), []
+    checked = check_sample(
+        labels, len(images), config.check_images, generator("warps.check", config.seed)
+    )
+    check, rates = images[checked].to(device), []
     with torch.no_grad():
         for k in range(count):
             parts = [embed(part, fields[k : k + 1]) for part in torch.split(check, at_once)]

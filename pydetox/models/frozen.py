@@ -39,7 +39,7 @@ class FrozenTower(Protocol):
 
     @property
     def description(self) -> str:
-        """What runs, in which precision, and why not something faster: one line for a report."""
+        """One line for a report: what runs, in which precision, and why nothing faster runs."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class FrozenTower(Protocol):
 
     @property
     def bytes_per_image(self) -> int:
-        """About what one image's activations take while its gradient is pending."""
+        """The approximate memory of one image's activations until its gradient is computed."""
         ...
 
     def __call__(self, inputs: Tensor) -> Tensor:

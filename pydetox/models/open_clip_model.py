@@ -52,15 +52,19 @@ class OpenClipModel:
 
     Attributes:
         clip: open_clip's module (`CLIP` or `CustomTextCLIP`).
-        name: Where it came from, for messages and reports.
+        name: The name of the model's source, for messages and reports.
+        sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
+            weights may change.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
-        storage_dtypes: Tensor name to the dtype it has in the checkpoint's file.
-        image_size: Height and width of an input image in pixels.
-        mean, std: Normalisation per channel, for pixels in [0, 1].
+        storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
+        companions: The files beside the weights of a checkpoint in transformers' layout.
+        image_size: The height and width of an input image in pixels.
+        mean: The mean of each channel that is subtracted from pixels in [0, 1].
+        std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
-        heads: Where zero-shot heads are kept, None to compute each anew. It is for models whose
-            weights stay as they are.
+        heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
+            models whose weights stay as they are.
     """
 
     def __init__(
@@ -71,14 +75,18 @@ class OpenClipModel:
         preprocess_config: Mapping[str, Any] | None = None,
         name: str = "model",
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
+        companions: Mapping[str, bytes] | None = None,
+        sha256: str | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
+        self.sha256 = sha256
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
         self.storage_dtypes: dict[str, torch.dtype] = dict(
             storage_dtypes or {key: tensor.dtype for key, tensor in clip.state_dict().items()}
         )
+        self.companions = dict(companions or {})
         size = self.model_config["vision_cfg"].get("image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         if height != width:
@@ -113,18 +121,18 @@ class OpenClipModel:
         return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
+    def from_checkpoint(cls, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
         """Build the architecture and put the weights in, in float32.
 
-        take: let the checkpoint's tensors become the model's, where their dtype allows it, instead
-        of copying them: half the memory, but the checkpoint must not be used any more.
+        consume: let the checkpoint's tensors become the model's, where their dtype allows it,
+        instead of copying them: half the memory, but the checkpoint must not be used any more.
 
         Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
         named in one line, and nothing is loaded partially.
         """
         if checkpoint.model_config is None:
             raise ArchitectureError(
-                f"{checkpoint.name}: nothing tells its architecture; name one with model= (--model)"
+                f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         clip = _build(checkpoint.model_config, None, checkpoint.name)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
@@ -138,10 +146,10 @@ class OpenClipModel:
                 f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
             )
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
-        own = {
-            key: value.to(expected[key].dtype, copy=not (take and _has_storage_alone(value, users)))
-            for key, value in weights.items()
-        }
+        own = {}
+        for key, value in weights.items():
+            keep = consume and _has_storage_alone(value, users)
+            own[key] = value.to(expected[key].dtype, copy=not keep)
         # Assigned, not copied into what was allocated for them: that memory was never touched.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(
@@ -150,6 +158,8 @@ class OpenClipModel:
             preprocess_config=checkpoint.preprocess_config,
             name=checkpoint.name,
             storage_dtypes={key: value.dtype for key, value in weights.items()},
+            companions=checkpoint.companions,
+            sha256=checkpoint.sha256,
         )
 
     @property
@@ -168,12 +178,12 @@ class OpenClipModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.clip.parameters()).device
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights of both towers."""
+        """The number of weights of both towers."""
         return sum(p.numel() for p in self.clip.parameters())
 
     def to(self, device: torch.device | str) -> OpenClipModel:
@@ -184,7 +194,7 @@ class OpenClipModel:
     def clone(self) -> OpenClipModel:
         """Return a model with a copy of the weights."""
         twin = copy.copy(self)
-        twin.heads = None
+        twin.heads, twin.sha256 = None, None
         twin.clip = copy.deepcopy(self.clip).eval().requires_grad_(False)
         return twin
 

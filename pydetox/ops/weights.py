@@ -11,8 +11,8 @@ csrc/weight_matmul; plain PyTorch: `pydetox.ops.reference`.
 Models that do not fit into memory come in parts (on the CPU): a call goes on from an earlier one's
 result, `start`. Where the tensors come in the same order and are cut only at multiples of `CHUNK`
 elements, of a sketch at multiples of 64 times its size, that gives the bits of a single call, in
-which sums are added up in the same places and in the same order. `pydetox.weight_space` does this
-for files.
+which sums are added up in the same places and in the same order. `pydetox.analysis.weight_space`
+does this for files.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def weight_diff_matmul(
     A tensor [m, ...] counts as the matrix [m, n] of its rows, n the product of the dimensions after
     the first: a convolution's weight has a row for each output channel, a bias [m] is one column.
     What a randomised SVD is made of (Halko, Martinsson and Tropp, "Finding structure with
-    randomness", SIAM Review 2011, section 4): `pydetox.spectra` has one.
+    randomness", SIAM Review 2011, section 4): `pydetox.analysis.spectra` has one.
 
     Products are added up in runs of 64, and the runs in order, so that the CPU and CUDA give the
     same bits.

@@ -11,11 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..data import ImageSet
+from ..detect.result import ScanResult
 from ..inversion import RecoveredTrigger
-from ..workflow import ScanResult
+from ..rng import child_seed
 
 #: The pictures of a trigger, and what they are called.
 PICTURES = {"mask": "mask", "pattern": "mask × pattern", "stamped": "stamped image"}
+
+
+def example_image(images: ImageSet, seed: int) -> Tensor:
+    """Return the clean image that triggers are shown on, uint8 [3, H, W]: one at random."""
+    return images.sample(1, child_seed("report.example", seed)).images.squeeze(0)
 
 
 def trigger_pictures(trigger: RecoveredTrigger, example: Tensor) -> dict[str, NDArray[np.uint8]]:

@@ -45,7 +45,7 @@ def alpha_series(search: Mapping[str, Any]) -> list[Series]:
 
 
 def is_flagged(scan: Mapping[str, Any], index: int) -> bool:
-    """Whether class `index` of a scan is the one its verdict points at."""
+    """Return whether class `index` of a scan is the one that its verdict points at."""
     names: Sequence[str] = scan.get("class_names") or []
     return (
         scan.get("verdict") in ("backdoored", "suspicious")
@@ -55,5 +55,5 @@ def is_flagged(scan: Mapping[str, Any], index: int) -> bool:
 
 
 def any_given(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether a column has anything to show."""
+    """Return whether any row has a value for that key."""
     return any(row.get(key) is not None for row in rows)

@@ -88,6 +88,11 @@ def explained(result: Mapping[str, Any]) -> str:
     return f"{verdict}: {reason}"
 
 
+def found_in_file(finding: Mapping[str, str]) -> str:
+    """Return a finding about a file in one line."""
+    return f"finding ({finding['rule']}): {finding['message']}"
+
+
 def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report of a run as `pydetox.reporting.render_text` takes it."""
     results = document["results"]
@@ -101,6 +106,11 @@ def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
             "tone": VERDICT_TONES[result["verdict"]],
         }
         for result in listed
+    ]
+    cards += [
+        {"label": result["name"], "value": found_in_file(finding), "tone": "warn"}
+        for result in results
+        for finding in result.get("findings", ())
     ]
     counts = count_cards(document) if len(results) != 1 or document["not_reached"] else []
     return {

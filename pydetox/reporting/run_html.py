@@ -114,6 +114,8 @@ def _one(result: Mapping[str, Any], largest: float, pictures: Mapping[str, bytes
         parts.append(scan_chart(result, largest))
     weights = result.get("weights") or {}
     facts: dict[str, object] = {}
+    for number_, finding in enumerate(result.get("findings") or (), 1):
+        facts[f"Finding {number_} ({finding['rule']})"] = finding["message"]
     if weights.get("layers"):
         facts["Layers that moved most"] = ", ".join(
             f"{one['name']} ({percent(one['share'])})" for one in weights["layers"]

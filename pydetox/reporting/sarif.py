@@ -38,6 +38,12 @@ _RULES = {
         "error",
         "The file is built to run code when it is loaded, or to exhaust memory.",
     ),
+    "odd": (
+        "PYDETOX004",
+        "OddFile",
+        "warning",
+        "Something about the file is odd, and does not keep it from being read.",
+    ),
 }
 
 
@@ -48,7 +54,7 @@ def to_sarif(document: Mapping[str, Any], *, version: str) -> dict[str, Any]:
     notes = [
         {
             "level": "error" if result["verdict"] == "error" else "warning",
-            "message": {"text": clean_text(f"{result['name']}: {result['reason']}")},
+            "message": {"text": clean_text(_said(result))},
             "locations": [_location(result["name"])],
         }
         for result in document["results"]
@@ -89,11 +95,24 @@ def to_sarif(document: Mapping[str, Any], *, version: str) -> dict[str, Any]:
                         "toolExecutionNotifications": notes,
                     }
                 ],
-                "results": [_result(kind, order.index(kind), r) for kind, r in findings],
+                "results": [
+                    *(_result(kind, order.index(kind), r) for kind, r in findings),
+                    *(
+                        _odd(order.index("odd"), r, one)
+                        for r in document["results"]
+                        for one in r.get("findings", ())
+                    ),
+                ],
                 "columnKind": "unicodeCodePoints",
             }
         ],
     }
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    """Name and reason; the reason of an error names the file itself."""
+    name, reason = str(result["name"]), str(result["reason"])
+    return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
 
 
 def _finding(result: Mapping[str, Any]) -> str | None:
@@ -104,7 +123,7 @@ def _finding(result: Mapping[str, Any]) -> str | None:
 
 def _result(kind: str, index: int, result: Mapping[str, Any]) -> dict[str, Any]:
     identifier, _, level, _ = _RULES[kind]
-    text = f"{result['name']}: {result['reason']}"
+    text = _said(result)
     if result.get("target"):
         text += f"; target class {result['target']}"
     # The same file with the same finding is the same alert tomorrow, wherever it lies then.
@@ -123,6 +142,24 @@ def _result(kind: str, index: int, result: Mapping[str, Any]) -> dict[str, Any]:
         "locations": [_location(result["name"])],
         "partialFingerprints": {_FINGERPRINT: hashlib.sha256(fingerprint).hexdigest()},
         "properties": properties,
+    }
+
+
+def _odd(index: int, result: Mapping[str, Any], finding: Mapping[str, str]) -> dict[str, Any]:
+    """A finding about a file."""
+    identifier, _, level, _ = _RULES["odd"]
+    content = result.get("sha256") or result["name"]
+    said = f"{identifier}:{content}:{finding['rule']}:{finding['message']}"
+    return {
+        "ruleId": identifier,
+        "ruleIndex": index,
+        "level": level,
+        "message": {"text": clean_text(f"{result['name']}: {finding['message']}")},
+        "locations": [_location(result["name"])],
+        "partialFingerprints": {
+            _FINGERPRINT: hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()
+        },
+        "properties": {"rule": finding["rule"]},
     }
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..workflow import ScanConfig
+    from ..data import ImageSource
+    from ..detect.configuration import ScanConfig
 
 EngineName = Literal["auto", "inline", "local", "ray"]
 
@@ -73,7 +74,8 @@ class ScannerConfig:
         threads: CPU threads of each worker; None to share out the cores.
         address: Of the Ray cluster; None to start one on this machine.
         timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
-        max_size: Weights files of more bytes are skipped; None for no limit.
+        max_size: Checkpoints whose weights files have more bytes together are skipped; None for no
+            limit.
         max_memory: Bytes that a worker may need; what would need more is skipped (see
             `memory.Limits`). None for no limit. It is an estimate that is kept, not a limit set for
             the processes.
@@ -205,21 +207,37 @@ class ScannerConfig:
         content = {**self.results_part(), **contents}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def image_source(self) -> ImageSource:
+        """Return the images as they are described; DataError for names or prompts without sense.
+
+        A scan uses no labels, and fine-tunes references to the base's predictions without them.
+        """
+        from ..data import ImageSource
+
+        return ImageSource(
+            self.images,
+            class_names=None if self.class_names is None else Path(self.class_names),
+            templates=None if self.templates is None else Path(self.templates),
+            max_images=self.max_images,
+            resize=self.resize,
+            seed=self.seed,
+            labels_required=False,
+        )
+
     @property
     def makes_calibration(self) -> bool:
         """Whether a calibration is made, not read."""
         given = self.base is not None or bool(self.reference_models)
         return given and self.calibration is None
 
-    def scan_config(self, *, contrast: bool | None = None) -> ScanConfig:
+    def scan_config(self) -> ScanConfig:
         """Return the configuration of a single scan.
 
-        contrast: whether it is in contrast to the base; None if that follows from the reference
-        models. With a calibration file, the file tells.
+        What it compares with decides whether it is in contrast to the base (see `ReferencePlan`).
         """
+        from ..detect.configuration import ScanConfig
         from ..inversion import InversionConfig
         from ..training import TrainConfig
-        from ..workflow import ScanConfig
 
         config = ScanConfig(
             objective=self.objective,
@@ -233,11 +251,7 @@ class ScannerConfig:
             ),
             seed=self.seed,
         )
-        if self.keep_all:
-            config = dataclasses.replace(config, drop_below=None)
-        if contrast is None:
-            contrast = self.base is not None and bool(self.reference_models)
-        return config.in_contrast() if contrast else config
+        return dataclasses.replace(config, drop_below=None) if self.keep_all else config
 
 
 def _absolute(reference: str) -> str:

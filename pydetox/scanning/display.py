@@ -69,13 +69,16 @@ class Display:
         if handle is not None:
             handle(**particulars)
 
-    def log(self, message: str) -> None:
-        """Write a line that says what went wrong with one checkpoint."""
-        line = f"error: {one_line(message)}"
+    def log(self, message: str, kind: str = "error") -> None:
+        """Write a line that says what went wrong, with one checkpoint by default."""
+        line = f"{kind}: {one_line(message)}"
         if self._live is None:
             print(line, file=sys.stderr)  # noqa: T201
         else:
             self._console.print(Text(line))
+
+    def _on_warning(self, message: str) -> None:
+        self.log(message, kind="warning")
 
     def _on_worker_started(self, worker: int, pid: int) -> None:
         # A single checkpoint in this process has a bar of its own; workers have none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
@@ -45,7 +44,7 @@ def estimate(config: ScannerConfig, targets: list[Target]) -> Estimate | None:
     from .memory import Limits
     from .worker import Worker
 
-    sizes = {target.name: _size(target.path) for target in targets if target.problem is None}
+    sizes = {target.name: target.size() for target in targets if target.problem is None}
     workers, threads = share_out(config, len(targets))
     worker = Worker(config, config.device, threads)
     limits = Limits.of(config)
@@ -53,7 +52,7 @@ def estimate(config: ScannerConfig, targets: list[Target]) -> Estimate | None:
     memory = limits.memory(max(scanned, default=0))
     for target in targets:
         size = sizes.get(target.name)
-        if size is None or limits.refusal(size) is not None:
+        if not size or limits.refusal(size) is not None:
             continue
         try:
             read, step = worker.time(target.reference)
@@ -63,12 +62,3 @@ def estimate(config: ScannerConfig, targets: list[Target]) -> Estimate | None:
         each = read + config.steps * step
         return Estimate(scale * each / workers, step, target.name, workers, threads, memory)
     return None
-
-
-def _size(path: str | None) -> int | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).stat().st_size or None
-    except OSError:
-        return None

@@ -23,7 +23,7 @@ class Limits:
     """What a checkpoint must not exceed to be scanned; all in bytes.
 
     Attributes:
-        max_size: Of its file; None for no limit.
+        max_size: Of all its weights files together; None for no limit.
         max_memory: Of the worker that scans it; None for no limit.
         beside: What a worker needs beside the checkpoints.
     """
@@ -95,11 +95,11 @@ def return_freed() -> None:
 
 
 def _size_of_base(config: ScannerConfig) -> int:
-    from .targets import resolve_weights
+    from ..checkpoints import identify_checkpoint
 
     # Nothing is downloaded for a figure that nobody asked for.
     offline = config.offline or config.max_memory is None
     try:
-        return resolve_weights(str(config.base), offline=offline).stat().st_size
-    except (PydetoxError, OSError):
+        return identify_checkpoint(str(config.base), offline=offline).nbytes
+    except PydetoxError:
         return 0  # reading it will say what is wrong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class ScanRecord:
         sha256: Of the weights file; None when it was not read to the end.
         duplicate_of: Name of the target with the same content that was scanned.
         weights: Relation to the base (see `weights.Reference.relation`); None without a base.
+        findings: What is odd about the file: `rule` and `message` of each (see
+            `pydetox.checkpoints.Finding`); they are no part of the verdict.
         scan: `ScanResult.to_dict()` without name, calibration and seconds; empty without a scan.
         seconds: Wall time by step.
         attempts: 2 when a worker died over it.
@@ -54,6 +56,7 @@ class ScanRecord:
     sha256: str | None = None
     duplicate_of: str | None = None
     weights: Mapping[str, Any] | None = None
+    findings: Sequence[Mapping[str, str]] = ()
     scan: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     attempts: int = 0
@@ -83,6 +86,7 @@ class ScanRecord:
             "sha256": self.sha256,
             "duplicate_of": self.duplicate_of,
             "weights": None if self.weights is None else dict(self.weights),
+            "findings": [dict(finding) for finding in self.findings],
             **{k: v for k, v in self.scan.items() if k not in ("verdict", "reason", "sha256")},
             "seconds": dict(self.seconds),
             "attempts": self.attempts,

@@ -22,7 +22,8 @@ class Run:
     Attributes:
         folder: Where it is.
         records: Of the targets that were reached, in the order of the targets.
-        not_reached: Names of the others; empty when the scan came to its end.
+        not_reached: Names of the others, and of those whose results are damaged; empty when the
+            scan came to its end.
         ignored: What was no checkpoint: name and reason.
         configuration: What decides the results.
         calibration: The clean references, None without a base.
@@ -49,10 +50,16 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
             ignored = [(one[0], one[1]) for one in event["ignored"]]
             found = {}
         elif event["event"] == "record":
+            try:
+                part = read_part(path, event["key"])
+            except DataError:
+                # Its result is lost or damaged: as if the scan had not come to it.
+                found.pop(event["name"], None)
+                continue
             found[event["name"]] = record_of_part(
                 event["name"],
                 event["key"],
-                read_part(path, event["key"]),
+                part,
                 duplicate_of=event["duplicate_of"],
                 resumed=event["resumed"],
             )

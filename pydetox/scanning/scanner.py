@@ -10,8 +10,8 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration_file import read_calibration
-from ..data import ImageSource
+from ..checkpoints import identify_checkpoint
+from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
     DataError,
@@ -25,7 +25,7 @@ from .engines import open_engine
 from .memory import Limits
 from .record import ScanRecord
 from .store import RunStore
-from .targets import Target, Targets, find_targets, resolve_weights
+from .targets import Target, Targets, find_targets
 from .tasks import Engine, Kind, Notify, Outcome, Task, decode_artifacts, failure
 from .version import code_version
 from .weights import suspicion
@@ -59,11 +59,17 @@ class Scanner:
         *,
         run: str | os.PathLike[str] | None = None,
         notify: Notify | None = None,
+        code: str | None = None,
     ) -> None:
-        """config: what to do. run: the run folder. notify: called with what happens."""
+        """Prepare a scan; nothing is read yet.
+
+        config: what to do. run: the run folder. notify: called with what happens. code: the version
+        under which results are kept, and looked up in the run folder; None for `code_version()`.
+        """
         self._config = config.absolute()
         self._run = None if run is None else Path(run)
         self._notify = notify or _silent
+        self._code = code or code_version()
         self._limits = Limits(config.max_size, config.max_memory, 0)
         self._store: RunStore | None = None
         self._prefix = ""
@@ -90,8 +96,9 @@ class Scanner:
         config = self._config
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
-        digest = config.digest(_contents(config))
-        self._prefix = f"{digest}:{code_version()}"
+        contents = _contents(config)
+        digest = config.digest(contents)
+        self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
             self.calibration = read_calibration(Path(config.calibration)).to_dict()
         if not self.targets.targets:
@@ -99,8 +106,8 @@ class Scanner:
         engine: Engine | None = None
         try:
             if self._run is not None:
-                self._store = RunStore(self._run)
-                self._store.bind(config.results_part(), digest)
+                self._store = RunStore(self._run, self._warn)
+                self._store.bind(config.results_part(), digest, contents)
                 if self.calibration is not None:
                     self._store.write_calibration(self._prefix, self.calibration)
             self._log_start()
@@ -156,19 +163,22 @@ class Scanner:
         by_task = {self._scan_task(group): group for group in waiting}
         for outcome in engine.run(by_task):
             group = by_task[outcome.task]
-            yield from self._finish(group, _scan_part(outcome), decode_artifacts(outcome.value))
+            part = _scan_part(outcome, group.first.name)
+            yield from self._finish(group, part, decode_artifacts(outcome.value))
 
     def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
         """Yield each target with its place and what is known: {"result"} or {"error"}."""
-        known = {} if self._store is None else self._store.surveys()
+        known = {} if self._store is None else self._store.surveys(self._code)
         self._tell("stage", name="survey", total=len(self.targets.targets))
         tasks: dict[Task, tuple[int, Target, tuple[int, ...] | None]] = {}
         for place, target in enumerate(self.targets.targets):
             if target.problem is not None:
                 yield place, target, failure(target.problem, "checkpoint")
                 continue
-            signature = target.signature()
-            refusal = None if signature is None else self._limits.refusal(signature[0])
+            identity = target.identity()
+            signature = None if identity is None else identity.signature()
+            size = target.size(identity)
+            refusal = None if size is None else self._limits.refusal(size)
             if refusal is not None:
                 yield place, target, {"result": {"skipped": refusal}}
                 continue
@@ -185,7 +195,9 @@ class Scanner:
             _refuse_setup(outcome)
             self._tell("surveyed", name=target.name)
             # The file as it was before it was read: one that changed since is surveyed again.
-            self._log("surveyed", name=target.name, signature=signature, value=value)
+            self._log(
+                "surveyed", name=target.name, signature=signature, code=self._code, value=value
+            )
             yield place, target, value
 
     def _calibrate(self, engine: Engine, *, needed: bool) -> dict[str, Any] | None:
@@ -211,6 +223,7 @@ class Scanner:
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],
+            "content": group.survey["result"]["content"],
             "calibration": self.calibration if self._config.makes_calibration else None,
         }
         return self._task("scan", group.first.name, payload)
@@ -224,6 +237,7 @@ class Scanner:
         whole = {
             "sha256": found["sha256"],
             "weights": found["weights"],
+            "findings": found.get("findings", []),
             **part,
             "seconds": {**seconds, **part.get("seconds", {})},
         }
@@ -257,7 +271,7 @@ class Scanner:
         skipped = survey.get("result", {}).get("skipped")
         part = {
             "verdict": "error" if skipped is None else "skipped",
-            "reason": survey["error"] if skipped is None else skipped,
+            "reason": _naming(target.name, survey["error"]) if skipped is None else skipped,
             "error_kind": survey.get("kind"),
             "seconds": {"survey": survey.get("seconds", {}).get("total")},
             "attempts": survey.get("attempts", 0),
@@ -269,7 +283,11 @@ class Scanner:
     def _known_part(self, key: str) -> dict[str, Any] | None:
         if self._store is None or not self._store.has_part(key):
             return None
-        part = self._store.read_part(key)
+        try:
+            part = self._store.read_part(key)
+        except DataError as error:
+            self._warn(f"{error}; it is computed again")
+            return None
         return None if part["verdict"] == "error" and self._config.retry_errors else part
 
     def _key(self, content: str) -> str:
@@ -285,6 +303,9 @@ class Scanner:
             self._log(event, **particulars)
         self._notify(event, **particulars)
 
+    def _warn(self, message: str) -> None:
+        self._notify("warning", message=message)
+
     def _log(self, event: str, **particulars: Any) -> None:
         if self._store is not None:
             self._store.event(event, **particulars)
@@ -293,7 +314,7 @@ class Scanner:
         decides = self._config.results_part()
         self._log(
             "run-started",
-            code=code_version(),
+            code=self._code,
             targets=[target.name for target in self.targets.targets],
             ignored=[list(one) for one in self.targets.ignored],
             other_shards=self.targets.other_shards,
@@ -362,6 +383,7 @@ def record_of_part(
         sha256=part.get("sha256"),
         duplicate_of=duplicate_of,
         weights=part.get("weights"),
+        findings=tuple(part.get("findings", ())),
         scan=part.get("scan", {}),
         seconds={k: v for k, v in part.get("seconds", {}).items() if v is not None},
         attempts=part.get("attempts", 0),
@@ -370,13 +392,19 @@ def record_of_part(
     )
 
 
-def _scan_part(outcome: Outcome) -> dict[str, Any]:
+def _naming(name: str, error: str) -> str:
+    """Return an error that says which target it is of."""
+    return error if name in error else f"{name}: {error}"
+
+
+def _scan_part(outcome: Outcome, name: str) -> dict[str, Any]:
     _refuse_setup(outcome)
     common = {"attempts": outcome.attempts, "seconds": outcome.value.get("seconds", {})}
     if outcome.error is not None:
         more = {k: v for k, v in outcome.value.items() if k == "traceback"}
         kind = outcome.error_kind
-        return {"verdict": "error", "reason": outcome.error, "error_kind": kind, **more, **common}
+        reason = _naming(name, outcome.error)
+        return {"verdict": "error", "reason": reason, "error_kind": kind, **more, **common}
     scan = outcome.value["result"]
     return {"verdict": scan["verdict"], "reason": scan["reason"], "scan": scan, **common}
 
@@ -388,28 +416,26 @@ def _refuse_setup(outcome: Outcome) -> None:
 
 def _contents(config: ScannerConfig) -> dict[str, str]:
     """Return digests of the files that a configuration names; raises when one cannot be read."""
-    source = ImageSource(
-        config.images,
-        class_names=None if config.class_names is None else Path(config.class_names),
-        templates=None if config.templates is None else Path(config.templates),
-        max_images=config.max_images,
-        resize=config.resize,
-        seed=config.seed,
-    )
-    found = {"images": source.digest(), "class_names": "", "templates": ""}
+    found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
     if config.model is not None and Path(config.model).is_file():
         found["model"] = _file_digest(Path(config.model))
     if config.base is not None:
-        found["base"] = _file_digest(resolve_weights(config.base, offline=config.offline))
+        found["base"] = _checkpoint_digest(config, config.base)
     found["reference_models"] = ",".join(
-        _file_digest(resolve_weights(name, offline=config.offline))
-        for name in config.reference_models
+        _checkpoint_digest(config, name) for name in config.reference_models
     )
     if config.calibration is not None:
         found["calibration"] = _file_digest(Path(config.calibration))
     if config.known_vectors:
-        found["known_vectors"] = ",".join(_file_digest(Path(v)) for v in config.known_vectors)
+        found["known_vectors"] = ",".join(
+            identify_checkpoint(Path(v)).sha256() for v in config.known_vectors
+        )
     return found
+
+
+def _checkpoint_digest(config: ScannerConfig, reference: str) -> str:
+    identity = identify_checkpoint(reference, model=config.model, offline=config.offline)
+    return identity.digest()
 
 
 def _file_digest(path: Path) -> str:

@@ -16,12 +16,14 @@ checkpoint's content, the configuration and the code: a part is valid wherever i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,19 +40,25 @@ _EVENTS, _CONFIG, _CALIBRATION, _INDEX, _LOCK = (
     "index.sqlite",
     "lock",
 )
+_INDEX_SECONDS = 0.5  # how long to wait for somebody who reads the table
 _COLUMNS = ("name", "verdict", "reason", "target", "p_l1", "score", "sha256", "duplicate_of", "key")
 
 
 class RunStore:
     """A run folder that a driver works on. A context manager."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], warn: Callable[[str], None] | None = None
+    ) -> None:
         """Open a run folder, making it if it is not there.
+
+        warn: called with a line about what does not work and is not needed, such as the index.
 
         Raises UsageError when another driver is at work in it, OutputError when it cannot be
         written.
         """
         self.folder = Path(folder)
+        self._warn = warn or (lambda message: None)
         try:
             for name in ("parts", "triggers"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -60,10 +68,17 @@ class RunStore:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
-            raise UsageError(f"{self.folder}: another scan is at work in this run") from error
-        self._events: BinaryIO | None = None
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(self._lock)
+                raise UsageError(f"{self.folder}: another scan is at work in this run") from error
+            reason = error.strerror or error
+            self._warn(
+                f"{self.folder}: its drive cannot lock files ({reason}); see to it that no other "
+                "scan works in this run"
+            )
+        self._events: FileIO | None = None
         self._index: sqlite3.Connection | None = None
+        self._index_warned = False
         try:
             self.history = list(read_events(self.folder))
             self._events = self._open_events()
@@ -72,14 +87,26 @@ class RunStore:
             self.close()
             raise
 
-    def bind(self, configuration: Mapping[str, Any], digest: str) -> None:
+    def bind(
+        self,
+        configuration: Mapping[str, Any],
+        digest: str,
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the configuration, or check that the run was made with the same one.
 
-        configuration: what decides the results. Raises UsageError, naming the difference.
+        configuration: what decides the results. contents: hashes of the files that it names, by
+        attribute. Raises UsageError, naming the difference.
         """
         path = self.folder / _CONFIG
-        if not path.exists():
-            content = {"schema": CONFIG_SCHEMA, "digest": digest, "configuration": configuration}
+        contents = dict(contents or {})
+        if not path.exists() or _is_blank(path):
+            content = {
+                "schema": CONFIG_SCHEMA,
+                "digest": digest,
+                "configuration": configuration,
+                "contents": contents,
+            }
             write_file(path, f"{to_json(content)}\n")
             return
         known = read_run_config(self.folder)
@@ -87,11 +114,16 @@ class RunStore:
             return
         old = known["configuration"]
         changed = [k for k, v in configuration.items() if k not in old or old[k] != v]
-        what = (
-            f"{changed[0]} was {old.get(changed[0])!r} and is {configuration[changed[0]]!r}"
-            if changed
-            else "the files that it names have changed"
-        )
+        then = known.get("contents") or {}
+        files = [k for k in contents if k in then and then[k] != contents[k]]
+        # A path may change as long as what it leads to is the same.
+        changed = [k for k in changed if k not in contents or k in files or k not in then]
+        if files and (not changed or changed[0] in files):
+            what = f"what {files[0]} names ({configuration.get(files[0])}) has changed"
+        elif changed:
+            what = f"{changed[0]} was {old.get(changed[0])!r} and is {configuration[changed[0]]!r}"
+        else:
+            what = "the files that it names have changed"
         raise UsageError(
             f"{self.folder}: the run was made with another configuration: {what}; give the new "
             "one a run of its own"
@@ -100,19 +132,32 @@ class RunStore:
     def event(self, event: str, **particulars: Any) -> None:
         """Append a line to the log."""
         assert self._events is not None
+        size = os.fstat(self._events.fileno()).st_size
         line = {"time": round(time.time(), 3), "event": event, **particulars}
         try:
-            self._events.write(f"{to_json(line, indent=None)}\n".encode())
-            self._events.flush()
+            data = memoryview(f"{to_json(line, indent=None)}\n".encode())
+            while data:
+                data = data[self._events.write(data) :]
         except OSError as error:
+            # Half a line must not become the beginning of the next one.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._events.fileno(), size)
             raise output_error(self.folder / _EVENTS, error) from error
 
-    def surveys(self) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
-        """Return what earlier surveys found, by name and signature."""
+    def surveys(self, code: str) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
+        """Return what surveys by the same code found, by name and signature.
+
+        Surveys by other code are left out: it may have refused what this code reads, or read what
+        this code refuses. A checkpoint that was skipped is left out, too, because the limits are no
+        part of a run's configuration.
+        """
         return {
             (line["name"], tuple(line["signature"])): line["value"]
             for line in self.history
-            if line["event"] == "surveyed" and line.get("signature")
+            if line["event"] == "surveyed"
+            and line.get("code") == code
+            and line.get("signature")
+            and "skipped" not in line["value"].get("result", {})
         }
 
     def has_part(self, key: str) -> bool:
@@ -146,30 +191,40 @@ class RunStore:
 
     def write_calibration(self, key: str, calibration: Mapping[str, Any]) -> None:
         """Keep a calibration; the file is one that `--calibration` reads, too."""
-        from ..calibration_file import (
-            CALIBRATION_SCHEMA,  # a run without calibration needs no scipy
-        )
+        from ..detect.calibration_file import CALIBRATION_SCHEMA
 
         content = {"schema": CALIBRATION_SCHEMA, "made_with": key, **calibration}
         write_file(self.folder / _CALIBRATION, f"{to_json(content)}\n")
 
     def index_record(self, record: Mapping[str, Any]) -> None:
-        """Put a record into the table."""
-        assert self._index is not None
+        """Put a record into the table.
+
+        The table is derived: when it cannot be written, a warning says so, once, and the scan goes
+        on. While somebody reads it, records wait for the next chance.
+        """
+        if self._index is None:
+            return
         row = [to_plain(record.get(column)) for column in _COLUMNS]
         marks = ", ".join("?" * len(row))
-        self._index.execute(f"INSERT OR REPLACE INTO records VALUES ({marks})", row)
-        self._index.commit()
+        try:
+            self._index.execute(f"INSERT OR REPLACE INTO records VALUES ({marks})", row)
+            self._index.commit()
+        except sqlite3.Error as error:
+            if not self._index_warned:
+                self._warn(f"{self.folder / _INDEX}: cannot be written now: {error}")
+                self._index_warned = True
 
     def close(self) -> None:
         """Close everything and give the folder free; may be called twice."""
         if self._index is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._index.commit()
-            self._index.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._index.close()
             self._index = None
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # nothing is buffered
+                self._events.close()
             self._events = None
         if self._lock >= 0:
             os.close(self._lock)
@@ -181,9 +236,9 @@ class RunStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_events(self) -> BinaryIO:
+    def _open_events(self) -> FileIO:
         path = self.folder / _EVENTS
-        file = path.open("ab")
+        file = path.open("ab", buffering=0)
         # A driver that was killed in the middle of a line: the line says nothing, and goes.
         size = path.stat().st_size
         if size:
@@ -193,16 +248,26 @@ class RunStore:
                     old.truncate(keep)
         return file
 
-    def _open_index(self) -> sqlite3.Connection:
-        """A new table every time: it is derived, and a damaged one must not stop a scan."""
+    def _open_index(self) -> sqlite3.Connection | None:
+        """Make a new table every time: it is derived, and a damaged one must not stop a scan.
+
+        Return None, after a warning, where the drive cannot hold a database.
+        """
         path = self.folder / _INDEX
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
-        index = sqlite3.connect(path)
-        index.execute("PRAGMA synchronous = OFF")
         columns = ", ".join(f"{c} {'REAL' if c in ('p_l1', 'score') else 'TEXT'}" for c in _COLUMNS)
-        index.execute(f"CREATE TABLE records ({columns}, PRIMARY KEY (name))")
-        index.commit()
+        index = None
+        try:
+            for suffix in ("", "-journal", "-wal", "-shm"):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+            index = sqlite3.connect(path, timeout=_INDEX_SECONDS)
+            index.execute("PRAGMA synchronous = OFF")
+            index.execute(f"CREATE TABLE records ({columns}, PRIMARY KEY (name))")
+            index.commit()
+        except (sqlite3.Error, OSError) as error:
+            self._warn(f"{path}: there is no table of this scan: {error}")
+            if index is not None:
+                index.close()
+            return None
         return index
 
 
@@ -217,9 +282,16 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: half a line
+        # A power cut may leave a block of NULs where a line was to be: that line is lost, and the
+        # one behind it may have begun within the block.
+        whole = line.strip(b"\0")
+        if whole != line and not whole:
+            continue
         try:
-            content = json.loads(line)
+            content = json.loads(whole)
         except (ValueError, RecursionError) as error:
+            if b"\0" in line:
+                continue
             raise DataError(f"{path}, line {number}: is damaged") from error
         if not isinstance(content, dict) or not isinstance(content.get("event"), str):
             raise DataError(f"{path}, line {number}: is damaged")
@@ -267,6 +339,14 @@ def read_artifacts(folder: str | os.PathLike[str], key: str) -> dict[str, bytes]
         with contextlib.suppress(FileNotFoundError):
             found[name] = (Path(folder) / "triggers" / f"{key}.{name}").read_bytes()
     return found
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file is empty or all NULs, as a power cut may leave it."""
+    try:
+        return not path.read_bytes().strip(b"\0")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _whole_lines(file: BinaryIO, size: int) -> int:

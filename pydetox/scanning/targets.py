@@ -15,17 +15,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoints import parse_reference
-from ..checkpoints.architecture import CONFIG_NAME
-from ..checkpoints.hub import fetch_pretrained, fetch_repository
-from ..checkpoints.sources import WEIGHT_NAMES
+from ..checkpoints import CheckpointIdentity, identify_checkpoint, parse_reference
+from ..checkpoints.layout import (
+    WEIGHT_NAMES,
+    find_weights,
+    index_of_shard,
+    is_shard_index_name,
+    is_weights_name,
+)
 from ..errors import CheckpointError, UsageError
 from .store import is_run
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 LIST_SUFFIX = ".txt"
-_INDEX_SUFFIX = ".index.json"
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -36,7 +37,7 @@ class Target:
     Attributes:
         name: As it stands in reports; different for each target.
         reference: What `load_checkpoint` takes.
-        path: The weights file, None for what is not on the disk yet.
+        path: The weights file or the index of shards, None for what is not on the disk yet.
         problem: Why it cannot be scanned, known without looking into it.
     """
 
@@ -45,26 +46,33 @@ class Target:
     path: str | None = None
     problem: str | None = None
 
-    def signature(self) -> tuple[int, ...] | None:
-        """Return size, times and inode of the weights and of the configuration beside them.
+    def identity(self) -> CheckpointIdentity | None:
+        """Return the files that it is; None for what is not on the disk or cannot be resolved.
 
-        None when there is no such file. The time of the inode's change cannot be set by a program,
-        so that a file with the same signature is the same file.
+        Whoever reads it then says why.
         """
         if self.path is None:
             return None
-        try:
-            found = [Path(self.path).stat()]
-        except (OSError, ValueError):
+        with contextlib.suppress(CheckpointError, UsageError):
+            return identify_checkpoint(self.reference)
+        return None
+
+    def signature(self) -> tuple[int, ...] | None:
+        """Return the signature of all its files; None for what has no identity."""
+        identity = self.identity()
+        return None if identity is None else identity.signature()
+
+    def size(self, identity: CheckpointIdentity | None = None) -> int | None:
+        """Return the bytes of its weights, all shards together; None if that is not known.
+
+        identity: its own, if it was found already.
+        """
+        identity = identity or self.identity()
+        if identity is None:
             return None
-        beside = Path(self.path).parent / CONFIG_NAME
-        with contextlib.suppress(OSError, ValueError):
-            found.append(beside.stat())
-        return tuple(
-            number
-            for s in found
-            for number in (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
-        )
+        with contextlib.suppress(CheckpointError):
+            return identity.nbytes
+        return None
 
 
 @dataclass
@@ -104,28 +112,6 @@ def find_targets(
     return found
 
 
-def resolve_weights(reference: str, *, offline: bool) -> Path:
-    """Return the weights file that a name means, downloading it if need be.
-
-    Raises what `load_checkpoint` raises when there is none.
-    """
-    parsed = parse_reference(reference)
-    if parsed.model is not None and parsed.tag is not None:
-        return fetch_pretrained(parsed.model, parsed.tag, cache_dir=None, offline=offline)[0]
-    if parsed.repository is not None:
-        return fetch_repository(
-            parsed.repository, parsed.revision, cache_dir=None, offline=offline
-        )[0]
-    assert parsed.path is not None
-    if not parsed.path.is_dir():
-        return parsed.path
-    names = sorted(entry.name for entry in parsed.path.iterdir())
-    candidates = [n for n in WEIGHT_NAMES if n in names] or [n for n in names if _is_weights(n)]
-    if not candidates:
-        raise CheckpointError(f"{parsed.path}: holds no weights")
-    return parsed.path / candidates[0]
-
-
 def _expand(
     specs: Iterable[str | os.PathLike[str]], found: Targets, root: Path, lists: tuple[Path, ...]
 ) -> Iterator[Target]:
@@ -163,8 +149,13 @@ def _at(path: Path, found: Targets, lists: tuple[Path, ...], *, explicit: bool) 
         yield from inside
     elif explicit and path.suffix.lower() == LIST_SUFFIX:
         yield from _read_list(path, found, lists)
-    elif explicit or _is_weights(path.name):
+    elif explicit:
         yield _file_target(path)
+    elif is_weights_name(path.name) or is_shard_index_name(path.name):
+        index = index_of_shard(path.name)
+        whole = None if index is None else path.with_name(index)
+        # A glob that matches the shards means the checkpoint, which their index is.
+        yield _file_target(whole if whole is not None and whole.is_file() else path)
     else:
         found.ignored.append((str(path), "is no weights file by its name"))
 
@@ -214,45 +205,39 @@ def _walk(top: Path, found: Targets) -> Iterator[Target]:
 def _in_folder(folder: Path, files: list[str], found: Targets) -> Iterator[Target]:
     weights = []
     for name in files:
-        shard = _SHARD.fullmatch(name)
-        if name.endswith(_INDEX_SUFFIX):
+        index = index_of_shard(name)
+        if is_shard_index_name(name):
             weights.append(name)
-        elif not _is_weights(name):
+        elif not is_weights_name(name):
             found.ignored.append((str(folder / name), "is no weights file by its name"))
-        elif shard and f"{shard['stem']}{shard['suffix']}{_INDEX_SUFFIX}" in files:
-            index = f"{shard['stem']}{shard['suffix']}{_INDEX_SUFFIX}"
+        elif index in files:
             found.ignored.append((str(folder / name), f"is a part of {index}"))
         else:
             weights.append(name)
     # The file that the folder itself means, in open_clip's layout, goes by the folder's name.
-    main = next((name for name in WEIGHT_NAMES if name in weights), None)
-    if main is not None:
-        yield _folder_target(str(folder), folder)
+    main = _main_file(folder) if set(weights) & set(WEIGHT_NAMES) else None
+    if main is not None and main.name in WEIGHT_NAMES:
+        yield Target(str(folder), f"local-dir:{folder.absolute()}", str(main))
     for name in weights:
-        if name != main:
+        if main is None or name != main.name or name not in WEIGHT_NAMES:
             yield _file_target(folder / name)
 
 
 def _folder_target(name: str, folder: Path) -> Target:
-    reference = f"local-dir:{folder.absolute()}"
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return Target(name, reference)  # reading it will say why
-    main = next((n for n in WEIGHT_NAMES if n in names), None)
-    if main is None:
-        candidates = list(filter(_is_weights, names))
-        main = candidates[0] if len(candidates) == 1 else None
-    return Target(name, reference, None if main is None else str(folder / main))
+    main = _main_file(folder)
+    return Target(name, f"local-dir:{folder.absolute()}", None if main is None else str(main))
+
+
+def _main_file(folder: Path) -> Path | None:
+    """Return the file that a folder means, None if that is not clear: reading it will say why."""
+    with contextlib.suppress(CheckpointError):
+        return find_weights(folder, folder_expected=True)
+    return None
 
 
 def _file_target(path: Path) -> Target:
     # Absolute: workers may run elsewhere, and a relative `A,B` could be a name of open_clip's.
     return Target(str(path), str(path.absolute()), str(path))
-
-
-def _is_weights(name: str) -> bool:
-    return name.lower().endswith(WEIGHT_SUFFIXES)
 
 
 def _bucket(name: str, count: int) -> int:

@@ -7,25 +7,33 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
+#: What else the results depend on: models, prompts' tokens, decoding of images, sums.
+_LIBRARIES = ("torch", "open_clip_torch", "torchvision", "timm", "numpy", "pillow")
+
 
 @functools.cache
 def code_version() -> str:
-    """Return "VERSION+DIGEST": of pydetox, and of its sources and native code and torch's version.
+    """Return "VERSION+DIGEST": pydetox's version, and a hash of all code that makes the results.
 
-    An edit of any of them makes kept results invalid: better computed again than wrong.
+    That is pydetox's sources and native code, and the versions of the libraries below it. A change
+    of any of them makes kept results invalid: better computed again than wrong.
     """
     package = Path(__file__).resolve().parent.parent
     hasher = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         counts = path.suffix in (".py", ".txt", ".json") or (
-            path.suffix == ".so" and path.name.startswith("_C")
+            path.suffix == ".so" and not path.name.startswith("_emulator")
         )
         if counts and path.is_file():
             hasher.update(f"{path.relative_to(package)}\0".encode())
             hasher.update(hashlib.sha256(path.read_bytes()).digest())
-    hasher.update(metadata.version("torch").encode())
+    for library in _LIBRARIES:
+        hasher.update(f"{library} {_installed(library)}\0".encode())
+    return f"{_installed('pydetox') or '0+source'}+{hasher.hexdigest()[:16]}"
+
+
+def _installed(package: str) -> str | None:
     try:
-        version = metadata.version("pydetox")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        version = "0+source"
-    return f"{version}+{hasher.hexdigest()[:16]}"
+        return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from .. import workflow
-from ..calibration_file import read_calibration
-from ..checkpoints import Checkpoint, load_checkpoint
-from ..data import ImageSet, ImageSource
-from ..detection import Calibration
+from ..api import calibrate, scan
+from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..checkpoints.index import AMBIGUOUS_RULES
+from ..data import ImageSet
+from ..detect.calibration_file import read_calibration
+from ..detect.references import ReferencePlan
+from ..detect.result import ScanResult
+from ..detect.search import search_classes
+from ..detect.statistics import Calibration
 from ..errors import (
     CheckpointError,
     PydetoxError,
@@ -29,17 +33,20 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
-from ..reporting.pictures import png, trigger_pictures, weakest_trigger
+from ..reporting.documents import scan_document
+from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
+from ..session import Session
 from .config import ScannerConfig
 from .memory import Limits, return_freed
-from .targets import resolve_weights
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
 
 # Steps of a search that tell how long the others take.
 _TIMED_STEPS = 4
+# Classes whose search is timed: their images fill a batch, and text is encoded for no others.
+_TIMED_CLASSES = 32
 
 
 class SetupError(PydetoxError):
@@ -86,14 +93,7 @@ class Worker:
         self._config = config
         self._device = torch.device(device)
         self._threads = threads
-        self._images = ImageSource(
-            config.images,
-            class_names=None if config.class_names is None else Path(config.class_names),
-            templates=None if config.templates is None else Path(config.templates),
-            max_images=config.max_images,
-            resize=config.resize,
-            seed=config.seed,
-        )
+        self._images = config.image_source()
         self._heads: HeadMemo = HeadMemo()
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
@@ -132,64 +132,86 @@ class Worker:
     def time(self, reference: str) -> tuple[float, float]:
         """Return seconds to read a checkpoint, and of a step of its searches (0 without any).
 
-        A step is of all classes and families, as the whole search begins. Raises CheckpointError,
+        A step is of all classes and families, as the whole search begins; of many classes some are
+        timed and the rest is taken to need as long. Raises CheckpointError,
         and what images, class names and base raise.
         """
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference), take=True)
+        model = self._model(self._read(reference), consume=True)
         images = self._images_for(model)
+        names = images.class_names or ()
+        if len(names) > _TIMED_CLASSES:
+            images = replace(images, labels=None, class_names=names[:_TIMED_CLASSES])
+        share = min(1.0, _TIMED_CLASSES / max(1, len(names)))
         read = time.perf_counter() - start
         if not self._config.inversion:
             return read, 0.0
-        contrast = self._config.scan_config().contrast
+        calibration = None
         if self._config.calibration is not None:
-            contrast = read_calibration(Path(self._config.calibration)).relative
+            calibration = read_calibration(Path(self._config.calibration))
+        plan = self._plan(calibration)
+        session = Session.open(
+            model,
+            images,
+            templates=self._images.prompts,
+            base=self._base_model() if plan.config.contrast else None,
+        )
         seconds = []
         for steps in (1, _TIMED_STEPS):
-            config = self._config.scan_config(contrast=contrast)
-            config = replace(config, inversion=replace(config.inversion, steps=steps))
-            found = workflow.scan(
-                model,
-                images,
-                base=self._base_model() if contrast else None,
-                templates=self._images.prompts,
-                config=config,
-            )
-            everything = (found.inversion, *(one.inversion for one in found.others))
-            seconds.append(sum(one.seconds for one in everything))
-        return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1)
+            few = replace(plan.config, inversion=replace(plan.config.inversion, steps=steps))
+            found = [
+                search_classes(session, few, family, description=f"timing ({family})")
+                for family in few.searched
+            ]
+            seconds.append(sum(one.seconds for one in found))
+        return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1) / share
+
+    def _plan(self, calibration: Calibration | None) -> ReferencePlan:
+        """Return what a scan with that calibration compares with."""
+        return ReferencePlan.decide(
+            self._config.scan_config(),
+            base=self._config.base,
+            references=None if calibration else self._config.reference_models or None,
+            calibration=calibration,
+        )
 
     def _read(self, reference: str) -> Checkpoint:
-        return load_checkpoint(reference, model=self._config.model, offline=self._config.offline)
+        checkpoint = read_checkpoint(self._identify(reference))
+        for finding in checkpoint.findings:
+            if finding.rule in AMBIGUOUS_RULES:
+                # A verdict would be one about other weights than a user's loader takes, perhaps.
+                raise CheckpointError(
+                    f"{checkpoint.path}: {finding.message} (of pydetox convert, whose result can "
+                    "be scanned)"
+                )
+        return checkpoint
+
+    def _identify(self, reference: str) -> CheckpointIdentity:
+        return identify_checkpoint(
+            reference, model=self._config.model, offline=self._config.offline
+        )
 
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
+        identity = self._identify(reference)
         if not (limits.max_size is None and limits.max_memory is None):
-            path = resolve_weights(reference, offline=self._config.offline)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-            refusal = limits.refusal(size)
+            refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
-        checkpoint = self._read(reference)
+        checkpoint = read_checkpoint(identity)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
-        content = json.dumps(
-            [checkpoint.sha256, checkpoint.model_config, checkpoint.preprocess_config],
-            sort_keys=True,
-        )
         result = {
             "sha256": checkpoint.sha256,
-            "content": hashlib.sha256(content.encode()).hexdigest(),
+            "content": checkpoint.digest,
             "format": checkpoint.format,
-            "size": checkpoint.path.stat().st_size,
+            "size": identity.nbytes,
             "parameters": sum(t.numel() for t in checkpoint.state_dict.values()),
             "weights": relation,
+            "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
 
@@ -197,11 +219,11 @@ class Worker:
         names = self._config.reference_models
         base = None if self._config.base is None else self._base_model()
         try:
-            references = [self._model(self._read(name), take=True) for name in names]
+            references = [self._model(self._read(name), consume=True) for name in names]
         except PydetoxError as error:
             raise SetupError(str(error)) from error
         images = self._images_for(references[0] if base is None else base)
-        calibration = workflow.calibrate(
+        calibration = calibrate(
             base,
             images,
             references=references or None,
@@ -217,44 +239,46 @@ class Worker:
             checkpoint = ahead.take()
         else:
             checkpoint = self._read(str(task.payload["reference"]))
-        if checkpoint.sha256 != task.payload["sha256"]:
+        if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
-        model = self._model(checkpoint, take=True)
+        model = self._model(checkpoint, consume=True)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
         calibration = self._find_calibration(task)
-        contrast = calibration is not None and calibration.relative
-        if contrast and self._config.base is None:
-            raise SetupError(
-                f"{self._config.calibration}: made in contrast to a base; give that --base"
-            )
-        scan = workflow.scan(
+        try:
+            plan = self._plan(calibration)
+        except UsageError as error:
+            raise SetupError(f"{self._config.calibration}: {error}") from error
+        found = scan(
             model,
             images,
             calibration=calibration,
-            base=self._base_model() if contrast else None,
+            base=self._base_model() if plan.config.contrast else None,
             templates=self._images.prompts,
-            config=self._config.scan_config(contrast=contrast),
+            config=plan.config,
         )
-        scan = replace(scan, sha256=str(task.payload["sha256"]))
-        result = to_plain(scan.to_dict())
+        result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
-        best = weakest_trigger(scan)
+        best = weakest_trigger(found)
         return {
             "result": result,
             "artifacts": {
                 name: base64.b64encode(data).decode()
-                for name, data in _artifacts(scan, best, images).items()
+                for name, data in _artifacts(found, best, images, self._config.seed).items()
             },
-            "seconds": {"read": waited, "prepare": prepared, "inversion": scan.inversion.seconds},
+            "seconds": {"read": waited, "prepare": prepared, "inversion": found.inversion.seconds},
         }
 
-    def _model(self, checkpoint: Checkpoint, *, take: bool = False) -> OpenClipModel:
-        model = OpenClipModel.from_checkpoint(checkpoint, take=take)
+    def _model(self, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
+        model = OpenClipModel.from_checkpoint(checkpoint, consume=consume)
         model.name = clean_text(model.name)  # it is shown at a terminal
+        if not math.isfinite(model.logit_scale):
+            raise CheckpointError(
+                f"{checkpoint.path}: its logit_scale is {model.logit_scale}, expected a finite one"
+            )
         model.heads = self._heads
         return model.to(self._device)
 
@@ -299,7 +323,7 @@ class Worker:
         return self._calibration[1]
 
 
-def _artifacts(scan: workflow.ScanResult, best: int, images: ImageSet) -> dict[str, bytes]:
+def _artifacts(scan: ScanResult, best: int, images: ImageSet, seed: int) -> dict[str, bytes]:
     """The most suspect trigger: as tensors, and as pictures."""
     trigger = scan.inversion.trigger(best)
     targets = scan.class_names if scan.inversion.targets is not None else None
@@ -311,7 +335,7 @@ def _artifacts(scan: workflow.ScanResult, best: int, images: ImageSet) -> dict[s
         p_l1=scan.inversion.p_l1[best : best + 1],
         success=scan.inversion.success[best : best + 1],
     )
-    pictures = trigger_pictures(trigger, images.images[0])
+    pictures = trigger_pictures(trigger, example_image(images, seed))
     return {
         "trigger.safetensors": file.to_bytes(),
         **{f"{name}.png": png(picture) for name, picture in pictures.items()},

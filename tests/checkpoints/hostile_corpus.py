@@ -137,7 +137,6 @@ for module, name in [
     ("torch.hub", "load"),
     ("torch.storage", "_load_from_bytes"),
     ("torch._utils", "_import_dotted_name"),
-    ("torch.nn.modules.linear", "Linear"),
     ("numpy", "load"),
     ("pip._internal.cli.main", "main"),
     ("joblib", "load"),
@@ -217,17 +216,17 @@ def _() -> bytes:
     return pt(b"N" * (MAX_PICKLE_BYTES + 1))
 
 
-@content("deep nesting", REFUSED, "holds of type tuple")
+@content("deep nesting", REFUSED, "holds a tuple")
 def _() -> bytes:
     return pt(b"\x80\x02)" + b"\x85" * 450_000 + b".")
 
 
-@content("deep nesting as a key", REFUSED, "name is of type tuple")
+@content("deep nesting as a key", REFUSED, "name is a tuple")
 def _() -> bytes:
     return pt(b"\x80\x02})" + b"\x85" * 450_000 + b"Ns.")
 
 
-@content("a list of itself twice, and so on", REFUSED, "holds of type list")
+@content("a list of itself twice, and so on", REFUSED, "holds a list")
 def _() -> bytes:
     return pt(b"\x80\x02]q\0" + b"(h\0h\0e" * 100_000 + b".")
 
@@ -478,14 +477,14 @@ def _() -> bytes:
     return b""
 
 
-@content("pickle of torch before 1.6", REFUSED, r"before 1\.6")
+@content("pickle of torch before 1.6", UNSAFE, r"asks for '(posix|nt)\.system'")
 def _() -> bytes:
     buffer = io.BytesIO()
     torch.save(Calls(os.system, "true"), buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
 
 
-@content("tar of torch before 0.1.10", REFUSED, "is neither")
+@content("tar of torch before 0.1.10", REFUSED, "tar archive")
 def _() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:

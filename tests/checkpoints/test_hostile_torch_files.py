@@ -71,7 +71,7 @@ def test_code_is_named_and_not_run(
     payload = pickle.dumps({"a": Touch(marker)}, protocol=protocol)
     pickle.loads(payload)  # it is a working attack
     marker.rmdir()
-    refuse(write_pt(payload), r"asks for 'posix\.mkdir'|instruction DICT")
+    refuse(write_pt(payload), r"asks for 'posix\.mkdir'")
     assert not marker.exists()
 
 
@@ -85,7 +85,7 @@ def test_code_in_a_file_of_torch(tmp_path: Path) -> None:
 
 def test_protocol_0_names_its_global_first(write_pt: Callable[..., Path]) -> None:
     refuse(write_pt(b"cos\nsystem\n(S'id'\ntR."), r"asks for 'os\.system'")
-    refuse(write_pt(b"(S'id'\nios\nsystem\n."), "instruction STRING")
+    refuse(write_pt(b"(S'id'\nios\nsystem\n."), r"asks for 'os\.system'")
     refuse(write_pt(b"(ios\nsystem\n."), r"asks for 'os\.system'")
     refuse(write_pt(b"(icollections\nOrderedDict\n."), "by the instruction INST")
 
@@ -129,7 +129,7 @@ def test_every_other_instruction_alone(code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [b"\x82\x01", b"\x83\x01\0", b"o", b"P1\n", b"\x92", b"\x97", b"2", b"\xff"]
+    "code", [b"\x82\x01", b"\x83\x01\0", b"o", b"P1\n", b"\x98", b"\x97", b"2", b"\xff"]
 )
 def test_instructions_that_no_checkpoint_needs(write_pt: Callable[..., Path], code: bytes) -> None:
     refuse(
@@ -144,7 +144,8 @@ ORDERED_DICT = b"ccollections\nOrderedDict\n"
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (ORDERED_DICT + b"]\x85R.", "OrderedDict that is not made empty"),
+        (ORDERED_DICT + b"K\1\x85R.", "a dictionary of something else"),
+        (ORDERED_DICT + b"]K\1a\x85R.", "a dictionary of something else"),
         (b"K\1)R.", "no function"),
         (b"K\1)\x81.", "no class"),
         (b"K\1Nb.", "sets the state"),
@@ -178,17 +179,17 @@ def storage(kind: bytes = b"ctorch\nFloatStorage\n", count: bytes = b"K\1") -> b
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (storage(kind=b"ctorch\nQInt8Storage\n"), "unsupported type 'torch.QInt8Storage'"),
+        (storage(kind=b"ctorch\nSize\n"), "unsupported type 'torch.Size'"),
         (storage(kind=b"N"), "unsupported type something else"),
         (
             b"ctorch._utils\n_rebuild_tensor_v3\n("
             + storage(kind=b"ctorch.storage\nUntypedStorage\n", count=b"K\7")
-            + b"K\0K\1\x85K\1\x85NNctorch\nfloat32\ntR",
+            + b"K\0K\1\x85K\1\x85\x89Nctorch\nfloat32\ntR",
             "7 bytes are no whole number of float32",
         ),
         (storage(count=b"J\xff\xff\xff\xff"), "storage without a key or size"),
         (
-            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0K\1\x85)tR",
+            b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0K\1\x85)\x89NtR",
             "1 dimensions, but 0 strides",
         ),
         (
@@ -205,7 +206,7 @@ def test_tensors_without_sense(program: bytes, message: str) -> None:
 @pytest.mark.parametrize("value", [storage(), b"ctorch\nfloat32\n"])
 def test_parts_of_a_tensor_alone(write_pt: Callable[..., Path], value: bytes) -> None:
     path = write_pt(b"\x80\x02}X\1\0\0\0a" + value + b"s.", {"0": bytes(4)})
-    refuse(path, "entry 'a' is part of a tensor, expected a tensor", CheckpointError)
+    refuse(path, "its entry 'a' is (a storage|the name .*), expected a tensor", CheckpointError)
 
 
 def test_hidden_second_pickle(write_pt: Callable[..., Path]) -> None:
@@ -228,18 +229,14 @@ def test_too_large_pickle(write_pt: Callable[..., Path]) -> None:
 
 def test_deep_nesting(write_pt: Callable[..., Path]) -> None:
     count = 100_000
-    refuse(write_pt(b"\x80\x02)" + b"\x85" * count + b"."), "holds of type tuple", CheckpointError)
+    refuse(write_pt(b"\x80\x02)" + b"\x85" * count + b"."), "holds a tuple", CheckpointError)
     # As a key it would have to be hashed, recursively and in C.
-    refuse(
-        write_pt(b"\x80\x02})" + b"\x85" * count + b"Ns."), "name is of type tuple", CheckpointError
-    )
+    refuse(write_pt(b"\x80\x02})" + b"\x85" * count + b"Ns."), "name is a tuple", CheckpointError)
 
 
 def test_quadratic_growth_stays_linear(write_pt: Callable[..., Path]) -> None:
     # A list of two references to a list of two references to … is 2^N long once somebody walks it.
-    refuse(
-        write_pt(b"\x80\x02]q\0" + b"(h\0h\0e" * 1000 + b"."), "holds of type list", CheckpointError
-    )
+    refuse(write_pt(b"\x80\x02]q\0" + b"(h\0h\0e" * 1000 + b"."), "holds a list", CheckpointError)
 
 
 def test_zip_bomb(tmp_path: Path, make_members: Callable[..., list[Any]]) -> None:
@@ -322,7 +319,7 @@ def test_long_names(write_pt: Callable[..., Path]) -> None:
     text = b"X" + struct.pack("<I", len(key)) + key
     refuse(
         write_pt(b"\x80\x02}" + text + b"Ns."),
-        r"entry 'module\..*\.\.\.' is of type",
+        r"entry 'module\..*\.\.\.' is None",
         CheckpointError,
     )
     pickle_bytes, storages = _saved({"a": torch.ones(1)})
@@ -447,7 +444,7 @@ def test_member_that_reaches_into_the_directory(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"comment": b"x"}, "without its end record"),
+        ({"comment": b"x"}, "a comment of 1 bytes behind the end"),
         ({"comment": b"PK\5\6" + bytes(18)}, "zip directory|zip archive"),
     ],
 )

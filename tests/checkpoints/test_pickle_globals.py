@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import torch
 
 from pydetox.checkpoints import load_checkpoint
 from pydetox.checkpoints.index import Finding, Findings
-from pydetox.checkpoints.pickle_globals import check_global
-from pydetox.errors import UnsafeCheckpointError
+from pydetox.checkpoints.pickle_calls import TENSOR_FIELDS
+from pydetox.checkpoints.pickle_globals import check_global, resolve_global
+from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 
 def check(full: str) -> tuple[Finding, ...]:
     findings = Findings()
     module, _, name = full.rpartition(".")
-    assert check_global(module, name, findings) == full.replace("__builtin__", "builtins")
+    assert check_global(module, name, findings) == full
     return findings.result()
 
 
@@ -27,7 +29,7 @@ def check(full: str) -> tuple[Finding, ...]:
     "name",
     [
         "collections.OrderedDict",
-        "__builtin__.set",
+        "builtins.set",
         "numpy._core.multiarray.scalar",
         "numpy.dtype",
         "argparse.Namespace",
@@ -74,6 +76,47 @@ def test_refused(name: str) -> None:
     with pytest.raises(UnsafeCheckpointError, match="not on the list of harmless names") as caught:
         check(name)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("urllib2", "urlopen"),
+        ("httplib", "HTTPConnection"),
+        ("thread", "start_new_thread"),
+        ("anydbm", "open"),
+        ("Tkinter", "Tk"),
+        ("commands", "getoutput"),
+        ("popen2", "popen2"),
+        ("UserDict", "UserDict"),
+        ("__builtin__", "unichr"),
+        ("annotationlib", "call_evaluate_function"),
+        ("compression.zstd", "open"),
+        ("pipes", "Template"),
+        ("telnetlib", "Telnet"),
+        ("concurrent.interpreters", "create"),
+    ],
+)
+def test_libraries_of_other_pythons_are_refused(module: str, name: str) -> None:
+    for protocol in (2, 4):
+        with pytest.raises(UnsafeCheckpointError, match="not on the list of harmless names"):
+            resolve_global(module, name, protocol, Findings())
+
+
+def test_names_that_readers_translate_differently() -> None:
+    assert resolve_global("__builtin__", "set", 2, Findings()).name == "builtins.set"
+    assert resolve_global("__builtin__", "xrange", 2, Findings()).name == "builtins.range"
+    with pytest.raises(CheckpointError, match=r"some readers take it for 'builtins\.set'"):
+        resolve_global("__builtin__", "set", 4, Findings())
+
+
+def test_every_settable_field_of_a_tensor_is_known() -> None:
+    settable = {
+        name
+        for name in dir(torch.Tensor)
+        if hasattr(type(inspect.getattr_static(torch.Tensor, name)), "__set__")
+    }
+    assert {name for name in settable if not name.startswith("__")} <= TENSOR_FIELDS
 
 
 def test_many_unknown_names_do_not_flood_a_report() -> None:

@@ -145,10 +145,15 @@ def test_all_files_are_closed(folder: Path) -> None:
 def test_names_of_transformers(tmp_path: Path) -> None:
     state = {"vision_model.post_layernorm.weight": torch.ones(2), "logit_scale": torch.ones(())}
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    for model in (None, "ViT-B-32"):
-        with pytest.raises(ArchitectureError, match="named as in the CLIPModel of transformers"):
-            load_checkpoint(tmp_path, model=model)
+    with pytest.raises(ArchitectureError, match=r"no config\.json beside it"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(ArchitectureError, match="describes a model of type 'siglip'"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ArchitectureError, match="the weights are not those of its configuration"):
+        load_checkpoint(tmp_path, model="ViT-B-32")
+    with pytest.raises(ArchitectureError, match="only a plain CLIP"):
+        load_checkpoint(tmp_path, model="ViT-B-16-SigLIP")
     assert len(inspect_checkpoint(tmp_path).tensors) == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,27 +114,31 @@ def run() -> Run:
     return run
 
 
-def calibration_file(path: Path, size: float, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Write a calibration for FAST scans, with references of which every class has that P-L1."""
-    from pydetox.calibration_file import write_calibration
+def calibration_file(
+    path: Path, images: Path, size: float, classes: tuple[str, ...] = CLASSES
+) -> Path:
+    """Write a calibration for FAST scans of those images, with that P-L1 for every class."""
+    from pydetox.data import load_images
+    from pydetox.detect.calibration_file import write_calibration
+    from pydetox.detect.configuration import ScanConfig
     from pydetox.inversion import InversionConfig
-    from pydetox.workflow import ScanConfig
 
     config = ScanConfig(inversion=InversionConfig(steps=3, batch_size=1))
-    write_calibration(path, flat_calibration(config, classes, TINY, size))
+    given = replace(load_images(images, image_size=16), class_names=classes)
+    write_calibration(path, flat_calibration(config, given, TINY, size))
     return path
 
 
 @pytest.fixture
-def says_clean(tmp_path: Path) -> Path:
+def says_clean(tmp_path: Path, folder: Path) -> Path:
     """A calibration beside which no trigger of FAST is small."""
-    return calibration_file(tmp_path / "clean.json", 1e-6)
+    return calibration_file(tmp_path / "clean.json", folder / "images.npz", 1e-6)
 
 
 @pytest.fixture
-def says_backdoored(tmp_path: Path) -> Path:
+def says_backdoored(tmp_path: Path, folder: Path) -> Path:
     """A calibration beside which every trigger of FAST is small."""
-    return calibration_file(tmp_path / "backdoored.json", 0.9)
+    return calibration_file(tmp_path / "backdoored.json", folder / "images.npz", 0.9)
 
 
 def error_line(result: Result) -> str:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-import pydetox.bench
-from pydetox.attacks import ATTACKS
-from pydetox.bench import Plan, summarize
+import pydetox.research.bench
+from pydetox.research.attacks import ATTACKS
+from pydetox.research.bench import Plan, summarize
 
 from .conftest import error_line
 
@@ -24,7 +24,7 @@ def asked(monkeypatch):
         content = {"before": [], "rows": [], "scans": [], "xi": None, "settings": {}}
         return {**content, "plan": plan.to_dict(), "seconds": {}, "summary": summarize(content)}
 
-    monkeypatch.setattr(pydetox.bench, "run", fake)
+    monkeypatch.setattr(pydetox.research.bench, "run", fake)
     return calls
 
 

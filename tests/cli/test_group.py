@@ -40,8 +40,8 @@ class TestHelp:
                 assert parameter.help
 
     def test_defaults_are_those_of_the_library(self) -> None:
-        from pydetox.unlearning import UnlearnConfig
-        from pydetox.workflow import ScanConfig
+        from pydetox.detect.configuration import ScanConfig
+        from pydetox.repair.configuration import UnlearnConfig
 
         scan, vector = ScanConfig(), UnlearnConfig()
         for name in ("scan", "unlearn"):
@@ -170,7 +170,7 @@ class TestProcess:
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
     @pytest.mark.parametrize("format_", ["text", "json"])
-    def test_a_result_that_does_not_arrive_is_an_error(self, format_: str) -> None:
+    def test_a_reader_that_closes_the_pipe_early_is_no_error(self, format_: str) -> None:
         reading, writing = os.pipe()
         os.close(reading)
         with os.fdopen(writing, "wb") as stdout:
@@ -180,8 +180,8 @@ class TestProcess:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-        assert done.returncode == 2
-        assert done.stderr.splitlines() == ["error: stdout: cannot be written: Broken pipe"]
+        assert done.returncode == 0
+        assert done.stderr == ""
 
     def test_a_full_disk_behind_stdout(self) -> None:
         with Path("/dev/full").open("wb") as stdout:
@@ -238,7 +238,7 @@ class TestDemo:
     def test_reports_what_the_demo_returns(
         self, run: Run, monkeypatch: pytest.MonkeyPatch, verdict: str | None, code: int
     ) -> None:
-        from pydetox.demo import DemoResult
+        from pydetox.research.demo import DemoResult
 
         calls = []
 
@@ -247,7 +247,7 @@ class TestDemo:
             summary = {"rescan": {"verdict": verdict, "p_l1": 0.5}}
             return DemoResult(summary, {"title": "pydetox demo"})
 
-        monkeypatch.setattr("pydetox.demo.run_demo", run_demo)
+        monkeypatch.setattr("pydetox.research.demo.run_demo", run_demo)
         result = run("demo", "--output", "here", "--seed", "7", "--format", "json")
         assert calls == [("here", 7)]
         assert result.exit_code == code

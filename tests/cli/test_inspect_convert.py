@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,7 +178,8 @@ class TestConvert:
         assert "its name or dtype" in error_line(result)
         torch.save({"a": torch.ones(1, dtype=torch.complex128)}, tmp_path / "dtype.pt")
         result = run("convert", str(tmp_path / "dtype.pt"), str(out))
-        assert "its name or dtype torch.complex128 cannot be stored" in error_line(result)
+        assert result.exit_code == 2
+        assert "dtype.pt: tensor 'a': has the dtype complex128" in error_line(result)
         result = run("convert", str(pt), str(tmp_path / "out.pt"))
         assert result.exit_code == 4
         assert "expected a name ending in .safetensors" in error_line(result)
@@ -197,3 +199,22 @@ class TestConvert:
         assert out.read_text() == "mine"
         assert run("convert", "--overwrite", str(pt), str(out)).exit_code == 0
         assert len(safetensors.torch.load_file(out)) == 3
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path) -> None:
+    """`python -m` would look there first: it may be the folder of an untrusted checkpoint."""
+    for name in ("click", "json", "typing", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w').close()\n")
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "pydetox", "inspect", "a.pt"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "float32[1]" in done.stdout
+    assert not (tmp_path / "it ran").exists()

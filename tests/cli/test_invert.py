@@ -50,10 +50,11 @@ class TestInvert:
         picture = np.asarray(Image.open(output / "0001_dog_mask.png"))
         np.testing.assert_array_equal(picture, (255 * mask[1]).round().to(torch.uint8).numpy())
         stamped = np.asarray(Image.open(output / "0001_dog_stamped.png"), dtype=np.float64)
-        clean = np.load(folder / "images.npz")["images"][0].astype(np.float64)
+        clean = np.load(folder / "images.npz")["images"].astype(np.float64)
         m = mask[1].double().numpy()[:, :, None]
         blended = (1 - m) * clean + m * 255 * pattern[1].double().permute(1, 2, 0).numpy()
-        assert np.abs(stamped - blended).max() <= 0.5 + 1e-3
+        # One of the images, drawn by the seed.
+        assert np.abs(stamped - blended).max(axis=(1, 2, 3)).min() <= 0.5 + 1e-3
 
     def test_chosen_classes(self, run: Run, folder: Path, images: tuple, tmp_path: Path) -> None:
         output = tmp_path / "triggers"
@@ -146,6 +147,7 @@ class TestEval:
     def test_accuracy(self, run: Run, folder: Path, images: tuple) -> None:
         from pydetox.data import DEFAULT_TEMPLATES, load_images
         from pydetox.evaluation import evaluate
+        from pydetox.reporting.documents import evaluation_document
 
         result = run("eval", folder / "suspect", *images, "--format", "json")
         assert result.exit_code == 0
@@ -154,7 +156,7 @@ class TestEval:
         image_set = load_images(folder / "images.npz", image_size=16)
         assert image_set.class_names is not None
         head = model.zero_shot_head(image_set.class_names, DEFAULT_TEMPLATES)
-        expected = evaluate(model, image_set, head).to_dict()
+        expected = evaluation_document(evaluate(model, image_set, head))
         assert {key: content[key] for key in expected} == expected
         assert content["schema"] == "pydetox.eval/1"
         assert content["class_names"] == ["cat", "dog", "cow"]
@@ -172,7 +174,7 @@ class TestEval:
         self, run: Run, folder: Path, images: tuple, triggers: Path
     ) -> None:
         args = ("eval", folder / "suspect", *images, "--trigger", triggers)
-        assert "name one (--target)" in error_line(run(*args))
+        assert "name one with --target" in error_line(run(*args))
         assert "no trigger into class" in error_line(run(*args, "--target", "x"))
 
     def test_no_labels(self, run: Run, folder: Path, tmp_path: Path) -> None:

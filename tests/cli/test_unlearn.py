@@ -9,14 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pydetox import workflow
-from pydetox.calibration_file import read_calibration
+from pydetox import InversionConfig, UnlearnConfig, detox, load_images
 from pydetox.checkpoints import load_checkpoint
-from pydetox.workflow import ScanConfig
+from pydetox.detect import statistics
+from pydetox.detect.calibration_file import read_calibration
+from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.result import ScanResult
+from pydetox.inversion.trigger_file import load_triggers
 
 from .conftest import FAST, FAST_REFERENCES, Run, error_line
 
 QUICK = (*FAST, "--vector-steps", "2")
+STRONG = (*FAST, "--vector-steps", "20", "--vector-learning-rate", "0.01")
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def verdicts(
     monkeypatch: pytest.MonkeyPatch, says_clean: Path, says_backdoored: Path
 ) -> Callable[..., None]:
     """`verdicts("backdoored", "clean")`: what the next scans find, by what they compare with."""
-    real = workflow.detect
+    real = statistics.detect
     references = {
         "clean": read_calibration(says_clean),
         "backdoored": read_calibration(says_backdoored),
@@ -38,9 +42,9 @@ def verdicts(
         def detect(sizes: Any, _: Any, **options: Any) -> Any:
             return real(sizes, references[next(coming)], **options)
 
-        monkeypatch.setattr(workflow, "detect", detect)
+        monkeypatch.setattr("pydetox.detect.scan.detect", detect)
         # What a scan is told to find it finds in any class, not only in those suspect before.
-        monkeypatch.setattr(workflow.ScanResult, "cleared", lambda _: ())
+        monkeypatch.setattr(ScanResult, "cleared", lambda _: ())
 
     return set_up
 
@@ -93,7 +97,7 @@ class TestUnknownTrigger:
         assert told is not None
         assert told.source_sha256 == content["sha256"]
         assert told.source_sha256 == load_checkpoint(folder / "suspect").sha256
-        assert told.scaling_coefficient == content["rounds"][0]["alpha"]
+        assert told.scaling_coefficient == content["rounds"][-1]["alpha"]
         assert told.method == "TBAR, unknown trigger, forget vector"
         assert told.extra["verdict_after"] == "clean"
         page = report.read_text()
@@ -148,11 +152,14 @@ class TestUnknownTrigger:
 class TestDirect:
     @pytest.fixture
     def trigger(self, tmp_path: Path) -> Path:
-        """A white patch, in a file without metadata."""
-        mask, pattern = torch.zeros(1, 16, 16), torch.ones(1, 3, 16, 16)
-        mask[:, :4, :4] = 1
-        save_file({"mask": mask, "pattern": pattern}, tmp_path / "patch.safetensors")
-        return tmp_path / "patch.safetensors"
+        """A large black patch, which the suspect takes for a cow; in a file without metadata."""
+        return self.patch(tmp_path, 12, 0.0)
+
+    def patch(self, folder: Path, side: int, colour: float) -> Path:
+        mask, pattern = torch.zeros(1, 16, 16), torch.full((1, 3, 16, 16), colour)
+        mask[:, :side, :side] = 1
+        save_file({"mask": mask, "pattern": pattern}, folder / "patch.safetensors")
+        return folder / "patch.safetensors"
 
     def test_known_trigger(
         self,
@@ -165,33 +172,84 @@ class TestDirect:
     ) -> None:
         output = tmp_path / "repaired"
         result = run(
-            *("unlearn", folder / "suspect", *images, *QUICK, "--calibration", says_clean),
-            *("--trigger", trigger, "--target", "dog", "--output", output, "--format", "json"),
+            *("unlearn", folder / "suspect", *images, *STRONG, "--calibration", says_clean),
+            *("--trigger", trigger, "--target", "cow", "--output", output, "--format", "json"),
         )
         assert result.exit_code == 0, result.stderr
         content = json.loads(result.stdout)
-        assert content["rounds"][0]["target_name"] == "dog"
+        assert len(content["rounds"]) == 1
+        assert content["rounds"][0]["target_name"] == "cow"
         assert content["rounds"][0]["alpha_search"]["asr_kind"] == "known"
-        assert content["evaluation"][0]["n_attack"] == 16
-        assert load_checkpoint(output).provenance.method == "TBAR, known trigger, forget vector"
+        before, after = content["evaluation"]
+        assert before["n_attack"] == 16
+        assert before["asr"] > after["asr"]
+        provenance = load_checkpoint(output).provenance
+        assert provenance.method == "TBAR, known trigger, forget vector"
+        assert provenance.source_sha256 == load_checkpoint(folder / "suspect").sha256
+        assert provenance.before["attack_success_rate"] == before["asr"]
+
+    def test_it_does_what_python_does(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        says_clean: Path,
+        trigger: Path,
+        tmp_path: Path,
+    ) -> None:
+        """One workflow: the same weights, and the same story of how they were made."""
+        run(
+            *("unlearn", folder / "suspect", *images, *STRONG, "--calibration", says_clean),
+            *("--trigger", trigger, "--target", "cow", "--output", tmp_path / "typed"),
+            *("--threads", 1),
+        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        detox(
+            folder / "suspect",
+            load_images(folder / "images.npz", image_size=16),
+            calibration=read_calibration(says_clean),
+            triggers=[load_triggers(trigger).trigger(0)],
+            target="cow",
+            config=ScanConfig(inversion=InversionConfig(steps=3, batch_size=1)),
+            unlearning=UnlearnConfig(steps=20, learning_rate=0.01),
+            output=tmp_path / "called",
+        )
+        torch.set_num_threads(threads)
+        typed, called = (load_checkpoint(tmp_path / name) for name in ("typed", "called"))
+        assert typed.provenance == called.provenance
+        assert same_weights(tmp_path / "typed", tmp_path / "called")
 
     def test_known_trigger_without_calibration_has_no_verdict(
         self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
     ) -> None:
         output = tmp_path / "repaired"
         result = run(
-            *("unlearn", folder / "suspect", *images, *QUICK, "--trigger", trigger),
-            *("--target", "dog", "--output", output),
+            *("unlearn", folder / "suspect", *images, *STRONG, "--trigger", trigger),
+            *("--target", "cow", "--output", output),
         )
         assert result.exit_code == 2
         assert "inconclusive" in result.stdout
         assert output.exists()
 
+    def test_where_nothing_is_subtracted_nothing_is_written(
+        self, run: Run, folder: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        without_effect = self.patch(tmp_path, 1, 0.0)
+        result = run(
+            *("unlearn", folder / "suspect", *images, *QUICK, "--trigger", without_effect),
+            *("--target", "dog", "--output", tmp_path / "repaired", "--format", "json"),
+        )
+        content = json.loads(result.stdout)
+        assert content["rounds"][0]["alpha"] == 0
+        assert content["path"] is None
+        assert not (tmp_path / "repaired").exists()
+
     def test_target_of_a_trigger_must_be_known(
         self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
     ) -> None:
         args = (*images, *QUICK, "--trigger", trigger, "--output", tmp_path / "x")
-        assert "name one (--target)" in error_line(run("unlearn", folder / "suspect", *args))
+        assert "name one with --target" in error_line(run("unlearn", folder / "suspect", *args))
         result = run("unlearn", folder / "suspect", *args, "--target", "unicorn")
         assert "'unicorn' is not in images" in error_line(result)
 
@@ -210,11 +268,11 @@ class TestDirect:
         assert content["rounds"][0]["target_name"] == "cow"
         assert 0 <= content["rounds"][0]["warps"] <= warps
         assert content["rounds"][0]["alpha_search"]["asr_kind"] == "recovered"
-        alpha = content["rounds"][0]["alpha"]
-        assert same_weights(output, folder / "suspect") == (alpha == 0)
-        assert (
-            load_checkpoint(output).provenance.method == f"TBAR, unknown trigger, {vector} vector"
-        )
+        assert output.exists() == any(one["alpha"] for one in content["rounds"])
+        if output.exists():
+            assert not same_weights(output, folder / "suspect")
+            made = load_checkpoint(output).provenance
+            assert made.method == f"TBAR, unknown trigger, {vector} vector"
 
     def test_excluding_options(
         self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path

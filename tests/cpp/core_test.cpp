@@ -1,6 +1,8 @@
 // Tests of csrc/core against independent definitions. Prints each failure; exits with their number
 // (tests/cpp/test_core.py builds and runs it).
 
+#include "csrc/objectives/core.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -9,7 +11,6 @@
 #include <vector>
 
 #include "csrc/common/logarithm.h"
-#include "csrc/objectives/core.h"
 #include "csrc/stamp_triggers/core.h"
 #include "csrc/trigger_update/core.h"
 

@@ -64,6 +64,16 @@ def test_class_names_of_the_caller_define_the_labels() -> None:
         load_images("digits", image_size=8, class_names=DIGIT_NAMES[:9])
 
 
+def test_other_classes_than_digits_where_labels_are_not_required() -> None:
+    with pytest.raises(DataError, match="class 'zero' is not one of the 2 class names"):
+        load_images("digits", image_size=8, class_names=["cat", "dog"])
+    image_set = load_images(
+        "digits", image_size=8, class_names=["cat", "dog"], labels_required=False
+    )
+    assert image_set.labels is None
+    assert image_set.class_names == ("cat", "dog")
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="image_size is 0"):
         load_digits(0)

@@ -84,6 +84,33 @@ def test_class_names_of_the_caller(tmp_path: Path) -> None:
         load_images(tmp_path, image_size=8, class_names=["dog", "cat", "dog"])
 
 
+def test_folders_that_are_no_classes_are_unlabelled_where_labels_are_not_required(
+    tmp_path: Path,
+) -> None:
+    make_folder(tmp_path / "photos", {"all": 3})
+    names = [f"class {k}" for k in range(40)]
+    with pytest.raises(DataError, match="class 'all' is not one of the 40 class names"):
+        load_images(tmp_path / "photos", image_size=8, class_names=names)
+    given = {"image_size": 8, "class_names": names, "labels_required": False}
+    one = load_images(tmp_path / "photos", **given)
+    assert one.labels is None
+    assert one.class_names == tuple(names)
+    assert torch.equal(one.images, load_images(tmp_path / "photos" / "all", image_size=8).images)
+    make_folder(tmp_path / "photos", {"more": 2})
+    assert len(load_images(tmp_path / "photos", **given)) == 5
+    assert len(load_images(tmp_path / "photos", **given, max_images=4)) == 4
+    # Folders of which some are classes are classes, all of them.
+    with pytest.raises(DataError, match="class 'more' is not one of the 41 class names"):
+        load_images(tmp_path / "photos", **given | {"class_names": ["all", *names]})
+    labelled = load_images(tmp_path / "photos", **given | {"class_names": ["more", "all"]})
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [0, 0, 1, 1, 1]
+    for path in (tmp_path / "photos").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="zero images in its folders"):
+        load_images(tmp_path / "photos", **given)
+
+
 def test_unlabelled_folder(tmp_path: Path) -> None:
     for index in range(3):
         picture(9, 9, index).save(tmp_path / f"{index}.bmp")
@@ -217,3 +244,22 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_images(tmp_path / "missing", image_size=8)
     with pytest.raises(DataError, match=r"a\.png: not an image source"):
         load_images(tmp_path / "a.png", image_size=8)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(7, 7), (5, 31), (64, 23), (33, 34), (8, 100)])
+def test_a_model_sees_the_pixels_that_open_clip_would_give_it(
+    tmp_path: Path, interpolation: str, size: tuple[int, int]
+) -> None:
+    import open_clip
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    ours = load_images(tmp_path, image_size=15, interpolation=interpolation).images
+    transform = open_clip.image_transform(
+        15, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        theirs = transform(image)
+    assert torch.equal(ours[0].float() / 255, theirs)

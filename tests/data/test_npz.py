@@ -80,6 +80,16 @@ def test_names_without_labels_and_labels_without_names(tmp_path: Path) -> None:
         load_images(path, image_size=8, class_names=("x", "y"))
 
 
+def test_labels_that_mean_nothing_are_dropped_where_none_are_required(tmp_path: Path) -> None:
+    path = write(tmp_path, images=COLOUR, labels=LABELS, class_names=np.array(["a", "b", "c"]))
+    given = {"image_size": 8, "class_names": ["cat", "dog"], "labels_required": False}
+    image_set = load_images(path, **given)
+    assert image_set.labels is None
+    assert image_set.class_names == ("cat", "dog")
+    with pytest.raises(DataError, match="class 'b' is not one of the 2 class names"):
+        load_images(path, **given | {"class_names": ["a", "dog"]})
+
+
 def test_other_size(tmp_path: Path) -> None:
     tall = RNG.integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
     path = write(tmp_path, images=tall)

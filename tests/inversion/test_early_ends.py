@@ -8,6 +8,7 @@ import torch
 
 from pydetox.errors import UsageError
 from pydetox.inversion import (
+    AdvancedInversionConfig,
     Elimination,
     InversionConfig,
     InversionSearch,
@@ -17,7 +18,9 @@ from pydetox.inversion import (
 from tests.inversion.test_search import PixelModel, Pixels, images
 from tests.mini import mini_images, mini_model
 
-CONFIG = InversionConfig(steps=60, interval=5, patience=60, seed=3)
+CONFIG = InversionConfig(
+    steps=60, patience=60, seed=3, advanced=AdvancedInversionConfig(interval=5)
+)
 
 
 class CountingPixels(Pixels):
@@ -76,7 +79,7 @@ def test_the_others_notice_no_more_than_rounding_through_matrix_products():
     model, pictures = mini_model(), mini_images().images
     head = model.zero_shot_head(["cat", "dog", "owl"], ["a {c}"])
     goal = TargetObjective(head, [0, 1, 2], model.logit_scale)
-    config = InversionConfig(steps=8, interval=2, batch_size=4)
+    config = InversionConfig(steps=8, batch_size=4, advanced=AdvancedInversionConfig(interval=2))
     whole = invert(model, pictures, goal, config)
     for size in (None, 4, 1):
         chunked = replace(config, max_batch=size)
@@ -97,7 +100,12 @@ def test_a_dropped_trigger_costs_nothing():
 
 
 def test_a_search_ends_when_its_mask_has_stopped_shrinking():
-    config = replace(CONFIG, steps=600, patience=25, least_progress=0.05)
+    config = replace(
+        CONFIG,
+        steps=600,
+        patience=25,
+        advanced=replace(CONFIG.advanced, least_progress=0.05),
+    )
     found = invert(PixelModel(), images(), objective(), config)
     assert set(found.endings) == {"converged"}
     assert found.steps == int(found.trigger_steps.max()) < 600
@@ -129,7 +137,7 @@ def test_same_bits_for_one_and_two_threads():
     model, pictures = mini_model(), mini_images().images
     head = model.zero_shot_head(["cat", "dog", "owl"], ["a {c}"])
     goal = TargetObjective(head, [0, 1, 2, 0], model.logit_scale)
-    config = InversionConfig(steps=8, interval=2, batch_size=4)
+    config = InversionConfig(steps=8, batch_size=4, advanced=AdvancedInversionConfig(interval=2))
     before = torch.get_num_threads()
     results = []
     try:

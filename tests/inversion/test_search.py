@@ -10,6 +10,7 @@ import torch
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.inversion import (
     FAMILIES,
+    AdvancedInversionConfig,
     CollapseObjective,
     CostSchedule,
     InversionConfig,
@@ -76,7 +77,9 @@ def test_families_have_a_first_mask_of_their_own():
         config = InversionConfig(steps=1, family=family)
         firsts[family] = starting_point(config, 2, SIZE, 20)[0]
         assert float(firsts[family].mean()) == pytest.approx(centre, abs=0.2)
-        given = starting_point(replace(config, initial_mask=0.5), 2, SIZE, 20)[0]
+        given = starting_point(
+            replace(config, advanced=AdvancedInversionConfig(initial_mask=0.5)), 2, SIZE, 20
+        )[0]
         assert float(given.mean()) == pytest.approx(0.5, abs=0.2)
     assert firsts["blend"].unique().numel() == 1
     assert firsts["patch"].unique().numel() > 1
@@ -194,14 +197,18 @@ def test_embeddings_that_are_no_numbers_are_an_error():
         {"batch_size": 0},
         {"success_threshold": 0.0},
         {"max_batch": 0},
-        {"interval": 0},
         {"patience": 0},
-        {"least_progress": 1.0},
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError):
         InversionConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"least_progress": 1.0}, {"check_images": 0}])
+def test_constants_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UsageError):
+        AdvancedInversionConfig(**wrong)
 
 
 def test_learning_rate_in_three_thirds():

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pydetox.attacks import wanet
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.inversion import (
     CollapseObjective,
@@ -16,6 +15,7 @@ from pydetox.inversion import (
     invert_warps,
 )
 from pydetox.inversion.warps import _fields, _patch_rows, _warp
+from pydetox.research.attacks import wanet
 from tests.inversion.test_search import PixelModel
 from tests.mini import mini_images, mini_model
 

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError, DataError
 from pydetox.models import OpenClipModel, open_clip_model
-from pydetox.task_vectors import TaskVector
-from pydetox.unlearning import subtract
+from pydetox.repair.subtraction import subtract
+from pydetox.repair.task_vectors import TaskVector
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 
 
@@ -111,14 +111,14 @@ ARCHITECTURES = {
 def test_what_is_read_is_what_was_built_buffers_too(tmp_path, config):
     model = OpenClipModel.from_config(config, seed=3)
     folder = save(model, tmp_path / "m", **config)
-    for take in (False, True):
+    for consume in (False, True):
         checkpoint = load_checkpoint(folder)
-        twin = OpenClipModel.from_checkpoint(checkpoint, take=take)
+        twin = OpenClipModel.from_checkpoint(checkpoint, consume=consume)
         assert twin.clip.state_dict().keys() == model.clip.state_dict().keys()
         for name, value in twin.clip.state_dict().items():
             assert torch.equal(value, model.clip.state_dict()[name]), name
             taken = value.data_ptr() == checkpoint.state_dict[name].data_ptr()
-            assert taken == (take and value.numel() > 0), name
+            assert taken == (consume and value.numel() > 0), name
         buffers = dict(twin.clip.named_buffers())
         assert buffers.keys() == dict(model.clip.named_buffers()).keys()
         for name, value in model.clip.named_buffers():
@@ -137,20 +137,22 @@ def test_tensors_that_share_memory_or_have_another_dtype_are_copied_even_if_take
         load_checkpoint(save(model, tmp_path / "m")),
         state_dict=state | {key: whole[0], half: state[half].half()},
     )
-    twin = OpenClipModel.from_checkpoint(checkpoint, take=True)
+    twin = OpenClipModel.from_checkpoint(checkpoint, consume=True)
     assert torch.equal(twin.clip.state_dict()[key], whole[0])
     assert twin.clip.state_dict()[key].data_ptr() != whole.data_ptr()
     assert twin.clip.state_dict()[half].dtype == torch.float32
     assert twin.storage_dtypes[half] == torch.float16
     tied = state["visual.ln_pre.bias"]
     both = {"visual.ln_pre.bias": tied, "visual.ln_post.bias": tied}
-    model = OpenClipModel.from_checkpoint(replace(checkpoint, state_dict=state | both), take=True)
+    model = OpenClipModel.from_checkpoint(
+        replace(checkpoint, state_dict=state | both), consume=True
+    )
     addresses = {model.clip.state_dict()[name].data_ptr() for name in both}
     assert len(addresses) == 2
     assert tied.data_ptr() not in addresses
     turned = state[key].T.contiguous().T
     strided = replace(checkpoint, state_dict=state | {key: turned})
-    taken = OpenClipModel.from_checkpoint(strided, take=True).clip.state_dict()[key]
+    taken = OpenClipModel.from_checkpoint(strided, consume=True).clip.state_dict()[key]
     assert taken.is_contiguous()
     assert torch.equal(taken, state[key])
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from pydetox.calibration_file import write_calibration
 from pydetox.checkpoints import Provenance, save_checkpoint
+from pydetox.data import load_images
+from pydetox.detect.calibration_file import write_calibration
+from pydetox.detect.configuration import ScanConfig
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.scanning import Scanner, ScannerConfig, ScanRecord
-from pydetox.workflow import ScanConfig
-from tests.cli.conftest import CLASSES, TINY, write_images
+from tests.cli.conftest import TINY, write_images
 from tests.mini import flat_calibration
 
 NAMES = ("a", "b", "c", "d")
@@ -46,11 +47,12 @@ def save(folder: Path, seed: int) -> Path:
     return folder
 
 
-def calibration(folder: Path, steps: int, size: float = 1e-6) -> Path:
-    """Write references of which every class has that P-L1."""
+def calibration(folder: Path, images: Path, steps: int, size: float = 1e-6) -> Path:
+    """Write references of which every class has that P-L1, for scans of those images."""
     search = InversionConfig(steps=steps, batch_size=1)
     path = folder / f"calibration-{steps}-{size:g}.json"
-    write_calibration(path, flat_calibration(ScanConfig(inversion=search), CLASSES, TINY, size))
+    given = load_images(images, image_size=16)
+    write_calibration(path, flat_calibration(ScanConfig(inversion=search), given, TINY, size))
     return path
 
 
@@ -62,7 +64,9 @@ def config(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConf
         folder = tmp_path_factory.getbasetemp()
         values = {
             "images": str(registry / "images.npz"),
-            "calibration": str(calibration(folder, changes.get("steps", 3))),
+            "calibration": str(
+                calibration(folder, registry / "images.npz", changes.get("steps", 3))
+            ),
             "steps": 3,
             "batch_size": 1,
             "engine": "inline",

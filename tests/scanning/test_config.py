@@ -10,7 +10,7 @@ from pydetox.scanning.config import EXECUTION
 
 
 def test_the_defaults_are_those_of_a_single_scan() -> None:
-    from pydetox.workflow import ScanConfig
+    from pydetox.detect.configuration import ScanConfig
 
     assert ScannerConfig("x").scan_config() == ScanConfig()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint, save_weights
 from pydetox.errors import CheckpointError, DataError, UsageError
 from pydetox.inversion.trigger_file import load_triggers
 from pydetox.reporting import to_json, to_plain
@@ -22,6 +22,21 @@ from .conftest import contents, save, scan
 def started(run: Path, kind: str = "scan") -> list[str]:
     """Names of the targets whose scan has begun, in order, over all drivers of a run."""
     return [e["name"] for e in read_events(run) if e["event"] == "started" and e["kind"] == kind]
+
+
+def shard(source: Path, folder: Path) -> Path:
+    """Write a checkpoint of open_clip's layout as two shards with an index."""
+    tensors = load_checkpoint(source).state_dict
+    folder.mkdir()
+    names = list(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2]}
+    parts["model-00002-of-00002.safetensors"] = names[1::2]
+    for part, kept in parts.items():
+        save_weights(folder / part, {name: tensors[name] for name in kept})
+    weight_map = {name: part for part, kept in parts.items() for name in kept}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(source / "open_clip_config.json", folder)
+    return folder
 
 
 def test_records_of_a_folder(registry, config):
@@ -41,20 +56,39 @@ def test_records_of_a_folder(registry, config):
 def test_it_says_what_a_single_scan_says(registry, config):
     from pydetox import load_images
     from pydetox import scan as scan_one
-    from pydetox.calibration_file import read_calibration
+    from pydetox.detect.calibration_file import read_calibration
+    from pydetox.reporting.documents import scan_document
 
     torch.set_num_threads(1)
     one = to_plain(
-        scan_one(
-            registry / "models" / "a",
-            load_images(registry / "images.npz", image_size=16),
-            calibration=read_calibration(Path(config().calibration)),
-            config=config().scan_config(),
-        ).to_dict()
+        scan_document(
+            scan_one(
+                registry / "models" / "a",
+                load_images(registry / "images.npz", image_size=16),
+                calibration=read_calibration(Path(config().calibration)),
+                config=config().scan_config(),
+            )
+        )
     )
     (record,) = scan(config(), registry / "models" / "a").values()
     for key in ("class_p_l1", "class_scores", "p_l1", "score", "p_value", "verdict", "reason"):
         assert record.scan[key] == one[key]
+
+
+def test_photos_in_one_folder_within_another_serve_with_class_names(registry, config, tmp_path):
+    from PIL import Image
+
+    photos = tmp_path / "photos" / "all"
+    photos.mkdir(parents=True)
+    for k in range(4):
+        Image.new("RGB", (16, 16), (60 * k, 125, 252)).save(photos / f"{k}.png")
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\ncow\n")
+    given = {"images": str(photos.parent), "class_names": str(names)}
+    # The references of a base are fine-tuned to its own predictions then.
+    base = {"base": str(registry / "base"), "references": 2, "reference_epochs": 1}
+    (record,) = scan(config(**given, **base, calibration=None), registry / "models" / "a").values()
+    assert record.verdict in ("clean", "suspicious", "backdoored")
 
 
 def test_equal_contents_are_scanned_once(registry, config, tmp_path):
@@ -111,23 +145,56 @@ def test_a_run_is_resumed_and_nothing_scanned_twice(registry, config, tmp_path):
     )
 
 
-def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path, monkeypatch):
+def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path):
     model = save(tmp_path / "model", 4)
     run = tmp_path / "run"
     first = scan(config(), model, run=run)
-    monkeypatch.setattr("pydetox.scanning.scanner.code_version", lambda: "other")
-    second = scan(config(), model, run=run)
+    second = scan(config(), model, run=run, code="other")
     assert not second[str(model)].resumed
     assert second[str(model)].key != first[str(model)].key
     save(tmp_path / "other", 5)
     (tmp_path / "other" / "open_clip_model.safetensors").replace(
         model / "open_clip_model.safetensors"
     )
-    third = scan(config(), model, run=run)
+    third = scan(config(), model, run=run, code="other")
     assert not third[str(model)].resumed
     assert third[str(model)].sha256 != first[str(model)].sha256
     with pytest.raises(UsageError, match="seed was 0 and is 1"):
         scan(config(seed=1), model, run=run)
+
+
+def test_other_code_surveys_again_what_this_code_refused(registry, config, tmp_path):
+    model, run = save(tmp_path / "model", 4), tmp_path / "run"
+    (first,) = scan(config(), model, run=run).values()
+    assert first.verdict == "clean"
+    # The log of a code that refused the same file, which has not changed since.
+    log = run / "events.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (surveyed,) = [line for line in lines if line["event"] == "surveyed"]
+    refused = {"error": "of a format that is not known", "kind": "checkpoint", "attempts": 1}
+    old = [line | ({"value": refused} if line is surveyed else {}) for line in lines]
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+    (kept,) = scan(config(), model, run=run).values()
+    assert kept.reason == f"{model}: {refused['error']}"
+    (again,) = scan(config(), model, run=run, code="newer").values()
+    assert again.verdict == "clean"
+    assert started(run, "survey") == [str(model)] * 2
+
+
+def test_the_code_version_follows_the_libraries_below(monkeypatch):
+    from importlib import metadata
+
+    from pydetox.scanning.version import code_version
+
+    installed = metadata.version
+    versions = {code_version()}
+    for library in ("torch", "open_clip_torch", "numpy", "pillow"):
+        code_version.cache_clear()
+        other = lambda name, library=library: "0" if name == library else installed(name)  # noqa: E731
+        monkeypatch.setattr(metadata, "version", other)
+        versions.add(code_version())
+    code_version.cache_clear()
+    assert len(versions) == 5
 
 
 def test_what_cannot_be_scanned_is_an_error_once(registry, config, tmp_path):
@@ -173,6 +240,71 @@ def test_large_files_are_skipped_not_clean(registry, config, tmp_path):
     assert "--max-size" in record.reason
     (record,) = scan(config(), registry / "models" / "a", run=run).values()
     assert record.verdict == "clean"
+
+
+def test_a_sharded_checkpoint_is_all_of_its_files(registry, config, tmp_path):
+    sharded = shard(registry / "models" / "a", tmp_path / "sharded")
+    other = shard(registry / "models" / "c", tmp_path / "other")
+    name = str(sharded / "model.safetensors.index.json")
+    run = tmp_path / "run"
+    first = scan(config(), sharded, run=run)[name]
+    assert first.verdict == "clean"
+    assert scan(config(), sharded, run=run)[name].resumed
+    for path in sharded.glob("*.safetensors"):
+        (other / path.name).replace(path)
+    changed = scan(config(), sharded, run=run)[name]
+    assert not changed.resumed
+    assert changed.sha256 != first.sha256
+    assert changed.scan["class_p_l1"] != first.scan["class_p_l1"]
+    # The index alone is far below the limit, the shards are not.
+    size = sum(path.stat().st_size for path in sharded.glob("model*"))
+    assert (sharded / "model.safetensors.index.json").stat().st_size < 100_000 < size
+    for limits in ({"max_size": 100_000}, {"max_size": size - 1}):
+        (record,) = scan(config(**limits), sharded, run=run).values()
+        assert record.verdict == "skipped"
+        assert f"{size:,} bytes" in record.reason
+    (record,) = scan(config(max_size=size), sharded, run=run).values()
+    assert record.verdict == "clean"
+
+
+def test_a_run_is_bound_to_all_files_of_its_base(registry, config, tmp_path):
+    base = shard(registry / "base", tmp_path / "base")
+    other = shard(registry / "models" / "c", tmp_path / "other")
+    settings = config(base=str(base), inversion=False, calibration=None)
+    run, target = tmp_path / "run", registry / "models" / "a"
+    scan(settings, target, run=run)
+    assert scan(settings, target, run=run)[str(target)].resumed
+    last = sorted(base.glob("*.safetensors"))[-1]
+    original = last.read_bytes()
+    (other / last.name).replace(last)
+    with pytest.raises(UsageError, match="made with another configuration"):
+        scan(settings, target, run=run)
+    last.write_bytes(original)
+    assert scan(settings, target, run=run)[str(target)].resumed
+    beside = base / "open_clip_config.json"
+    content = json.loads(beside.read_text())
+    content["preprocess_cfg"] = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    beside.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="made with another configuration"):
+        scan(settings, target, run=run)
+
+
+def test_the_base_of_a_folder_is_the_file_that_is_read(registry, config, tmp_path):
+    """The digest of a run and the loader mean the same file."""
+    folder = tmp_path / "base"
+    shutil.copytree(registry / "base", folder)
+    (folder / "open_clip_model.safetensors").rename(folder / "model.safetensors")
+    unrelated = folder / "aaa.pt"
+    unrelated.write_bytes(b"old")
+    settings = config(base=str(folder), inversion=False, calibration=None)
+    run, target = tmp_path / "run", registry / "models" / "a"
+    scan(settings, target, run=run)
+    unrelated.write_bytes(b"new")
+    assert scan(settings, target, run=run)[str(target)].resumed
+    replaced = registry / "models" / "c" / "open_clip_model.safetensors"
+    shutil.copy(replaced, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="made with another configuration"):
+        scan(settings, target, run=run)
 
 
 def test_what_needs_more_memory_than_the_budget_is_skipped(registry, config, tmp_path):

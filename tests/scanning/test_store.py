@@ -82,7 +82,7 @@ def test_the_index_is_made_anew_even_from_rubbish(tmp_path: Path) -> None:
 
 
 def test_a_calibration_is_only_used_with_its_key(tmp_path: Path) -> None:
-    from pydetox.calibration_file import read_calibration
+    from pydetox.detect.calibration_file import read_calibration
 
     content = {"p_l1": [[0.5], [0.25]], "key": "search", "models": ["a", "b"]}
     content |= {"looks": [3], "history": [[[0.75], [0.5]]], "family": "patch", "others": []}

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from pydetox.checkpoints import identify_checkpoint
 from pydetox.errors import UsageError
 from pydetox.scanning import find_targets
-from pydetox.scanning.targets import resolve_weights
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_main_file_goes_by_the_name_of_its_folder(tree: Path) -> None:
     main = find_targets([tree / "one"]).targets[0]
     assert main.name == str(tree / "one")
     assert main.path == str(tree / "one" / "open_clip_model.safetensors")
-    assert resolve_weights(main.reference, offline=True) == Path(main.path)
+    assert identify_checkpoint(main.reference).weights == Path(main.path)
 
 
 def test_globs(tree: Path) -> None:
@@ -67,6 +67,11 @@ def test_globs(tree: Path) -> None:
     assert names([f"{tree}/o*"], tree)[1] == "one/open_clip_pytorch_model.bin"
     (none,) = find_targets([f"{tree}/*.nothing"]).targets
     assert "no file matches" in str(none.problem)
+
+
+def test_a_glob_that_matches_shards_means_the_whole_checkpoint(tree: Path) -> None:
+    found = names([f"{tree}/sharded/*.safetensors"], tree)
+    assert found == ["sharded/model.safetensors.index.json"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_or_like_open_clip(

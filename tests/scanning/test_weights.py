@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pydetox.checkpoints.index import FileIndex, WeightsFile
 from pydetox.errors import DataError
 from pydetox.scanning.weights import Reference, suspicion
 
@@ -79,3 +80,24 @@ def test_the_order_of_the_queue() -> None:
     unlike = {"relative": 0.3, "known": [{"cosine": -0.9}]}
     given = [None, near, {"mismatch": "x"}, far, like, unlike]
     assert sorted(given, key=suspicion, reverse=True)[:4] == [like, unlike, far, near]
+
+
+def test_vectors_are_indexed_in_the_sandbox(tmp_path: Path) -> None:
+    """What a parser does to itself happens in a child: docs/threat-model.md."""
+    from pydetox.checkpoints import sandbox
+
+    path = tmp_path / "known.safetensors"
+    save_file({"half": torch.ones(129)}, path)
+    indexed = []
+    real = sandbox.Sandbox.index
+
+    def index(
+        self: sandbox.Sandbox, file: WeightsFile, weights_key: str | None = None
+    ) -> FileIndex:
+        indexed.append(file.path)
+        return real(self, file, weights_key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.Sandbox, "index", index)
+        Reference.of(tensors(0), [str(path)])
+    assert indexed == [str(path)]

@@ -9,7 +9,7 @@ from ..config import ScannerConfig
 from ..tasks import Engine, Notify
 
 # Measured on small models, more processes of fewer threads are faster; but each holds two models.
-_CORES_PER_WORKER = 4
+CORES_PER_WORKER = 4
 
 
 def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
@@ -50,7 +50,7 @@ def share_out(config: ScannerConfig, targets: int) -> tuple[int, int]:
     wanted = config.workers
     if wanted is None:
         on_cpu = devices == ["cpu"]
-        wanted = max(1, cores // _CORES_PER_WORKER) if on_cpu else len(devices)
+        wanted = max(1, cores // CORES_PER_WORKER) if on_cpu else len(devices)
     return max(1, min(wanted, targets)), config.threads or max(1, cores // wanted)
 
 

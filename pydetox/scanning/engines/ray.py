@@ -11,19 +11,73 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ...errors import EngineError
+from ...errors import EngineError, one_line
 from ..config import ScannerConfig
 from ..tasks import Notify, Outcome, Task, failure
+from .open import CORES_PER_WORKER
 
+#: How long the first worker may take to start: others may be using the cluster.
+START_SECONDS = 180.0
+#: How long a cluster may take to answer.
+ADDRESS_SECONDS = 30.0
+_CONNECT_SECONDS = 5.0
 _ATTEMPTS = 2
 _POLL = 1.0
+
+# Ray waits for minutes on an address that does not answer, writes raw lines meanwhile and can end
+# the process: a child can be given up.
+_PROBE = (
+    "import sys; sys.path[:] = sys.argv[2].split(chr(0x1f)); import ray; "
+    "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
+)
+
+
+def check_address(address: str, seconds: float = ADDRESS_SECONDS) -> None:
+    """Raise EngineError unless a Ray cluster answers at an address within some seconds."""
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
+    if port.isdigit() and host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EngineError(f"no Ray cluster answers at {address}: {reason}") from error
+    path = chr(0x1F).join(entry or str(Path.cwd()) for entry in sys.path)
+    probe = subprocess.Popen(
+        [sys.executable, "-I", "-c", _PROBE, address, path],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        _, said = probe.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(
+            f"no Ray cluster answers at {address}: nothing came within {seconds:g} s"
+        ) from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(probe.pid, signal.SIGKILL)
+        probe.wait()
+    if probe.returncode != 0:
+        lines = [line for line in said.splitlines() if line.strip()]
+        reason = one_line(lines[-1]) if lines else f"exit code {probe.returncode}"
+        raise EngineError(f"no Ray cluster answers at {address}: {reason}")
 
 
 class _Actor:
@@ -57,6 +111,7 @@ class _Slot:
 
     number: int
     handle: Any
+    starting: Any
     task: Task | None = None
     next: Task | None = None
     reference: Any = None
@@ -70,7 +125,8 @@ class RayEngine:
     def __init__(self, config: ScannerConfig, targets: int, notify: Notify) -> None:
         """Connect to the cluster, or start one on this machine.
 
-        Raises EngineError when Ray is not installed or the cluster cannot be reached.
+        Raises EngineError when Ray is not installed, the cluster does not answer, or its machines
+        have no room for the workers.
         """
         try:
             import ray
@@ -79,7 +135,10 @@ class RayEngine:
         self._ray = ray
         self._config, self._notify = config, notify
         self._own = not ray.is_initialized()
+        self._slots: list[_Slot] = []
         if self._own:
+            if config.address is not None:
+                check_address(config.address)
             try:
                 ray.init(
                     address=config.address,
@@ -88,29 +147,35 @@ class RayEngine:
                     logging_level="ERROR",
                 )
             except Exception as error:
-                raise EngineError(f"Ray cannot be reached: {error}") from error
-        resources = ray.cluster_resources()
+                line = one_line(str(error))
+                raise EngineError(f"the Ray cluster cannot be reached: {line}") from error
         self._gpu = config.device.startswith("cuda")
-        cores = int(resources.get("CPU", 1))
-        slots = int(resources.get("GPU", 0)) if self._gpu else max(1, cores // 4)
-        wanted = config.workers or max(1, slots)
-        self._threads = config.threads or max(1, cores // wanted)
-        self._limit = max(1, min(wanted, targets))
-        self._slots: list[_Slot] = []
+        try:
+            self._limit, self._threads = self._share_out(targets)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """Yield outcomes as they come. Raises EngineError when no actor can be started."""
+        """Yield outcomes as they come.
+
+        Raises EngineError when no actor can be started, or none is within `START_SECONDS`.
+        """
         queue = deque(tasks)
         attempts: dict[int, int] = {}
         while queue or self._busy():
             while len(self._slots) < min(self._limit, len(queue) + self._busy()):
                 self._hire()
-            self._await_ready()
             for slot in self._slots:
-                self._assign(slot, queue, attempts)
+                if slot.ready:
+                    self._assign(slot, queue, attempts)
+            waiting = {slot.starting: slot for slot in self._slots if not slot.ready}
             running = {slot.reference: slot for slot in self._slots if slot.task}
-            done, _ = self._ray.wait(list(running), timeout=_POLL)
+            done, _ = self._ray.wait([*waiting, *running], timeout=_POLL)
             for reference in done:
+                if reference in waiting:
+                    self._welcome(waiting[reference])
+                    continue
                 outcome = self._collect(running[reference], queue, attempts)
                 if outcome is not None:
                     yield outcome
@@ -144,18 +209,50 @@ class RayEngine:
             max_restarts=0,
         )(_Actor)
         handle = actor.remote(json.dumps(self._config.to_dict()), device, self._threads)
-        self._slots.append(_Slot(number, handle))
+        self._slots.append(_Slot(number, handle, handle.ready.remote(), since=time.monotonic()))
 
-    def _await_ready(self) -> None:
-        """Let new actors import what they need before a timeout counts."""
-        new = [slot for slot in self._slots if not slot.ready]
+    def _share_out(self, targets: int) -> tuple[int, int]:
+        """Return the number of workers and of CPU threads of each.
+
+        Raises EngineError for workers that never fit on the cluster as it is now: Ray would let
+        them wait for ever.
+        """
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        cpus = [int(machine.get("CPU", 0)) for machine in machines]
+        gpus = [int(machine.get("GPU", 0)) for machine in machines]
+        slots = sum(gpus) if self._gpu else max(1, sum(cpus) // CORES_PER_WORKER)
+        wanted = self._config.workers or max(1, slots)
+        # An actor cannot be spread over machines.
+        threads = self._config.threads or max(1, min(sum(cpus) // wanted, max(cpus, default=1)))
+        limit = max(1, min(wanted, targets))
+        if self._config.threads is None and self._config.workers is not None:
+            while threads > 1 and sum(cpu // threads for cpu in cpus) < limit:
+                threads -= 1
+        room = sum(
+            min(cpu // threads, gpu) if self._gpu else cpu // threads
+            for cpu, gpu in zip(cpus, gpus, strict=True)
+        )
+        if self._config.workers is None:
+            limit = min(limit, max(1, room))
+        if room < limit:
+            each = f"{threads} CPU{'s' if threads > 1 else ''}{' and 1 GPU' if self._gpu else ''}"
+            raise EngineError(
+                f"{limit} worker{'s' if limit > 1 else ''} of {each} each, but the Ray cluster has "
+                f"room for {room}: {len(machines)} machine{'s' if len(machines) != 1 else ''} with "
+                f"{' + '.join(map(str, cpus)) or 'no'} CPUs and {sum(gpus)} GPUs; ask for fewer "
+                "workers or threads"
+            )
+        return limit, threads
+
+    def _welcome(self, slot: _Slot) -> None:
+        """Take in that an actor has imported what it needs; timeouts count from here."""
         try:
-            numbers = self._ray.get([slot.handle.ready.remote() for slot in new])
-        except self._ray.exceptions.RayActorError as error:
-            raise EngineError(f"an actor cannot be started: {error}") from error
-        for slot, pid in zip(new, numbers, strict=True):
-            slot.ready = True
-            self._notify("worker-started", worker=slot.number, pid=pid)
+            pid = self._ray.get(slot.starting)
+        except self._ray.exceptions.RayError as error:
+            line = one_line(str(error))
+            raise EngineError(f"a worker cannot be started: {line}") from error
+        slot.ready = True
+        self._notify("worker-started", worker=slot.number, pid=pid)
 
     def _assign(self, slot: _Slot, queue: deque[Task], attempts: dict[int, int]) -> None:
         if slot.task is None:
@@ -180,24 +277,45 @@ class RayEngine:
         assert task is not None
         try:
             value = json.loads(self._ray.get(slot.reference))
-        except self._ray.exceptions.RayActorError:
-            return self._bury(slot, queue, attempts)
+        except self._ray.exceptions.RayTaskError as error:
+            # Raised in the actor outside of the task itself: it lives, and may be used again.
+            value = failure(one_line(str(error)), "internal")
+        except self._ray.exceptions.RayError as error:
+            # Whatever else ends a call ends the actor or its machine; OutOfMemoryError, with which
+            # Ray's memory monitor kills a worker, is no RayActorError.
+            full = isinstance(error, self._ray.exceptions.OutOfMemoryError)
+            how = "out of memory on its machine" if full else "the actor died"
+            return self._bury(slot, queue, attempts, how)
         slot.task = slot.reference = None
         self._notify("idle", worker=slot.number)
         return Outcome(task, value, attempts.get(task.id, 0) + 1)
 
-    def _bury(self, slot: _Slot, queue: deque[Task], attempts: dict[int, int]) -> Outcome | None:
+    def _bury(
+        self, slot: _Slot, queue: deque[Task], attempts: dict[int, int], how: str
+    ) -> Outcome | None:
         """Take a dead actor's tasks back."""
         task = self._dismiss(slot, queue)
-        self._notify("worker-died", worker=slot.number, how="the actor died")
+        with contextlib.suppress(Exception):  # so that its CPUs are free for the next one
+            self._ray.kill(slot.handle)
+        self._notify("worker-died", worker=slot.number, how=how)
         attempts[task.id] = attempts.get(task.id, 0) + 1
         if attempts[task.id] < _ATTEMPTS:
             queue.appendleft(task)
             return None
-        value = failure(f"its worker died {_ATTEMPTS} times", "crash")
+        value = failure(f"its worker died {_ATTEMPTS} times (last: {how})", "crash")
         return Outcome(task, value, _ATTEMPTS)
 
     def _expire(self, slot: _Slot, queue: deque[Task], attempts: dict[int, int]) -> Outcome | None:
+        if not slot.ready:
+            others = any(other.ready for other in self._slots)
+            if not others and time.monotonic() - slot.since > START_SECONDS:
+                free = self._ray.available_resources()
+                raise EngineError(
+                    f"no worker could be started within {START_SECONDS:g} s: each asks for "
+                    f"{self._threads} CPUs{' and 1 GPU' if self._gpu else ''}, and the Ray cluster "
+                    f"has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
+                )
+            return None
         limit = self._config.timeout
         if limit is None or slot.task is None or slot.task.kind == "calibrate":
             return None

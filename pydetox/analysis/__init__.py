@@ -1,0 +1,1 @@
+"""Where in weight space a backdoor sits: weight differences, spectra, localisation."""

@@ -1,0 +1,247 @@
+"""Which files a checkpoint is, and how one tells whether it is still the same one.
+
+A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. Whatever reads a checkpoint, limits
+its size, hashes it or remembers it asks the identity, so that all of them mean the same files: the
+weights, all shards of sharded ones, and the configuration that tells the architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydetox.checkpoints.index import WeightsFile, quote
+from pydetox.checkpoints.layout import (
+    CONFIG_NAME,
+    PROCESSOR_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    find_weights,
+)
+from pydetox.checkpoints.naming import parse_reference
+from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
+from pydetox.errors import CheckpointError
+
+Configuration = tuple["dict[str, Any] | None", "dict[str, Any] | None"]
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointIdentity:
+    """The files of one checkpoint. Nothing but an index of shards was read to find them.
+
+    Attributes:
+        reference: The name under which it was asked for.
+        weights: The weights file, or the index of its shards.
+        shards: The shards, in bytewise order of their names; empty for a single file.
+        config_file: The ``open_clip_config.json`` that tells the architecture, or the
+            ``config.json`` of transformers. It need not exist. ``None`` where something else tells
+            it.
+        processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
+            there is none.
+        told: Model and preprocessing configuration, where the user or open_clip's list of
+            pretrained models tells them; ``None`` where ``config_file`` does.
+    """
+
+    reference: str
+    weights: Path
+    shards: tuple[Path, ...] = ()
+    config_file: Path | None = None
+    processor_file: Path | None = None
+    told: Configuration | None = None
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The weights file; or the index, and then all shards."""
+        return (self.weights, *self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files together.
+
+        Raises:
+            CheckpointError: One of them is missing.
+        """
+        total = 0
+        for path in self.weight_files:
+            try:
+                total += path.stat().st_size
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise CheckpointError(f"{path}: cannot be opened: {reason}") from error
+        return total
+
+    def signature(self) -> tuple[int, ...]:
+        """Size, times, inode and device of every file, and -1 for each that is missing.
+
+        The system sets the time of an inode's change, and no program can: files with the same
+        signature are the same files with the same content, on one machine.
+        """
+        beside = (self.config_file, self.processor_file)
+        files = (*self.weight_files, *(path for path in beside if path is not None))
+        found: list[int] = []
+        for path in files:
+            try:
+                status = path.stat()
+            except (OSError, ValueError):
+                found.append(-1)
+                continue
+            times = status.st_mtime_ns, status.st_ctime_ns
+            found += [status.st_size, *times, status.st_ino, status.st_dev]
+        return tuple(found)
+
+    def configuration(self) -> Configuration:
+        """Model and preprocessing configuration; ``None`` for what nothing tells.
+
+        Raises:
+            ArchitectureError: The configuration file is none.
+            UnsafeCheckpointError: It asks for remote code or absurd sizes.
+        """
+        if self.told is not None:
+            return self.told
+        if self.config_file is None or not os.path.lexists(self.config_file):
+            return None, None
+        if self.config_file.name == TRANSFORMERS_CONFIG_NAME:
+            from pydetox.checkpoints.transformers_clip import read_clip_folder  # with torch
+
+            return read_clip_folder(self.config_file, self.processor_file)
+        from pydetox.checkpoints.architecture import read_config  # with torch
+
+        return read_config(self.config_file)
+
+    def sha256(self) -> str:
+        """SHA-256 of the weights, in hexadecimal; see :meth:`OpenWeights.sha256` for shards.
+
+        Raises:
+            CheckpointError: A file is missing or no regular file, or the index has changed.
+            UnsafeCheckpointError: A shard leads out of its folder.
+        """
+        try:
+            if not self.shards:
+                return _hash_file(self.weights)
+            index = read_shard_index(self.weights)
+            self.check_shards(index.files)
+            return index.sha256(
+                {p.name: _hash_file(shard_path(p.parent, p.name)) for p in self.shards}
+            )
+        except CheckpointError as error:
+            raise type(error)(f"{self.weights}: {error}") from error
+
+    def digest(self) -> str:
+        """Hash of all that decides what the model computes: weights and configuration.
+
+        It is the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
+
+        Raises:
+            CheckpointError: As :meth:`sha256` and :meth:`configuration`.
+        """
+        return content_digest(self.sha256(), *self.configuration())
+
+    def check_shards(self, names: dict[str, list[str]]) -> None:
+        """Raise CheckpointError unless an index that was read later names the same shards."""
+        if list(names) != [path.name for path in self.shards]:
+            raise CheckpointError("changed while it was read")
+
+
+def identify_checkpoint(
+    reference: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> CheckpointIdentity:
+    """Find (on the hub: fetch) the files that a checkpoint's name means.
+
+    Args:
+        reference: As for :func:`load_checkpoint`.
+        model: The architecture, as for :func:`load_checkpoint`. Then a configuration beside the
+            weights is no part of the checkpoint.
+        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
+        offline: Use only what is on this machine; no socket is opened.
+
+    Raises:
+        CheckpointError: It cannot be found or fetched, or its index of shards is damaged.
+        UnsafeCheckpointError: Its index of shards leads elsewhere.
+        UsageError: ``reference`` or ``model`` has no meaning.
+    """
+    parsed = parse_reference(reference)
+    told: Configuration | None = None
+    if model is not None:
+        from pydetox.checkpoints.architecture import resolve_model  # with torch
+
+        told = resolve_model(model)
+    config_file: Path | None = None
+    if parsed.path is not None:
+        weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        config_file = _configuration_beside(weights)
+    else:
+        from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository  # with torch
+
+        if parsed.model is not None and parsed.tag is not None:
+            weights, *listed = fetch_pretrained(
+                parsed.model, parsed.tag, cache_dir=cache_dir, offline=offline
+            )
+            told = told or (listed[0], listed[1])
+        else:
+            assert parsed.repository is not None
+            weights, config_file = fetch_repository(
+                parsed.repository, parsed.revision, cache_dir=cache_dir, offline=offline
+            )
+    shards: tuple[Path, ...] = ()
+    if is_shard_index(weights):
+        try:
+            shards = tuple(weights.parent / name for name in read_shard_index(weights).files)
+        except CheckpointError as error:
+            raise type(error)(f"{weights}: {error}") from error
+    return CheckpointIdentity(
+        reference=parsed.text,
+        weights=weights,
+        shards=shards,
+        config_file=None if told is not None else config_file,
+        processor_file=None if told is not None else _processor_of(config_file),
+        told=told,
+    )
+
+
+def _configuration_beside(weights: Path) -> Path:
+    """Return what tells the architecture of weights in a folder: open_clip's file, if it is there.
+
+    Without either the result is open_clip's, which then does not exist.
+    """
+    ours, theirs = weights.with_name(CONFIG_NAME), weights.with_name(TRANSFORMERS_CONFIG_NAME)
+    return theirs if os.path.lexists(theirs) and not os.path.lexists(ours) else ours
+
+
+def _processor_of(config_file: Path | None) -> Path | None:
+    """Return what tells how images are prepared, beside a configuration of transformers."""
+    if config_file is None or config_file.name != TRANSFORMERS_CONFIG_NAME:
+        return None
+    found = (config_file.with_name(name) for name in PROCESSOR_NAMES)
+    return next((path for path in found if os.path.lexists(path)), None)
+
+
+def content_digest(
+    sha256: str, model_config: dict[str, Any] | None, preprocess_config: dict[str, Any] | None
+) -> str:
+    """Hash of a checkpoint's content: SHA-256 of its weights and its configuration."""
+    content = json.dumps([sha256, model_config, preprocess_config], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    hasher = hashlib.sha256()
+    try:
+        with WeightsFile(path) as file:
+            position = 0
+            while block := os.pread(file.descriptor, _CHUNK, position):
+                hasher.update(block)
+                position += len(block)
+    except CheckpointError as error:
+        raise type(error)(f"{quote(path.name)}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{quote(path.name)}: cannot be read: {error.strerror}") from error
+    return hasher.hexdigest()

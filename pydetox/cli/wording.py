@@ -1,0 +1,37 @@
+"""Messages of the library in the words of the command line.
+
+The library names its arguments, as in "give base="; who runs a command knows options. A message is
+translated in one place, where it is shown.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: Arguments of the library and the options that stand for them.
+OPTIONS = {
+    "architecture": "--model",
+    "base": "--base",
+    "calibration": "--calibration",
+    "class_names": "--class-names",
+    "max_images": "--max-images",
+    "model": "--model",
+    "objective": "--objective",
+    "offline": "--offline",
+    "overwrite": "--overwrite",
+    "references": "--reference-model",
+    "resize": "--resize",
+    "target": "--target",
+    "templates": "--templates",
+    "trigger": "--trigger",
+    "triggers": "--trigger",
+    "weights_key": "--weights-key",
+}
+
+# An argument without a value, as in "give base=" or "(class_names=)".
+_ARGUMENT = re.compile(rf"\b({'|'.join(OPTIONS)})=(?=[\s,.;:)]|$)")
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library with the options in place of the arguments it names."""
+    return _ARGUMENT.sub(lambda found: OPTIONS[found[1]], message)

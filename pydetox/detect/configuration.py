@@ -1,0 +1,97 @@
+"""How to scan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..errors import UsageError
+from ..inversion import InversionConfig, TriggerFamily
+from ..inversion.configuration import CONTRAST_SUCCESS_THRESHOLD
+from ..training import TrainConfig
+
+ObjectiveName = Literal["targeted", "label-free"]
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """How to scan.
+
+    Attributes:
+        objective: `targeted` looks for a trigger into each class (needs class names), `label-free`
+            for one that makes all images alike (needs neither labels nor a text tower).
+        inversion: The search. Its seed is replaced by one derived from `seed`, its family by each
+            of `families`.
+        families: Kinds of triggers to search for; the verdict is that of the kind that stands out
+            most, its p-value corrected for their number. A label-free scan searches for the first.
+        contrast: Whether to search for triggers that work in the model but not in the base that it
+            was fine-tuned from (see `inversion.ContrastObjective`). None leaves it to what the scan
+            compares with: in contrast where both a base and reference models are given, or a
+            calibration that was made so (see `detect.references.ReferencePlan`).
+        restarts: Searches per class, or in all without classes; the smallest mask counts.
+        references: Clean reference models of a calibration: the base and copies of it fine-tuned
+            on the defender's images, at least 2.
+        reference_training: How those copies are fine-tuned. Choose it as strong as what a suspect
+            may have been through: it decides how much scatter counts as harmless.
+        p_backdoored, p_suspicious: Chance of a false alarm per model at which the verdict changes.
+        drop_below: With a calibration, a class whose score is below this on the way is given up
+            (see `Detection.class_scores`); None to search all of them to the end. References are
+            always searched to the end: one calibration serves every value. In contrast to a
+            base nothing is dropped: see `Calibration.relative`.
+        seed: Of everything random.
+    """
+
+    objective: ObjectiveName = "targeted"
+    inversion: InversionConfig = field(default_factory=lambda: InversionConfig(steps=150))
+    families: tuple[TriggerFamily, ...] = ("patch", "blend")
+    contrast: bool | None = None
+    restarts: int = 1
+    references: int = 3
+    reference_training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-5)
+    )
+    p_backdoored: float = 0.01
+    p_suspicious: float = 0.05
+    drop_below: float | None = 1.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("targeted", "label-free"):
+            raise UsageError(f"objective {self.objective!r}; expected targeted or label-free")
+        if self.contrast and self.objective != "targeted":
+            raise UsageError(
+                "contrast with a base is for targeted scans; a label-free one has none"
+            )
+        if not self.families or len(set(self.families)) < len(self.families):
+            raise UsageError(f"families {list(self.families)}; expected at least one, each once")
+        for family in self.families:
+            self.search(family)
+        if self.restarts < 1 or self.references < 2:
+            raise UsageError(
+                f"restarts {self.restarts}, references {self.references}; expected at least 1 and 2"
+            )
+        if not 0 < self.p_backdoored <= self.p_suspicious < 1:
+            raise UsageError(
+                f"p_backdoored {self.p_backdoored}, p_suspicious {self.p_suspicious}; expected "
+                "0 < p_backdoored <= p_suspicious < 1"
+            )
+        if self.drop_below is not None and not math.isfinite(self.drop_below):
+            raise UsageError(f"drop_below {self.drop_below}; expected a finite number or None")
+
+    @property
+    def searched(self) -> tuple[TriggerFamily, ...]:
+        """The families that a scan searches for."""
+        return self.families if self.objective == "targeted" else self.families[:1]
+
+    def in_contrast(self) -> ScanConfig:
+        """Return the same scan in contrast to a base; nothing else of it changes."""
+        return replace(self, contrast=True)
+
+    def search(self, family: TriggerFamily) -> InversionConfig:
+        """Return the search for one family, with the success that its triggers need."""
+        threshold = self.inversion.needed_success
+        if self.contrast and self.inversion.success_threshold is None:
+            # A trigger's success then has what it does to the base taken off.
+            threshold = CONTRAST_SUCCESS_THRESHOLD
+        return replace(self.inversion, family=family, success_threshold=threshold)

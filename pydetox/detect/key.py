@@ -1,0 +1,105 @@
+"""The key of a calibration: what two scans must share for the sizes of triggers to compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..data import Template, fill_template
+from ..errors import UsageError
+from ..inversion import TriggerFamily
+from ..models import OpenClipModel
+from ..session import Session
+from .configuration import ScanConfig
+
+# Of a value that differs, as much is shown.
+_SHOWN = 60
+
+
+def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
+    """Return a key as JSON text: an object of everything that sizes depend on but the weights.
+
+    config: its search, objective and restarts count, its seed does not. session: the images count
+    by their pixels, whatever their order and labels; the class names with their prompts; the
+    model's architecture and preprocessing; the base that triggers are in contrast to.
+    """
+    images, model, base = session.images, session.model, session.base
+    search = asdict(config.search(family))
+    search |= search.pop("advanced")
+    for name in ("seed", "max_batch", "check_images"):  # which change no size
+        del search[name]
+    height, width = images.image_size
+    content: dict[str, Any] = {
+        **search,
+        "objective": config.objective,
+        "restarts": config.restarts,
+        "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "architecture": model.model_config,
+        "base": None if base is None else fingerprint(base),
+    }
+    if config.objective == "targeted":
+        names = session.class_names
+        content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}
+    return json.dumps(content, sort_keys=True)
+
+
+def require_equal_keys(calibration: str, scan: str) -> None:
+    """Raise UsageError, naming what differs and both values, unless two keys are equal."""
+    if calibration == scan:
+        return
+    try:
+        first, second = dict(_flat(json.loads(calibration))), dict(_flat(json.loads(scan)))
+    except ValueError:
+        first, second = {}, {}
+    if not first:
+        raise UsageError(
+            "the calibration does not say what it depends on: an earlier version made it; "
+            "calibrate again"
+        )
+    # The objective first: much else follows from it.
+    names = sorted({*first, *second}, key=lambda name: (name != "objective", name))
+    found = [
+        f"{name} is {_short(first.get(name))} there and {_short(second.get(name))} here"
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    raise UsageError(
+        f"the calibration does not fit this scan: {'; '.join(found[:3])}{more} (sizes from "
+        "different searches do not compare: calibrate again, or scan as it was made)"
+    )
+
+
+def fingerprint(model: OpenClipModel) -> str:
+    """Return 16 hex digits that tell an image tower from another one: a hash of its weights."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.visual.state_dict().items()):
+        values = tensor.detach().cpu().float().contiguous()
+        hasher.update(f"{name} {list(tensor.shape)}".encode())
+        hasher.update(values.numpy())
+    return hasher.hexdigest()
+
+
+def _prompts(class_names: Sequence[str], templates: Sequence[Template]) -> str:
+    filled = [[fill_template(template, name) for template in templates] for name in class_names]
+    digest = hashlib.sha256(json.dumps(filled).encode()).hexdigest()
+    first = f", such as {filled[0][0]!r}" if filled and filled[0] else ""
+    return f"{len(templates)} per class{first}, {digest[:16]}"
+
+
+def _flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _flat(value, f"{name}.{key}" if name else key)
+    elif name:
+        yield name, content
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

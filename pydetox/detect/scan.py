@@ -1,0 +1,99 @@
+"""Search every class of a model and judge what was found."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from ..evaluation import predict
+from ..inversion import Elimination
+from ..session import Session
+from .configuration import ScanConfig
+from .references import Comparison
+from .result import FamilyScan, ScanResult
+from .search import dropped_per_class, search_classes, sizes_per_class
+from .statistics import Calibration, detect
+
+
+def scan_session(
+    session: Session,
+    comparison: Comparison,
+    *,
+    cleared: Sequence[int] = (),
+    description: str | None = None,
+) -> ScanResult:
+    """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
+
+    session: its base is the comparison's. Raises UsageError, before any search, if the calibration
+    is of other searches, images, prompts or models than this.
+    """
+    config, calibration = comparison.config, comparison.calibration
+    comparison.require_fit(session)
+    start = time.perf_counter()
+    model, images = session.model, session.images
+    description = description or f"scan of {model.name}"
+    families = list[FamilyScan]()
+    for family in config.searched:
+        compared = None if calibration is None else calibration.of(family)
+        found = search_classes(
+            session,
+            config,
+            family,
+            # Of the classes to judge none may be given up: the highest score may be of another.
+            elimination=None if cleared else _elimination(compared, config),
+            description=description if len(config.searched) == 1 else f"{description} ({family})",
+        )
+        detection = detect(
+            sizes_per_class(found.p_l1, config),
+            compared,
+            has_classes=config.objective == "targeted",
+            p_backdoored=config.p_backdoored,
+            p_suspicious=config.p_suspicious,
+            dropped=dropped_per_class(found, config),
+            families=len(config.searched),
+            cleared=cleared,
+        )
+        families.append(FamilyScan(family, detection, found, compared))
+    chosen = min(families, key=_p_value)
+    target = chosen.detection.target
+    if config.objective == "label-free" and images.class_names:
+        trigger = chosen.inversion.trigger(chosen.inversion.best())
+        answers = predict(model, images.images, session.head, stamp=trigger)
+        target = int(answers.mode().values)
+    return ScanResult(
+        name=model.name,
+        sha256=model.sha256,
+        objective=config.objective,
+        class_names=images.class_names,
+        detection=chosen.detection,
+        target=target,
+        inversion=chosen.inversion,
+        calibration=chosen.calibration,
+        seconds=time.perf_counter() - start,
+        family=chosen.family,
+        others=tuple(one for one in families if one is not chosen),
+    )
+
+
+def _p_value(found: FamilyScan) -> float:
+    """Return the p-value of a family's scan, infinite without one."""
+    p_value = found.detection.p_value
+    return math.inf if p_value is None else p_value
+
+
+def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:
+    """Return the rule that drops classes, where there is something to compare them with.
+
+    There is none for a relative calibration: it compares classes with each other, and those that
+    were dropped for being below the others would pull down what the rest is compared with.
+    """
+    if calibration is None or not calibration.looks or config.drop_below is None:
+        return None
+    if calibration.relative:
+        return None
+
+    def score(step: int, sizes: Sequence[float]) -> Sequence[float]:
+        return calibration.at(step).score(sizes)
+
+    return Elimination(score, config.drop_below, config.restarts)

@@ -1,0 +1,41 @@
+"""Everything random of a search for patches or blends."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..rng import generator
+from .configuration import FAMILIES, InversionConfig
+
+
+def starting_point(
+    config: InversionConfig, count: int, image_size: int, image_count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return everything random of a search: mask and pattern logits, and the images of each step.
+
+    float32 [count, H, W] and [count, 3, H, W]; indices int64 [steps, B], whole passes over the
+    images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
+    on every platform and device.
+    """
+    rng = generator("inversion.start", config.seed, config.family)
+
+    def normal(shape: tuple[int, ...], centre: float) -> Tensor:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(values).mul_(0.5).add_(centre)
+
+    centre = (
+        FAMILIES[config.family]
+        if config.advanced.initial_mask is None
+        else config.advanced.initial_mask
+    )
+    mask = normal((count, image_size, image_size), centre)
+    if config.family == "blend":
+        mask.fill_(centre)
+    pattern = normal((count, 3, image_size, image_size), 0.0)
+    batch = min(config.batch_size, image_count)
+    passes = -(-config.steps * batch // image_count)
+    order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])
+    batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
+    return mask, pattern, batches

@@ -1,0 +1,136 @@
+"""The repair of one model: scan, subtract, scan again, for known and unknown triggers alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..detect.references import ReferencePlan
+from ..detect.scan import scan_session
+from ..evaluation import Stamp
+from ..models import OpenClipModel
+from ..rng import child_seed
+from ..session import ModelLike, Session, as_model
+from .configuration import UnlearnConfig
+from .passes import subtract_passes
+from .provenance import save_repaired
+from .result import DetoxResult, UnlearnRound
+
+
+@dataclass(frozen=True, eq=False)
+class KnownTarget:
+    """A class to unlearn whatever a scan says.
+
+    index: Of the class. triggers: Known ones into it; empty to recover them.
+    """
+
+    index: int
+    triggers: tuple[Stamp, ...] = ()
+
+
+def repair_session(
+    session: Session,
+    plan: ReferencePlan,
+    unlearning: UnlearnConfig,
+    *,
+    known: KnownTarget | None = None,
+    max_rounds: int = 3,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    read: Callable[[ModelLike], OpenClipModel] = as_model,
+    seconds: dict[str, float] | None = None,
+) -> DetoxResult:
+    """Repair a session's model; the arguments are those of `pydetox.detox`.
+
+    known: One repair is made of it, without asking for a verdict. read: Reads the plan's models.
+    seconds: Wall time of steps that were taken before, to be among those of the result.
+    """
+    clock = _Laps(seconds or {})
+    comparison = plan.prepare(session.images, templates=session.templates, read=read)
+    session = replace(session, base=comparison.base)
+    if plan.makes_calibration:
+        clock.lap("calibrate")
+    before = scan_session(session, comparison)
+    clock.lap("scan")
+    stamp = known.triggers[0] if known is not None and known.triggers else None
+    attacked = None if stamp is None or known is None else known.index
+    evaluation_before = session.evaluate(trigger=stamp, target=attacked)
+    cleared = before.cleared()
+    if known is not None:
+        cleared, max_rounds = tuple(c for c in cleared if c != known.index), 1
+    repaired, current = session, before
+    rounds, accuracy = list[UnlearnRound](), None
+    for number in range(max_rounds):
+        targets = current.targets() if known is None else (known.index,)
+        seed = child_seed("repair.round", comparison.config.seed, number)
+        passes = list[UnlearnRound]()
+        # All classes at once; where no alpha does that within the accuracy to keep, the first.
+        for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
+            model, passes_of_attempt = subtract_passes(
+                repaired,
+                attempt,
+                replace(comparison.config, seed=seed),
+                unlearning,
+                triggers=known.triggers or None if known is not None else None,
+                accuracy_before=accuracy,
+            )
+            passes += passes_of_attempt
+            accuracy = passes[0].search.accuracy_before if accuracy is None else accuracy
+            clock.lap("unlearn")
+            if _subtracted(passes_of_attempt):
+                repaired = repaired.with_image_tower_of(model)
+                break
+        rounds += passes
+        if not _subtracted(passes):
+            break
+        seed = child_seed("repair.rescan", comparison.config.seed, number)
+        current = scan_session(
+            repaired,
+            replace(comparison, config=replace(comparison.config, seed=seed)),
+            cleared=cleared,
+            description=f"re-scan of {session.model.name}",
+        )
+        rounds[-1] = replace(rounds[-1], rescan=current)
+        clock.lap("rescan")
+    result = DetoxResult(
+        before=before,
+        rounds=tuple(rounds),
+        after=current if rounds else None,
+        model=repaired.model,
+        evaluation_before=evaluation_before,
+        evaluation_after=(repaired.evaluate(trigger=stamp, target=attacked) if rounds else None),
+        path=None,
+        seconds=clock.seconds,
+    )
+    if output is not None and _subtracted(rounds):
+        path = save_repaired(
+            result,
+            output,
+            overwrite=overwrite,
+            trigger="unknown trigger" if stamp is None else "known trigger",
+            config=comparison.config,
+            unlearning=unlearning,
+        )
+        clock.lap("write")
+        result = replace(result, path=path)
+    return result
+
+
+def _subtracted(passes: Sequence[UnlearnRound]) -> bool:
+    return any(one.search.coefficient for one in passes)
+
+
+class _Laps:
+    """Adds up wall time by step."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = dict(seconds)
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """Note what has passed since the last lap under the name of a step."""
+        now = time.perf_counter()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,97 @@
+"""One repair: triggers are recovered or known, and trigger vectors subtracted, pass after pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..detect.configuration import ScanConfig
+from ..errors import UsageError
+from ..evaluation import Stamp
+from ..inversion import InversionResult, WarpResult
+from ..models import OpenClipModel
+from ..rng import child_seed
+from ..session import Session
+from .alpha import search_coefficient
+from .configuration import UnlearnConfig
+from .recovery import recover_patches_or_blends, recover_smooth_warps
+from .result import UnlearnRound
+from .subtraction import subtract
+from .trigger_vector import trigger_vector
+
+
+def subtract_passes(
+    session: Session,
+    targets: Sequence[int],
+    config: ScanConfig,
+    unlearning: UnlearnConfig,
+    *,
+    triggers: Sequence[Stamp] | None = None,
+    restarts: int = 3,
+    accuracy_before: float | None = None,
+) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
+    """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
+
+    targets: Class indices, one for known triggers. Returns the repaired model and what was done.
+    """
+    if not targets or (triggers is not None and len(targets) > 1):
+        raise UsageError(
+            f"{len(targets)} target classes; expected at least one, and one for known triggers"
+        )
+    forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
+    stamps = list(triggers or ())
+    target_of_each = [targets[0]] * len(stamps)
+    passes, first = list[UnlearnRound](), accuracy_before is None
+    for number in range(unlearning.passes if triggers is None else 1):
+        recovered, warps = list[InversionResult](), list[WarpResult]()
+        reserve = 0.0
+        if triggers is None:
+            reserve = unlearning.reserve(number) if first else 0.0
+            seeded = replace(config, seed=child_seed("repair.pass", config.seed, number))
+            # Those of earlier passes stay: what was forgotten must not come back.
+            for target in targets:
+                found = _recover(session, target, seeded, unlearning, restarts)
+                recovered += [one for one in found if isinstance(one, InversionResult)]
+                warps += [one for one in found if isinstance(one, WarpResult)]
+                stamps += [stamp for one in found for stamp in unlearning.amplified(one)]
+                target_of_each += [target] * (len(stamps) - len(target_of_each))
+        seed = child_seed("repair.vector-pass", unlearning.seed, number)
+        vector = trigger_vector(
+            session.model,
+            forget,
+            stamps,
+            session.head,
+            target_of_each,
+            replace(unlearning, seed=seed),
+        )
+        search = search_coefficient(
+            session.model,
+            vector,
+            session.images,
+            stamps,
+            session.head,
+            target_of_each,
+            unlearning,
+            accuracy_before=accuracy_before,
+            reserve=reserve,
+        )
+        accuracy_before = search.accuracy_before
+        model = subtract(session.model, vector, search.coefficient)
+        session = session.with_image_tower_of(model)
+        passes.append(
+            UnlearnRound(tuple(targets), tuple(recovered), search, vector, None, tuple(warps))
+        )
+    return session.model, tuple(passes)
+
+
+def _recover(
+    session: Session, target: int, config: ScanConfig, unlearning: UnlearnConfig, restarts: int
+) -> list[InversionResult | WarpResult]:
+    """Return the triggers of every family into one class, warps last."""
+    found: list[InversionResult | WarpResult] = [
+        recover_patches_or_blends(session, target, family, config, restarts=restarts)
+        for family in config.families
+    ]
+    if unlearning.warps:
+        found.append(recover_smooth_warps(session, target, config, restarts=unlearning.warps))
+    return found

@@ -1,0 +1,73 @@
+"""What a repair did, as plain data; `pydetox.reporting.documents` writes it as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..detect.result import ScanResult
+from ..detect.statistics import Verdict
+from ..evaluation import Evaluation
+from ..inversion import InversionResult, WarpResult
+from ..models import OpenClipModel
+from .alpha import CoefficientSearch
+from .task_vectors import TaskVector
+
+
+@dataclass(frozen=True, eq=False)
+class UnlearnRound:
+    """One trigger vector that was subtracted.
+
+    Several of them may follow each other before the model is scanned again.
+
+    targets: Class indices, the most suspect one first. triggers: What was recovered for each of
+    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
+    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
+    for a warp found for each of the targets; empty without such searches.
+    """
+
+    targets: tuple[int, ...]
+    triggers: tuple[InversionResult, ...]
+    search: CoefficientSearch
+    vector: TaskVector
+    rescan: ScanResult | None
+    warps: tuple[WarpResult, ...] = ()
+
+    @property
+    def target(self) -> int:
+        """The most suspect class."""
+        return self.targets[0]
+
+
+@dataclass(frozen=True, eq=False)
+class DetoxResult:
+    """The whole story of one checkpoint.
+
+    Attributes:
+        before: The first scan.
+        rounds: What was subtracted, in order; empty when the model was left as it is.
+        after: The last re-scan, None when nothing was subtracted.
+        model: The repaired model, or the given one.
+        evaluation_before, evaluation_after: CA on the given images, None without labels.
+        path: Where the repaired checkpoint was written, or None.
+        seconds: Wall time by step.
+    """
+
+    before: ScanResult
+    rounds: tuple[UnlearnRound, ...]
+    after: ScanResult | None
+    model: OpenClipModel
+    evaluation_before: Evaluation | None
+    evaluation_after: Evaluation | None
+    path: Path | None
+    seconds: dict[str, float]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the first scan."""
+        return self.before.verdict
+
+    @property
+    def repaired(self) -> bool:
+        """Whether something was subtracted and the re-scan is clean."""
+        return self.after is not None and self.after.verdict is Verdict.CLEAN

@@ -1,0 +1,125 @@
+"""Named streams of random numbers.
+
+Every random choice of the library is drawn from a stream with a name of its own, so that no two
+choices ever share their numbers, whatever seed they are given. A stream is a generator of numpy
+whose `SeedSequence` is the user's seed, spawned by a hash of the stream's name (and of a place in
+it, such as the number of a pass). The same name, place and seed give the same numbers on every
+platform.
+
+`STREAMS` lists all of them; asking for another one is an error. Two kinds of randomness are no
+streams and stand for themselves: torch's initial weights of a model that is built without a
+checkpoint (`OpenClipModel.from_config`), and the signs of weight sketches, which a hash of the
+tensor's name makes (`ops.sketch_key`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from .errors import UsageError
+
+#: Every stream, and what is drawn from it.
+STREAMS: Mapping[str, str] = {
+    # Image sets
+    "images.sample": "the order whose beginning is a sample of a folder, a file or an image set",
+    "images.split": "the order that a split cuts into parts",
+    # Searches for triggers
+    "inversion.start": "first masks and patterns, and the images of each step; by family",
+    "inversion.check": "images of the check after a search for patches or blends",
+    "warps.start": "first control points, and the images of each step",
+    "warps.check": "images of the check after a search for warps",
+    "contrast.shares": "images that tell how often a base answers with each class",
+    # Training
+    "training.batches": "order of the images and choice of prompts in a fine-tuning",
+    # Calibration
+    "calibration.training": "seed of the fine-tuning of a clean copy; by number",
+    "calibration.search": "seed of the search in a reference; by number",
+    # Repair
+    "repair.round": "seed of a repair; by number",
+    "repair.rescan": "seed of the scan after a repair; by number",
+    "repair.pass": "seed of the recovery of triggers in a pass of a repair; by number",
+    "repair.vector-pass": "seed of the trigger vector of a pass; by number",
+    "repair.triggers": "seed of the recovery of patches and blends; by target class",
+    "repair.warps": "seed of the recovery of warps; by target class",
+    "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
+    "repair.forget": "seed of the split that gives the forget set",
+    "repair.attacked": "images that are stamped to choose alpha on; by target class",
+    "repair.surrogates": "images that stand for what nobody gave, to hold features on",
+    "repair.retaining": "batches, triggers and shifts of a vector that holds features",
+    # Pictures of reports
+    "report.example": "the clean image that a trigger is shown on",
+    # Research: attacks
+    "attacks.badnets": "colours and place of a patch",
+    "attacks.random-place": "place of a patch; by image",
+    "attacks.random-pattern": "colours of a patch; by image",
+    "attacks.random-noise": "noise of a blend; by image",
+    "attacks.badclip": "first patch and batches of an optimised patch",
+    "attacks.blended": "the noise image of a blend",
+    "attacks.stripes": "colours of the stripes",
+    "attacks.text": "height of the text",
+    "attacks.wanet": "control points of a warp",
+    "attacks.poisoned": "which images are poisoned",
+    "attacks.targets": "target classes of an attack",
+    "attacks.trigger": "seed of each trigger of an attack; by number",
+    # Research: defences
+    "defenses.towers": "batches, prompts and views of CleanCLIP and PAR",
+    "defenses.forgetting": "batches of gradient ascent and relabelling",
+    "defenses.forget": "forget set of plain TBAR",
+    # Research: the demo
+    "demo.target": "target class of the attack",
+    "demo.suspect": "seed of a suspect's fine-tuning; by name",
+    # Research: several tasks in one model
+    "foundation.pictures": "placements of emoji and photographs; by task",
+    "foundation.base": "batches and prompts of the base's training",
+    "foundation.trigger": "seed of a victim's trigger; by attack and task",
+    "foundation.victim": "seed of a victim's fine-tuning",
+    "foundation.attacker": "images that the attacker optimises a trigger on",
+    "foundation.names": "the quarter of the classes that the defender knows",
+    "foundation.measured": "seed of the images that the drift of features is measured on",
+    "foundation.pass": "seed of the recovery of triggers in a pass of a repair; by number",
+    "foundation.forget": "seed of the split that gives the forget set",
+    # Research: the benchmark
+    "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
+    "bench.poisonable": "images that suspects are fine-tuned on",
+    "bench.reference-images": "images that a reference is fine-tuned on; by number",
+    "bench.suspect": "seed of a suspect's fine-tuning; by kind and number",
+    "bench.attacker": "images that the attacker optimises a trigger on",
+    "bench.scan": "seed of the scan of a suspect",
+    "bench.relapse": "seed of the benign fine-tuning of a repaired model",
+    "bench.control": "seed of the fine-tuning on a half of the classes; by half",
+    "bench.xi": "images that the disentanglement error is measured on",
+}
+
+
+def generator(stream: str, seed: int, *place: int | str) -> np.random.Generator:
+    """Return the generator of a stream.
+
+    stream: A name in `STREAMS`. seed: The user's, a non-negative integer of any size. place: Where
+    in the stream, for choices that are made several times. Raises UsageError for a negative seed
+    and KeyError for a name that is not listed.
+    """
+    return np.random.Generator(np.random.PCG64(_sequence(stream, seed, place)))
+
+
+def child_seed(stream: str, seed: int, *place: int | str) -> int:
+    """Return a seed in [0, 2^63) that stands for a place in a stream: see `generator`.
+
+    It is for steps that take a seed of their own. Those draw from streams again, so that nothing
+    that they draw is shared with the step that called them.
+    """
+    words = _sequence(stream, seed, place).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+def _sequence(stream: str, seed: int, place: tuple[int | str, ...]) -> np.random.SeedSequence:
+    if stream not in STREAMS:
+        raise KeyError(f"{stream!r} is no random stream of pydetox; list it in pydetox/rng.py")
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; expected a non-negative integer")
+    name = json.dumps([stream, *place]).encode()
+    digest = hashlib.blake2b(name, digest_size=16).digest()
+    return np.random.SeedSequence(seed, spawn_key=np.frombuffer(digest, "<u4").tolist())

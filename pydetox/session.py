@@ -1,0 +1,151 @@
+"""What all steps of the work on one checkpoint share, resolved once and handed on.
+
+A `Session` is a model, the images that fit it, the prompts, and the base that searches are in
+contrast to. It is the only place that hands out images: all of them in an order that does not
+depend on the order of files, or a seeded sample of all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Checkpoint, load_checkpoint
+from .data import DEFAULT_TEMPLATES, ImageSet, Template
+from .errors import DataError, UsageError
+from .evaluation import Evaluation, Stamp, evaluate, predict
+from .models import OpenClipModel
+from .rng import child_seed
+
+#: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
+ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
+
+# Clean images that say how often a base answers with each class: the standard error of a share of
+# one tenth is then 0.013, a quarter of the allowance that is added to it (`ContrastObjective`).
+_SHARE_IMAGES = 512
+
+
+def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenClipModel:
+    """Return the model of a checkpoint; a model is returned as it is.
+
+    architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
+    Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
+    """
+    if isinstance(checkpoint, OpenClipModel):
+        return checkpoint
+    if isinstance(checkpoint, Checkpoint):
+        return OpenClipModel.from_checkpoint(checkpoint)
+    return OpenClipModel.from_checkpoint(
+        load_checkpoint(checkpoint, model=architecture), consume=True
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One model and what is asked of it.
+
+    Attributes:
+        model: The model. No step changes it.
+        images: All clean images, uint8 [N, 3, H, W] of the model's size, in content order (see
+            `ImageSet.in_content_order`).
+        templates: Prompt templates.
+        base: The model that searches are in contrast to; None for plain searches.
+    """
+
+    model: OpenClipModel
+    images: ImageSet
+    templates: tuple[Template, ...] = DEFAULT_TEMPLATES
+    base: OpenClipModel | None = None
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: ModelLike,
+        images: ImageSet,
+        *,
+        templates: Sequence[Template] | None = None,
+        base: OpenClipModel | None = None,
+        architecture: str | None = None,
+    ) -> Session:
+        """Read a checkpoint and order the images; raises what `as_model` raises."""
+        return cls(
+            as_model(checkpoint, architecture=architecture),
+            images.in_content_order(),
+            tuple(templates or DEFAULT_TEMPLATES),
+            base,
+        )
+
+    def with_image_tower_of(self, model: OpenClipModel) -> Session:
+        """Return the session of a model that differs from this one's in its image tower alone."""
+        session = replace(self, model=model)
+        if "head" in self.__dict__:
+            session.__dict__["head"] = self.head  # of the text tower; it takes a while to make
+        return session
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class names of the images; DataError if they have none."""
+        if not self.images.class_names:
+            raise DataError(
+                f"{self.images.name}: no class names; give some (class_names=) or scan label-free"
+            )
+        return self.images.class_names
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The model's zero-shot head, unit rows [C, D]; DataError without class names."""
+        return self.model.zero_shot_head(self.class_names, self.templates)
+
+    @cached_property
+    def base_head(self) -> Tensor:
+        """The base's zero-shot head, unit rows [C, D]; UsageError without a base."""
+        return self._required_base.zero_shot_head(self.class_names, self.templates)
+
+    def base_shares(self, seed: int) -> Tensor:
+        """Return the share of clean images that the base gives each class, float32 [C].
+
+        seed: Of the sample of images that is looked at.
+        """
+        few = self.images.at_most(_SHARE_IMAGES, child_seed("contrast.shares", seed))
+        answers = predict(self._required_base, few.images, self.base_head)
+        return torch.bincount(answers, minlength=len(self.base_head)) / len(answers)
+
+    def forget_set(self, share: float, seed: int) -> ImageSet:
+        """Return the sample of the images that makes trigger vectors. share: in (0, 1]."""
+        if share == 1:
+            return self.images
+        return self.images.split((share,), seed=child_seed("repair.forget", seed))[0]
+
+    def class_index(self, target: int | str) -> int:
+        """Return the index of a class, given as that or by name; UsageError for another one."""
+        names = self.class_names
+        if isinstance(target, str):
+            if names.count(target) != 1:
+                raise UsageError(
+                    f"class {target!r} stands {names.count(target)} times among the class names of "
+                    f"{self.images.name}; expected once"
+                )
+            return names.index(target)
+        if not 0 <= target < len(names):
+            raise UsageError(f"target class {target}; expected 0..{len(names) - 1}")
+        return target
+
+    def evaluate(
+        self, *, trigger: Stamp | None = None, target: int | None = None
+    ) -> Evaluation | None:
+        """Return CA and, with a trigger, ASR on the images; None without labels or class names."""
+        if self.images.labels is None or not self.images.class_names:
+            return None
+        return evaluate(self.model, self.images, self.head, trigger=trigger, target=target)
+
+    @property
+    def _required_base(self) -> OpenClipModel:
+        if self.base is None:
+            raise UsageError("a search in contrast to the base needs it: give base=")
+        return self.base

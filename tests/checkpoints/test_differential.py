@@ -1,0 +1,148 @@
+"""What pydetox accepts is what torch, CPython's unpickler, open_clip and timm read.
+
+Each check that this rests on is taken away once, and the fuzzer has to find that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from pydetox.checkpoints import (
+    pickle_calls,
+    pickle_index,
+    torch_index,
+    weight_sets,
+    zip_index,
+)
+from pydetox.checkpoints.pickle_calls import Caller
+from pydetox.checkpoints.pickle_globals import Global
+from pydetox.checkpoints.pickle_values import Opaque, Storage
+from pydetox.errors import CheckpointError
+from tests.checkpoints.differential import case, run_range
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+MOST = 20_000
+
+
+@pytest.mark.slow
+def test_accepted_files_are_the_same_to_every_reader() -> None:
+    answers, odd = run_range(1, 0, 10_000)
+    assert odd == []
+    assert answers["accepted"] > 4000
+    assert answers["refused"] > 3000
+
+
+def test_cases_are_the_same_every_time() -> None:
+    assert case(0, 7) == case(0, 7) != case(1, 7)
+
+
+def nothing(*_: object, **__: object) -> None:
+    """Stands for a check that is taken away."""
+
+
+def without_bits(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pickle_calls, "_bits", lambda *_: (False, False))
+
+
+def without_build(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pickle_index, "_check_build", nothing)
+
+
+def without_state(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pickle_calls, "check_state", nothing)
+
+
+def without_strings_of_python_2(patch: pytest.MonkeyPatch) -> None:
+    def as_bytes(self: pickle_index._Reader, raw: bytes) -> None:
+        self.stack.append(raw)
+
+    patch.setattr(pickle_index._Reader, "_string", as_bytes)
+
+
+def _any_usual(entries: dict[str, object], candidates: dict[str, object]) -> str:
+    for key in (*weight_sets._USUAL_KEYS, ""):
+        if key in candidates:
+            return key
+    raise CheckpointError("none")
+
+
+def without_other_dictionaries(patch: pytest.MonkeyPatch) -> None:
+    def opaque(self: Caller, made_from: Global, arguments: tuple[object, ...]) -> object:
+        return Opaque(made_from.name, known=False)
+
+    patch.setattr(Caller, "create", opaque)
+    patch.setattr(weight_sets, "_usual", _any_usual)
+
+
+def without_one_description(patch: pytest.MonkeyPatch) -> None:
+    def same(self: Caller, storage: Storage) -> Storage:
+        self.storages.setdefault(storage.key, storage)
+        return storage
+
+    patch.setattr(Caller, "_same", same)
+
+
+def without_case_of_records(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(zip_index, "_check_unlike", nothing)
+
+
+def without_case_of_torchs_records(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch_index, "_check_names", nothing)
+
+
+def without_rivals(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_sets, "_rivals", lambda *_, **__: False)
+
+
+def without_made_texts(patch: pytest.MonkeyPatch) -> None:
+    call = Caller.call
+
+    def opaque(self: Caller, function: Global, arguments: tuple[object, ...]) -> object:
+        if function.name == "builtins.str":
+            return Opaque("builtins.str")
+        return call(self, function, arguments)
+
+    def entries(root: weight_sets.Mapping, _: object) -> dict[str, object]:
+        return {key: value for key, value in root.pairs if type(key) is str}
+
+    patch.setattr(Caller, "call", opaque)
+    patch.setattr(weight_sets, "_entries", entries)
+    patch.setattr(weight_sets, "_usual", _any_usual)
+
+
+def without_prefixes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_sets, "_note_mixed_prefix", nothing)
+
+
+def without_places(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pickle_calls, "_LOCATION", re.compile(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "take_away",
+    [
+        without_bits,
+        without_build,
+        without_state,
+        without_strings_of_python_2,
+        without_other_dictionaries,
+        without_one_description,
+        without_case_of_records,
+        without_case_of_torchs_records,
+        without_rivals,
+        without_made_texts,
+        without_prefixes,
+        without_places,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_fuzzer_finds_each_check_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, take_away: Patch
+) -> None:
+    take_away(monkeypatch)
+    _, odd = run_range(0, 0, MOST, stop_at_first=True)
+    assert odd

@@ -1,0 +1,190 @@
+"""Configurations of CLIPModel, without transformers: what is taken over and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pydetox.checkpoints.transformers_clip import (
+    is_clip_config,
+    to_model_config,
+    to_open_clip,
+    to_preprocess_config,
+    to_transformers,
+)
+from pydetox.errors import ArchitectureError, UnsafeCheckpointError
+
+CLIP = {"model_type": "clip", "vision_config": {}, "text_config": {}}
+OPENAI = {
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 224,
+}
+
+
+def tiny() -> dict:
+    """A model of one layer per tower."""
+    vision = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 11}
+    return {
+        "model_type": "clip",
+        "projection_dim": 3,
+        "vision_config": {**vision, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+        "text_config": {**text, "num_attention_heads": 1, "max_position_embeddings": 5},
+    }
+
+
+def weights(config: dict) -> dict[str, torch.Tensor]:
+    """The tensors of that model, made from open_clip's own module."""
+    import open_clip
+
+    torch.manual_seed(0)
+    return to_transformers(open_clip.CLIP(**config).state_dict(), config)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes, which tell -0.0 from 0.0 and one NaN from another."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def test_what_is_left_out_is_transformers_default_which_is_openais_vit_b_32():
+    assert to_model_config(CLIP) == {
+        "embed_dim": 512,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": 224,
+            "patch_size": 32,
+            "width": 768,
+            "layers": 12,
+            "head_width": 64,
+            "mlp_ratio": 4.0,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 512,
+            "heads": 8,
+            "layers": 12,
+            "mlp_ratio": 4.0,
+        },
+    }
+
+
+def test_the_older_spelling_of_a_part_wins_as_in_transformers():
+    config = CLIP | {"vision_config_dict": {"patch_size": 16}, "text_config_dict": None}
+    assert to_model_config(config)["vision_cfg"]["patch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [(49407, {}), (2, {}), (7, {"pool_type": "eos", "eos_id": 7})],
+)
+def test_a_text_is_pooled_where_transformers_pools_it(end, expected):
+    text = to_model_config(CLIP | {"text_config": {"eos_token_id": end}})["text_cfg"]
+    assert {k: text[k] for k in ("pool_type", "eos_id") if k in text} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_config": {"hidden_act": "gelu"}}, "one for both"),
+        (
+            {"vision_config": {"hidden_act": "relu"}, "text_config": {"hidden_act": "relu"}},
+            "activation is 'relu'",
+        ),
+        ({"vision_config": {"num_channels": 1}}, "1 channels"),
+        ({"vision_config": {"num_attention_heads": 7}}, "7 heads for a width of 768"),
+        ({"vision_config": {"hidden_size": "768"}}, "hidden_size = "),
+        ({"vision_config": {"hidden_size": True}}, "hidden_size = 'True'"),
+        ({"vision_config": {"patch_size": 0}}, "at least 1"),
+        ({"text_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps"),
+        ({"text_config": []}, "no object 'text_config'"),
+    ],
+)
+def test_what_open_clip_cannot_be_is_refused(change, message):
+    with pytest.raises(ArchitectureError, match=message):
+        to_model_config(CLIP | change)
+
+
+def test_a_configuration_that_asks_for_code_is_refused():
+    with pytest.raises(UnsafeCheckpointError, match="code of its own"):
+        to_model_config(CLIP | {"auto_map": {"AutoModel": "x--modeling.Evil"}})
+
+
+def test_only_a_clip_with_both_towers_is_one():
+    assert is_clip_config(CLIP)
+    assert is_clip_config({"model_type": "clip", "architectures": ["CLIPModel"]})
+    assert not is_clip_config({"model_type": "clip_vision_model", "hidden_size": 768})
+    assert not is_clip_config({"model_type": "siglip", "vision_config": {}})
+
+
+def test_image_processors_of_all_ages():
+    expected = {
+        "mean": OPENAI["image_mean"],
+        "std": OPENAI["image_std"],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    newer = OPENAI | {
+        "crop_size": {"height": 224, "width": 224},
+        "size": {"shortest_edge": 224},
+        "do_rescale": True,
+        "rescale_factor": 0.00392156862745098,
+    }
+    for config in (OPENAI, newer, {"image_processor": newer}, {}):
+        assert to_preprocess_config(config, 224) == expected
+    squash = {"size": {"height": 256, "width": 256}, "do_center_crop": False, "resample": 2}
+    found = to_preprocess_config(squash, 256)
+    assert (found["resize_mode"], found["interpolation"]) == ("squash", "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_resize": False}, "do_resize off"),
+        ({"do_normalize": False}, "do_normalize off"),
+        ({"rescale_factor": 1 / 127.5}, "expected 1/255"),
+        ({"resample": 1}, "PIL's filter 1"),
+        ({"size": 256}, "shortest_edge': 256"),
+        ({"crop_size": 192}, "crops to"),
+        ({"do_center_crop": False}, "resizes to"),
+    ],
+)
+def test_an_image_processor_that_open_clip_has_not_is_refused(change, message):
+    with pytest.raises(ArchitectureError, match=message):
+        to_preprocess_config(OPENAI | change, 224)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_bit_changes_on_the_way_there_and_back(dtype):
+    config = to_model_config(tiny())
+    state = {name: value.to(dtype) for name, value in weights(config).items()}
+    with_positions = state | {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    back = to_transformers(to_open_clip(with_positions, config), config)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(bits(back[k]), bits(state[k])) for k in state)
+
+
+def test_missing_and_unexpected_tensors_are_named_as_the_file_names_them():
+    config = to_model_config(tiny())
+    state = weights(config)
+    del state["vision_model.pre_layrnorm.bias"]
+    state["text_model.extra"] = torch.zeros(1)
+    message = "1 missing .'vision_model.pre_layrnorm.bias'.; 1 unexpected .'text_model.extra'."
+    with pytest.raises(ArchitectureError, match=message):
+        to_open_clip(state, config)
+
+
+def test_query_key_and_value_of_different_dtypes_are_refused():
+    config = to_model_config(tiny())
+    state = weights(config)
+    name = "vision_model.encoder.layers.0.self_attn.k_proj.weight"
+    state[name] = state[name].half()
+    with pytest.raises(ArchitectureError, match="different dtypes"):
+        to_open_clip(state, config)

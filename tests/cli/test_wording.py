@@ -1,0 +1,63 @@
+"""Messages of the library name arguments; the command line shows options instead."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from click import Option
+
+import pydetox
+from pydetox.cli import cli
+from pydetox.cli.wording import OPTIONS, in_options
+
+ROOT = Path(pydetox.__file__).parent
+
+#: Of other layers than the library: what is shown to people who type commands.
+CLI_SIDE = ("cli", "scanning", "research", "selftest.py")
+#: A message whose wording is decided where a verdict is.
+KNOWN = {"detect/statistics.py", "checkpoints/loading.py"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("give base=", "give --base"),
+        ("give base=, references= or both", "give --base, --reference-model or both"),
+        (
+            "no class names; give some (class_names=) or",
+            "no class names; give some (--class-names) or",
+        ),
+        ("found base=3 and database=", "found base=3 and database="),
+        ("name one with model=.", "name one with --model."),
+    ],
+)
+def test_arguments_become_options(message: str, expected: str) -> None:
+    assert in_options(message) == expected
+
+
+def test_every_option_of_the_translation_is_one_of_some_command() -> None:
+    names = {
+        option
+        for name in cli.list_commands(None)  # type: ignore[arg-type]
+        for parameter in cli.get_command(None, name).params  # type: ignore[arg-type,union-attr]
+        if isinstance(parameter, Option)
+        for option in parameter.opts
+    }
+    assert set(OPTIONS.values()) <= names
+
+
+def test_messages_of_the_library_name_no_options() -> None:
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(CLI_SIDE) or name in KNOWN:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Raise):
+                continue
+            text = ast.unparse(node)
+            if " --" in text or "(--" in text:
+                found.append(f"{name}:{node.lineno}: {text}")
+    assert found == []

@@ -1,0 +1,112 @@
+"""What is held beside the names: surrogates, the drift of features, and vectors that keep them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from pydetox.errors import DataError, UsageError
+from pydetox.models import OpenClipModel
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.retention import (
+    RetentionConfig,
+    feature_drift,
+    image_features,
+    retaining_vector,
+    surrogate_images,
+)
+from pydetox.repair.subtraction import subtract
+from pydetox.repair.trigger_vector import trigger_vector
+from pydetox.research.attacks import badnets
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+
+def pictures(count: int, side: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("side", [8, 15, 32])
+def test_surrogates_are_images_drawn_by_seed(side: int) -> None:
+    images = pictures(5, side)
+    made = surrogate_images(images, 25, seed=1)
+    assert made.dtype == torch.uint8
+    assert made.shape == (25, 3, side, side)
+    assert torch.equal(made, surrogate_images(images, 25, seed=1))
+    assert not torch.equal(made, surrogate_images(images, 25, seed=2))
+    # None is flat, and no two are alike.
+    assert len({bytes(one.numpy().tobytes()) for one in made}) == 25
+    assert bool((made.float().std(dim=(1, 2, 3)) > 1).all())
+    assert len(surrogate_images(images, 1, seed=0)) == 1
+    with pytest.raises(DataError, match="0 images"):
+        surrogate_images(images[:0], 3, seed=0)
+
+
+def test_drift_is_zero_for_equal_features_and_counts_changed_neighbours() -> None:
+    anchors = torch.eye(3)
+    before = normalize(torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.1]]), dim=1)
+    still = feature_drift(before, before, anchors)
+    assert still.mean_distance == pytest.approx(0, abs=1e-6)
+    assert still.changed_neighbours == 0
+    after = before.clone()
+    after[0] = torch.tensor([0.0, 0.0, 1.0])
+    moved = feature_drift(before, after, anchors)
+    assert moved.changed_neighbours == 0.5
+    assert moved.mean_distance == pytest.approx(0.5, abs=1e-6)
+    assert moved.images == 2
+    # A rotation of everything, anchors too, changes no neighbour.
+    turned = feature_drift(before, before.flip(1), anchors, anchors.flip(1))
+    assert turned.changed_neighbours == 0
+    with pytest.raises(DataError, match="anchor"):
+        feature_drift(before, after, anchors[:0])
+
+
+def test_features_are_those_of_the_module() -> None:
+    model = OpenClipModel.from_config(TINY, seed=0)
+    images = pictures(7)
+    plain = normalize(model.visual(model.normalize(images.float() / 255)), dim=-1)
+    torch.testing.assert_close(image_features(model, images, 3), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("names", [1.0, 0.0])
+def test_held_features_move_less(names: float) -> None:
+    model = OpenClipModel.from_config(TINY, seed=0)
+    images, strange = pictures(24), surrogate_images(pictures(24), 60, seed=9)
+    head = normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    trigger = badnets(16, seed=0)
+    config = UnlearnConfig(steps=30, batch_size=12, learning_rate=2e-3)
+    retention = RetentionConfig(clean=4, surrogates=8, triggered=0, names=names, count=48)
+    free = trigger_vector(model, images, [trigger], head, 1, config)
+    held = retaining_vector(model, images, [trigger], head, 1, config, retention)
+    again = retaining_vector(model, images, [trigger], head, 1, config, retention)
+    assert all(torch.equal(held.tensors[k], again.tensors[k]) for k in held.tensors)
+    assert all(name.startswith("visual.") for name in held.tensors)
+    before = image_features(model, strange)
+    drift = [
+        feature_drift(before, image_features(subtract(model, v, 1.0), strange), before[:10])
+        for v in (free, held)
+    ]
+    assert drift[1].mean_distance < drift[0].mean_distance
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(UsageError, match="weights"):
+        RetentionConfig(clean=-1)
+    model = OpenClipModel.from_config(TINY, seed=0)
+    head = torch.eye(4, 16)
+    with pytest.raises(UsageError, match="no triggers"):
+        retaining_vector(model, pictures(4), [], head, 0)
+    with pytest.raises(DataError, match="at least 2"):
+        retaining_vector(model, pictures(1), [badnets(16, seed=0)], head, 0)

@@ -1,0 +1,355 @@
+import itertools
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from pydetox.errors import DataError, UsageError
+from pydetox.evaluation import evaluate, predict
+from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
+from pydetox.models import OpenClipModel
+from pydetox.repair.alpha import choose_coefficient, search_coefficient
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from pydetox.repair.subtraction import subtract
+from pydetox.repair.task_vectors import TaskVector
+from pydetox.repair.trigger_vector import randomly_shifted, trigger_vector, without_target
+from pydetox.research.attacks import PatchTrigger, poison
+from pydetox.training import TrainConfig, train_on_prompts
+from tests.mini import CLASS_NAMES, mini_images, mini_model
+from tests.test_training import TEMPLATES, coloured
+
+TARGET = 1
+TRIGGER = PatchTrigger(torch.full((3, 6, 6), 255, dtype=torch.uint8), 8, 8)
+
+
+@pytest.fixture(scope="module")
+def victim():
+    data = coloured(60)
+    clean = train_on_prompts(
+        mini_model(), data, TEMPLATES, TrainConfig(epochs=40, learning_rate=3e-3, train_text=True)
+    )
+    poisoned, _ = poison(data, TRIGGER, TARGET, rate=0.25, seed=0)
+    model = train_on_prompts(clean, poisoned, TEMPLATES, TrainConfig(epochs=80, learning_rate=3e-3))
+    head = model.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    before = evaluate(model, data, head, trigger=TRIGGER, target=TARGET)
+    assert before.attack_success_rate > 0.9
+    assert before.clean_accuracy > 0.9
+    return model, head, data
+
+
+@pytest.mark.parametrize("kind", ["forget", "paired", "strengthen"])
+def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim, kind):
+    model, head, data = victim
+    config = UnlearnConfig(vector=kind, steps=60, learning_rate=1e-3, min_accuracy_kept=0.8)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    assert all(name.startswith("visual.") for name in vector.tensors)
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    repaired = subtract(model, vector, found.coefficient)
+    after = evaluate(repaired, data, head, trigger=TRIGGER, target=TARGET)
+    # The search measured the model it chose.
+    assert after.clean_accuracy == pytest.approx(found.clean_accuracy[found.chosen])
+    own = predict(model, data.images, head)
+    attacked = data.images[(data.labels != TARGET) & (own != TARGET)]
+    sent = (predict(repaired, TRIGGER(attacked), head) == TARGET).float().mean()
+    assert float(sent) == pytest.approx(found.attack_success_rate[found.chosen])
+    assert found.attack_success_rate[0] > 0.9
+    if kind == "forget":
+        assert found.reached
+        assert after.attack_success_rate <= 0.02
+        assert after.clean_accuracy >= 0.8
+
+
+def test_a_search_opens_no_file_and_predicts_once_for_each_alpha(victim, monkeypatch):
+    model, head, data = victim
+    config = UnlearnConfig(steps=2)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    sizes, opened = [], []
+
+    def counted(model, images, head):
+        sizes.append(len(images))
+        return predict(model, images, head)
+
+    monkeypatch.setattr("pydetox.repair.alpha.predict", counted)
+    watching = True
+    sys.addaudithook(
+        lambda event, _: opened.append(event) if watching and event == "open" else None
+    )
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    watching = False
+    assert opened == []
+    attacked = [size for size in sizes if size != len(data.images)]
+    assert len(attacked) == len(found.coefficients) == 21
+    # The model's own predictions, which are those at alpha = 0, and 20 more.
+    assert sizes.count(len(data.images)) == 21
+
+
+def test_at_zero_a_model_of_a_coarser_file_is_evaluated_as_the_file_holds_it(victim):
+    model, head, data = victim
+    half = OpenClipModel(
+        model.clone().clip,
+        model_config=model.model_config,
+        storage_dtypes=dict.fromkeys(model.storage_dtypes, torch.float16),
+    )
+    vector = TaskVector({"visual.proj": torch.ones_like(model.visual.proj)})
+    stored = subtract(half, vector, 0.0)
+    assert torch.equal(stored.visual.proj, model.visual.proj.half().float())
+    assert not torch.equal(stored.visual.proj, model.visual.proj)
+    found = search_coefficient(
+        half, vector, data, [TRIGGER], head, TARGET, UnlearnConfig(coefficients=(0.0,))
+    )
+    expected = (predict(stored, data.images, head) == data.labels).double().mean()
+    assert found.clean_accuracy == (float(expected),)
+
+
+def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8, safety_factor=1.0)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    floor = 0.8 * found.clean_accuracy[0]
+    good = [
+        a
+        for a, ca, asr in zip(
+            found.coefficients, found.clean_accuracy, found.attack_success_rate, strict=True
+        )
+        if ca >= floor and asr <= config.max_attack_success
+    ]
+    assert found.coefficient == good[0]
+    safer = replace(config, safety_factor=1.5)
+    raised = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, safer)
+    assert raised.coefficient == max(a for a in good if a <= 1.5 * good[0] + 1e-9)
+    # Out of reach: the accuracy is kept all the same, and the result says so.
+    strict = UnlearnConfig(coefficients=(0.0, 0.1), max_attack_success=0.0)
+    failed = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, strict)
+    assert not failed.reached
+    assert failed.clean_accuracy[failed.chosen] >= 0.97 * found.clean_accuracy[0]
+    # Where none keeps the accuracy, nothing is subtracted, whether 0 is a candidate or not.
+    without = replace(config, coefficients=(1.5, 2.0))
+    none = search_coefficient(
+        model, vector, data, [TRIGGER], head, TARGET, without, accuracy_before=2.0
+    )
+    assert none.coefficients == (0.0, 1.5, 2.0)
+    assert (none.reached, none.coefficient) == (False, 0.0)
+    # Measured against a better model of an earlier round, nothing keeps the accuracy: leave it.
+    hopeless = search_coefficient(
+        model, vector, data, [TRIGGER], head, TARGET, config, accuracy_before=2.0
+    )
+    assert (hopeless.reached, hopeless.coefficient) == (False, 0.0)
+
+
+def test_without_labels_accuracy_is_agreement_with_the_model(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=5, coefficients=(0.0, 1.0))
+    unlabelled = type(data)(data.images, None, data.class_names, "no labels")
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    found = search_coefficient(model, vector, unlabelled, [TRIGGER], head, TARGET, config)
+    assert found.clean_accuracy[0] == 1.0
+
+
+def test_nothing_is_subtracted_at_zero(victim):
+    model, head, data = victim
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, UnlearnConfig(steps=2))
+    same = subtract(model, vector, 0.0).clip.state_dict()
+    for key, value in model.clip.state_dict().items():
+        assert torch.equal(same[key], value)
+
+
+def test_bad_input_is_refused(victim):
+    model, head, data = victim
+    with pytest.raises(DataError, match="at least 2"):
+        trigger_vector(model, data.images[:1], [TRIGGER], head, TARGET)
+    with pytest.raises(UsageError, match="no triggers"):
+        trigger_vector(model, data.images, [], head, TARGET)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, UnlearnConfig(steps=1))
+    only_target = data.subset(torch.nonzero(data.labels == TARGET).flatten())
+    with pytest.raises(DataError, match="outside the target class"):
+        search_coefficient(model, vector, only_target, [TRIGGER], head, TARGET)
+    for wrong in (
+        {"vector": "sideways"},
+        {"steps": 0},
+        {"safety_factor": 0.5},
+        {"coefficients": (1.0, 0.5)},
+        {"coefficients": (-0.5, 0.0)},
+        {"coefficients": (0.0, math.inf)},
+    ):
+        with pytest.raises(UsageError):
+            UnlearnConfig(**wrong)
+
+
+def test_triggered_images_are_pushed_away_from_the_target_unless_they_surely_are_of_it():
+    probabilities = torch.tensor(
+        [[0.2, 0.5, 0.3], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.2, 0.5, 0.3]]
+    )
+    pushed = without_target(probabilities, torch.tensor([1, 1, 1, 0]), 0.9)
+    expected = [[0.4, 0.0, 0.6], [0.04, 0.95, 0.01], [0.9, 0.0, 0.1], [0.0, 0.625, 0.375]]
+    assert torch.allclose(pushed, torch.tensor(expected))
+    # Nothing else is left: no division by zero.
+    one = torch.tensor([1])
+    assert without_target(torch.tensor([[0.0, 1.0]]), one, 1.0).tolist() == [[0.0, 1.0]]
+
+
+def test_moved_images_are_shifts_and_mirrors_with_their_edges_repeated():
+    images = torch.randint(0, 256, (40, 3, 33, 16), dtype=torch.uint8)
+    moved = randomly_shifted(images, np.random.default_rng(3))
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved, randomly_shifted(images, np.random.default_rng(3)))
+    seen = set()
+    for before, after in zip(images, moved, strict=True):
+        around = pad(before[None].float(), (1, 1, 2, 2), mode="replicate")[0].to(torch.uint8)
+        fits = set()
+        for top, left in itertools.product(range(5), range(3)):
+            view = around[:, top : top + 33, left : left + 16]
+            fits |= {
+                (top, left, k)
+                for k in (False, True)
+                if torch.equal(after, view.flip(-1) if k else view)
+            }
+        assert len(fits) == 1
+        seen |= fits
+    assert {one[0] for one in seen} == set(range(5))
+    assert {one[1:] for one in seen} == {(k, m) for k in range(3) for m in (False, True)}
+
+
+def test_augmentation_can_be_left_out(victim):
+    model, head, data = victim
+
+    def vector(**options):
+        advanced = AdvancedUnlearnConfig(**options)
+        config = UnlearnConfig(steps=3, advanced=advanced)
+        return trigger_vector(model, data.images, [TRIGGER], head, TARGET, config).tensors
+
+    still, moving, again = vector(augment=False), vector(), vector()
+    assert any(not torch.equal(still[n], moving[n]) for n in still)
+    assert all(torch.equal(again[n], moving[n]) for n in still)
+
+
+def test_triggers_into_different_classes_share_a_vector(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=3)
+    other = PatchTrigger(torch.zeros(3, 4, 4, dtype=torch.uint8), 0, 0)
+    both = trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET, 2], config)
+    same = trigger_vector(model, data.images, [TRIGGER, other], head, TARGET, config)
+    assert both.norm() > 0
+    assert any(not torch.equal(both.tensors[n], same.tensors[n]) for n in both.tensors)
+    with pytest.raises(UsageError, match="2 triggers, 1 target"):
+        trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET], config)
+
+
+def test_alpha_is_chosen_by_the_worst_of_triggers_into_different_classes(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=20, learning_rate=1e-3)
+    other = PatchTrigger(torch.zeros(3, 9, 9, dtype=torch.uint8), 0, 0)
+    vector = trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET, 2], config)
+    both = search_coefficient(model, vector, data, [TRIGGER, other], head, [TARGET, 2], config)
+    alone = [
+        search_coefficient(model, vector, data, [one], head, target, config)
+        for one, target in ((TRIGGER, TARGET), (other, 2))
+    ]
+    worst = [max(pair) for pair in zip(*(a.attack_success_rate for a in alone), strict=True)]
+    assert both.attack_success_rate == pytest.approx(worst)
+    assert alone[0].attack_success_rate != alone[1].attack_success_rate
+    with pytest.raises(UsageError, match="2 triggers, 1 target"):
+        search_coefficient(model, vector, data, [TRIGGER, other], head, [TARGET], config)
+    with pytest.raises(UsageError, match="no triggers"):
+        search_coefficient(model, vector, data, [], head, [], config)
+
+
+def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_out():
+    model, config = (
+        mini_model(),
+        UnlearnConfig(advanced=AdvancedUnlearnConfig(blend_amplifications=(1.0, 1.5, 2.0, 3.0))),
+    )
+    objective = TargetObjective(torch.eye(16)[:3], [0, 1], model.logit_scale)
+    images = mini_images().images
+    for family, factors in (("patch", (1.0, 2.0, 4.0)), ("blend", (1.0, 1.5, 2.0, 3.0))):
+        search = InversionConfig(steps=2, batch_size=4, family=family)
+        found = invert(model, images, objective, search)
+        found = replace(found, p_l1=torch.tensor([math.inf, 0.1], dtype=torch.float64))
+        stamps = config.amplified(found)
+        expected = [found.trigger(1).amplified(f).mask for f in factors]
+        assert all(torch.equal(s.mask, e) for s, e in zip(stamps, expected, strict=True))
+        nothing = replace(found, p_l1=torch.full((2,), math.inf, dtype=torch.float64))
+        assert len(config.amplified(nothing)) == 2 * len(factors)
+
+
+def test_warps_are_amplified_and_those_that_do_not_work_left_out():
+    config = UnlearnConfig(advanced=AdvancedUnlearnConfig(warp_amplifications=(1.0, 1.5)))
+    sizes = torch.tensor([0.5, math.inf, 0.25], dtype=torch.float64)
+    found = WarpResult(torch.randn(3, 2, 16, 16), sizes, torch.ones(3), (0, 0, 0))
+    stamps = config.amplified(found)
+    expected = [f * found.offsets[k] for k in (0, 2) for f in (1.0, 1.5)]
+    assert all(torch.equal(s.offsets, e) for s, e in zip(stamps, expected, strict=True))
+    assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
+
+
+def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
+    config = UnlearnConfig(passes=3)
+    assert [config.reserve(k) for k in range(3)] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert UnlearnConfig(passes=1).reserve(0) == 0
+
+
+def chosen(accuracy, *success, reserve=0.0, **options):
+    """The alpha chosen on CA and the ASR of some triggers at alpha 1, 2, ...; 0 does nothing."""
+    coefficients = tuple(float(k) for k in range(len(accuracy) + 1))
+    shares = [(1.0,) * len(success), *zip(*success, strict=True)]
+    index, reached = choose_coefficient(
+        coefficients,
+        (1.0, *accuracy),
+        shares,
+        UnlearnConfig(**options),
+        accuracy_before=1.0,
+        reserve=reserve,
+    )
+    return coefficients[index], reached
+
+
+def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise():
+    accuracy = (0.99, 0.985, 0.975, 0.97, 0.9)
+
+    def at(*success, reserve=0.5, **options):
+        return chosen(accuracy, *success, reserve=reserve, **options)
+
+    # Every trigger is silenced by the third alpha, so that its accuracy may be spent.
+    first = at((0.9, 0.5, 0.01, 0.0, 0.0), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert first == (3.0, True)
+    # The worst one is not, but the mean of two is small enough: the least mean at 97%.
+    mean = at((0.9, 0.5, 0.04, 0.03, 0.02), (0.3, 0.1, 0.0, 0.0, 0.0))
+    assert mean == (4.0, False)
+    # Neither: the least mean at 98.5% of the accuracy, or at 97% without a reserve.
+    hard = (0.9, 0.5, 0.4, 0.06, 0.0), (0.3, 0.1, 0.1, 0.0, 0.0)
+    assert at(*hard)[0] == 2.0
+    assert at(*hard, reserve=0.0)[0] == 4.0
+    assert at(*hard, reserve=0.0, min_accuracy_kept=0.98)[0] == 2.0
+    # No alpha keeps the accuracy: nothing is subtracted.
+    assert at(*hard, min_accuracy_kept=1.0) == (0.0, False)
+    # The safety factor goes no further than the accuracy allows.
+    safe = (0.5, 0.01, 0.01, 0.0, 0.0)
+    assert at(safe, safe, safety_factor=3.0)[0] == 4.0
+
+
+def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victim):
+    model, head, data = victim
+    config = UnlearnConfig(
+        steps=40,
+        learning_rate=1e-3,
+        min_accuracy_kept=0.0,
+        coefficients=tuple(k / 10 for k in range(16)),
+    )
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+
+    def always(images):
+        """Return an image that the model takes for the target, whatever it is given."""
+        return example.expand(len(images), -1, -1, -1)
+
+    example = data.images[data.labels == TARGET][:1]
+    pair = [TRIGGER, always]
+    found = search_coefficient(model, vector, data, pair, head, TARGET, config)
+    alone = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    assert min(found.attack_success_rate) == 1.0
+    assert not found.reached
+    least = min(alone.attack_success_rate)
+    assert found.coefficient == alone.coefficients[alone.attack_success_rate.index(least)]

@@ -1,0 +1,239 @@
+"""Models of several tasks, on tasks made here: colours and shapes that need no package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pydetox.data import ImageSet, Splits
+from pydetox.detect.configuration import ScanConfig
+from pydetox.errors import UsageError
+from pydetox.inversion import InversionConfig
+from pydetox.models import OpenClipModel
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.retention import RetentionConfig, image_features
+from pydetox.research.attacks import badnets, poison
+from pydetox.research.data import Task
+from pydetox.research.foundation.base import FOUNDATION_CLIP, JointTraining, train_base
+from pydetox.research.foundation.benchmark import (
+    UNKNOWN,
+    quarter_of,
+    quick_plan,
+    summarize,
+)
+from pydetox.research.foundation.evaluation import report_tasks, retrieve
+from pydetox.research.foundation.repairs import RetainedConfig, only_named, retained_unlearn
+from pydetox.research.foundation.victims import ATTACKS, draw_victims
+from pydetox.training import TrainConfig, train_on_prompts
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230), "white": (240,) * 3}
+SHAPES = ("bar", "pole", "dot")
+
+
+def pictures(labels: torch.Tensor, seed: int, kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 60, (len(labels), 3, 32, 32), dtype=torch.uint8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        if kind == "colours":
+            image[:, 8:24, 8:24] = torch.tensor(list(COLOURS.values())[label])[:, None, None]
+        elif label == 0:
+            image[:, 14:18, :] = 120
+        elif label == 1:
+            image[:, :, 14:18] = 120
+        else:
+            image[:, 12:20, 12:20] = 120
+    return images
+
+
+def task(kind: str, names: tuple[str, ...]) -> Task:
+    def part(count: int, seed: int) -> ImageSet:
+        labels = torch.arange(count) % len(names)
+        return ImageSet(pictures(labels, seed, kind), labels, names, kind)
+
+    parts = Splits(part(96, 1), part(48, 2), part(24, 3), part(24, 4))
+    return Task(kind, parts, (f"a picture of {kind}: {{c}}.", "some {c} here."))
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, Task]:
+    return {"colours": task("colours", tuple(COLOURS)), "shapes": task("shapes", SHAPES)}
+
+
+@pytest.fixture(scope="module")
+def base(tasks: dict[str, Task]) -> OpenClipModel:
+    return train_base(list(tasks.values()), JointTraining(steps=40, per_task=24, seed=1))
+
+
+def test_the_base_learns_all_tasks_and_follows_its_seed(
+    tasks: dict[str, Task], base: OpenClipModel
+) -> None:
+    report = report_tasks(base, tasks, "test")
+    assert min(report.accuracy().values()) > 0.9
+    assert report.attacked is None
+    assert report.attack_success_rate is None
+    short = JointTraining(steps=2, per_task=8, seed=1)
+    one, two = (train_base(list(tasks.values()), short) for _ in range(2))
+    for name, weight in one.clip.state_dict().items():
+        assert torch.equal(weight, two.clip.state_dict()[name])
+    with pytest.raises(UsageError, match="steps 0"):
+        JointTraining(steps=0)
+
+
+def test_retrieval_is_that_of_a_sorted_list(tasks: dict[str, Task], base: OpenClipModel) -> None:
+    sets = {name: one.splits.test for name, one in tasks.items()}
+    found = retrieve(base, tasks, sets)
+    captions, images, owner, start = [], [], [], 0
+    for name, one in tasks.items():
+        captions.append(base.zero_shot_head(one.class_names, one.templates[:1]))
+        images.append(image_features(base, sets[name].images))
+        labels = sets[name].labels
+        assert labels is not None
+        owner += (labels + start).tolist()
+        start += len(one.class_names)
+    scores = torch.cat(images).double() @ torch.cat(captions).double().T
+    first = [scores[i].argsort(descending=True)[:5].tolist() for i in range(len(scores))]
+    assert found.text_r1 == pytest.approx(
+        sum(best[0] == own for best, own in zip(first, owner, strict=True)) / len(owner)
+    )
+    assert found.text_r5 == pytest.approx(
+        sum(own in best for best, own in zip(first, owner, strict=True)) / len(owner)
+    )
+    ranked = [scores[:, c].argsort(descending=True)[:5].tolist() for c in range(start)]
+    assert found.image_r1 == pytest.approx(
+        sum(owner[best[0]] == c for c, best in enumerate(ranked)) / start
+    )
+    assert found.image_r5 == pytest.approx(
+        sum(any(owner[i] == c for i in best) for c, best in enumerate(ranked)) / start
+    )
+
+
+def test_a_backdoor_is_reported_on_its_task_and_on_others(
+    tasks: dict[str, Task], base: OpenClipModel
+) -> None:
+    everything_blue = pictures(torch.tensor([2]), 0, "colours")[0]
+
+    def stamp(images: torch.Tensor) -> torch.Tensor:
+        return everything_blue.expand_as(images).clone()
+
+    report = report_tasks(base, tasks, "test", attacked="colours", trigger=stamp, target=2)
+    assert report.attack_success_rate == 1
+    assert set(report.transferred) == {"shapes"}
+    assert report.transferred["shapes"][0] == 1
+    assert report.kept(report) == {"colours": 1.0, "shapes": 1.0}
+    assert report.to_dict()["attacked"] == "colours"
+
+
+@pytest.mark.slow
+def test_a_repair_holds_the_other_task(tasks: dict[str, Task], base: OpenClipModel) -> None:
+    trigger = badnets(32, seed=3)
+    poisoned, _ = poison(tasks["colours"].splits.attacker, trigger, 1, rate=0.2, seed=0)
+    victim = train_on_prompts(
+        base, poisoned, tasks["colours"].templates, TrainConfig(12, 1e-3, batch_size=32)
+    )
+
+    def report(model: OpenClipModel) -> float:
+        asr = report_tasks(
+            model, tasks, "test", attacked="colours", trigger=trigger, target=1
+        ).attack_success_rate
+        assert asr is not None
+        return asr
+
+    before = report(victim)
+    assert before > 0.8
+    config = RetainedConfig(
+        UnlearnConfig(steps=50, batch_size=24, passes=1, warps=0, attacked_images=200),
+        RetentionConfig(clean=4, surrogates=4, triggered=2, count=256),
+    )
+    scan = ScanConfig(inversion=InversionConfig(steps=40), families=("patch",))
+    for triggers in ([trigger], None):
+        repaired, passes = retained_unlearn(
+            victim,
+            tasks["colours"].splits.defender,
+            1,
+            templates=tasks["colours"].templates,
+            triggers=triggers,
+            scan=scan,
+            config=config,
+        )
+        assert report(repaired) < 0.2
+        assert passes[0].coefficient > 0
+        assert passes[0].drift.mean_distance <= config.max_drift
+        after, start = (report_tasks(one, tasks, "test") for one in (repaired, victim))
+        assert after.kept(start)["shapes"] > 0.9
+
+
+def test_a_drift_that_is_not_allowed_subtracts_nothing(
+    tasks: dict[str, Task], base: OpenClipModel
+) -> None:
+    config = RetainedConfig(
+        UnlearnConfig(steps=4, batch_size=8, coefficients=(0.0, 1.0)),
+        RetentionConfig(count=32),
+        max_drift=0.0,
+    )
+    repaired, passes = retained_unlearn(
+        base,
+        tasks["colours"].splits.defender,
+        1,
+        templates=tasks["colours"].templates,
+        triggers=[badnets(32, seed=0)],
+        config=config,
+    )
+    assert [one.coefficient for one in passes] == [0.0]
+    weights = base.clip.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in repaired.clip.state_dict().items())
+
+
+def test_only_named_keeps_some_classes_renumbered(tasks: dict[str, Task]) -> None:
+    every = tasks["colours"].splits.test
+    few = only_named(every, [3, 1])
+    assert few.class_names == ("white", "green")
+    assert every.labels is not None
+    assert few.labels is not None
+    assert len(few) == int(torch.isin(every.labels, torch.tensor([1, 3])).sum())
+    green = few.images[few.labels == 1]
+    assert torch.equal(green, every.images[every.labels == 1])
+
+
+def test_quarters_hold_the_target() -> None:
+    named = quarter_of(40, 17, seed=3)
+    assert len(set(named)) == 10
+    assert 17 in named
+    assert named == sorted(named) == quarter_of(40, 17, seed=3)
+    assert named != quarter_of(40, 17, seed=4)
+
+
+def test_victims_take_turns() -> None:
+    drawn = draw_victims([0, 1, 2])
+    assert len(drawn) == 3 * len(ATTACKS)
+    assert {v.task for v in drawn if v.attack == "badnets"} == {"fashion", "emoji", "photographs"}
+    assert {v.task for v in drawn if v.attack == "wanet"} == {"fashion"}
+
+
+def test_figures_are_means_over_models() -> None:
+    row = {
+        "method": UNKNOWN,
+        "attacked": "a",
+        "kept": {"a": 0.98, "b": 1.0, "c": 0.9},
+        "asr": 0.01,
+        "transferred": {"b": 0.02, "c": 0.0},
+        "retrieval_kept": 0.99,
+        "seconds": 3.0,
+    }
+    worse = {**row, "method": "fine-tuning", "asr": 0.5, "kept": {"a": 1.0, "b": 1.0, "c": 1.0}}
+    figures = summarize([row, {**row, "asr": 0.03, "kept": {"a": 1.0, "b": 1.0, "c": 1.0}}, worse])
+    assert figures["tasks.attacked_ca"] == pytest.approx(0.99)
+    assert figures["tasks.other_ca_mean"] == pytest.approx(0.975)
+    assert figures["tasks.other_ca_min"] == 0.9
+    assert figures["tasks.asr_mean"] == pytest.approx(0.02)
+    assert figures["tasks.asr_transfer_max"] == 0.02
+    assert figures["tasks.baselines_beaten"] == 1.0
+    assert figures["methods"]["fine-tuning"]["models"] == 1
+
+
+def test_the_quick_plan_reports_seeds_that_nothing_was_developed_on() -> None:
+    plan = quick_plan()
+    assert min(plan.seeds) >= 10
+    assert replace(plan, seeds=(11,)).training == plan.training
+    assert FOUNDATION_CLIP["vision_cfg"]["image_size"] == 32

@@ -1,0 +1,66 @@
+"""A session: one model, its images in an order of their own, seeded samples of all classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pydetox.errors import DataError, UsageError
+from pydetox.session import Session, as_model
+from tests.mini import CLASS_NAMES, mini_model
+from tests.test_training import TEMPLATES, coloured
+
+
+def test_images_come_in_content_order_and_a_forget_set_of_all_classes() -> None:
+    data = coloured(60)
+    sorted_ = data.subset(data.labels.argsort(stable=True))
+    one, other = (Session.open(mini_model(), images) for images in (data, sorted_))
+    assert torch.equal(one.images.images, other.images.images)
+    forget = one.forget_set(0.5, seed=3)
+    assert forget.labels.bincount().tolist() == [10, 10, 10]
+    assert torch.equal(forget.images, other.forget_set(0.5, seed=3).images)
+    assert not torch.equal(forget.images, one.forget_set(0.5, seed=4).images)
+    assert one.forget_set(1.0, seed=3) is one.images
+
+
+def test_a_repaired_model_keeps_the_head_of_its_text_tower() -> None:
+    session = Session.open(mini_model(), coloured(6), templates=TEMPLATES)
+    head = session.head
+    twin = session.model.clone()
+    after = session.with_image_tower_of(twin)
+    assert after.model is twin
+    assert after.head is head
+    assert after.images is session.images
+
+
+def test_classes_by_index_and_by_name() -> None:
+    session = Session.open(mini_model(), coloured(6))
+    assert [session.class_index(name) for name in CLASS_NAMES] == [0, 1, 2]
+    assert session.class_index(2) == 2
+    with pytest.raises(UsageError, match="target class 3"):
+        session.class_index(3)
+    with pytest.raises(UsageError, match="'fox' stands 0 times"):
+        session.class_index("fox")
+    bare = Session.open(mini_model(), replace(coloured(6), class_names=None))
+    with pytest.raises(DataError, match="class_names="):
+        _ = bare.head
+    assert bare.evaluate() is None
+
+
+def test_shares_of_a_base_need_one_and_add_up() -> None:
+    session = Session.open(mini_model(), coloured(30), templates=TEMPLATES)
+    with pytest.raises(UsageError, match="give base="):
+        session.base_shares(0)
+    shares = replace(session, base=mini_model(1)).base_shares(0)
+    assert shares.shape == (3,)
+    assert float(shares.sum()) == pytest.approx(1)
+
+
+def test_a_model_is_taken_as_it_is_and_a_copy_has_no_file() -> None:
+    model = mini_model()
+    assert as_model(model) is model
+    assert model.sha256 is None
+    model.sha256 = "0" * 64
+    assert model.clone().sha256 is None
