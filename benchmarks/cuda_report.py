@@ -34,6 +34,7 @@ H100_BYTES_PER_SECOND = 3.35e12  # SXM5, NVIDIA's data sheet
 DTYPES = {
     "unsigned char": "uint8",
     "pydetox::BFloat16": "bfloat16",
+    "pydetox::Float16": "float16",
     "float": "float32",
     "double": "float64",
 }
