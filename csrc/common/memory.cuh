@@ -10,6 +10,9 @@
 #include <cstring>
 
 #include "csrc/common/macros.h"
+#if defined(PYDETOX_EMULATOR)
+#include "csrc/emulator/cuda_on_host.h"  // CUDA's keywords, whatever was included first
+#endif
 
 namespace pydetox::cuda {
 
