@@ -49,6 +49,11 @@ struct Float16 {
 
 // Exact. Multiplying by 2^112 moves the exponent, and makes subnormals normal on the way.
 PYDETOX_HD float to_float(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float exact;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(exact) : "h"(value.bits));
+  return exact;
+#endif
   const uint32_t rest = (value.bits & 0x7FFFu) << 13;
   const float finite = bit_cast<float>(rest) * 5.192296858534828e33f;
   const uint32_t bits = rest >= 0x0F800000u ? rest | 0x7F800000u : bit_cast<uint32_t>(finite);

@@ -10,6 +10,9 @@
 #include <cstring>
 
 #include "csrc/common/macros.h"
+#if defined(PYDETOX_EMULATOR)
+#include "csrc/emulator/cuda_on_host.h"  // CUDA's keywords, whatever was included first
+#endif
 
 namespace pydetox::cuda {
 
@@ -77,6 +80,10 @@ __device__ __forceinline__ void store(T* to, const T* from) {
     __stwb(reinterpret_cast<Word*>(to) + i, word);
   }
 }
+
+// The compiler moves no access to memory past this point. Without it all loads of an unrolled loop
+// may come first, and wait in more registers than there are.
+__device__ __forceinline__ void stay_in_order() { asm volatile("" ::: "memory"); }
 
 // The block's dynamic shared memory, 16-byte aligned.
 template <class T>

@@ -121,13 +121,15 @@ class Machine {
     const std::string verb = store ? "stores" : "loads";
     if (begin % std::min<std::size_t>(bytes, 16) != 0)
       fail(verb + " " + std::to_string(bytes) + " bytes misaligned");
-    const auto range =
-        std::find_if(launch_.memory.begin(), launch_.memory.end(), [&](const Range& r) {
-          const auto first = reinterpret_cast<std::uintptr_t>(r.begin);
-          return begin >= first && begin + bytes <= first + r.bytes;
-        });
-    if (range == launch_.memory.end())
-      fail(verb + " " + std::to_string(bytes) + " bytes out of bounds");
+    // A tensor may be an input and a result, too.
+    const Range* range = nullptr;
+    for (const Range& r : launch_.memory) {
+      const auto first = reinterpret_cast<std::uintptr_t>(r.begin);
+      if (begin < first || begin + bytes > first + r.bytes) continue;
+      range = &r;
+      if (r.writable) break;
+    }
+    if (range == nullptr) fail(verb + " " + std::to_string(bytes) + " bytes out of bounds");
     if (store && !range->writable) fail("stores to the input " + range->name);
     ++(store ? traffic_.stores : traffic_.loads);
     (store ? traffic_.bytes_stored : traffic_.bytes_loaded) += static_cast<std::int64_t>(bytes);

@@ -1,11 +1,16 @@
-#include "csrc/common/launcher.h"
-#include "csrc/weight_matmul/launch.cuh"
+#include "csrc/weight_matmul/core.h"
 
 namespace pydetox {
+namespace cuda {
+
+// cuda_left.cu, cuda_right.cu
+int run_left(const MatmulParams& params, void* stream);
+int run_right(const MatmulParams& params, void* stream);
+
+}  // namespace cuda
 
 int run_matmul(const MatmulParams& params, void* stream) {
-  return cuda::with_launcher(
-      stream, [&](const auto& launch) { return cuda::launch_matmul(params, launch); });
+  return params.left ? cuda::run_left(params, stream) : cuda::run_right(params, stream);
 }
 
 }  // namespace pydetox

@@ -39,45 +39,124 @@ struct MatmulLaunch {
   uint8_t base_dtype[kMatmulTensors], model_dtype[kMatmulTensors];
 };
 
-// One column's elements from `index` on, every kStep-th row of `left` that there are, then zeros.
-// All loads are under way before the first is waited for: no branch on the dtype between them.
-template <int kLoads, int kStep, class T>
-__device__ __forceinline__ void load_rows_as(const void* data, int64_t index, int64_t columns,
-                                             int64_t left, double (&values)[kLoads]) {
-  T stored[kLoads] = {};
-  PYDETOX_UNROLL
-  for (int i = 0; i < kLoads; ++i) {
-    if (i * kStep < left) {
-      load<1>(static_cast<const T*>(data) + index + i * kStep * columns, &stored[i]);
+// The tile of a matrix [rows, columns] that a block holds at a time, kAcross columns of it, as each
+// thread reads it: single elements, every kStep-th row of one column, while neighbouring threads
+// have neighbouring columns.
+template <int kAcross>
+struct Singles {
+  static constexpr int kLoads = kMatmulDepth * kMatmulSide / kMatmulThreads;
+  static constexpr int kStep = kMatmulThreads / kAcross;
+  int row, column;  // of the first in the tile
+
+  __device__ __forceinline__ explicit Singles(int thread)
+      : row(thread / kAcross), column(thread % kAcross) {}
+  __device__ __forceinline__ int row_of(int i) const { return row + i * kStep; }
+  __device__ __forceinline__ int column_of(int) const { return column; }
+
+  // The elements whose row is less than `rows`; zeros for the others, and where !wanted.
+  template <class T>
+  __device__ __forceinline__ void read(const void* data, int64_t first, int64_t columns,
+                                       int64_t rows, int64_t width, T (&stored)[kLoads]) const {
+    PYDETOX_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      stored[i] = {};
+      if (row_of(i) < rows && column < width) {
+        load<1>(static_cast<const T*>(data) + first + row_of(i) * columns + column, &stored[i]);
+      }
     }
   }
-  PYDETOX_UNROLL
-  for (int i = 0; i < kLoads; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      values[i] = static_cast<double>(to_float(stored[i]));
-    } else {
-      values[i] = static_cast<double>(stored[i]);
+};
+
+// The same in 16-byte words, where the rows of both matrices begin at multiples of 16 bytes.
+template <int kAcross, class T>
+struct Words {
+  static constexpr int kLoads = kMatmulDepth * kMatmulSide / kMatmulThreads;
+  static constexpr int kCount = kMaxWordBytes / static_cast<int>(sizeof(T));
+  static constexpr int kPerRow = kAcross / kCount;
+  static constexpr int kStep = kMatmulThreads / kPerRow;
+  int row, column;
+
+  __device__ __forceinline__ explicit Words(int thread)
+      : row(thread / kPerRow), column(thread % kPerRow * kCount) {}
+  __device__ __forceinline__ int row_of(int i) const { return row + i / kCount * kStep; }
+  __device__ __forceinline__ int column_of(int i) const { return column + i % kCount; }
+
+  __device__ __forceinline__ void read(const void* data, int64_t first, int64_t columns,
+                                       int64_t rows, int64_t width, T (&stored)[kLoads]) const {
+    PYDETOX_UNROLL
+    for (int i = 0; i < kLoads; i += kCount) {
+      PYDETOX_UNROLL
+      for (int e = 0; e < kCount; ++e) stored[i + e] = {};
+      // A row ends at a multiple of kCount elements: a word is wanted whole or not at all.
+      if (row_of(i) < rows && column < width) {
+        load<kCount>(static_cast<const T*>(data) + first + row_of(i) * columns + column,
+                     &stored[i]);
+      }
     }
   }
-}
+};
 
-template <int kLoads, int kStep>
-__device__ __forceinline__ void load_rows(const void* data, uint8_t dtype, int64_t index,
-                                          int64_t columns, int64_t left, double (&values)[kLoads]) {
-  switch (static_cast<DType>(dtype)) {
-    case DType::kFloat64:
-      return load_rows_as<kLoads, kStep, double>(data, index, columns, left, values);
-    case DType::kFloat32:
-      return load_rows_as<kLoads, kStep, float>(data, index, columns, left, values);
-    case DType::kBFloat16:
-      return load_rows_as<kLoads, kStep, BFloat16>(data, index, columns, left, values);
-    default:
-      return load_rows_as<kLoads, kStep, Float16>(data, index, columns, left, values);
+// Both matrices of one dtype: all loads of a tile are under way before the first is waited for.
+template <class T>
+struct SameType {
+  template <int kLoads, class Shape>
+  static __device__ __forceinline__ void differences(const MatmulLaunch& params, int tensor,
+                                                     const Shape& shape, int64_t first,
+                                                     int64_t rows, int64_t width,
+                                                     double (&values)[kLoads]) {
+    T model[kLoads], base[kLoads];
+    const int64_t columns = params.columns[tensor];
+    shape.read(params.model[tensor], first, columns, rows, width, model);
+    shape.read(params.base[tensor], first, columns, rows, width, base);
+    PYDETOX_UNROLL
+    for (int i = 0; i < kLoads; ++i) values[i] = to_double(model[i]) - to_double(base[i]);
   }
-}
+};
 
-template <bool kLeft>
-__device__ __forceinline__ void matmul_tile(const MatmulLaunch& params) {
+// Of two dtypes: one matrix after the other.
+struct AnyTypes {
+  template <int kLoads, class Shape>
+  static __device__ __forceinline__ void differences(const MatmulLaunch& params, int tensor,
+                                                     const Shape& shape, int64_t first,
+                                                     int64_t rows, int64_t width,
+                                                     double (&values)[kLoads]) {
+    double base[kLoads];
+    widened(params.model_dtype[tensor], params.model[tensor], shape, first, params.columns[tensor],
+            rows, width, values);
+    widened(params.base_dtype[tensor], params.base[tensor], shape, first, params.columns[tensor],
+            rows, width, base);
+    PYDETOX_UNROLL
+    for (int i = 0; i < kLoads; ++i) values[i] -= base[i];
+  }
+
+ private:
+  template <int kLoads, class Shape>
+  static __device__ __forceinline__ void widened(uint8_t dtype, const void* data,
+                                                 const Shape& shape, int64_t first, int64_t columns,
+                                                 int64_t rows, int64_t width,
+                                                 double (&values)[kLoads]) {
+    const auto all = [&](auto type) {
+      typename decltype(type)::Type stored[kLoads];
+      shape.read(data, first, columns, rows, width, stored);
+      PYDETOX_UNROLL
+      for (int i = 0; i < kLoads; ++i) values[i] = to_double(stored[i]);
+    };
+    switch (static_cast<DType>(dtype)) {
+      case DType::kFloat64:
+        return all(TypeTag<double>{});
+      case DType::kFloat32:
+        return all(TypeTag<float>{});
+      case DType::kBFloat16:
+        return all(TypeTag<BFloat16>{});
+      default:
+        return all(TypeTag<Float16>{});
+    }
+  }
+};
+
+// Types: SameType or AnyTypes. Shape: Singles or Words, of the block's columns of the matrix.
+template <bool kLeft, class Types, class Shape>
+__global__ void __launch_bounds__(kMatmulThreads, 2) matmul_tiles(const MatmulLaunch params) {
   constexpr int kLanes = 16;  // the block is kLanes by kLanes threads
   constexpr int kSides = kMatmulSide / kLanes, kWidths = kMatmulWidth / kLanes;
   int tensor = 0;
@@ -96,40 +175,37 @@ __device__ __forceinline__ void matmul_tile(const MatmulLaunch& params) {
   // Neighbouring threads write neighbouring entries.
   const int s = kLeft ? thread % kLanes : thread / kLanes;
   const int w = kLeft ? thread / kLanes : thread % kLanes;
+  const Shape shape(thread);
+  constexpr int kFactorLoads = kMatmulDepth * kMatmulWidth / kMatmulThreads;
 
   double total[kSides][kWidths] = {};
   for (int64_t run = 0; run < depth; run += kRun) {
     double sum[kSides][kWidths] = {};
     for (int64_t t = run; t < run + kRun && t < depth; t += kMatmulDepth) {
       const int count = static_cast<int>(depth - t < kMatmulDepth ? depth - t : kMatmulDepth);
-      // This thread's part of the tile: every kRowStep-th row of one column of the matrix, while
-      // neighbouring threads read neighbouring columns.
-      constexpr int kAcross = kLeft ? kMatmulSide : kMatmulDepth;
-      constexpr int kRowStep = kMatmulThreads / kAcross;
-      constexpr int kLoads = kMatmulDepth * kMatmulSide / kMatmulThreads;
-      const int row = thread / kAcross, at = thread % kAcross;
-      const int64_t first_row = (kLeft ? t : side) + row, at_column = (kLeft ? side : t) + at;
-      const int64_t end = kLeft ? t + count : rows;  // of the rows to take
-      const int64_t left = at_column < columns && (kLeft || at < count) ? end - first_row : 0;
-      double model[kLoads], base[kLoads];
-      load_rows<kLoads, kRowStep>(params.model[tensor], params.model_dtype[tensor],
-                                  first_row * columns + at_column, columns, left, model);
-      load_rows<kLoads, kRowStep>(params.base[tensor], params.base_dtype[tensor],
-                                  first_row * columns + at_column, columns, left, base);
+      const int64_t first_row = kLeft ? t : side, first_column = kLeft ? side : t;
+      const int64_t height = (kLeft ? t + count : rows) - first_row;
+      const int64_t wide = kLeft ? columns - first_column : count;
+      double values[Shape::kLoads];
+      Types::differences(params, tensor, shape, first_row * columns + first_column, height, wide,
+                         values);
+      double factor[kFactorLoads];
       PYDETOX_UNROLL
-      for (int i = 0; i < kLoads; ++i) {
-        const int down = row + i * kRowStep;
-        differences[kLeft ? down * kMatmulStride + at : at * kMatmulStride + down] =
-            model[i] - base[i];
-      }
-      for (int i = thread; i < kMatmulDepth * kMatmulWidth; i += kMatmulThreads) {
-        const int d = i / kMatmulWidth, k = i % kMatmulWidth;
-        double factor = 0;
+      for (int i = 0; i < kFactorLoads; ++i) {
+        const int at = thread + i * kMatmulThreads;
+        const int d = at / kMatmulWidth, k = at % kMatmulWidth;
+        factor[i] = 0;
         if (d < count && column + k < width) {
-          load<1>(params.factor[tensor] + (t + d) * width + column + k, &factor);
+          load<1>(params.factor[tensor] + (t + d) * width + column + k, &factor[i]);
         }
-        factors[i] = factor;
       }
+      PYDETOX_UNROLL
+      for (int i = 0; i < Shape::kLoads; ++i) {
+        const int down = shape.row_of(i), at = shape.column_of(i);
+        differences[kLeft ? down * kMatmulStride + at : at * kMatmulStride + down] = values[i];
+      }
+      PYDETOX_UNROLL
+      for (int i = 0; i < kFactorLoads; ++i) factors[thread + i * kMatmulThreads] = factor[i];
       __syncthreads();
       for (int d = 0; d < count; ++d) {
         double b[kWidths];
@@ -161,13 +237,6 @@ __device__ __forceinline__ void matmul_tile(const MatmulLaunch& params) {
       }
     }
   }
-}
-
-__global__ void __launch_bounds__(kMatmulThreads, 2) matmul_right(const MatmulLaunch params) {
-  matmul_tile<false>(params);
-}
-__global__ void __launch_bounds__(kMatmulThreads, 2) matmul_left(const MatmulLaunch params) {
-  matmul_tile<true>(params);
 }
 
 }  // namespace pydetox::cuda

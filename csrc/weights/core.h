@@ -29,18 +29,18 @@ struct Source {
   DType dtype;
 };
 
-// One element, exactly.
-PYDETOX_HD double load_weight(const Source& source, int64_t index) {
-  switch (source.dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(source.data)[index];
-    case DType::kFloat32:
-      return static_cast<double>(static_cast<const float*>(source.data)[index]);
-    case DType::kBFloat16:
-      return static_cast<double>(to_float(static_cast<const BFloat16*>(source.data)[index]));
-    default:
-      return static_cast<double>(to_float(static_cast<const Float16*>(source.data)[index]));
-  }
+// An element, exactly.
+template <class T>
+PYDETOX_HD double to_double(T value) {
+  return static_cast<double>(value);
+}
+template <>
+PYDETOX_HD double to_double(BFloat16 value) {
+  return static_cast<double>(to_float(value));
+}
+template <>
+PYDETOX_HD double to_double(Float16 value) {
+  return static_cast<double>(to_float(value));
 }
 
 // Lists of the same tensors. The meaning of a list depends on the operation:
