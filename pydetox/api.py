@@ -242,8 +242,8 @@ def detox(
         base: As in `scan`.
         references: As in `scan`.
         calibration: As in `scan`.
-        output: Folder for the repaired checkpoint (open_clip's layout); written only if something
-            was subtracted.
+        output: Folder for the repaired checkpoint, in the layout that it came in (open_clip's for
+            what came from a file); written only if something was subtracted.
         overwrite: Replace such a folder.
         templates: As in `scan`.
         config: As in `scan`.

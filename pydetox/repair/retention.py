@@ -27,7 +27,13 @@ from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
 from .task_vectors import TaskVector
-from .trigger_vector import one_target_each, randomly_shifted, without_target
+from .trigger_vector import (
+    image_tower_change,
+    one_target_each,
+    randomly_shifted,
+    stamp_each,
+    without_target,
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def retaining_vector(
     others: Tensor | None = None,
     description: str = "trigger vector",
 ) -> TaskVector:
-    """Return a `forget` vector, made while features are held (see `unlearning.trigger_vector`).
+    """Return a `forget` vector, made while features are held (see `pydetox.repair.trigger_vector`).
 
     others: further clean images that belong to no name, uint8 [M, 3, H, W], held like surrogates.
     """
@@ -177,11 +183,11 @@ def retaining_vector(
         clean, strange = images[index], held_images[other]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
-        pictures = [clean, _stamped(clean, triggers, which)]
+        pictures = [clean, stamp_each(clean, triggers, which)]
         if retention.surrogates:
             pictures.append(strange)
         if retention.triggered:
-            pictures.append(_stamped(strange, triggers, other_which))
+            pictures.append(stamp_each(strange, triggers, other_which))
         seen = list(embed(pictures))
         with torch.no_grad():
             pixels = clean.to(head.device, torch.float32) / 255
@@ -212,20 +218,12 @@ def retaining_vector(
         learning_rate=config.learning_rate,
         description=description,
     )
-    change = TaskVector.between(model.clip.state_dict(), tuned.clip.state_dict())
-    return -TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
+    return -image_tower_change(model, tuned)
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean of 1 - cos of unit rows."""
     return 1 - (first * second).sum(dim=-1).mean()
-
-
-def _stamped(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
-    stamped = images.clone()
-    for k in torch.unique(which).tolist():
-        stamped[which == k] = triggers[k](images[which == k])
-    return stamped
 
 
 def _pick(images: Tensor, count: int, rng: np.random.Generator) -> Tensor:

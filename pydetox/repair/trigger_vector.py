@@ -73,9 +73,7 @@ def trigger_vector(
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         # Stamped here and not beforehand: all triggers on all images would fill the memory.
-        stamped = clean.clone()
-        for k in which.unique().tolist():
-            stamped[which == k] = triggers[k](clean[which == k])
+        stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
             return cross_entropy(_logits(tuned, stamped, head, scale), target)
@@ -97,9 +95,8 @@ def trigger_vector(
         learning_rate=config.learning_rate,
         description=description,
     )
-    change = TaskVector.between(model.clip.state_dict(), tuned.clip.state_dict())
-    moved = TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
-    return -moved if config.vector == "forget" else moved
+    change = image_tower_change(model, tuned)
+    return -change if config.vector == "forget" else change
 
 
 def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> list[int]:
@@ -110,6 +107,20 @@ def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> 
             f"{len(triggers)} triggers, {len(target_of_each)} target classes; expected as many"
         )
     return target_of_each
+
+
+def stamp_each(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
+    """Return images with one trigger each, uint8 [n, 3, H, W] as given. which: int64 [n]."""
+    stamped = images.clone()
+    for k in torch.unique(which).tolist():
+        stamped[which == k] = triggers[k](images[which == k])
+    return stamped
+
+
+def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector:
+    """Return the weights of the image tower of `tuned` minus those of `model`."""
+    change = TaskVector.between(model.clip.state_dict(), tuned.clip.state_dict())
+    return TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
 
 
 def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:

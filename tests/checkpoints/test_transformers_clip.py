@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
+    read_clip_folder,
     to_model_config,
     to_open_clip,
     to_preprocess_config,
@@ -139,9 +142,13 @@ def test_image_processors_of_all_ages():
     }
     for config in (OPENAI, newer, {"image_processor": newer}, {}):
         assert to_preprocess_config(config, 224) == expected
-    squash = {"size": {"height": 256, "width": 256}, "do_center_crop": False, "resample": 2}
-    found = to_preprocess_config(squash, 256)
-    assert (found["resize_mode"], found["interpolation"]) == ("squash", "bilinear")
+    assert to_preprocess_config(OPENAI | {"resample": 2}, 224)["interpolation"] == "bilinear"
+
+
+def test_without_an_image_processor_nothing_is_guessed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny()))
+    with pytest.raises(ArchitectureError, match=r"put the processor's preprocessor_config\.json"):
+        read_clip_folder(tmp_path / "config.json", None)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +161,7 @@ def test_image_processors_of_all_ages():
         ({"size": 256}, "shortest_edge': 256"),
         ({"crop_size": 192}, "crops to"),
         ({"do_center_crop": False}, "resizes to"),
+        ({"size": {"height": 224, "width": 224}}, "expected the shorter side"),
     ],
 )
 def test_an_image_processor_that_open_clip_has_not_is_refused(change, message):

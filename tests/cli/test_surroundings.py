@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,37 +66,41 @@ def test_a_folder_that_cannot_be_written(run: Run, folder: Path, args: tuple) ->
     assert "/proc/run: cannot be written" in error_line(result)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process may be larger than 2 KiB."""
+    """Let no file of this process be larger than 2 KiB.
+
+    It must end within the test: the limit holds for pytest's own output as well.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_and_the_run_goes_on_later(
-    run: Run, folder: Path, args: tuple, tmp_path: Path, request: pytest.FixtureRequest
+    run: Run, folder: Path, args: tuple, tmp_path: Path
 ) -> None:
-    request.getfixturevalue("full_disk")
-    result = run("scan", folder / "base", folder / "suspect", *args)
+    with full_disk():
+        result = run("scan", folder / "base", folder / "suspect", *args)
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
     assert lines[-1].startswith(f"error: {tmp_path / 'run'}")
     assert "cannot be written" in lines[-1]
     assert all(line.startswith("warning: ") for line in lines[:-1])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     result = run("scan", folder / "base", folder / "suspect", *args)
     assert result.exit_code == 0
     assert result.stderr == ""
 
 
-def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path, full_disk: None) -> None:
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
     from pydetox.errors import OutputError
 
-    with RunStore(tmp_path) as store:
+    with full_disk(), RunStore(tmp_path) as store:
         store.event("small")
         with pytest.raises(OutputError, match=r"events\.jsonl: cannot be written"):
             store.event("large", text="x" * 10_000)
