@@ -19,7 +19,7 @@ from pydetox.checkpoints.identity import (
     content_digest,
     identify_checkpoint,
 )
-from pydetox.checkpoints.index import Finding, quote
+from pydetox.checkpoints.index import AMBIGUOUS_RULES, Finding, quote
 from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
@@ -160,6 +160,22 @@ def read_checkpoint(
         companions=companions,
         findings=(*weights.findings, *(nonfinite_findings(state_dict) if allow_nonfinite else ())),
     )
+
+
+def require_unambiguous(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of which nobody knows that a user's loader takes these weights.
+
+    Work on it would be on other weights than those that run, perhaps.
+
+    Raises:
+        CheckpointError: The file has a finding of `AMBIGUOUS_RULES`.
+    """
+    for finding in checkpoint.findings:
+        if finding.rule in AMBIGUOUS_RULES:
+            raise CheckpointError(
+                f"{checkpoint.path}: {finding.message}; write the weights that are meant to a file "
+                "of their own (pydetox convert) and use that"
+            )
 
 
 def _refuse_transformers_names(weights: OpenWeights) -> None:

@@ -18,10 +18,14 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
+from ..checkpoints.loading import require_unambiguous
 from ..data import Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .frozen import freeze
+
+# What weights are stored in; 8-bit floats and integers need scales that no state dict of CLIP has.
+_PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 # Entries of OpenAI's own archives that describe the model and are no weights.
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
@@ -128,8 +132,11 @@ class OpenClipModel:
         instead of copying them: half the memory, but the checkpoint must not be used any more.
 
         Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
-        named in one line, and nothing is loaded partially.
+        named in one line, and nothing is loaded partially; and when weights are stored as numbers
+        that are no weights without their scales, such as int8. Raises CheckpointError for a file of
+        which a user's loader may take other weights (`require_unambiguous`).
         """
+        require_unambiguous(checkpoint)
         if checkpoint.model_config is None:
             raise ArchitectureError(
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
@@ -142,9 +149,8 @@ class OpenClipModel:
             {key: tuple(value.shape) for key, value in weights.items()},
         )
         if mismatch is not None:
-            raise ArchitectureError(
-                f"{checkpoint.name}: the weights do not fit the architecture: {mismatch}"
-            )
+            raise ArchitectureError(f"{checkpoint.name}: {mismatch}")
+        _require_plain_weights(checkpoint.name, weights, expected)
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
         own = {}
         for key, value in weights.items():
@@ -344,6 +350,19 @@ class _NoRandomNumbers(TorchFunctionMode):
         if func is torch.randn:
             func = torch.empty
         return func(*args, **given)
+
+
+def _require_plain_weights(
+    name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Raise ArchitectureError where the model has a float and the file something else."""
+    for key, value in weights.items():
+        if expected[key].is_floating_point() and value.dtype not in _PLAIN_DTYPES:
+            raise ArchitectureError(
+                f"{name}: tensor {key!r} is stored as {str(value.dtype).removeprefix('torch.')}, "
+                "expected float16, bfloat16, float32 or float64: quantised weights mean nothing "
+                "without their scales; dequantise them first"
+            )
 
 
 def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:

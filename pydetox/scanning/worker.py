@@ -16,7 +16,7 @@ import torch
 
 from ..api import calibrate, scan
 from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
-from ..checkpoints.index import AMBIGUOUS_RULES
+from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
 from ..detect.references import ReferencePlan
@@ -179,13 +179,7 @@ class Worker:
 
     def _read(self, reference: str) -> Checkpoint:
         checkpoint = read_checkpoint(self._identify(reference))
-        for finding in checkpoint.findings:
-            if finding.rule in AMBIGUOUS_RULES:
-                # A verdict would be one about other weights than a user's loader takes, perhaps.
-                raise CheckpointError(
-                    f"{checkpoint.path}: {finding.message} (of pydetox convert, whose result can "
-                    "be scanned)"
-                )
+        require_unambiguous(checkpoint)
         return checkpoint
 
     def _identify(self, reference: str) -> CheckpointIdentity:

@@ -1,16 +1,20 @@
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
-from pydetox.errors import ArchitectureError, DataError
+import pydetox
+from pydetox.checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
+from pydetox.errors import ArchitectureError, CheckpointError, DataError
 from pydetox.models import OpenClipModel, open_clip_model
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
+from pydetox.session import as_model
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 
 
@@ -219,3 +223,29 @@ def test_a_clone_has_weights_of_its_own():
         next(twin.clip.parameters()).add_(1)
     same = torch.equal(next(twin.clip.parameters()), next(model.clip.parameters()))
     assert not same
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(dtype):
+    model = mini_model()
+    state = {k: v.clone() for k, v in model.clip.state_dict().items()}
+    state["visual.conv1.weight"] = (100 * state["visual.conv1.weight"]).to(dtype)
+    given = Checkpoint(state, model.model_config, None, "quantised", Path("q.pt"), "", "torch")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ArchitectureError, match=f"'visual.conv1.weight' is stored as {kind}"):
+        OpenClipModel.from_checkpoint(given)
+
+
+def test_no_door_takes_a_file_of_which_loaders_take_other_weights(tmp_path):
+    model = mini_model()
+    state, other = model.clip.state_dict(), mini_model(seed=1).clip.state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": other}, tmp_path / "two.pt")
+    (tmp_path / "config.json").write_text(json.dumps(model.model_config))
+    config = str(tmp_path / "config.json")
+    for take in (as_model, pydetox.scan):
+        arguments = [] if take is as_model else [mini_images(4)]
+        with pytest.raises(CheckpointError, match=r"two\.pt: .*pydetox convert"):
+            take(tmp_path / "two.pt", *arguments, architecture=config)
+    chosen = load_checkpoint(tmp_path / "two.pt", model=config, weights_key="state_dict_ema")
+    kept = OpenClipModel.from_checkpoint(chosen).clip.state_dict()
+    assert torch.equal(kept["visual.proj"], other["visual.proj"])
