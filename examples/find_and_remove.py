@@ -51,7 +51,7 @@ def main() -> None:
             output=Path(folder) / "repaired",
             templates=DIGIT_TEMPLATES,
             config=config,
-            unlearning=pydetox.UnlearnConfig(steps=80, passes=1, warps=0),
+            unlearning=pydetox.UnlearnConfig(passes=1, warps=0),
         )
         print(f"verdict: {result.verdict.value}, target: {result.before.target_name}")
         print(f"repaired: {result.repaired}")
