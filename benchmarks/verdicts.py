@@ -149,14 +149,9 @@ def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
             now = history[looks.index(first)]
             class_scores = calibration.at(first).score(now)
             scores[name].append(max(class_scores) if target is None else class_scores[target])
-
-            def score(
-                step: int, now: Any, calibration: Calibration = calibration
-            ) -> tuple[float, ...]:
-                return calibration.at(step).score(now)
-
             assert config.drop_below is not None
-            rule = Elimination(score, config.drop_below, first=first)
+            kept = 1 + len(calibration.controls)
+            rule = Elimination(calibration.progress, config.drop_below, first=first, kept=kept)
             dropped = replay(rule, looks, history)
             taken = [
                 n if step is None else step for n, step in zip(one["steps"], dropped, strict=True)

@@ -85,15 +85,12 @@ def _p_value(found: FamilyScan) -> float:
 def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:
     """Return the rule that drops classes, where there is something to compare them with.
 
-    There is none for a relative calibration: it compares classes with each other, and those that
-    were dropped for being below the others would pull down what the rest is compared with.
+    There is none for searches in contrast to a base.
     """
     if calibration is None or not calibration.looks or config.drop_below is None:
         return None
     if calibration.relative:
         return None
-
-    def score(step: int, sizes: Sequence[float]) -> Sequence[float]:
-        return calibration.at(step).score(sizes)
-
-    return Elimination(score, config.drop_below, config.restarts)
+    # The classes that the others are judged beside run to the end, and so does the best of these.
+    kept = 1 + len(calibration.controls)
+    return Elimination(calibration.progress, config.drop_below, config.restarts, kept=kept)

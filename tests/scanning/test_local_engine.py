@@ -93,7 +93,7 @@ def test_a_survey_that_dies_is_an_error_too(registry, config):
     killer = Killer("survey", victim, times=2)
     found = scan(config(engine="local", workers=1, steps=1), registry / "models", notify=killer)
     # A tiny file is surveyed before the signal arrives, now and then.
-    assert found[victim].verdict in ("error", "clean")
+    assert found[victim].verdict in ("error", "inconclusive")
     assert sum(record.verdict == "error" for record in found.values()) <= 1
 
 
