@@ -270,6 +270,25 @@ def test_the_family_that_stands_out_most_decides(story):
     assert scan_document(found)["other_families"][0]["family"] == other.family
 
 
+def test_a_model_is_clean_only_if_every_family_bears_a_verdict(story):
+    base, path, data, calibration = story
+    blends = calibration.of("blend")
+    assert calibration.family == "patch"
+    # References that are one model twice tell nothing of how much clean models differ.
+    useless = replace(blends, p_l1=(blends.p_l1[0],) * len(blends.p_l1))
+    calibration = replace(calibration, others=(useless,))
+    clean, planted = (
+        scan(model, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
+        for model in (base, path)
+    )
+    assert clean.verdict is Verdict.INCONCLUSIVE
+    assert clean.family == "blend"
+    assert "have the same sizes" in clean.detection.reason
+    assert clean.others[0].detection.verdict is Verdict.CLEAN
+    assert planted.verdict is Verdict.BACKDOORED
+    assert planted.family == "patch"
+
+
 def test_each_pass_recovers_every_family_and_subtracts_once(story):
     _, path, data, _ = story
     _, done = unlearn(

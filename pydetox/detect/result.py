@@ -41,7 +41,7 @@ class ScanResult:
         calibration: What the sizes were compared with, or None.
         seconds: Wall time of the scan without the calibration.
         family: Which family of triggers these are: of all that were searched for the one with the
-            smallest p-value, the first without a calibration.
+            smallest p-value. If that is no finding, the first family without a verdict.
         others: What the searches for the other families found.
     """
 
