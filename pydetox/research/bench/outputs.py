@@ -186,21 +186,23 @@ def markdown(result: Mapping[str, Any]) -> str:
     made = result.get("made")
     parts = [
         *([f"`{made['command']}`, {made['date']}.", ""] if made else []),
-        f"ASR under the true triggers, mean over the seeds {seeds}; of two backdoors the worse. "
-        "Images of the target class are left out. CA kept: share of the victim's own. Tuning: "
-        f"{effort}.",
+        f"ASR under the true triggers, as the mean over the seeds {seeds}. For a model with two "
+        "backdoors, the worse one counts. Images of the target class are left out. CA kept is the "
+        f"share of the victim's own CA. Tuning: {effort}.",
         "",
         _markdown_table(header, lines),
         "",
-        "Verdicts, of clean models and of victims that count; calibration saw neither.",
+        "Verdicts on clean models and on the victims that count. The calibration saw none of them.",
         "",
         _markdown_table(*verdicts(result["scans"])),
         "",
-        "Attacks with the lower ASR for pydetox at an equal or higher CA (within half a point).",
+        "Share of attacks for which pydetox has the lower ASR at an equal or higher CA (within "
+        "half a point).",
         "",
         _markdown_table(*against(result)),
         "",
-        "ASR of the victims before any defence; `(no)`: did not take, and counts nowhere.",
+        "ASR of the victims before any defence. (no): the backdoor did not work, and the victim is "
+        "left out everywhere else.",
         "",
         _markdown_table(*victims(result)),
         "",
