@@ -18,7 +18,7 @@ from .labels import index_of_names, labels_mean_nothing
 from .resize import refuse_too_large, resize_and_crop
 from .sampling import sample_order
 
-#: Files with other endings are not images for us and are passed over.
+#: Files with other endings do not count as images and are passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -35,8 +35,8 @@ def load_image_folder(
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
 
-    Images are ordered by class and by relative path (by code point, whatever the file system says),
-    whatever the number of workers.
+    Images are ordered by class and then by the code points of their relative path. The order
+    depends neither on the file system nor on the number of workers.
     """
     paths, labels, names = choose_images(
         directory,
@@ -53,7 +53,7 @@ def load_image_folder(
 
     executor = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
-        # map() hands results back in order, so the first bad file by name is the one reported.
+        # map() yields results in order, so the error names the first bad file in that order.
         for _ in track(
             executor.map(decode, range(len(paths))), "Decoding images", total=len(paths)
         ):
@@ -75,11 +75,11 @@ def choose_images(
 ) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Return the paths of the images that are read, their labels and the class names.
 
-    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    This opens folders only, and no image. Raises DataError for a folder that is no image set.
     """
     paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(paths):
-        # Chosen before decoding: the rest of the folder is never opened.
+        # The sample is drawn before decoding, so the rest of the folder is never opened.
         chosen = sample_order(labels, len(paths), max_images, seed)
         paths = [paths[index] for index in chosen]
         labels = None if labels is None else labels[chosen]
@@ -122,7 +122,7 @@ def _list_images(
     index_of = index_of_names(found, class_names, str(directory))
     paths: list[Path] = []
     labels: list[int] = []
-    # By label, not by folder name, so that a caller's order of classes also orders the images.
+    # Sort by label and not by folder name: the caller's order of classes then orders the images.
     for label, folder in sorted(zip(index_of, folders, strict=True)):
         members = _images_below(folder)
         if not members:
@@ -160,9 +160,8 @@ def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
-        # Pillow's decoders raise whatever the damage led them into (OSError, SyntaxError,
-        # ValueError, struct.error, zlib.error, ...): for a file that we did not write, all of these
-        # mean one thing.
+        # Pillow's decoders raise many kinds of errors for damaged files (OSError, SyntaxError,
+        # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged file.
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
     return pixels
@@ -170,7 +169,7 @@ def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's convert() would clip at 255 and turn the image white.
+        # For 16-bit grey, Pillow's convert() would clip at 255 and turn the image white.
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Reading a NumPy .npz file, treated as hostile: no pickles, sizes checked before reading."""
+"""Reading a NumPy .npz file as a hostile file: without pickles, with sizes checked first."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
     keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]
     for key in keys:
         if key not in KEYS:
-            # A misspelt "labels" would otherwise pass as an unlabelled set.
+            # Otherwise, a file with a misspelt "labels" would count as unlabelled.
             raise DataError(
                 f"{path}: array {key!r} is not known; "
                 f"expected {', '.join(KEYS)} (the last two optional)"
@@ -108,7 +108,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
                 else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read_header(stream)
-            # A Python product: the sizes in a forged header overflow int64.
+            # This product uses Python integers, because forged sizes would overflow int64.
             size = dtype.itemsize
             for length in shape:
                 size *= length
@@ -185,7 +185,7 @@ def _match_names(
     *,
     labels_required: bool,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return labels and class names in the caller's order of classes, or else in the file's."""
+    """Return labels and class names in the caller's order of classes, or in that of the file."""
     if stored is None:
         return labels, wanted
     if stored.ndim != 1 or stored.dtype.kind != "U":

@@ -1,4 +1,4 @@
-"""How an image of any size becomes a square one, and what is too large to try."""
+"""How an image of any size becomes a square one, and which images are too large to decode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERPOLATIONS = {
 
 
 def interpolation_filter(name: str) -> Image.Resampling:
-    """Return Pillow's filter of that name; a name not in INTERPOLATIONS is a DataError."""
+    """Return Pillow's filter of that name; DataError for a name not in INTERPOLATIONS."""
     if name not in INTERPOLATIONS:
         raise DataError(
             f"interpolation {name!r} is not known; expected one of {', '.join(INTERPOLATIONS)}"
@@ -29,7 +29,7 @@ def interpolation_filter(name: str) -> Image.Resampling:
 
 
 def refuse_too_large(width: int, height: int, what: str) -> None:
-    """Raise DataError when an image has more than MAX_PIXELS pixels; call before decoding it."""
+    """Raise DataError if an image has more than MAX_PIXELS pixels; call this before decoding."""
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{what}: {width}x{height} pixels; expected at most {MAX_PIXELS:,} pixels "
@@ -46,7 +46,7 @@ def resize_and_crop(
     it, so that a model sees exactly the pixels that open_clip would give it. Raises DataError,
     naming `what`, for an image without pixels and for one that is too large after scaling.
     """
-    from torchvision.transforms import InterpolationMode  # takes a second to import
+    from torchvision.transforms import InterpolationMode  # This import takes a second.
     from torchvision.transforms import functional as transforms
 
     width, height = image.size
