@@ -282,9 +282,8 @@ def apply(
             file.write(header)
             for name in order:
                 if name not in files.names:
-                    # Copy first: a part that vanished from a mapped file reads as zeros here, but
-                    # would be an
-        # error in write().
+                    # Copy first: a part that vanished from a mapped file reads as zeros in a
+                    # copy, but is an error in write().
                     whole = files.base.tensor(name).clone().reshape(-1).view(torch.uint8)
                     file.write(whole.numpy().data)
                     continue

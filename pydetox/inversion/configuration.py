@@ -1,4 +1,4 @@
-"""How to search for patches and blends."""
+"""Configuration of the search for patches and blends."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from ..models.frozen import PRECISIONS
 from .schedule import CostSchedule
 from .state import TriggerFamily
 
-#: Kinds of triggers that a search can look for, and the centre of each one's initial mask logits:
-#: masks of 1.8% and of 20%.
+#: The kinds of triggers that a search can look for, each with the centre of its initial mask
+#: logits. These give masks of 1.8% and of 20%.
 FAMILIES: dict[TriggerFamily, float] = {"patch": -2.0, "blend": -0.7}
 
-#: Success that a trigger needs where a configuration names none: docs/method.md has the
-#: measurements, for the second in its section "In contrast to the base".
+#: The success that a trigger needs if the configuration names none. docs/method.md has the
+#: measurements; those for the second value are in its section "In contrast to the base".
 SUCCESS_THRESHOLD, CONTRAST_SUCCESS_THRESHOLD = 0.97, 0.9
 
 
 @dataclass(frozen=True)
 class AdvancedInversionConfig:
-    """Constants of the search that there is hardly a reason to change.
+    """Constants of the search that you hardly ever need to change.
 
     Attributes:
-        betas: Adam's decay rates, DECREE's (Feng et al., CVPR 2023).
-        schedule: The weight of the mask's size.
-        interval: Steps after which sizes are noted. Only then does a search wait for the device,
-            and end. `python benchmarks/bench_targeted.py` measures what that costs.
-        least_progress: Progress is when the smallest working mask shrinks by more than this share
-            (docs/method.md, "When a search ends").
-        initial_mask: Centre of the initial mask logits; None for that of the family, see FAMILIES.
-        check_images: Images for the check after the search, a random sample. It decides no verdict.
+        betas: Adam's decay rates; those of DECREE (Feng et al., CVPR 2023).
+        schedule: The schedule of the weight of the mask's size.
+        interval: The number of steps between two checkpoints of a search. Only there does a search
+            record its sizes, wait for the device, and possibly end. `python
+            benchmarks/bench_targeted.py` measures what this costs.
+        least_progress: A search makes progress if the smallest working mask shrinks by more than
+            this share (docs/method.md, "When a search ends").
+        initial_mask: The centre of the initial mask logits; None for that of the family, see
+            FAMILIES.
+        check_images: The size of the random sample of images for the check after the search. This
+            check decides no verdict.
     """
 
     betas: tuple[float, float] = (0.5, 0.9)
@@ -50,24 +53,25 @@ class AdvancedInversionConfig:
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """How to search.
+    """How to search for triggers.
 
     Attributes:
-        steps: Steps of Adam, at most; see patience.
-        batch_size: Clean images per step, shared by all triggers.
-        learning_rate: Adam's rate on the logits, or one per equal third of the steps.
-        success_threshold: A trigger works when its success, smoothed over about three steps,
-            reaches this; None for 0.97, and 0.9 in a scan in contrast to a base.
-        patience: Steps without progress after which a search has converged and ends, once its cost
-            has been raised until the trigger failed: before that, the size is not yet pressed.
-        family: What a mask may be. `patch`: any, so that small ones win. `blend`: the same value
-            for all pixels, so that the faintest overlay over the whole image wins; it finds
-            triggers that a small patch does not resemble (Blended, SIG, warps).
-        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
-        max_batch: Stamped images that go through the tower at once, which bounds memory; None for
-            as many as 512 MiB of activations hold, 2 GiB on a GPU.
-        seed: Of initial triggers and the order of the images.
-        advanced: Constants of the search.
+        steps: The largest number of Adam's steps; `patience` can end a search earlier.
+        batch_size: The number of clean images per step. All triggers share them.
+        learning_rate: Adam's rate on the logits, or one rate for each equal part of the steps.
+        success_threshold: The success, smoothed over about three steps, at which a trigger works.
+            None for 0.97, or 0.9 in a scan in contrast to a base.
+        patience: The number of steps without progress after which a search has converged and ends.
+            It ends only once its cost has been raised until the trigger failed, because the size
+            has not been minimised before that.
+        family: The family of triggers. `patch` allows any mask, so that small masks win. `blend`
+            uses the same mask value for all pixels, so that the faintest overlay over the whole
+            image wins. It finds triggers that no small patch resembles (Blended, SIG, warps).
+        precision: The precision of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        max_batch: The number of stamped images that pass through the tower at once, which bounds
+            the memory. None for as many as 512 MiB of activations hold, or 2 GiB on a GPU.
+        seed: The seed of the initial triggers and the order of the images.
+        advanced: Constants that you hardly ever need to change.
     """
 
     steps: int = 200
@@ -105,7 +109,7 @@ class InversionConfig:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """The steps after which sizes are noted, ascending; the last one is `steps`."""
+        """The steps after which sizes are recorded, ascending; the last one is `steps`."""
         interval = self.advanced.interval
         return (*range(interval, self.steps, interval), self.steps)
 

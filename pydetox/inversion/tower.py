@@ -1,4 +1,4 @@
-"""The frozen tower of a search, the images it is given, and how many fit into memory at once."""
+"""The frozen tower of a search, its images, and how many of them fit into memory at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import ArchitectureError, DataError
 from ..models import OpenClipModel
 from ..models.frozen import FrozenTower, TowerPair, freeze
 
-# Bytes that the activations of one pass through the tower may take. A GPU wants large batches; on
-# a CPU they gain nothing, and a worker of a scan has to do with two checkpoints and a gigabyte.
+# The bytes that the activations of one pass through the tower may take. Large batches are faster on
+# a GPU. On a CPU they are not, and a worker of a scan should stay within two checkpoints and 1 GB.
 _ACTIVATIONS, _ACTIVATIONS_CPU = 2 << 30, 1 << 29
 
 
@@ -35,7 +35,7 @@ def check_sample(labels: Tensor | None, count: int, size: int, rng: np.random.Ge
 
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
-    """Return a model's frozen tower, beside that of `contrast`, which must take the same inputs."""
+    """Return the frozen tower, paired with that of `contrast`, which must take the same inputs."""
     tower = freeze(model.visual, precision, name=model.name)
     if contrast is None:
         return tower
@@ -51,7 +51,7 @@ def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: st
 
 
 def images_at_once(tower: FrozenTower, device: torch.device) -> int:
-    """Return how many images the memory for activations holds."""
+    """Return the number of images whose activations fit into the memory for them."""
     activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
     return max(1, activations // tower.bytes_per_image)
 
