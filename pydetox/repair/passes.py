@@ -1,4 +1,4 @@
-"""One repair: triggers are recovered or known, and trigger vectors subtracted, pass after pass."""
+"""One repair: passes that recover triggers, or take known ones, and subtract their vector."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def subtract_passes(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. Returns the repaired model and what was done.
+    targets: The indices of the classes; with known triggers, exactly one. Returns the repaired
+    model and what each pass did.
     """
     if not targets or (triggers is not None and len(targets) > 1):
         raise UsageError(
@@ -48,7 +49,7 @@ def subtract_passes(
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
             seeded = replace(config, seed=child_seed("repair.pass", config.seed, number))
-            # Those of earlier passes stay: what was forgotten must not come back.
+            # Triggers of earlier passes stay, so that the model does not learn them again.
             for target in targets:
                 found = _recover(session, target, seeded, unlearning, restarts)
                 recovered += [one for one in found if isinstance(one, InversionResult)]

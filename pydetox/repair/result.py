@@ -1,4 +1,4 @@
-"""What a repair did, as plain data; `pydetox.reporting.documents` writes it as JSON."""
+"""The results of a repair, as plain data; `pydetox.reporting.documents` writes them as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from .task_vectors import TaskVector
 class UnlearnRound:
     """One trigger vector that was subtracted.
 
-    Several of them may follow each other before the model is scanned again.
+    Several vectors may be subtracted before the model is scanned again.
 
-    targets: Class indices, the most suspect one first. triggers: What was recovered for each of
-    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
-    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
-    for a warp found for each of the targets; empty without such searches.
+    Attributes:
+        targets: The indices of the target classes, the most suspect one first.
+        triggers: The triggers that were recovered for each target, by family; empty for known
+            triggers.
+        search: CA and ASR over alpha.
+        vector: The trigger vector.
+        rescan: The scan of the model afterwards; None if it was not scanned again.
+        warps: The warps that were found for each target; empty without searches for warps.
     """
 
     targets: tuple[int, ...]
@@ -41,16 +45,16 @@ class UnlearnRound:
 
 @dataclass(frozen=True, eq=False)
 class DetoxResult:
-    """The whole story of one checkpoint.
+    """Everything that `detox` did to one checkpoint.
 
     Attributes:
         before: The first scan.
-        rounds: What was subtracted, in order; empty when the model was left as it is.
-        after: The last re-scan, None when nothing was subtracted.
-        model: The repaired model, or the given one.
-        evaluation_before, evaluation_after: CA on the given images, None without labels.
-        path: Where the repaired checkpoint was written, or None.
-        seconds: Wall time by step.
+        rounds: The vectors that were subtracted, in order; empty if the model was not changed.
+        after: The last re-scan; None if nothing was subtracted.
+        model: The repaired model; the given model if nothing was subtracted.
+        evaluation_before, evaluation_after: CA on the given images; None without labels.
+        path: The folder of the repaired checkpoint; None if it was not written.
+        seconds: The wall time of each step, in seconds.
     """
 
     before: ScanResult
