@@ -44,5 +44,6 @@ class Candidates:
         for weight, start, change, dtype in self._changed:
             torch.add(start, change, alpha=-coefficient, out=weight)
             if dtype != weight.dtype:
-                weight.copy_(weight.to(dtype))  # what is tested is what is saved
+                # Round as the file does, so that the tested weights are the saved ones.
+                weight.copy_(weight.to(dtype))
         return self._candidate

@@ -74,7 +74,7 @@ def trigger_vector(
         clean = images[index]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
-        # Stamped here and not beforehand: all triggers on all images would fill the memory.
+        # Images are stamped here, because all triggers on all images would fill the memory.
         stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
