@@ -19,9 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checkpoints.index import WeightsFile
-from ..checkpoints.safetensors_index import index_safetensors
-from ..checkpoints.weights import read_weights
+from ..checkpoints.weights import read_safetensors
 from ..errors import CheckpointError, DataError, UsageError
 from .result import RecoveredTrigger
 
@@ -95,10 +93,8 @@ class TriggerFile:
 def load_triggers(path: str | PathLike[str]) -> TriggerFile:
     """Read a trigger file; DataError, which names the file, if it is not one."""
     try:
-        with WeightsFile(path) as file:
-            index = index_safetensors(file)
-            tensors, _ = read_weights(file, index)
-        return _checked(tensors, index.metadata.get(_METADATA_KEY))
+        tensors, metadata = read_safetensors(path)
+        return _checked(tensors, metadata.get(_METADATA_KEY))
     except (CheckpointError, DataError) as error:
         raise DataError(f"{fspath(path)}: no trigger file: {error}") from error
 

@@ -16,9 +16,7 @@ from torch import Tensor
 import pydetox
 
 from ...atomic import write_file
-from ...checkpoints.index import WeightsFile
-from ...checkpoints.safetensors_index import index_safetensors
-from ...checkpoints.weights import read_weights
+from ...checkpoints.weights import read_safetensors
 from ...data import ImageSet
 from ...reporting import to_json, to_plain
 from ..defenses import Defense
@@ -103,9 +101,7 @@ class Cache:
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
-        with WeightsFile(path) as file:
-            tensors, _ = read_weights(file, index_safetensors(file))
-        return dict(tensors)
+        return read_safetensors(path)[0]
 
     def keep_weights(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors."""
