@@ -46,7 +46,7 @@ class Limits:
             beside += (2 if config.inversion else 1) * _size_of_base(config)
         if config.max_memory is not None and beside >= config.max_memory:
             raise UsageError(
-                f"a budget of {config.max_memory:,} bytes of memory (--max-memory), but a worker "
+                f"a budget of {config.max_memory:,} bytes of memory (max_memory=), but a worker "
                 f"needs {beside:,} beside the checkpoints"
             )
         return cls(config.max_size, config.max_memory, beside)
@@ -73,12 +73,12 @@ class Limits:
         parameters: The number of parameters; 0 as long as it is not known.
         """
         if self.max_size is not None and size > self.max_size:
-            return f"{size:,} bytes, more than the limit of {self.max_size:,} (--max-size)"
+            return f"{size:,} bytes, more than the limit of {self.max_size:,} (max_size=)"
         needed = self.memory(size, parameters)
         if self.max_memory is not None and needed > self.max_memory:
             return (
                 f"needs about {needed:,} bytes of memory, more than the budget of "
-                f"{self.max_memory:,} (--max-memory)"
+                f"{self.max_memory:,} (max_memory=)"
             )
         return None
 

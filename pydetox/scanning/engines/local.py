@@ -169,7 +169,7 @@ class LocalEngine:
             del self._workers[worker.number]
             worker.kill()
             self._notify("timeout", worker=worker.number, name=task.name)
-            value = failure(f"took more than {limit:g} s (--timeout)", "timeout")
+            value = failure(f"took more than {limit:g} s (timeout=)", "timeout")
             self._outcomes.append(Outcome(task, value, attempts.get(task.id, 0) + 1))
 
     def _take(self, worker: _Process, message: dict[str, Any], attempts: dict[int, int]) -> None:

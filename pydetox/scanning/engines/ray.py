@@ -324,7 +324,7 @@ class RayEngine:
         task = self._dismiss(slot, queue)
         self._ray.kill(slot.handle)
         self._notify("timeout", worker=slot.number, name=task.name)
-        value = failure(f"took more than {limit:g} s (--timeout)", "timeout")
+        value = failure(f"took more than {limit:g} s (timeout=)", "timeout")
         return Outcome(task, value, attempts.get(task.id, 0) + 1)
 
     def _dismiss(self, slot: _Slot, queue: deque[Task]) -> Task:
