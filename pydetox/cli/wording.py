@@ -1,7 +1,7 @@
 """Messages of the library in the words of the command line.
 
-The library names its arguments, as in "give base=". A user of the command line knows options instead.
-The command line therefore translates a message before it shows or writes it.
+The library names its arguments, as in "give base=". A user of the command line knows options
+instead. The command line therefore translates a message before it shows or writes it.
 """
 
 from __future__ import annotations
