@@ -43,8 +43,8 @@ class CheckpointIdentity:
             it.
         processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
             there is none.
-        told: Model and preprocessing configuration, where the user or open_clip's list of
-            pretrained models tells them; ``None`` where ``config_file`` does.
+        given_configuration: The model and preprocessing configuration, if the user or open_clip's
+            list of pretrained models gives it; ``None`` if ``config_file`` gives it.
     """
 
     reference: str
@@ -52,7 +52,7 @@ class CheckpointIdentity:
     shards: tuple[Path, ...] = ()
     config_file: Path | None = None
     processor_file: Path | None = None
-    told: Configuration | None = None
+    given_configuration: Configuration | None = None
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -101,8 +101,8 @@ class CheckpointIdentity:
             ArchitectureError: The configuration file is none.
             UnsafeCheckpointError: It asks for remote code or absurd sizes.
         """
-        if self.told is not None:
-            return self.told
+        if self.given_configuration is not None:
+            return self.given_configuration
         if self.config_file is None or not os.path.lexists(self.config_file):
             return None, None
         if self.config_file.name == TRANSFORMERS_CONFIG_NAME:
@@ -169,11 +169,11 @@ def identify_checkpoint(
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     parsed = parse_reference(reference)
-    told: Configuration | None = None
+    given_configuration: Configuration | None = None
     if model is not None:
         from pydetox.checkpoints.architecture import resolve_model  # with torch
 
-        told = resolve_model(model)
+        given_configuration = resolve_model(model)
     config_file: Path | None = None
     if parsed.path is not None:
         weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
@@ -185,7 +185,7 @@ def identify_checkpoint(
             weights, *listed = fetch_pretrained(
                 parsed.model, parsed.tag, cache_dir=cache_dir, offline=offline
             )
-            told = told or (listed[0], listed[1])
+            given_configuration = given_configuration or (listed[0], listed[1])
         else:
             assert parsed.repository is not None
             weights, config_file = fetch_repository(
@@ -201,9 +201,9 @@ def identify_checkpoint(
         reference=parsed.text,
         weights=weights,
         shards=shards,
-        config_file=None if told is not None else config_file,
-        processor_file=None if told is not None else _processor_of(config_file),
-        told=told,
+        config_file=None if given_configuration is not None else config_file,
+        processor_file=None if given_configuration is not None else _processor_of(config_file),
+        given_configuration=given_configuration,
     )
 
 

@@ -70,7 +70,8 @@ class _ReadAhead:
         except BaseException as error:  # noqa: BLE001 - raised where the checkpoint is wanted
             self._error = error
 
-    def take(self) -> Checkpoint:
+    def result(self) -> Checkpoint:
+        """Wait for the checkpoint and return it, once; raise the error of the thread."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -232,7 +233,7 @@ class Worker:
         start = time.perf_counter()
         ahead = self._ahead.pop(task.id, None)
         if ahead is not None:
-            checkpoint = ahead.take()
+            checkpoint = ahead.result()
         else:
             checkpoint = self._read(str(task.payload["reference"]))
         if checkpoint.digest != task.payload["content"]:
