@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     "hash_content",
     is_flag=True,
     show_default=False,
-    help="Read the files once, for their SHA-256; checksums inside are checked, too.",
+    help="Read the whole files, to show their SHA-256 and to check the checksums inside.",
 )
-@click.option(
-    "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
-)
+@click.option("--summary", is_flag=True, show_default=False, help="Leave out the list of tensors.")
 @click.option(
     "--weights-key",
     metavar="KEY",
-    help="Of a pickled file with several sets of weights: the one that is meant, such as "
-    "state_dict or ema/model; . for the outermost dictionary.",
+    help="The key of the weights in a pickled file with several sets of them, such as state_dict "
+    "or ema/model; . for the outermost dictionary.",
 )
 @options.format_option
 def command(
@@ -42,13 +40,13 @@ def command(
     weights_key: str | None,
     format_: str,
 ) -> int:
-    """Tell what weights files hold, without unpickling them and without reading the weights.
+    """Show what weights files hold, without unpickling them or reading the weights.
 
     FILE is a .safetensors or .pt file, a .safetensors.index.json with its shards, or a folder. A
-    finding is something odd that does not keep a file from being read, such as an unknown name in
-    its pickle, two tensors of one name, or a name like a path.
+    finding is something odd that does not prevent reading, such as an unknown name in a pickle, two
+    tensors of the same name, or a name like a path.
 
-    Exit code: 0 nothing odd, 1 a finding, 2 a file that is damaged or refused.
+    Exit code: 0 without findings, 1 with a finding, 2 if a file is damaged or refused.
     """
     from ..checkpoints import inspect_checkpoint, parse_reference
     from ..errors import UnsafeCheckpointError, UsageError

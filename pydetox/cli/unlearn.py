@@ -23,65 +23,66 @@ if TYPE_CHECKING:
     type=options.FILE,
     required=True,
     metavar="DIR",
-    help="Folder for the repaired checkpoint, in open_clip's layout.",
+    help="The folder for the repaired checkpoint.",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
     show_default=False,
-    help="Replace that folder, if it holds only a checkpoint.",
+    help="Replace this folder if it holds nothing but a checkpoint.",
 )
 @options.calibration_options
 @click.option(
     "--trigger",
     type=options.FILE,
     metavar="FILE",
-    help="Unlearn this known trigger (a file as `invert` writes), without asking for a verdict.",
+    help="A known trigger to unlearn, whatever the verdict is: a file as `invert` writes.",
 )
 @click.option(
     "--target",
     metavar="NAME",
-    help="With --trigger: the class it leads to, where the file does not tell or holds several.",
+    help="With --trigger: the class that it leads to, if the file does not name one class.",
 )
 @click.option(
     "--force-target",
     metavar="NAME",
-    help="Recover and unlearn triggers into this class, without asking for a verdict.",
+    help="A class to recover and unlearn triggers for, whatever the verdict is.",
 )
 @click.option(
     "--vector",
     type=click.Choice(["forget", "paired", "strengthen"]),
     default="forget",
-    help="How the trigger vector is made: `strengthen` is the paper's, `paired` also holds clean "
-    "images, `forget` trains the trigger away and costs the least accuracy.",
+    help="How the trigger vector is made. `strengthen` is the paper's method, `paired` also holds "
+    "clean images, and `forget` trains the trigger away and costs the least accuracy.",
 )
 @click.option(
     "--vector-steps",
     type=options.COUNT,
     default=160,
     metavar="N",
-    help="Steps of the fine-tuning that makes the trigger vector.",
+    help="The number of steps of the fine-tuning that makes the trigger vector.",
 )
 @click.option(
     "--vector-learning-rate",
     type=options.RATE,
     default=4e-4,
     metavar="X",
-    help="Learning rate of that fine-tuning.",
+    help="The learning rate of this fine-tuning.",
 )
 @click.option(
     "--warps",
     type=click.IntRange(min=0),
     default=4,
     metavar="N",
-    help="Searches for a smooth warp into the class, beside those for patches and blends; 0: none.",
+    help="The number of searches for a smooth warp into the class, in addition to those for "
+    "patches and blends; 0 for none.",
 )
 @click.option(
     "--max-rounds",
     type=options.COUNT,
     default=3,
     metavar="N",
-    help="Classes to unlearn at most, one after another; without a verdict it is one.",
+    help="The largest number of repairs, each followed by a scan. Without a verdict there is one.",
 )
 @options.objective
 @options.search_options
