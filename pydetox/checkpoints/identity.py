@@ -1,8 +1,8 @@
-"""Which files a checkpoint is, and how one tells whether it is still the same one.
+"""The files of a checkpoint, and the signature that shows whether they have changed.
 
-A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. Whatever reads a checkpoint, limits
-its size, hashes it or remembers it asks the identity, so that all of them mean the same files: the
-weights, all shards of sharded ones, and the configuration that tells the architecture.
+A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. All code that reads a checkpoint,
+limits its size, hashes it or remembers it asks the identity for its files. All of it therefore
+means the same files: the weights, all shards, and the configuration that gives the architecture.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """The files of one checkpoint. Nothing but an index of shards was read to find them.
+    """The files of one checkpoint. Finding them reads nothing but the index of shards.
 
     Attributes:
-        reference: The name under which it was asked for.
+        reference: The name that was given.
         weights: The weights file, or the index of its shards.
         shards: The shards, in bytewise order of their names; empty for a single file.
-        config_file: The ``open_clip_config.json`` that tells the architecture, or the
-            ``config.json`` of transformers. It need not exist. ``None`` where something else tells
-            it.
-        processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
-            there is none.
+        config_file: The ``open_clip_config.json`` or transformers' ``config.json`` that gives the
+            architecture. It need not exist. ``None`` if the architecture comes from elsewhere.
+        processor_file: The file beside a ``config.json`` that describes how images are prepared;
+            ``None`` if there is none.
         given_configuration: The model and preprocessing configuration, if the user or open_clip's
             list of pretrained models gives it; ``None`` if ``config_file`` gives it.
     """
@@ -56,12 +55,12 @@ class CheckpointIdentity:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The weights file; or the index, and then all shards."""
+        """The weights file, or the index followed by all shards."""
         return (self.weights, *self.shards)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weight files together.
+        """The size of all weight files together, in bytes.
 
         Raises:
             CheckpointError: One of them is missing.
@@ -76,10 +75,10 @@ class CheckpointIdentity:
         return total
 
     def signature(self) -> tuple[int, ...]:
-        """Size, times, inode and device of every file, and -1 for each that is missing.
+        """The size, times, inode and device of every file; -1 for each missing file.
 
-        The system sets the time of an inode's change, and no program can: files with the same
-        signature are the same files with the same content, on one machine.
+        Only the system can set the time at which an inode changed. On one machine, files with equal
+        signatures are therefore the same files with the same content.
         """
         beside = (self.config_file, self.processor_file)
         files = (*self.weight_files, *(path for path in beside if path is not None))
@@ -95,7 +94,7 @@ class CheckpointIdentity:
         return tuple(found)
 
     def configuration(self) -> Configuration:
-        """Model and preprocessing configuration; ``None`` for what nothing tells.
+        """Return the model and preprocessing configurations; ``None`` for an unknown one.
 
         Raises:
             ArchitectureError: The configuration file is none.
@@ -114,7 +113,7 @@ class CheckpointIdentity:
         return read_config(self.config_file)
 
     def sha256(self) -> str:
-        """SHA-256 of the weights, in hexadecimal; see :meth:`OpenWeights.sha256` for shards.
+        """Return the SHA-256 of the weights as hex digits; for shards see `OpenWeights.sha256`.
 
         Raises:
             CheckpointError: A file is missing or no regular file, or the index has changed.
@@ -132,9 +131,9 @@ class CheckpointIdentity:
             raise type(error)(f"{self.weights}: {error}") from error
 
     def digest(self) -> str:
-        """Hash of all that decides what the model computes: weights and configuration.
+        """Return a hash of everything that the model's results depend on: weights, configuration.
 
-        It is the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
+        It equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
 
         Raises:
             CheckpointError: As :meth:`sha256` and :meth:`configuration`.
@@ -154,14 +153,14 @@ def identify_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
 ) -> CheckpointIdentity:
-    """Find (on the hub: fetch) the files that a checkpoint's name means.
+    """Return the files that a checkpoint's name means, and download them if they are on the hub.
 
     Args:
-        reference: As for :func:`load_checkpoint`.
-        model: The architecture, as for :func:`load_checkpoint`. Then a configuration beside the
-            weights is no part of the checkpoint.
-        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
-        offline: Use only what is on this machine; no socket is opened.
+        reference: As in :func:`load_checkpoint`.
+        model: The architecture, as in :func:`load_checkpoint`. If it is given, a configuration
+            beside the weights is no part of the checkpoint.
+        cache_dir: The folder for hub downloads; ``None`` for the hub's default.
+        offline: Whether to use only files on this machine, without opening a socket.
 
     Raises:
         CheckpointError: It cannot be found or fetched, or its index of shards is damaged.

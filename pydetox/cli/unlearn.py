@@ -105,16 +105,16 @@ def command(
 ) -> int:
     """Scan, subtract the backdoor from the weights, and scan again.
 
-    Normally neither trigger nor target class need be known: the model is scanned (with --base,
-    --reference-model or --calibration to compare with, see `scan`), and if it is backdoored or
-    suspicious, triggers into the class found are recovered and unlearned, until a re-scan is clean.
-    A clean model is left alone and nothing is written.
+    Normally you need to know neither the trigger nor the target class. The command scans the model
+    and compares it with references (--base, --reference-model or --calibration, see `scan`). If it
+    is backdoored or suspicious, the command recovers triggers into the class that was found and
+    unlearns them, until a re-scan is clean. It does not change a clean model, and writes nothing.
 
-    With --trigger or --force-target one repair is made whatever the first scan says. Nothing is
-    written where no coefficient removes anything within the accuracy to keep.
-    Without anything to compare with the scans before and after then have no verdict, only sizes.
+    With --trigger or --force-target, it makes one repair whatever the first scan says. Nothing is
+    written if no coefficient removes anything within the accuracy to keep.
+    Without references, the scans before and after then have sizes but no verdict.
 
-    Exit code: 0 if the model was clean, or is clean now; 1 if the re-scan is still not clean; 2 for
+    Exit code: 0 if the model was clean or is clean now, 1 if the re-scan is still not clean, 2 for
     an error or if there is no verdict.
     """
     from ..atomic import rehearse_directory
