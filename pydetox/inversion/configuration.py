@@ -25,8 +25,8 @@ class AdvancedInversionConfig:
     Attributes:
         betas: Adam's decay rates; those of DECREE (Feng et al., CVPR 2023).
         schedule: The schedule of the weight of the mask's size.
-        interval: The number of steps between two checkpoints of a search. Only there does a search
-            record its sizes, wait for the device, and possibly end. `python
+        interval: The number of steps after which the sizes are recorded, each time. Only then does
+            a search wait for the device, and only then can it end. `python
             benchmarks/bench_targeted.py` measures what this costs.
         least_progress: A search makes progress if the smallest working mask shrinks by more than
             this share (docs/method.md, "When a search ends").
@@ -58,7 +58,7 @@ class InversionConfig:
     Attributes:
         steps: The largest number of Adam's steps; `patience` can end a search earlier.
         batch_size: The number of clean images per step. All triggers share them.
-        learning_rate: Adam's rate on the logits, or one rate for each equal part of the steps.
+        learning_rate: Adam's rate on the logits, or one rate for each third of the steps.
         success_threshold: The success, smoothed over about three steps, at which a trigger works.
             None for 0.97, or 0.9 in a scan in contrast to a base.
         patience: The number of steps without progress after which a search has converged and ends.
