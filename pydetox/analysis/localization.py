@@ -212,7 +212,10 @@ def removals(
     """
     others = labels != target
     if not bool(others.any()):
-        raise DataError(f"all {len(labels)} images belong to the target class {target}")
+        raise DataError(
+            f"all {len(labels)} images belong to the target class {target}; "
+            "expected images of other classes as well"
+        )
     stamped = trigger(images[others])
     layers: dict[str, list[str]] = {}
     for name in vector.tensors:

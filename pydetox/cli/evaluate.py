@@ -46,7 +46,7 @@ def command(
     from .outputs import emit
 
     if target is not None and trigger is None:
-        raise UsageError("--target goes with --trigger")
+        raise UsageError("--target needs --trigger, the trigger that leads to this class")
     inputs = Inputs.of(given)
     model = inputs.read_model(checkpoint)
     images = inputs.read_images(model)

@@ -138,7 +138,7 @@ def command(
     if trigger is not None and force_target is not None:
         raise UsageError("--trigger and --force-target exclude each other")
     if target is not None and trigger is None:
-        raise UsageError("--target goes with --trigger; see --force-target")
+        raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
     parse_reference(checkpoint)
     config = scan_config(given)
     plan = reference_plan(given, config)

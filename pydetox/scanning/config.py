@@ -143,7 +143,9 @@ class ScannerConfig:
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
         if self.address is not None and self.engine != "ray":
-            raise UsageError(f"an address of a Ray cluster, but the engine is {self.engine}")
+            raise UsageError(
+                f"an address of a Ray cluster, but the engine is {self.engine}; expected ray"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -71,7 +71,10 @@ class RunStore:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(self._lock)
-                raise UsageError(f"{self.folder}: another scan is at work in this run") from error
+                raise UsageError(
+                    f"{self.folder}: another scan is at work in this run; "
+                    "wait for it, or use another run folder"
+                ) from error
             reason = error.strerror or error
             self._warn(
                 f"{self.folder}: its drive cannot lock files ({reason}); see to it that no other "

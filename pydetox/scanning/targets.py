@@ -173,7 +173,7 @@ def _read_list(path: Path, found: Targets, lists: tuple[Path, ...]) -> Iterator[
     lines = [line.strip() for line in text.splitlines()]
     specs = [line for line in lines if line and not line.startswith("#")]
     if not specs:
-        raise UsageError(f"{path}: the list names nothing")
+        raise UsageError(f"{path}: the list is empty; expected one target per line")
     yield from _expand(specs, found, path.parent, (*lists, resolved))
 
 
