@@ -22,8 +22,8 @@ def read_calibration(path: Path) -> Calibration:
     try:
         if path.stat().st_size > _MAX_CALIBRATION_BYTES:
             raise DataError(
-                f"{path}: {path.stat().st_size:,} bytes are too large for a calibration; expected at "
-                f"most {_MAX_CALIBRATION_BYTES:,}"
+                f"{path}: {path.stat().st_size:,} bytes; expected at most "
+                f"{_MAX_CALIBRATION_BYTES:,} for a calibration"
             )
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
