@@ -50,7 +50,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{error.filename}: "
         return one_line(f"{where}{error.strerror or error}")
-    # torch's errors are recognised by their text, because this module does not import torch.
+    # torch's errors by what they say: this module does not import torch.
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if full or (isinstance(error, RuntimeError) and "not enough memory" in str(error)):
         return one_line(f"out of memory: {error}" if str(error) else "out of memory")

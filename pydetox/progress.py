@@ -44,14 +44,14 @@ _silent = False
 
 
 def silence() -> None:
-    """Draw no more bars in this process, because several processes may share one terminal."""
+    """Draw no bars in this process from now on: several processes may share one terminal."""
     global _silent
     _silent = True
 
 
 @final
 class Progress:
-    """The progress of one step, as a context manager. It writes nothing if stderr is no terminal.
+    """One step's progress, as a context manager. Nothing is written when stderr is no terminal.
 
     Args:
         description: A text that says what is being done.

@@ -29,14 +29,9 @@ _TRUTH = 1e-12
 class Case:
     """One call of one operator.
 
-    Attributes:
-        operator: The operator's name in torch.ops.pydetox.
-        what: The sizes, in words.
-        dtype: The dtype of inputs and result.
-        run: A function that takes the inputs on a device and returns the results.
-        plain: The same function in plain PyTorch; it computes in the dtype of its inputs.
-        inputs: The inputs, on the CPU.
-        moved: The least number of bytes that must be read and written.
+    operator: name in torch.ops.pydetox. what: sizes, in words. dtype: of inputs and result.
+    run: called with the inputs on a device, returns results. plain: the same in plain PyTorch, in
+    the dtype of the inputs it gets. inputs: on the CPU. moved: bytes to read and write at least.
     """
 
     operator: str
@@ -100,12 +95,12 @@ def selftest(devices: Sequence[torch.device] | None = None) -> Iterator[Outcome]
                 bound=bound,
                 bytes=case.moved,
                 gigabytes_per_second=case.moved / min(seconds[1:]) / 1e9,
-                passed=error <= bound,  # An error that is NaN does not pass.
+                passed=error <= bound,  # an error that is not a number does not pass
             )
 
 
 def cases() -> Iterator[Case]:
-    """Yield cases of every operator: an odd size, and one that is large enough for a bandwidth."""
+    """Every operator at an odd size and at one that is worth a bandwidth."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield from _stamping(2, 3, 3, 7, 5, None, dtype)
         yield from _stamping(8, 16, 3, 64, 64, 8, dtype)

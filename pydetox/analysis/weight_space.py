@@ -107,7 +107,7 @@ def cosine(
         float64 [M, M], symmetric, ones on the diagonal.
 
     Raises:
-        UsageError: A model does not differ from the base.
+        UsageError: a model does not differ from the base.
     """
     products = gram(base, models, memory=memory, offline=offline)
     norms = products.diagonal().sqrt()
@@ -249,11 +249,10 @@ def apply(
         The path.
 
     Raises:
-        ArchitectureError: The checkpoints do not have the same tensors; the message names them.
-        CheckpointError: A file cannot be found or read, or changes while it is read.
-        OutputError: The file exists or cannot be written.
-        UsageError: The number of coefficients is not R, a coefficient is not finite, or the path
-            has another extension.
+        ArchitectureError: the checkpoints do not have the same tensors; the message names them.
+        CheckpointError: one cannot be found or read, or changes while it is read.
+        OutputError: the file exists or cannot be written.
+        UsageError: another number of coefficients, one that is not finite, or another extension.
     """
     factors = [float(factor) for factor in coefficients]
     if len(factors) != len(models) or not all(map(math.isfinite, factors)):

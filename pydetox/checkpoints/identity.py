@@ -1,8 +1,8 @@
-"""The files of a checkpoint, and the signature that shows whether they have changed.
+"""Which files a checkpoint is, and how one tells whether it is still the same one.
 
-A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. All code that reads a checkpoint,
-limits its size, hashes it or remembers it asks the identity for its files. All of it therefore
-means the same files: the weights, all shards, and the configuration that gives the architecture.
+A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. Whatever reads a checkpoint, limits
+its size, hashes it or remembers it asks the identity, so that all of them mean the same files: the
+weights, all shards of sharded ones, and the configuration that tells the architecture.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """The files of one checkpoint. Finding them reads nothing but the index of shards.
+    """The files of one checkpoint. Nothing but an index of shards was read to find them.
 
     Attributes:
-        reference: The name that was given.
+        reference: The name under which it was asked for.
         weights: The weights file, or the index of its shards.
         shards: The shards, in bytewise order of their names; empty for a single file.
-        config_file: The ``open_clip_config.json`` or transformers' ``config.json`` that gives the
-            architecture. It need not exist. ``None`` if the architecture comes from elsewhere.
-        processor_file: The file beside a ``config.json`` that describes how images are prepared;
-            ``None`` if there is none.
-        given_configuration: The model and preprocessing configuration, if the user or open_clip's
-            list of pretrained models gives it; ``None`` if ``config_file`` gives it.
+        config_file: The ``open_clip_config.json`` that tells the architecture, or the
+            ``config.json`` of transformers. It need not exist. ``None`` where something else tells
+            it.
+        processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
+            there is none.
+        told: Model and preprocessing configuration, where the user or open_clip's list of
+            pretrained models tells them; ``None`` where ``config_file`` does.
     """
 
     reference: str
@@ -51,16 +52,16 @@ class CheckpointIdentity:
     shards: tuple[Path, ...] = ()
     config_file: Path | None = None
     processor_file: Path | None = None
-    given_configuration: Configuration | None = None
+    told: Configuration | None = None
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The weights file, or the index followed by all shards."""
+        """The weights file; or the index, and then all shards."""
         return (self.weights, *self.shards)
 
     @property
     def nbytes(self) -> int:
-        """The size of all weight files together, in bytes.
+        """Bytes of all weight files together.
 
         Raises:
             CheckpointError: One of them is missing.
@@ -75,10 +76,10 @@ class CheckpointIdentity:
         return total
 
     def signature(self) -> tuple[int, ...]:
-        """The size, times, inode and device of every file; -1 for each missing file.
+        """Size, times, inode and device of every file, and -1 for each that is missing.
 
-        Only the system can set the time at which an inode changed. On one machine, files with equal
-        signatures are therefore the same files with the same content.
+        The system sets the time of an inode's change, and no program can: files with the same
+        signature are the same files with the same content, on one machine.
         """
         beside = (self.config_file, self.processor_file)
         files = (*self.weight_files, *(path for path in beside if path is not None))
@@ -94,14 +95,14 @@ class CheckpointIdentity:
         return tuple(found)
 
     def configuration(self) -> Configuration:
-        """Return the model and preprocessing configurations; ``None`` for an unknown one.
+        """Model and preprocessing configuration; ``None`` for what nothing tells.
 
         Raises:
             ArchitectureError: The configuration file is none.
             UnsafeCheckpointError: It asks for remote code or absurd sizes.
         """
-        if self.given_configuration is not None:
-            return self.given_configuration
+        if self.told is not None:
+            return self.told
         if self.config_file is None or not os.path.lexists(self.config_file):
             return None, None
         if self.config_file.name == TRANSFORMERS_CONFIG_NAME:
@@ -113,7 +114,7 @@ class CheckpointIdentity:
         return read_config(self.config_file)
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the weights as hex digits; for shards see `OpenWeights.sha256`.
+        """SHA-256 of the weights, in hexadecimal; see :meth:`OpenWeights.sha256` for shards.
 
         Raises:
             CheckpointError: A file is missing or no regular file, or the index has changed.
@@ -131,9 +132,9 @@ class CheckpointIdentity:
             raise type(error)(f"{self.weights}: {error}") from error
 
     def digest(self) -> str:
-        """Return a hash of everything that the model's results depend on: weights, configuration.
+        """Hash of all that decides what the model computes: weights and configuration.
 
-        It equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
+        It is the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
 
         Raises:
             CheckpointError: As :meth:`sha256` and :meth:`configuration`.
@@ -153,14 +154,14 @@ def identify_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
 ) -> CheckpointIdentity:
-    """Return the files that a checkpoint's name means, and download them if they are on the hub.
+    """Find (on the hub: fetch) the files that a checkpoint's name means.
 
     Args:
-        reference: As in :func:`load_checkpoint`.
-        model: The architecture, as in :func:`load_checkpoint`. If it is given, a configuration
-            beside the weights is no part of the checkpoint.
-        cache_dir: The folder for hub downloads; ``None`` for the hub's default.
-        offline: Whether to use only files on this machine, without opening a socket.
+        reference: As for :func:`load_checkpoint`.
+        model: The architecture, as for :func:`load_checkpoint`. Then a configuration beside the
+            weights is no part of the checkpoint.
+        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
+        offline: Use only what is on this machine; no socket is opened.
 
     Raises:
         CheckpointError: It cannot be found or fetched, or its index of shards is damaged.
@@ -168,11 +169,11 @@ def identify_checkpoint(
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     parsed = parse_reference(reference)
-    given_configuration: Configuration | None = None
+    told: Configuration | None = None
     if model is not None:
         from pydetox.checkpoints.architecture import resolve_model  # with torch
 
-        given_configuration = resolve_model(model)
+        told = resolve_model(model)
     config_file: Path | None = None
     if parsed.path is not None:
         weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
@@ -184,7 +185,7 @@ def identify_checkpoint(
             weights, *listed = fetch_pretrained(
                 parsed.model, parsed.tag, cache_dir=cache_dir, offline=offline
             )
-            given_configuration = given_configuration or (listed[0], listed[1])
+            told = told or (listed[0], listed[1])
         else:
             assert parsed.repository is not None
             weights, config_file = fetch_repository(
@@ -200,9 +201,9 @@ def identify_checkpoint(
         reference=parsed.text,
         weights=weights,
         shards=shards,
-        config_file=None if given_configuration is not None else config_file,
-        processor_file=None if given_configuration is not None else _processor_of(config_file),
-        given_configuration=given_configuration,
+        config_file=None if told is not None else config_file,
+        processor_file=None if told is not None else _processor_of(config_file),
+        told=told,
     )
 
 

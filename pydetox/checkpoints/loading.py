@@ -33,22 +33,22 @@ class Checkpoint:
     """A checkpoint that was read and checked.
 
     Attributes:
-        state_dict: The tensors by name, on the CPU, in the dtypes of the file. Wrapper prefixes
+        state_dict: Name to tensor, on the CPU, in the dtypes of the file; wrapper prefixes
             (``module.``) are removed.
         model_config: open_clip's ``model_cfg`` (``embed_dim``, ``vision_cfg``, ``text_cfg``, …).
             :func:`load_checkpoint` always sets it.
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``), if known.
-        name: The name that was given.
+        name: The name under which it was asked for.
         path: The weights file, or the index of its shards.
-        sha256: The SHA-256 of that file as hex digits. For shards, see
+        sha256: SHA-256 of that file, in hexadecimal; of shards, see
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
-        companions: The files beside the weights of a CLIPModel in transformers' layout, by name:
-            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names,
-            and a repaired model is written in transformers' layout.
-        findings: Odd things about the file that do not prevent reading it.
+        companions: Of a CLIPModel in transformers' layout, the files beside the weights, by name:
+            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names;
+            a repaired model is written in the layout that it came in.
+        findings: What is odd about the file, without keeping it from being read.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -69,15 +69,15 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that the model's results depend on: weights and configuration."""
+        """Hash of all that decides what the model computes: weights and configuration."""
         return content_digest(self.sha256, self.model_config, self.preprocess_config)
 
     @property
     def provenance(self) -> Provenance | None:
-        """The record of how pydetox made it; ``None`` if pydetox did not make it.
+        """How pydetox made it, or ``None`` if pydetox did not.
 
         Raises:
-            CheckpointError: The file has such a record, but pydetox cannot have written it.
+            CheckpointError: The file says something about it, but nothing that pydetox would write.
         """
         text = self.metadata.get(METADATA_KEY)
         return None if text is None else Provenance.from_json(text)
@@ -98,18 +98,18 @@ def load_checkpoint(
         reference: A weights file, a ``*.index.json`` with its shards, a folder in open_clip's or
             transformers' layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
             ``ARCHITECTURE,TAG`` of open_clip.
-        model: The architecture, as open_clip's name or the path of a JSON configuration. If it is
-            given, an ``open_clip_config.json`` beside the weights is not read.
-        cache_dir: The folder for hub downloads; ``None`` for the hub's default.
-        offline: Whether to use only files on this machine, without opening a socket.
-        allow_nonfinite: Whether to accept weights that are NaN or infinite; they become a finding.
-        weights_key: The key of the weights in a pickled checkpoint with several sets of them. It
-            has slashes between nested keys, and ``"."`` means the outermost dictionary.
+        model: The architecture: open_clip's name of it or the path of a JSON configuration. Then
+            an ``open_clip_config.json`` beside the weights is not read at all.
+        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
+        offline: Use only what is on this machine; no socket is opened.
+        allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
+        weights_key: Of a pickled checkpoint with several sets of weights: the key of the one that
+            is meant, with slashes between nested ones, ``"."`` for the outermost dictionary.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.
         UnsafeCheckpointError: It is built to run code or to exhaust memory.
-        ArchitectureError: The architecture is unknown, or weights are NaN or infinite.
+        ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     identity = identify_checkpoint(reference, model=model, cache_dir=cache_dir, offline=offline)
@@ -135,7 +135,8 @@ def read_checkpoint(
                 _refuse_transformers_names(weights)
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
-                    "one with model=, such as ViT-B-32 or a JSON file"
+                    "one with model= "
+                    "(--model), such as ViT-B-32 or a JSON file"
                 )
             state_dict, digest = read_open(weights)
             companions: dict[str, bytes] = {}
@@ -162,9 +163,9 @@ def read_checkpoint(
 
 
 def require_unambiguous(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint from which another loader may take other weights.
+    """Refuse a checkpoint of which nobody knows that a user's loader takes these weights.
 
-    A scan or a repair of it might concern other weights than those that run.
+    Work on it would be on other weights than those that run, perhaps.
 
     Raises:
         CheckpointError: The file has a finding of `AMBIGUOUS_RULES`.
@@ -183,7 +184,7 @@ def _refuse_transformers_names(weights: OpenWeights) -> None:
         raise ArchitectureError(
             f"its {len(weights.tensors)} tensors are named as in a model of transformers "
             f"({quote(theirs[0])}), and there is no {TRANSFORMERS_CONFIG_NAME} beside it; put the "
-            "repository's there, or name its architecture with model="
+            "repository's there, or name its architecture with model= (--model)"
         )
 
 

@@ -17,8 +17,8 @@ from . import exit_codes, options
 @click.option(
     "--weights-key",
     metavar="KEY",
-    help="The key of the weights in a pickled file with several sets of them, such as state_dict "
-    "or ema/model; . for the outermost dictionary.",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
 )
 def command(source: str, output: Path, overwrite: bool, weights_key: str | None) -> int:
     """Write the weights of an untrusted checkpoint as a .safetensors file.

@@ -19,7 +19,7 @@ from . import exit_codes, options
     "replaced.",
 )
 @options.seed
-@click.option("--threads", type=options.COUNT, metavar="N", help="The number of CPU threads.")
+@click.option("--threads", type=options.COUNT, metavar="N", help="CPU threads.")
 @options.format_option
 def command(output: Path, seed: int, threads: int | None, format_: str) -> int:
     """Plant a backdoor in a small CLIP, find it, remove it, and prove it.

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     show_default=False,
     help="Read the whole files, to show their SHA-256 and to check the checksums inside.",
 )
-@click.option("--summary", is_flag=True, show_default=False, help="Leave out the list of tensors.")
 @click.option(
     "--weights-key",
     metavar="KEY",
-    help="The key of the weights in a pickled file with several sets of them, such as state_dict "
-    "or ema/model; . for the outermost dictionary.",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
 )
 @options.format_option
 def command(

@@ -67,8 +67,7 @@ image_options = _all(
         "--resize",
         is_flag=True,
         show_default=False,
-        help="Scale and crop the images of a .npz file to the model's size. Images in folders are "
-        "always scaled.",
+        help="Scale and crop images of a .npz file that have another size (folders always are).",
     ),
 )
 
@@ -76,8 +75,7 @@ model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="The architecture, as open_clip's name or a JSON file, for checkpoints that do not "
-        "name it.",
+        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file.",
     ),
     click.option(
         "--offline",
@@ -189,10 +187,7 @@ machine_options = _all(
         help="The number of CPU threads. Without it, torch decides.",
     ),
     click.option(
-        "--device",
-        default="cpu",
-        metavar="NAME",
-        help="The device to compute on: cpu, cuda or cuda:1.",
+        "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
     ),
 )
 

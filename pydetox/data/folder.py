@@ -18,7 +18,7 @@ from .labels import index_of_names, labels_mean_nothing
 from .resize import refuse_too_large, resize_and_crop
 from .sampling import sample_order
 
-#: Files with other endings do not count as images and are passed over.
+#: Files with other endings are not images for us and are passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -53,7 +53,7 @@ def load_image_folder(
 
     executor = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
-        # map() yields results in order, so the error names the first bad file in that order.
+        # map() hands results back in order, so the first bad file by name is the one reported.
         for _ in track(
             executor.map(decode, range(len(paths))), "Decoding images", total=len(paths)
         ):
@@ -79,7 +79,7 @@ def choose_images(
     """
     paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(paths):
-        # The sample is drawn before decoding, so the rest of the folder is never opened.
+        # Chosen before decoding: the rest of the folder is never opened.
         chosen = sample_order(labels, len(paths), max_images, seed)
         paths = [paths[index] for index in chosen]
         labels = None if labels is None else labels[chosen]
@@ -122,7 +122,7 @@ def _list_images(
     index_of = index_of_names(found, class_names, str(directory))
     paths: list[Path] = []
     labels: list[int] = []
-    # Sort by label and not by folder name: the caller's order of classes then orders the images.
+    # By label, not by folder name, so that a caller's order of classes also orders the images.
     for label, folder in sorted(zip(index_of, folders, strict=True)):
         members = _images_below(folder)
         if not members:
@@ -169,7 +169,7 @@ def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode.startswith("I"):
-        # For 16-bit grey, Pillow's convert() would clip at 255 and turn the image white.
+        # 16-bit grey: Pillow's convert() would clip at 255 and turn the image white.
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError(

@@ -1,4 +1,4 @@
-"""`load_images`: one function for all sources of images."""
+"""`load_images`: one door for all image sources."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .resize import interpolation_filter
 
-#: The part of Fashion-MNIST that each source names.
+#: Source to part of Fashion-MNIST.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
 
 
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
-    """Return the source that `spec` names, and the path that `load_images` reads it from.
+    """Return which of its own sources `load_images` takes for `spec`, and where it reads.
 
-    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", or "" for a
-    folder or a file. Raises DataError if Fashion-MNIST is not found.
+    The source is "digits" (which is read from nowhere), "fashion-mnist", "fashion-mnist-test", or
+    "" for a folder or a file. Raises DataError where Fashion-MNIST is not found.
     """
     source, _, root = str(spec).partition("=")
     if spec == "digits":
@@ -56,38 +56,35 @@ def load_images(
 ) -> ImageSet:
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
 
-    Args:
-        spec: What to read. One of
+    spec: what to read.
+      * "digits": the embedded UCI digits (see `load_digits`).
+      * "fashion-mnist", "fashion-mnist-test": the 60,000 training or the 10,000 test images of
+      Fashion-MNIST (see `load_fashion_mnist`) from Debian's package, or, with "=FOLDER" behind it,
+      from a folder with its IDX files or a torchvision download.
+      * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
+      folder of images
+        without labels. Each image is scaled by its shorter side and centre-cropped, as CLIP does;
+        transparency is dropped, EXIF orientation ignored (as open_clip does). Files with other
+        endings and hidden files are passed over.
+      * a .npz file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8, or
+      float in [0, 1]) and,
+        optionally, `labels` (integers [N]) and `class_names` (text [C]). Pickled content is never
+        loaded.
+    image_size: height and width, in pixels, that the model takes.
+    max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
+    class_names: the classes in the order that defines the labels. Named classes in the data are
+    matched with them by
+      name; a class that is not among them is an error. None to use the names that the data brings.
+    interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
+    resize: whether .npz images of another size are scaled (as in folders); when False they are an
+    error.
+    labels_required: whether the caller needs labels. If it does not, and no class of the data
+    is among `class_names`, the images count as unlabelled; otherwise that is an error.
+    workers: decoding threads for folders; None for one per core, at most 8. The result does not
+    depend on it.
 
-            - `digits`: the UCI digits (see `load_digits`).
-            - `fashion-mnist`, `fashion-mnist-test`: the 60,000 training or the 10,000 test images
-              of Fashion-MNIST (see `load_fashion_mnist`). They are read from Debian's package or,
-              with `=FOLDER` after the name, from a folder with the IDX files or a torchvision
-              download.
-            - A folder with one sub-folder per class, whose sorted names are the class names, or a
-              folder of images without labels. Each image is scaled by its shorter side and cropped
-              to the centre, as CLIP does. Transparency is dropped, and the EXIF orientation is
-              ignored, as in open_clip. Hidden files and files with other endings are passed over.
-            - A `.npz` file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8,
-              or floats in [0, 1]) and, optionally, `labels` (integers [N]) and `class_names` (text
-              [C]). Pickled content is never loaded.
-        image_size: The height and width in pixels that the model takes.
-        max_images: The size of a stratified random sample; None for all images.
-        class_names: The classes, in the order that defines the labels. Class names in the data are
-            matched by name, and a class that is not in the list is an error. None to use the names
-            in the data.
-        interpolation: How images are scaled: "nearest", "bilinear", "bicubic" or "lanczos".
-        resize: Whether .npz images of another size are scaled as in folders. Otherwise they are an
-            error.
-        labels_required: Whether the caller needs labels. If not, and no class of the data is among
-            `class_names`, the images count as unlabelled; otherwise that is an error.
-        seed: The seed of the random sample.
-        workers: The number of threads that decode images of a folder; None for one per core, at
-            most 8. The result does not depend on it.
-
-    Raises:
-        DataError: The images cannot be read or do not fit, there are none, or they are so large
-            that they look like decompression bombs. The message names the file.
+    Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
+    images, and for images so large that they look like decompression bombs.
     """
     if image_size < 1:
         raise DataError(f"image_size is {image_size}; expected at least 1")

@@ -84,7 +84,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
     keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]
     for key in keys:
         if key not in KEYS:
-            # Otherwise, a file with a misspelt "labels" would count as unlabelled.
+            # A misspelt "labels" would otherwise pass as an unlabelled set.
             raise DataError(
                 f"{path}: array {key!r} is not known; "
                 f"expected {', '.join(KEYS)} (the last two optional)"
@@ -185,7 +185,7 @@ def _match_names(
     *,
     labels_required: bool,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return labels and class names in the caller's order of classes, or in that of the file."""
+    """Return labels and class names in the caller's order of classes, or else in the file's."""
     if stored is None:
         return labels, wanted
     if stored.ndim != 1 or stored.dtype.kind != "U":

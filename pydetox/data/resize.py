@@ -1,4 +1,4 @@
-"""How an image of any size becomes a square one, and which images are too large to decode."""
+"""How an image of any size becomes a square one, and what is too large to try."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERPOLATIONS = {
 
 
 def interpolation_filter(name: str) -> Image.Resampling:
-    """Return Pillow's filter of that name; DataError for a name not in INTERPOLATIONS."""
+    """Return Pillow's filter of that name; a name not in INTERPOLATIONS is a DataError."""
     if name not in INTERPOLATIONS:
         raise DataError(
             f"interpolation {name!r} is not known; expected one of {', '.join(INTERPOLATIONS)}"
@@ -46,7 +46,7 @@ def resize_and_crop(
     it, so that a model sees exactly the pixels that open_clip would give it. Raises DataError,
     naming `what`, for an image without pixels and for one that is too large after scaling.
     """
-    from torchvision.transforms import InterpolationMode  # This import takes a second.
+    from torchvision.transforms import InterpolationMode  # takes a second to import
     from torchvision.transforms import functional as transforms
 
     width, height = image.size

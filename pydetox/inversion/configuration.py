@@ -56,22 +56,21 @@ class InversionConfig:
     """How to search for triggers.
 
     Attributes:
-        steps: The largest number of Adam's steps; `patience` can end a search earlier.
-        batch_size: The number of clean images per step. All triggers share them.
-        learning_rate: Adam's rate on the logits, or one rate for each third of the steps.
-        success_threshold: The success, smoothed over about three steps, at which a trigger works.
-            None for 0.97, or 0.9 in a scan in contrast to a base.
-        patience: The number of steps without progress after which a search has converged and ends.
-            It ends only once its cost has been raised until the trigger failed, because the size
-            has not been minimised before that.
-        family: The family of triggers. `patch` allows any mask, so that small masks win. `blend`
-            uses the same mask value for all pixels, so that the faintest overlay over the whole
-            image wins. It finds triggers that no small patch resembles (Blended, SIG, warps).
-        precision: The precision of the image tower, `float32` or `bfloat16` (see `models.frozen`).
-        max_batch: The number of stamped images that pass through the tower at once, which bounds
-            the memory. None for as many as 512 MiB of activations hold, or 2 GiB on a GPU.
-        seed: The seed of the initial triggers and the order of the images.
-        advanced: Constants that you hardly ever need to change.
+        steps: Steps of Adam, at most; see patience.
+        batch_size: Clean images per step, shared by all triggers.
+        learning_rate: Adam's rate on the logits, or one per equal third of the steps.
+        success_threshold: A trigger works when its success, smoothed over about three steps,
+            reaches this; None for 0.97, and 0.9 in a scan in contrast to a base.
+        patience: Steps without progress after which a search has converged and ends, once its cost
+            has been raised until the trigger failed: before that, the size is not yet pressed.
+        family: What a mask may be. `patch`: any, so that small ones win. `blend`: the same value
+            for all pixels, so that the faintest overlay over the whole image wins; it finds
+            triggers that a small patch does not resemble (Blended, SIG, warps).
+        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        max_batch: Stamped images that go through the tower at once, which bounds memory; None for
+            as many as 512 MiB of activations hold, 2 GiB on a GPU.
+        seed: Of initial triggers and the order of the images.
+        advanced: Constants of the search.
     """
 
     steps: int = 200

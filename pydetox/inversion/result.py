@@ -61,15 +61,14 @@ class InversionResult:
             search (see Objective).
         targets: The target class of each trigger; None if triggers have no target.
         cost: float32 [K] on the CPU: the final weights of the mask term.
-        trigger_steps: int64 [K] on the CPU: the number of steps that each search took.
-        endings: The reason why each search ended: "all steps", "converged" or "dropped".
-        looks: The L steps after which sizes were recorded, ascending; see InversionConfig.
-        history: float64 [L, K] on the CPU: p_l1 after each of these steps. After the end of a
-            search, its last value is repeated.
-        steps: The number of steps of the longest search.
-        seconds: The wall time in seconds.
-        tower: A description of the image tower that was used.
-        family: The family of the triggers (see InversionConfig).
+        trigger_steps: int64 [K] on the CPU: steps that each search took.
+        endings: Why each one ended: "all steps", "converged" or "dropped".
+        looks: L steps after which sizes were noted, ascending; see InversionConfig.
+        history: float64 [L, K] on the CPU: p_l1 as it was then; after the end of a search its last.
+        steps: Steps of the longest search.
+        seconds: Wall time.
+        tower: How the image tower was run.
+        family: What the masks could be (see InversionConfig).
     """
 
     mask_logits: Tensor

@@ -1,4 +1,4 @@
-"""The frozen tower of a search, its images, and how many of them fit into memory at once."""
+"""The frozen tower of a search, the images it is given, and how many fit into memory at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..errors import ArchitectureError, DataError
 from ..models import OpenClipModel
 from ..models.frozen import FrozenTower, TowerPair, freeze
 
-# The bytes that the activations of one pass through the tower may take. Large batches are faster on
-# a GPU. On a CPU they are not, and a worker of a scan should stay within two checkpoints and 1 GB.
+# Bytes that the activations of one pass through the tower may take. A GPU wants large batches; on
+# a CPU they gain nothing, and a worker of a scan has to do with two checkpoints and a gigabyte.
 _ACTIVATIONS, _ACTIVATIONS_CPU = 2 << 30, 1 << 29
 
 
@@ -51,7 +51,7 @@ def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: st
 
 
 def images_at_once(tower: FrozenTower, device: torch.device) -> int:
-    """Return the number of images whose activations fit into the memory for them."""
+    """Return how many images the memory for activations holds."""
     activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
     return max(1, activations // tower.bytes_per_image)
 

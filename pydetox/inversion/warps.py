@@ -208,8 +208,7 @@ def invert_warps(
         for step in range(config.steps):
             clean = images[batches[step]].to(device)
             gradient, successes = torch.empty_like(control), []
-            # Warps are independent, so a chunk's activations are freed before the next chunk
-            # starts.
+            # Warps do not see each other: a chunk's activations are freed before the next one's.
             for which in chunks:
                 part = control[which]
                 fields = _fields(part, size)
@@ -262,10 +261,10 @@ def _warp(images: Tensor, fields: Tensor) -> Tensor:
     rows = torch.linspace(-1, 1, height).to(fields)
     columns = torch.linspace(-1, 1, width).to(fields)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    # The distance between the edge pixels is 2. A single pixel has no neighbour to be read from.
+    # From edge pixel to edge pixel is 2; one pixel has no neighbour to be read from.
     step = fields.new_tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
     grid = torch.stack([x, y], dim=-1) + fields.permute(0, 2, 3, 1) * step
-    # A warp treats all channels of all images alike, as one picture of 3 B channels.
+    # To a warp all channels of all images are alike: one picture of 3 B channels.
     picture = images.reshape(1, -1, height, width).expand(count, -1, -1, -1)
     warped = grid_sample(picture, grid, padding_mode="border", align_corners=True)
     return warped.view(count, *images.shape)

@@ -245,7 +245,7 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError if the text tower uses another tokenizer than CLIP's own.
+        Raises ArchitectureError when the text tower uses a tokenizer other than CLIP's own.
         """
         text = self.model_config.get("text_cfg", {})
         for key in ("hf_tokenizer_name", "hf_model_name"):
@@ -320,7 +320,7 @@ class OpenClipModel:
 
 @lru_cache(maxsize=4)
 def _tokenizer(context_length: int) -> SimpleTokenizer:
-    # Tokenizers are cached: each one reads CLIP's whole list of merges, which takes 0.1 s.
+    # Kept: each one reads CLIP's whole list of merges, a tenth of a second.
     return SimpleTokenizer(context_length=context_length)
 
 

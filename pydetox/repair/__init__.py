@@ -1,9 +1,8 @@
 """Subtracting a backdoor in weight space (TBAR), and proving it.
 
-`recovery` finds the triggers that a trigger vector is made of. `trigger_vector` computes the
-vector, `alpha` chooses how much of it to subtract, and `subtraction` subtracts it. `passes`
-combines these into one repair. `detox` goes from the scan to the re-scan, and `provenance` saves
-the result.
+`trigger_vector` finds the vector, `alpha` how much of it to subtract, `subtraction` does it,
+`recovery` finds the triggers that a vector is made of, `passes` makes one repair of these, `detox`
+the whole from scan to re-scan, `provenance` saves what came out.
 """
 
 from __future__ import annotations

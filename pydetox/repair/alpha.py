@@ -29,16 +29,15 @@ class CoefficientSearch:
     """CA and ASR over the scaling coefficient alpha.
 
     Attributes:
-        coefficients: The values of alpha, ascending.
-        clean_accuracy: The clean accuracy at each alpha, in [0, 1]; without labels, the agreement
-            with theta_b.
-        attack_success_rate: The ASR at each alpha, in [0, 1], of the most successful of the given
-            triggers. It counts images of other classes that theta_b does not send to the target
-            without a trigger, because those would say nothing about a trigger.
-        chosen: The index of the chosen alpha.
-        reached: Whether both limits hold at the chosen alpha.
-        accuracy_before: The clean accuracy that CA is compared with.
-        reserve: The share of the accuracy to spend that was left to later passes.
+        coefficients: alpha, ascending.
+        clean_accuracy: Share per alpha; agreement with theta_b where there are no labels.
+        attack_success_rate: Share per alpha that the worst of the given triggers sends to the
+            target, of the images that are of other classes and that theta_b, without a trigger,
+            sends elsewhere: what it takes for the target anyway says nothing about a trigger.
+        chosen: Index of the chosen alpha.
+        reached: Whether both limits hold there.
+        accuracy_before: What the clean accuracy was compared with.
+        reserve: Share of the accuracy to spend that was left to later passes.
     """
 
     coefficients: tuple[float, ...]
@@ -67,23 +66,20 @@ def search_coefficient(
     accuracy_before: float | None = None,
     reserve: float = 0.0,
 ) -> CoefficientSearch:
-    """Try every alpha on images that are decoded and stamped once; weights change only in memory.
+    """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
-    The result is the smallest alpha with ASR <= max_attack_success for every trigger and CA >=
-    min_accuracy_kept times `accuracy_before`, multiplied by safety_factor. If there is no such
-    alpha, it is the one with the least mean ASR of all triggers among those that keep the accuracy.
-    (The mean counts here, because no alpha may be able to stop the worst trigger.) If that mean is
-    above 2%, about one image per trigger, the candidates must also keep the reserve. If no alpha
-    keeps the accuracy, the result is 0. Without labels, CA is the agreement with the model's own
-    predictions.
+    targets: The class the triggers lead to, or one per trigger. head: zero-shot head [C, D].
+    accuracy_before: What CA is compared with; default: that of `model`; in a second round, that of
+    the model of the first. reserve: Share of the accuracy to spend, 1 - min_accuracy_kept, that is
+    left to later passes where this vector cannot finish.
 
-    targets: The class that the triggers lead to, or one class per trigger. head: The zero-shot head
-    [C, D]. accuracy_before: The clean accuracy that CA is compared with; default: that of `model`.
-    In a second round, it is that of the model before the first one. reserve: The share of the
-    accuracy to spend, 1 - min_accuracy_kept, that is left to later passes if this vector cannot
-    finish.
-
-    Raises DataError if all validation images belong to a target class, and UsageError without
+    Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success of every
+    trigger and CA >= min_accuracy_kept of accuracy_before; if there is none, the one with the least
+    mean ASR of all triggers among those that keep the accuracy: the worst one alone may be beyond
+    what any alpha reaches. If that mean is above 2%, about one image of each trigger, they have to
+    keep the reserve as well. Where none keeps the accuracy it is 0. Without labels CA is the
+    agreement with the model's own predictions.
+    Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
     config = config or UnlearnConfig()
@@ -144,11 +140,10 @@ def choose_coefficient(
     accuracy_before: float,
     reserve: float = 0.0,
 ) -> tuple[int, bool]:
-    """Return the index of the alpha to subtract, and whether both limits hold there.
+    """Return the index of the alpha to take, and whether both limits hold there.
 
-    The rule is that of `search_coefficient`. coefficients: A candidates, ascending; the first one
-    is 0. accuracy: The CA of each candidate, in [0, 1]. success: The ASR of each trigger at each
-    candidate, A x T, in [0, 1].
+    coefficients: A ascending candidates, the first of them 0. accuracy: share per candidate.
+    success: share per candidate of each trigger, A x T. The rule is that of `search_coefficient`.
     """
     kept = config.min_accuracy_kept
     means = [sum(shares) / len(shares) for shares in success]

@@ -24,20 +24,20 @@ class AdvancedUnlearnConfig:
     bench-defenses` measures them together.
 
     Attributes:
-        certainly_target: The probability of the target class above which `forget` keeps an image's
-            prediction. A clean model classifies a few images as the target anyway. All other
-            triggered images are pushed away from the target. This includes images that nearly
-            reach it without a trigger, because they are the first to follow one.
-        augment: Whether each image is randomly mirrored and shifted by up to a sixteenth of its
-            side, in every step, before it is triggered. The model predicts the shifted image anew,
-            so this needs no label.
-        forget_share: The share of the given images that make the trigger vector. All of them choose
-            alpha.
-        amplifications: The factors of a recovered patch's mask. Each trigger is used with each
-            factor. The search ends with the faintest mask that works, and a model that forgot only
-            this mask would still obey the attacker's stronger one.
-        blend_amplifications: The factors of a recovered blend's mask.
-        warp_amplifications: The factors of a recovered warp's offsets.
+        certainly_target: With `forget`, triggered images whose clean version has at least this
+            probability of the target class keep it; all others are pushed away from that class,
+            the nearer ones among them too: a clean model takes a few images for the target anyway,
+            and those that it takes for something else by a hair are the first to follow a trigger.
+        augment: Whether each image is mirrored or not and moved by up to a sixteenth of its side,
+            at random in every step, before it is triggered. What the model says of the moved image
+            is asked for anew, so that this needs no label either.
+        forget_share: Share of the given images that make the trigger vector; alpha is chosen on
+            all of them.
+        amplifications: Factors of a recovered patch's mask; each trigger is used with each. The
+            search ends with the faintest mask that works, and a model that forgot only that still
+            obeys the attacker's stronger one.
+        blend_amplifications: The same for recovered blends.
+        warp_amplifications: Factors of a recovered warp's offsets.
     """
 
     certainly_target: float = 0.9
@@ -62,27 +62,25 @@ class UnlearnConfig:
     """How to find and subtract the trigger vector.
 
     Attributes:
-        vector: The kind of trigger vector, see `pydetox.repair.trigger_vector`.
-        steps: The number of optimiser steps of the fine-tuning.
-        learning_rate: The peak learning rate of the fine-tuning.
-        batch_size: The number of clean images per step. As many triggered images are added.
-        passes: The number of times that triggers are recovered and subtracted before the next scan.
-            Triggers that still work on the repaired model join those found before. Known triggers
-            need only one pass.
-        warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
-            none. Searches that find no warp contribute nothing to the vector. Known triggers need
-            no such search.
-        coefficients: The candidate values of alpha, ascending and at least 0. The value 0, which
-            leaves the model unchanged, is always tried.
-        max_attack_success: The largest acceptable ASR on validation images, in [0, 1].
-        attacked_images: The number of stamped images to try for every alpha. They are divided among
-            the triggers, with at least 50 per trigger if there are as many images.
-        safety_factor: The largest factor that the smallest alpha within the limits is multiplied
-            by, as far as the accuracy allows. Recovered triggers only estimate the attacker's.
-        min_accuracy_kept: The least share of the clean accuracy of theta_b to keep, in [0, 1]. A
-            pass whose vector cannot finish leaves an equal part of the rest to each later pass.
-        seed: The seed of every random choice of a repair.
-        advanced: Constants that you hardly ever need to change.
+        vector: Which trigger vector, see `pydetox.repair.trigger_vector`.
+        steps: Optimiser steps of the fine-tuning.
+        learning_rate: Its peak rate.
+        batch_size: Clean images per step; as many triggered ones are added.
+        passes: With recovered triggers, how often to recover and subtract before the next scan: the
+            triggers that still work on the repaired model join those found before.
+        warps: With recovered triggers, searches for a smooth warp into each target class, in every
+            pass; 0 for none. Of these only those that find one have a part in the vector.
+        coefficients: Candidate values of alpha, ascending and at least 0. 0, which leaves the model
+            as it is, is tried whether it is among them or not.
+        max_attack_success: ASR on validation images that is small enough, a share.
+        attacked_images: Stamped images to try for every alpha, shared out over the triggers, but at
+            least 50 with each, if there are so many.
+        safety_factor: The smallest alpha within the limits is raised by up to this factor while the
+            accuracy allows it: recovered triggers only estimate the attacker's.
+        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. A pass whose
+            vector cannot finish leaves an equal part of the rest to each that follows.
+        seed: Of everything random in it.
+        advanced: Constants of a repair.
     """
 
     vector: VectorKind = "forget"

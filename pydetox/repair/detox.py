@@ -68,8 +68,7 @@ def repair_session(
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
-        # Unlearn all classes at once. If no alpha does so within the accuracy to keep, try the
-        # first.
+        # All classes at once; where no alpha does that within the accuracy to keep, the first.
         for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
             model, passes_of_attempt = subtract_passes(
                 repaired,

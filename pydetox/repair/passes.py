@@ -32,8 +32,7 @@ def subtract_passes(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: The indices of the classes; with known triggers, exactly one. Returns the repaired
-    model and what each pass did.
+    targets: Class indices, one for known triggers. Returns the repaired model and what was done.
     """
     if not targets or (triggers is not None and len(targets) > 1):
         raise UsageError(

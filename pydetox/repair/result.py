@@ -20,14 +20,10 @@ class UnlearnRound:
 
     Several vectors may be subtracted before the model is scanned again.
 
-    Attributes:
-        targets: The indices of the target classes, the most suspect one first.
-        triggers: The triggers that were recovered for each target, by family; empty for known
-            triggers.
-        search: CA and ASR over alpha.
-        vector: The trigger vector.
-        rescan: The scan of the model afterwards; None if it was not scanned again.
-        warps: The warps that were found for each target; empty without searches for warps.
+    targets: Class indices, the most suspect one first. triggers: What was recovered for each of
+    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
+    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
+    for a warp found for each of the targets; empty without such searches.
     """
 
     targets: tuple[int, ...]
@@ -49,12 +45,12 @@ class DetoxResult:
 
     Attributes:
         before: The first scan.
-        rounds: The vectors that were subtracted, in order; empty if the model was not changed.
-        after: The last re-scan; None if nothing was subtracted.
-        model: The repaired model; the given model if nothing was subtracted.
-        evaluation_before, evaluation_after: CA on the given images; None without labels.
-        path: The folder of the repaired checkpoint; None if it was not written.
-        seconds: The wall time of each step, in seconds.
+        rounds: What was subtracted, in order; empty when the model was left as it is.
+        after: The last re-scan, None when nothing was subtracted.
+        model: The repaired model, or the given one.
+        evaluation_before, evaluation_after: CA on the given images, None without labels.
+        path: Where the repaired checkpoint was written, or None.
+        seconds: Wall time by step.
     """
 
     before: ScanResult

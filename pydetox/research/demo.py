@@ -77,11 +77,11 @@ class DemoResult:
 def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     """Run the demo.
 
-    The demo writes checkpoints/ (base, clean, backdoored, repaired), report.html and summary.json
-    to `output`, and replaces those of an earlier run. The shares in the summary (ca, asr) are in
-    [0, 1] and measured on test images that neither side used. ASR leaves the target class out. p_l1
-    is that of the most unusual class relative to the clean references. `seed` decides the model,
-    its training, the attack and the defence.
+    Writes to `output`: checkpoints/ (base, clean, backdoored, repaired), report.html and
+    summary.json; what an earlier run left there is replaced. seed: of the model, its training, the
+    attack and the defence. The summary's shares (ca, asr) are in [0, 1], measured on test images
+    that neither side used; ASR leaves the target class out; p_l1 is that of the class that looks
+    weakest relative to the clean references.
 
     Raises OutputError, before the work, if `output` cannot be written, and DataError if
     scikit-learn is not installed.

@@ -43,24 +43,24 @@ class ScannerConfig:
     These attributes decide the results:
 
     Attributes:
-        images: Clean images, as in `load_images`.
-        class_names: A text file with one class name per line; None for the names in the data.
-        templates: A text file with one prompt per line; None for built-in prompts.
-        max_images: The size of a random sample of the images; None for all images.
-        resize: Whether .npz images of another size are scaled.
-        model: The architecture, for checkpoints that do not name it.
-        base: A clean model. It is calibrated with, and weights are compared with its weights.
-        reference_models: At least two clean models that were made as the suspects were. They
-            replace the copies of `base` in the calibration. If `base` is given as well, triggers
-            are searched in contrast to it (see `ScanConfig.contrast`).
-        calibration: A calibration file that replaces the calibration of this run. If it was made in
-            contrast to a base, it needs that base.
-        references: The number of clean models of a calibration made from `base`, at least 2.
-        reference_epochs, reference_learning_rate: The fine-tuning of these models.
-        known_vectors: `.safetensors` files with weight differences, such as trigger vectors of
-            known attacks. Each checkpoint's difference to `base` is compared with them.
-        inversion: Whether to reconstruct triggers. Without it, weights are only read, checked and
-            compared, and every verdict is `inconclusive`.
+        images: Clean images, as `load_images` takes them.
+        class_names: Text file with one class name per line; None for those of the images.
+        templates: Text file with one prompt per line; None for built-in prompts.
+        max_images: Use a random sample of that many images; None for all.
+        resize: Scale .npz images of another size.
+        model: Architecture, where a checkpoint does not tell.
+        base: A clean model to calibrate with and to take weight differences to.
+        reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
+            instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
+            `ScanConfig.contrast`).
+        calibration: A calibration file, instead of one made here. One that was made in contrast to
+            a base needs that base.
+        references: Clean models of a calibration made from `base`, at least 2.
+        reference_epochs, reference_learning_rate: Their fine-tuning.
+        known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
+            attacks: each checkpoint's difference to `base` is compared with them.
+        inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
+            and every verdict is `inconclusive`.
         objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
         keep_all: Whether to search all classes to the end, including those that can no longer be
             the outlier.

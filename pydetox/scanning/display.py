@@ -27,7 +27,7 @@ _STAGES = {"survey": "survey", "calibrate": "clean references", "scan": "scan"}
 
 
 class Display:
-    """A display that draws at a terminal and is silent in a pipe. `log` always writes to stderr.
+    """Draws at a terminal, is silent in a pipe; `log` writes a line to stderr in both.
 
     It is a context manager. Call it with the events of a `Scanner`.
     """

@@ -12,9 +12,9 @@ from ..errors import PydetoxError, UsageError
 if TYPE_CHECKING:
     from .config import ScannerConfig
 
-# A worker needs this memory beside checkpoints: Python, torch and the images, and the activations
-# of a step (`inversion.tower` bounds them on a CPU). Pages of libraries do not count, because all
-# workers share them.
+# Beside checkpoints: Python, torch and the images, and the activations of a step (see
+# `inversion.search`, whose bound on a CPU this is). Pages of libraries, which all workers share, do
+# not count.
 _RUNTIME, _ACTIVATIONS = 1 << 29, 1 << 29
 
 

@@ -416,7 +416,7 @@ def _refuse_setup(outcome: Outcome) -> None:
 
 
 def _contents(config: ScannerConfig) -> dict[str, str]:
-    """Return the digests of a configuration's files; raise if one cannot be read."""
+    """Return digests of the files that a configuration names; raises when one cannot be read."""
     found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
     if config.model is not None and Path(config.model).is_file():
         found["model"] = _file_digest(Path(config.model))

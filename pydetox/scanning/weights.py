@@ -111,8 +111,7 @@ def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[
 def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         weights = identify_checkpoint(Path(path)).weights
-        # The sandbox indexes the file, because a stranger may have made it.
-        with open_weights(weights) as file:
+        with open_weights(weights) as file:  # indexed in the sandbox: a stranger may have made it
             tensors, _ = read_open(file)
     except CheckpointError as error:
         raise DataError(f"{Path(path)}: no weight vector: {error}") from error
