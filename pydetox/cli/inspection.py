@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     "hash_content",
     is_flag=True,
     show_default=False,
-    help="Read the whole files, to show their SHA-256 and to check the checksums inside.",
+    help="Read the files once, for their SHA-256; checksums inside are checked, too.",
+)
+@click.option(
+    "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
 )
 @click.option(
     "--weights-key",
@@ -39,13 +42,13 @@ def command(
     weights_key: str | None,
     format_: str,
 ) -> int:
-    """Show what weights files hold, without unpickling them or reading the weights.
+    """Tell what weights files hold, without unpickling them and without reading the weights.
 
     FILE is a .safetensors or .pt file, a .safetensors.index.json with its shards, or a folder. A
-    finding is something odd that does not prevent reading, such as an unknown name in a pickle, two
-    tensors of the same name, or a name like a path.
+    finding is something odd that does not keep a file from being read, such as an unknown name in
+    its pickle, two tensors of one name, or a name like a path.
 
-    Exit code: 0 without findings, 1 with a finding, 2 if a file is damaged or refused.
+    Exit code: 0 nothing odd, 1 a finding, 2 a file that is damaged or refused.
     """
     from ..checkpoints import inspect_checkpoint, parse_reference
     from ..errors import UnsafeCheckpointError, UsageError
