@@ -35,8 +35,8 @@ def load_image_folder(
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
 
-    Images are ordered by class and by relative path (by code point, whatever the file system says),
-    whatever the number of workers.
+    Images are ordered by class and then by the code points of their relative path. The order
+    depends neither on the file system nor on the number of workers.
     """
     paths, labels, names = choose_images(
         directory,
@@ -75,7 +75,7 @@ def choose_images(
 ) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Return the paths of the images that are read, their labels and the class names.
 
-    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    This opens folders only, and no image. Raises DataError for a folder that is no image set.
     """
     paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(paths):
@@ -160,9 +160,8 @@ def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
-        # Pillow's decoders raise whatever the damage led them into (OSError, SyntaxError,
-        # ValueError, struct.error, zlib.error, ...): for a file that we did not write, all of these
-        # mean one thing.
+        # Pillow's decoders raise many kinds of errors for damaged files (OSError, SyntaxError,
+        # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged file.
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
     return pixels

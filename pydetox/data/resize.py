@@ -29,7 +29,7 @@ def interpolation_filter(name: str) -> Image.Resampling:
 
 
 def refuse_too_large(width: int, height: int, what: str) -> None:
-    """Raise DataError when an image has more than MAX_PIXELS pixels; call before decoding it."""
+    """Raise DataError if an image has more than MAX_PIXELS pixels; call this before decoding."""
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{what}: {width}x{height} pixels; expected at most {MAX_PIXELS:,} pixels "

@@ -86,17 +86,17 @@ class InversionSearch:
 
     @property
     def done(self) -> bool:
-        """Whether every search has ended."""
+        """Whether all searches have ended."""
         return len(self._triggers) == 0
 
     def step(self) -> None:
-        """Take one step; none is left when the search is `done`."""
+        """Take one step. Do not call this when the search is `done`."""
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
         success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
         if config.family == "blend":
-            # One value for all pixels stays one when their gradients are equal. The mean, not the
-            # sum: the update adds the cost's part to every pixel.
+            # All pixels keep the same value if their gradients are equal. This takes the mean and
+            # not the sum, because the update adds the cost's gradient to every pixel.
             gradient = self._mask_gradient
             gradient.copy_(gradient.mean(dim=(1, 2), keepdim=True).expand_as(gradient))
         now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
@@ -124,8 +124,8 @@ class InversionSearch:
     def result(self) -> InversionResult:
         """Check the best triggers on more images and return them.
 
-        Raises ArchitectureError when the model's embeddings are not finite, and UsageError while
-        the search is not done.
+        Raises ArchitectureError if the model's embeddings are not finite, and UsageError if the
+        search is not done.
         """
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
@@ -315,21 +315,23 @@ def invert(
     """Find small triggers that make the objective hold on clean images.
 
     Args:
-        model: Its weights are not changed.
+        model: The model. Its weights are not changed.
         images: uint8 [N, 3, H, W] of the model's size, at least two.
-        objective: Decides K if it has targets.
-        config: Default InversionConfig().
+        objective: What the triggers must do. If it has targets, K is their number.
+        config: How to search; default: InversionConfig().
         restarts: K for an objective without targets.
-        elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
-        contrast: Another model that takes the same inputs, for an objective that is given the
+        elimination: The rule that drops triggers which can no longer be the outlier; None to keep
+            all triggers.
+        contrast: Another model that takes the same inputs, for an objective that needs the
             embeddings of both (`ContrastObjective`).
-        labels: int64 [N], classes of the images, which the check after the search then holds in
-            proportion; it decides nothing else.
-        description: Shown with the progress bar.
+        labels: int64 [N], the classes of the images. The sample for the check after the search then
+            holds them in proportion. They decide nothing else.
+        description: A text that is shown with the progress bar.
 
     Raises:
-        DataError: Images of another type, size or number.
-        UsageError: Less than one restart, or triggers that are no multiple of the elimination's.
+        DataError: The images have another dtype or size, or there are fewer than two.
+        UsageError: There is less than one restart, or the number of triggers is no multiple of
+            `elimination.restarts`.
         ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
     """
     config = config or InversionConfig()

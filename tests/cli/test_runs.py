@@ -219,6 +219,7 @@ class TestTargets:
         result = run("scan", models / "base", *args)
         assert result.exit_code == 2
         assert "not scanned" in result.stdout
+        assert "(--max-size)" in result.stdout
 
     @pytest.mark.parametrize(
         "args",

@@ -105,7 +105,7 @@ def test_a_timeout_ends_one_checkpoint(registry, config, tmp_path):
     found = scan(settings, *targets, run=tmp_path)
     assert [r.verdict for r in found.values()] == ["error", "error"]
     assert {r.error_kind for r in found.values()} == {"timeout"}
-    assert "--timeout" in found[str(targets[0])].reason
+    assert "timeout=" in found[str(targets[0])].reason
     pids = [e["pid"] for e in read_events(tmp_path) if e["event"] == "worker-started"]
     assert len(pids) >= 2
     assert all(gone(pid) for pid in pids)
