@@ -13,6 +13,7 @@ import pytest
 from pydetox.checkpoints import (
     pickle_calls,
     pickle_index,
+    pickle_literals,
     torch_index,
     weight_sets,
     zip_index,
@@ -56,10 +57,7 @@ def without_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_strings_of_python_2(patch: pytest.MonkeyPatch) -> None:
-    def as_bytes(self: pickle_index._Reader, raw: bytes) -> None:
-        self.stack.append(raw)
-
-    patch.setattr(pickle_index._Reader, "_string", as_bytes)
+    patch.setattr(pickle_literals, "_string", lambda raw: raw)
 
 
 def _any_usual(entries: dict[str, object], candidates: dict[str, object]) -> str:
