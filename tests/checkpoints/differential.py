@@ -399,12 +399,12 @@ def compare(raw: bytes, path: Path) -> tuple[str, str | None]:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def _lock_up() -> None:
-    """Let a child of the fuzzer neither start anything, nor connect, nor use the memory up."""
+def lock_up(largest_file: int = 1 << 20) -> None:
+    """Let a child neither start anything, nor connect, nor fill the disk."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(("subprocess.", "socket.connect", "os.system", "os.exec", "os.fork")):
@@ -448,7 +448,7 @@ def main() -> int:
     answers: Counter[str] = Counter()
     odd: list[tuple[int, str]] = []
     context = multiprocessing.get_context("spawn")
-    with context.Pool(given.jobs, initializer=_lock_up) as pool:
+    with context.Pool(given.jobs, initializer=lock_up) as pool:
         for done, (found, disagreements) in enumerate(pool.imap(_run, ranges), 1):
             answers += found
             odd += disagreements
