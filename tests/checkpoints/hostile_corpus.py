@@ -40,6 +40,11 @@ Builder = Callable[[Path], Path]
 
 REFUSED, UNSAFE = CheckpointError, UnsafeCheckpointError
 
+#: What reading a file may cost, hostile or not: memory above the process as it was, and processor
+#: time.
+MAX_PEAK_MIB = 300
+MAX_SECONDS = 2
+
 
 @dataclass(frozen=True)
 class Hostile:

@@ -49,9 +49,18 @@ FILES: dict[str, Callable[[Path], Path]] = {
     **{case.name: case.build for case in HONEST},
     **{case.name: case.build for case in [*CORPUS, *DECEPTIVE]},
 }
-# torch takes half a minute and gigabytes for the first, and crashes of the second; the third is
-# mapped or read as a whole.
-_NOT_FOR_OTHERS = {"oversized pickle", "deep nesting as a key", "sparse file of a terabyte"}
+# Some loader takes seconds for these, or gigabytes, or crashes (torch, of deep nesting as a key).
+_NOT_FOR_OTHERS = {
+    "a list of itself twice, and so on",
+    "a million names by reference",
+    "deep nesting",
+    "deep nesting as a key",
+    "flood of instructions",
+    "flood of memo entries",
+    "oversized pickle",
+    "sparse file of a terabyte",
+    "zip bomb",
+}
 _MEMORY = 8 << 30  # address space: torch alone takes several GiB
 _FRAGMENT = 60
 

@@ -11,13 +11,15 @@ from pydetox.checkpoints import inspect_checkpoint, load_checkpoint
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 from tests.checkpoints.differential import difference, theirs
 from tests.checkpoints.honest_corpus import HONEST, WEIGHTS, Honest, saved
-from tests.checkpoints.hostile_corpus import CORPUS
+from tests.checkpoints.hostile_corpus import CORPUS, MAX_PEAK_MIB, MAX_SECONDS, measure
 
 
 @pytest.mark.parametrize("case", HONEST, ids=lambda case: case.name)
 def test_honest_file(tmp_path: Path, case: Honest) -> None:
-    path = tmp_path / f"a{case.suffix}"
-    path.write_bytes(case.make())
+    path = case.build(tmp_path)
+    outcome = measure(path)
+    assert outcome.peak_mib <= MAX_PEAK_MIB
+    assert outcome.cpu_seconds <= MAX_SECONDS
     if case.refused is not None:
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path, model="ViT-B-32")

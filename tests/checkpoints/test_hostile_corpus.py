@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.deceptive_corpus import DECEPTIVE
-from tests.checkpoints.hostile_corpus import CORPUS, Hostile, measure
-
-MAX_PEAK_MIB = 300
-MAX_SECONDS = 2
+from tests.checkpoints.hostile_corpus import CORPUS, MAX_PEAK_MIB, MAX_SECONDS, Hostile, measure
 
 
 @pytest.mark.parametrize("case", [*CORPUS, *DECEPTIVE], ids=lambda case: case.name)
