@@ -88,8 +88,8 @@ from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.index_json import to_json
 from pydetox.errors import CheckpointError
 opened = [(path, os.open(path, os.O_RDONLY)) for path in sys.argv[2:]]
-harmless, path, events = ("gc.", "sys.excepthook"), "", []
-sys.addaudithook(lambda name, args: name.startswith(harmless) or events.append((path, name)))
+path, events = "", []
+sys.addaudithook(lambda name, args: name == "builtins.id" or events.append((path, name)))
 read = 0
 for path, descriptor in opened:
     try:
