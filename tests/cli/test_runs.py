@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from .conftest import FAST, Run, error_line
+from pydetox.checkpoints import load_checkpoint
+from tests.reporting.sarif_schema import validate_sarif
+
+from .conftest import FAST, TINY, Run, error_line
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "scan.schema.json"
 
@@ -265,3 +271,69 @@ class TestConfigFile:
         result = run("scan", folder / "suspect", *images, "--config", path)
         assert result.exit_code == 4
         error_line(result)
+
+
+class TestFindings:
+    """What is odd about a file stands in every format, whatever the verdict."""
+
+    @pytest.fixture
+    def odd(self, models: Path) -> Path:
+        """The base as a pickle that names another package, and has a second set of weights."""
+        weights = load_checkpoint(models / "base").state_dict
+        other = {name: tensor + 1 for name, tensor in weights.items()}
+        content = {"state_dict": weights, "state_dict_ema": other, "epoch": 3}
+        torch.save(content, models / "odd.pt")
+        return models / "odd.pt"
+
+    def test_in_every_format(
+        self, run: Run, odd: Path, models: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--run", tmp_path / "run", "--model", config)
+        said = "has other values under the same names, and another loader may take those"
+        first = run("scan", odd, *args, "--format", "json", "--report", tmp_path / "report.html")
+        assert first.exit_code == 2
+        (found,) = parse(first.stdout)["results"]
+        assert found["verdict"] == "error"  # nobody knows which weights run
+        assert said in found["error"]
+        (finding,) = found["findings"]
+        assert finding["rule"] == "several-weights"
+        assert said in finding["message"]
+        shown = {
+            format_: run("report", tmp_path / "run", "--format", format_)
+            for format_ in ("text", "json", "sarif", "html")
+        }
+        assert {result.exit_code for result in shown.values()} == {2}
+        pages = {name: result.stdout for name, result in shown.items()}
+        assert f"finding (several-weights): {finding['message']}" in " ".join(pages["text"].split())
+        assert parse(pages["json"])["results"] == [found]
+        log = json.loads(pages["sarif"])
+        validate_sarif(log)
+        (result,) = log["runs"][0]["results"]
+        assert (result["ruleId"], result["level"]) == ("PYDETOX004", "warning")
+        assert result["message"]["text"] == f"{odd}: {finding['message']}"
+        for page in (pages["html"], (tmp_path / "report.html").read_text()):
+            assert "Finding 1 (several-weights)" in page
+            assert html.escape(finding["message"]) in page
+
+    def test_of_a_file_that_is_scanned(
+        self, run: Run, odd: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        """A finding that is no ambiguity is no part of the verdict."""
+        weights = torch.load(odd, weights_only=True)["state_dict"]
+        torch.save({"state_dict": {**weights, "visual.proj": weights["visual.proj"]}}, odd)
+        raw = zipfile.ZipFile(odd, "a")
+        raw.writestr("odd/install.sh", b"#!/bin/sh")
+        raw.close()
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--model", config)
+        results = {
+            format_: run("scan", odd, *args, "--format", format_)
+            for format_ in ("text", "json", "sarif", "html")
+        }
+        assert {result.exit_code for result in results.values()} == {0}
+        for result in results.values():
+            assert "odd/install.sh" in result.stdout
+        validate_sarif(json.loads(results["sarif"].stdout))
