@@ -79,6 +79,7 @@ class TensorEntry:
 
 
 Rule = Literal[
+    "chosen-weights",
     "duplicate-key",
     "mixed-prefix",
     "non-finite",

@@ -56,17 +56,24 @@ def choose_weights(
         chosen = _usual(entries, candidates)
     mapping = candidates[chosen]
     tensors = _tensors(mapping, findings)
-    if weights_key is None:
-        # Without a "state_dict", open_clip takes the root, whatever is nested in it.
-        loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
-        for other, rival in candidates.items():
-            if other != chosen and _rivals(tensors, rival, everywhere=other in loaders):
-                findings.add(
-                    "several-weights",
-                    f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} has "
-                    "other values under the same names, and another loader may take those; say "
-                    f"which one you mean: --weights-key {chosen or ROOT_KEY}",
-                )
+    # Without a "state_dict", open_clip takes the root, whatever is nested in it.
+    loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
+    for other, rival in candidates.items():
+        if other == chosen or not _rivals(tensors, rival, everywhere=other in loaders):
+            continue
+        if weights_key is None:
+            findings.add(
+                "several-weights",
+                f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} has "
+                "other values under the same names, and another loader may take those; say "
+                f"which one you mean: --weights-key {chosen or ROOT_KEY}",
+            )
+        else:
+            findings.add(
+                "chosen-weights",
+                f"holds several sets of weights: {_shown(chosen)} is read, as it was asked for; "
+                f"{_shown(other)} has other values under the same names, which nobody looked at",
+            )
     _note_mixed_prefix(list(tensors), findings)
     return chosen, dict(zip(strip_prefixes(list(tensors)), tensors.values(), strict=True))
 

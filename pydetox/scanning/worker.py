@@ -105,7 +105,7 @@ class Worker:
         """Begin to read the checkpoint of a task that will be run next."""
         if task.kind == "scan":
             reference = str(task.payload["reference"])
-            self._ahead[task.id] = _ReadAhead(lambda: self._read(reference))
+            self._ahead[task.id] = _ReadAhead(lambda: self._read_target(reference))
 
     def run(self, task: Task) -> dict[str, Any]:
         """Return {"result", "seconds"} or {"error", "kind"}, as plain data that JSON can hold.
@@ -139,7 +139,7 @@ class Worker:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference), consume=True)
+        model = self._model(self._read_target(reference), consume=True)
         images = self._images_for(model)
         names = images.class_names or ()
         if len(names) > _TIMED_CLASSES:
@@ -177,8 +177,12 @@ class Worker:
             calibration=calibration,
         )
 
-    def _read(self, reference: str) -> Checkpoint:
-        checkpoint = read_checkpoint(self._identify(reference))
+    def _read_target(self, reference: str) -> Checkpoint:
+        """Read what is scanned: the weights that the user named, where there are several."""
+        return self._read(reference, self._config.weights_key)
+
+    def _read(self, reference: str, weights_key: str | None = None) -> Checkpoint:
+        checkpoint = read_checkpoint(self._identify(reference), weights_key=weights_key)
         require_unambiguous(checkpoint)
         return checkpoint
 
@@ -194,7 +198,7 @@ class Worker:
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
-        checkpoint = read_checkpoint(identity)
+        checkpoint = read_checkpoint(identity, weights_key=self._config.weights_key)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
@@ -232,7 +236,7 @@ class Worker:
         if ahead is not None:
             checkpoint = ahead.take()
         else:
-            checkpoint = self._read(str(task.payload["reference"]))
+            checkpoint = self._read_target(str(task.payload["reference"]))
         if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start

@@ -203,5 +203,6 @@ def safetensors(prefix: bytes = b"", metadata: object = ...) -> bytes:
 HONEST += [
     Honest("safetensors", safetensors, suffix=".safetensors"),
     Honest("null metadata", lambda: safetensors(metadata=None), suffix=".safetensors"),
+    Honest("leading blanks", lambda: safetensors(b" \n\t "), suffix=".safetensors"),
     Honest("empty metadata", lambda: safetensors(metadata={}), suffix=".safetensors"),
 ]

@@ -52,7 +52,9 @@ def test_the_key_of_the_weights_is_said_and_can_be_chosen(tmp_path: Path) -> Non
     assert finding.rule == "several-weights"
     assert "'nested/ema'" in finding.message
     chosen = load_checkpoint(path, model="ViT-B-32", weights_key="nested/ema")
-    assert chosen.findings == ()
+    (note,) = chosen.findings
+    assert note.rule == "chosen-weights"
+    assert "'nested/ema' is read, as it was asked for; 'model' has other values" in note.message
     assert torch.equal(chosen.state_dict["a"], averaged["a"])
     with pytest.raises(CheckpointError, match=r"no tensors under 'x'; there are tensors under 'mo"):
         load_checkpoint(path, model="ViT-B-32", weights_key="x")

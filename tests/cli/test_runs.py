@@ -317,6 +317,44 @@ class TestFindings:
             assert "Finding 1 (several-weights)" in page
             assert html.escape(finding["message"]) in page
 
+    def test_a_scan_of_the_weights_that_are_named(
+        self, run: Run, odd: Path, models: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--model", config, "--format", "json")
+        args = (*args, "--run", tmp_path / "run")
+        (plain,) = parse(run("scan", models / "base", *args[:-2]).stdout)["results"]
+        result = run("scan", odd, *args, "--weights-key", "state_dict")
+        assert result.exit_code == 0
+        (found,) = parse(result.stdout)["results"]
+        assert found["class_p_l1"] == plain["class_p_l1"]
+        (finding,) = found["findings"]
+        assert finding["rule"] == "chosen-weights"
+        assert "'state_dict' is read, as it was asked for" in finding["message"]
+        other = run("scan", odd, *args[:-2], "--weights-key", "state_dict_ema")
+        (found,) = parse(other.stdout)["results"]
+        assert found["class_p_l1"] != plain["class_p_l1"]
+        # A run belongs to one choice.
+        result = run("scan", odd, *args, "--weights-key", "state_dict_ema")
+        assert result.exit_code == 4
+        assert "weights_key was 'state_dict' and is 'state_dict_ema'" in error_line(result)
+        result = run("scan", odd, *args[:-2], "--weights-key", "x")
+        assert result.exit_code == 2
+        assert "has no tensors under 'x'; there are tensors under" in error_line(result)
+
+    def test_the_other_commands_take_the_key_of_the_suspect(
+        self, run: Run, odd: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = ("--model", config, *images, "--format", "json")
+        refused = run("eval", odd, *args)
+        assert refused.exit_code == 2
+        assert "say which one you mean: --weights-key state_dict" in error_line(refused)
+        for key in ("state_dict", "state_dict_ema"):
+            assert run("eval", odd, *args, "--weights-key", key).exit_code == 0
+
     def test_of_a_file_that_is_scanned(
         self, run: Run, odd: Path, images: tuple, says_clean: Path, tmp_path: Path
     ) -> None:

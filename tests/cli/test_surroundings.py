@@ -230,6 +230,33 @@ def test_one_checkpoint_whose_numbers_overflow(run: Run, folder: Path, args: tup
     assert found[1]["error_kind"] == "checkpoint"
 
 
+@pytest.mark.parametrize("tower", ["", "visual.", "transformer."])
+def test_a_model_of_zeros_is_no_backdoored_one(
+    run: Run, folder: Path, args: tuple, says_backdoored: Path, tower: str
+) -> None:
+    """Any trigger works in a model that does not look: the smallest one, too."""
+    weights = load_checkpoint(folder / "suspect").state_dict
+    text = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_proj")
+    chosen = {"": ("",), "visual.": ("visual.",), "transformer.": text}[tower]
+    dead = {k: torch.zeros_like(v) if k.startswith(chosen) else v for k, v in weights.items()}
+    broken = save_checkpoint(
+        args[-3].parent / "zeros",
+        dead,
+        model_config=TINY,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    given = (
+        says_backdoored if one == args[args.index("--calibration") + 1] else one for one in args
+    )
+    result = run("scan", broken, *given)
+    assert result.exit_code == 2
+    assert f"{broken}: gives" in error_line(result)
+    assert "are its weights zero?" in error_line(result)
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["verdict"], found["error_kind"]) == ("error", "checkpoint")
+
+
 def test_a_dry_run_of_a_thousand_classes_times_some(
     run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
