@@ -306,6 +306,7 @@ def _require_finite(part: Tensor, name: str, base: CheckpointName) -> None:
     if odd:
         dtype = str(part.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{os.fspath(base)}: tensor {quote(name)}: {odd} of its weights would be NaN or infinite "
-            f"in {dtype}; take smaller coefficients=, or a base in a wider dtype without such weights"
+            f"{os.fspath(base)}: tensor {quote(name)}: {odd} of its weights would be NaN or "
+            f"infinite in {dtype}; take smaller coefficients=, or a base in a wider dtype without "
+            "such weights"
         )

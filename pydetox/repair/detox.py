@@ -48,7 +48,9 @@ def repair_session(
     seconds: Wall time of steps that were taken before, to be among those of the result.
     """
     clock = _Laps(seconds or {})
-    comparison = plan.prepare(session.images, templates=session.templates, read=read)
+    comparison = plan.prepare(
+        session.images, templates=session.templates, read=read, suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")

@@ -19,6 +19,7 @@ from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, r
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
+from ..detect.key import Configuration, require_alike
 from ..detect.references import ReferencePlan
 from ..detect.result import ScanResult
 from ..detect.search import search_classes
@@ -98,6 +99,7 @@ class Worker:
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
         self._reference: Reference | None = None
+        self._configurations: dict[str, Configuration] | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
 
@@ -199,6 +201,7 @@ class Worker:
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
         checkpoint = read_checkpoint(identity, weights_key=self._config.weights_key)
+        self._require_fit(checkpoint)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
@@ -212,6 +215,22 @@ class Worker:
             "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
+
+    def _require_fit(self, checkpoint: Checkpoint) -> None:
+        """Refuse what the base and the references do not fit, before a calibration is made."""
+        config = self._config
+        if not (config.makes_calibration and config.inversion):
+            return
+        if self._configurations is None:
+            names = [*([] if config.base is None else [config.base]), *config.reference_models]
+            try:
+                self._configurations = {n: self._identify(n).configuration() for n in names}
+            except PydetoxError as error:
+                raise SetupError(str(error)) from error
+        ours = checkpoint.model_config, checkpoint.preprocess_config
+        for name, theirs in self._configurations.items():
+            if theirs[0] is not None:  # otherwise it is said when it is read
+                require_alike(name, theirs, str(checkpoint.path), ours)
 
     def _calibrate(self, task: Task) -> dict[str, Any]:
         names = self._config.reference_models

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.models import OpenClipModel
 from pydetox.scanning.store import RunStore
 
 from .conftest import FAST, TINY, Run, error_line
@@ -255,6 +256,30 @@ def test_a_model_of_zeros_is_no_backdoored_one(
     assert "are its weights zero?" in error_line(result)
     (found,) = json.loads(result.stdout)["results"]
     assert (found["verdict"], found["error_kind"]) == ("error", "checkpoint")
+
+
+def test_a_base_that_does_not_fit_is_named_before_it_is_fine_tuned(
+    run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pydetox.scanning import worker
+
+    monkeypatch.setattr(worker, "calibrate", lambda *a, **k: pytest.fail("a calibration was made"))
+    wide = json.loads(json.dumps(TINY))
+    wide["vision_cfg"]["layers"] = 2
+    base = save_checkpoint(
+        tmp_path / "wider",
+        OpenClipModel.from_config(wide, seed=0).storage_state_dict(),
+        model_config=wide,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    given = (*images, *FAST, "--base", base, "--engine", "inline", "--format", "json")
+    result = run("scan", folder / "suspect", *given)
+    assert result.exit_code == 4
+    assert f"{base} does not fit {folder / 'suspect'}" in error_line(result)
+    assert "architecture.vision_cfg.layers is 2 there and 1 here" in error_line(result)
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["verdict"], found["error_kind"]) == ("error", "usage")
 
 
 def test_a_dry_run_of_a_thousand_classes_times_some(
