@@ -1,9 +1,10 @@
 """Differential fuzzing: what pydetox accepts, every loader reads as the same weights.
 
-Pickles and archives are built by a grammar, not by mutation. Each case is read by pydetox. What it
-accepts without an ambiguity is read by `torch.load(weights_only=True)`, by the same with a mapped
-file, and by CPython's unpickler with inert stubs; what comes out is unwrapped by the loaders of
-open_clip and timm, and as a plain `checkpoint["state_dict"]`. Any other tensor is a disagreement.
+Pickles, and archives and files of torch before 1.6 around them, are built by a grammar, not by
+mutation. Each case is read by pydetox. What it accepts without an ambiguity is read by
+`torch.load(weights_only=True)`, by the same with a mapped file, and by CPython's unpickler with
+inert stubs; what comes out is unwrapped by the loaders of open_clip and timm, and as a plain
+`checkpoint["state_dict"]`. Any other tensor is a disagreement.
 From the command line:
 
     python -m tests.checkpoints.differential --cases 100000
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import struct
 import sys
@@ -57,6 +59,7 @@ class Writer:
         self.odd = rng.random() < 0.7  # otherwise: only what torch.save could write
         self.out = bytearray(b"\x80\x02" if rng.random() < 0.85 else b"\x80\x04")
         self.memo = 0
+        self.legacy = False  # storages as torch before 1.6 refers to them
 
     def rare(self, chance: float = 0.05) -> bool:
         return self.odd and self.rng.random() < chance
@@ -91,8 +94,15 @@ class Writer:
             + self.text(place)
             + b"K"
             + bytes([count])
+            + (self.view(key) if self.legacy else b"")
             + b"tQ"
         )
+
+    def view(self, key: str) -> bytes:
+        """A part of another storage, as torch before 0.4 had them; mostly none."""
+        if self.rare(0.02):
+            return b"(" + self.text(f"{key}v") + b"K\2K\2t"
+        return b"N"
 
     def metadata(self) -> bytes:
         if not self.rare(0.15):
@@ -241,6 +251,10 @@ def case(seed: int, number: int) -> bytes:
     """The file of one number: the same for every run with that seed."""
     rng = random.Random(f"{seed}/{number}")
     writer = Writer(rng)
+    container = random.Random(f"{seed}/{number}/container")
+    if container.random() < 0.15:
+        writer.legacy = True
+        return legacy_bytes(writer.pickle(), container if writer.odd else None)
     pickled = writer.pickle()
     records = dict(RECORDS)
     if writer.rare(0.03):
@@ -269,6 +283,33 @@ def case(seed: int, number: int) -> bytes:
     if writer.rare(0.03):
         rng.shuffle(members)
     return zip_bytes(members)
+
+
+_STORAGE = re.compile(rb"Storage\n(?:cbuiltins\nstr\n)?(?:X\x01\0\0\0|U\x01)([01])")
+_COUNTS = {b"FloatStorage": 4, b"IntStorage": 4, b"HalfStorage": 8}
+
+
+def legacy_bytes(pickled: bytes, odd: random.Random | None) -> bytes:
+    """A file of torch before 1.6 around a pickle. odd: of what torch would not write; or None."""
+
+    def rare(chance: float = 0.03) -> bool:
+        return odd is not None and odd.random() < chance
+
+    magic = 0x1950A86A20F9469CFC6C + rare(0.01)
+    version = 1001 + rare(0.01)
+    machine = {"protocol_version": 1001, "little_endian": not rare(0.01), "type_sizes": {}}
+    keys = sorted({match[1].decode() for match in _STORAGE.finditer(pickled)})
+    if odd is not None and rare(0.3):
+        keys.reverse()
+    if odd is not None and rare():
+        keys = odd.choice([keys * 2, keys[:1], [*keys, "2"], tuple(keys), keys + keys[:1]])
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, version, machine))
+    out = head + pickled + pickle.dumps(keys, protocol=2)
+    kinds = re.findall(rb"ctorch\n(\w+Storage)\n", pickled)
+    count = _COUNTS.get(kinds[0] if kinds else b"", 4)
+    for key in keys:
+        out += struct.pack("<q", count - rare(0.02)) + RECORDS.get(key, RECORDS["0"])
+    return out + (b"\0" * 8 if rare(0.02) else b"")
 
 
 # ---- the readers --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from pydetox.checkpoints import (
+    legacy_index,
     pickle_calls,
     pickle_index,
     pickle_literals,
@@ -119,6 +120,24 @@ def without_places(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pickle_calls, "_LOCATION", re.compile(".*"))
 
 
+def without_views_of_storages(patch: pytest.MonkeyPatch) -> None:
+    storage = Caller.storage
+
+    def whole(self: Caller, identity: object) -> Storage:
+        if isinstance(identity, tuple) and len(identity) == 6:
+            identity = (*identity[:5], None)
+        return storage(self, identity)
+
+    patch.setattr(Caller, "storage", whole)
+
+
+def without_the_order_of_storages(patch: pytest.MonkeyPatch) -> None:
+    def in_order(keys: object, expected: set[str]) -> list[str]:
+        return sorted(expected)
+
+    patch.setattr(legacy_index, "_check_keys", in_order)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "take_away",
@@ -135,6 +154,8 @@ def without_places(patch: pytest.MonkeyPatch) -> None:
         without_made_texts,
         without_prefixes,
         without_places,
+        without_views_of_storages,
+        without_the_order_of_storages,
     ],
     ids=lambda function: function.__name__,
 )
