@@ -108,6 +108,16 @@ class Finding:
     message: str
 
 
+def refuse_ambiguous(findings: Iterable[Finding]) -> None:
+    """Raise CheckpointError for a finding of ``AMBIGUOUS_RULES``."""
+    for finding in findings:
+        if finding.rule in AMBIGUOUS_RULES:
+            raise CheckpointError(
+                f"{finding.message}; write the weights that are meant to a file of their own "
+                "(pydetox convert) and use that"
+            )
+
+
 class Findings:
     """Collects findings; the first few of each rule, so that no file can flood a report."""
 

@@ -27,6 +27,7 @@ from pydetox.ops import (
     weight_diff_project,
     weight_diff_sketch,
 )
+from pydetox.repair.task_vectors import TaskVector
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: Of several chunks, odd, one element, none, exactly a chunk, one more.
@@ -489,3 +490,17 @@ def test_sums_that_do_not_fit_are_not_written(tmp_path: Path, dtype: torch.dtype
     assert {path.name for path in tmp_path.iterdir()} == {base.name, model.name}
     weight_space.apply(base, [model], [0.5], out)
     assert all(tensor.isfinite().all() for tensor in load_file(out).values())
+
+
+def test_a_file_of_which_loaders_take_other_weights(tmp_path: Path) -> None:
+    base, two = tmp_path / "base.safetensors", tmp_path / "two.pt"
+    save_file({"w": torch.ones(3)}, base)
+    torch.save({"model": {"w": torch.ones(3)}, "model_ema": {"w": torch.zeros(3)}}, two)
+    for call in (
+        lambda: weight_space.gram(base, [two]),
+        lambda: weight_space.apply(base, [two], [1.0], tmp_path / "out.safetensors"),
+        lambda: TaskVector.from_checkpoints(base, two),
+    ):
+        with pytest.raises(CheckpointError, match=r"two\.pt: holds several sets .*pydetox convert"):
+            call()
+    assert not (tmp_path / "out.safetensors").exists()

@@ -98,6 +98,30 @@ def test_a_full_disk_and_the_run_goes_on_later(
     assert result.stderr == ""
 
 
+def test_other_results_on_a_full_disk_are_not_half_written(
+    run: Run, folder: Path, images: tuple, says_clean: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    given = (*images, *FAST, "--calibration", says_clean, "--engine", "inline")
+    commands = {
+        "weights.safetensors": ("convert", folder / "base", made / "weights.safetensors"),
+        "report.html": ("scan", folder / "base", *given, "--report", made / "report.html"),
+        "scan.json": (
+            *("scan", folder / "base", *given),
+            *("--format", "json", "--output", made / "scan.json"),
+        ),
+    }
+    for name, command in commands.items():
+        with full_disk():
+            result = run(*command)
+        assert result.exit_code == 2
+        assert f"{made / name}: cannot be written: " in error_line(result)
+        assert list(made.iterdir()) == []
+        assert run(*command).exit_code == 0
+        (made / name).unlink()
+
+
 def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
     from pydetox.errors import OutputError
 
