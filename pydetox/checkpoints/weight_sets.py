@@ -7,8 +7,6 @@ one holds other values under the same names, a loader may take that, and a findi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pydetox.checkpoints.index import Findings, check_name, quote
 from pydetox.checkpoints.pickle_values import Mapping, Opaque, PickledTensor, describe
 from pydetox.errors import CheckpointError
@@ -47,7 +45,7 @@ def choose_weights(
     if not isinstance(root, Mapping):
         raise CheckpointError(f"holds {describe(root)}, expected a dictionary of tensors")
     entries = _entries(root, findings)
-    candidates = dict(_candidates(root, entries))
+    candidates = _candidates(root, entries)
     if weights_key is not None:
         chosen = "" if weights_key == ROOT_KEY else weights_key
         if chosen not in candidates:
@@ -105,23 +103,31 @@ def _entries(root: Mapping, findings: Findings) -> dict[str, object]:
     return entries
 
 
-def _candidates(root: Mapping, entries: dict[str, object]) -> Iterator[tuple[str, Mapping]]:
-    """Yield the dictionaries that hold tensors, by their key: the root, its entries, and theirs."""
+def _candidates(root: Mapping, entries: dict[str, object]) -> dict[str, Mapping]:
+    """The dictionaries that hold tensors, by their key: the root, its entries, and theirs.
+
+    One with the name of another is refused: the root is named by an empty key here, and nested keys
+    have a slash between them.
+    """
     known: dict[int, bool] = {}
-    if _holds_tensors(root, known):
-        yield "", root
+    found = {"": root} if _holds_tensors(root, known) else {}
     for key, value in entries.items():
         if not isinstance(value, Mapping):
             continue
         seen = id(value) in known
         if _holds_tensors(value, known):
-            yield key, value
+            if key in found or not key:
+                raise CheckpointError(f"holds tensors under {quote(key)}, which names others, too")
+            found[key] = value
         elif not seen:
-            for name, nested in value.pairs:
-                if type(name) is not str or not isinstance(nested, Mapping):
-                    continue
-                if _holds_tensors(nested, known):
-                    yield f"{key}/{name}", nested
+            for name, nested in {n: v for n, v in value.pairs if type(n) is str}.items():
+                if isinstance(nested, Mapping) and _holds_tensors(nested, known):
+                    if f"{key}/{name}" in found:
+                        raise CheckpointError(
+                            f"holds tensors under {quote(f'{key}/{name}')}, which names others, too"
+                        )
+                    found[f"{key}/{name}"] = nested
+    return found
 
 
 def _holds_tensors(mapping: Mapping, known: dict[int, bool]) -> bool:

@@ -214,6 +214,15 @@ deceptive(
         mapping(text("model") + CLEAN, text("state_dict") + b"csomeproject\nWeights\n)\x81")
     ),
 )
+for name, root in {
+    "weights under an empty name, and tensors beside them": mapping(
+        text("w") + tensor("1"), text("") + CLEAN
+    ),
+    "a name with a slash, and the same by two keys": mapping(
+        text("x/y") + CLEAN, text("x") + mapping(text("y") + EVIL)
+    ),
+}.items():
+    deceptive(name, REFUSED, "which names others, too", lambda r=root: file(r))
 deceptive(
     "a name beyond ASCII as a string of Python 2",
     REFUSED,

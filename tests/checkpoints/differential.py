@@ -218,9 +218,12 @@ class Writer:
         rng = self.rng
         if rng.random() < 0.3:
             return self.weights()
-        entries = [(rng.choice(KEYS[:1] * 6 + KEYS), self.weights())]
+        entries = [(rng.choice([*KEYS[:1] * 6, *KEYS, ""]), self.weights())]
         while self.rare(0.3):
-            entries.append((rng.choice(KEYS), self.weights()))
+            entries.append((rng.choice([*KEYS, "", ".", "x/y"]), self.weights()))
+            if self.rare(0.2):
+                nested = self.text("y") + self.weights()
+                entries.append((rng.choice(["x", "state_dict"]), self.mapping(nested)))
         while rng.random() < 0.4:
             entries.append((rng.choice(["epoch", "args", "x"]), self.beside()))
         if self.rare(0.04):
