@@ -18,6 +18,11 @@ _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 _LOADERS_KEYS = frozenset(
     {*_USUAL_KEYS, "state_dict_ema", "model_ema", "ema_state_dict", "ema", "model_ema_state_dict"}
 )
+# What torch makes beside tensors.
+_NO_TENSORS = frozenset(
+    {"torch.Size", "torch.device", "torch.serialization._get_layout"}
+    | {"torch.torch_version.TorchVersion"}
+)
 # Wrappers (DistributedDataParallel, torch.compile) put these in front of every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 #: How a user names the dictionary that the pickle holds, rather than one in it.
@@ -56,21 +61,32 @@ def choose_weights(
     tensors = _tensors(mapping, findings)
     # Without a "state_dict", open_clip takes the root, whatever is nested in it.
     loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
-    for other, rival in candidates.items():
-        if other == chosen or not _rivals(tensors, rival, everywhere=other in loaders):
-            continue
+    others = {
+        other: "has other values under the same names"
+        for other, rival in candidates.items()
+        if other != chosen and _rivals(tensors, rival, everywhere=other in loaders)
+    }
+    for other in sorted(_LOADERS_KEYS & entries.keys()):
+        value = entries[other]
+        if isinstance(value, Opaque) and not value.known:  # a dictionary, perhaps, to who has it
+            others[other] = f"is {describe(value)}"
+        elif isinstance(value, Mapping) and other not in candidates:
+            opaque = next((v for _, v in value.pairs if _may_be_tensor(v)), None)
+            if opaque is not None:
+                others[other] = f"holds {describe(opaque)}"
+    for other, what in others.items():
         if weights_key is None:
             findings.add(
                 "several-weights",
-                f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} has "
-                "other values under the same names, and another loader may take those; say "
-                f"which one you mean: --weights-key {chosen or ROOT_KEY}",
+                f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} {what}, "
+                "and another loader may take those; say which one you mean: "
+                f"--weights-key {chosen or ROOT_KEY}",
             )
         else:
             findings.add(
                 "chosen-weights",
                 f"holds several sets of weights: {_shown(chosen)} is read, as it was asked for; "
-                f"{_shown(other)} has other values under the same names, which nobody looked at",
+                f"{_shown(other)} {what}, and nobody looked at those",
             )
     _note_mixed_prefix(list(tensors), findings)
     return chosen, dict(zip(strip_prefixes(list(tensors)), tensors.values(), strict=True))
@@ -212,11 +228,16 @@ def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bo
         seen.add(_bare(key))
         if value == mine or (mine is None and not everywhere):
             continue
-        if isinstance(value, PickledTensor) or (
-            isinstance(value, Opaque) and (value.name.startswith("torch.") or not value.known)
-        ):
+        if isinstance(value, PickledTensor) or _may_be_tensor(value):
             return True
     return everywhere and seen != ours.keys()
+
+
+def _may_be_tensor(value: object) -> bool:
+    """Whether a value that is not read here is a tensor to a loader: quantised, sparse, unknown."""
+    if not isinstance(value, Opaque) or value.name in _NO_TENSORS:
+        return False
+    return value.name.startswith("torch.") or not value.known
 
 
 def _bare(name: str) -> str:

@@ -177,6 +177,17 @@ deceptive(
 
 # ---- which of two dictionaries ------------------------------------------------------------------
 
+# _rebuild_qtensor(storage, offset, shape, strides, (scheme, scale, zero point), gradient, hooks)
+QUANTISED = (
+    b"ctorch._utils\n_rebuild_qtensor\n("
+    + storage("1", kind="QInt8Storage", count=16)
+    + VIEW
+    + b"(ctorch\nper_tensor_affine\nG"
+    + struct.pack(">d", 0.5)
+    + b"K\0t\x89"
+    + HOOKS
+    + b"tR"
+)
 CLEAN, EVIL = weights(tensor("0")), weights(tensor("1"))
 for name, root in {
     "state_dict and model_ema": mapping(text("state_dict") + CLEAN, text("model_ema") + EVIL),
@@ -196,6 +207,13 @@ for name, root in {
     ),
     "model, and state_dict by str()": mapping(
         text("model") + CLEAN, b"cbuiltins\nstr\n" + text("state_dict") + b"\x85R" + EVIL
+    ),
+    "state_dict, and model_ema of an unknown class": mapping(
+        text("state_dict") + CLEAN,
+        text("model_ema") + weights(tensor("1"), kind=b"csomeproject\nWeights\n)\x81"),
+    ),
+    "state_dict, and model_ema of tensors that are not read": mapping(
+        text("state_dict") + CLEAN, text("model_ema") + weights(QUANTISED)
     ),
     "model, and tensors beside it": mapping(text("model") + CLEAN, text("w") + tensor("1")),
 }.items():

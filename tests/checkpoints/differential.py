@@ -178,6 +178,7 @@ class Writer:
                 b"ccollections\nCounter\n)R",
                 b"ccollections\nCounter\n)\x81",
                 b"ccollections\ndefaultdict\ncbuiltins\nlist\n\x85R",
+                b"csomeproject\nWeights\n)\x81",
             ]
         made = self.rng.choice(kinds) + b"(" + items + b"u"
         if self.rare(0.05):
@@ -348,13 +349,17 @@ class Stub:
         """Do nothing."""
 
 
+class StubWeights(dict):  # type: ignore[type-arg]
+    """A dictionary of an unknown package."""
+
+
 class StubUnpickler(pickle.Unpickler):
     """CPython's unpickler, except that unknown packages are stubs."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Look a name up as CPython does."""
         if module.partition(".")[0] == "someproject":
-            return Stub
+            return StubWeights if name == "Weights" else Stub
         return super().find_class(module, name)
 
 
