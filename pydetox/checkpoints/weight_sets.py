@@ -66,14 +66,7 @@ def choose_weights(
         for other, rival in candidates.items()
         if other != chosen and _rivals(tensors, rival, everywhere=other in loaders)
     }
-    for other in sorted(_LOADERS_KEYS & entries.keys()):
-        value = entries[other]
-        if isinstance(value, Opaque) and not value.known:  # a dictionary, perhaps, to who has it
-            others[other] = f"is {describe(value)}"
-        elif isinstance(value, Mapping) and other not in candidates:
-            opaque = next((v for _, v in value.pairs if _may_be_tensor(v)), None)
-            if opaque is not None:
-                others[other] = f"holds {describe(opaque)}"
+    others |= _unread(entries, candidates)
     for other, what in others.items():
         if weights_key is None:
             findings.add(
@@ -231,6 +224,20 @@ def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bo
         if isinstance(value, PickledTensor) or _may_be_tensor(value):
             return True
     return everywhere and seen != ours.keys()
+
+
+def _unread(entries: dict[str, object], candidates: dict[str, Mapping]) -> dict[str, str]:
+    """What a loader may take for weights and nobody reads here: key to what is there."""
+    found = {}
+    for key in sorted(_LOADERS_KEYS & entries.keys() - candidates.keys()):
+        value = entries[key]
+        if isinstance(value, Opaque) and not value.known:  # a dictionary, perhaps, to who has it
+            found[key] = f"is {describe(value)}"
+        elif isinstance(value, Mapping):
+            opaque = next((v for _, v in value.pairs if _may_be_tensor(v)), None)
+            if opaque is not None:
+                found[key] = f"holds {describe(opaque)}"
+    return found
 
 
 def _may_be_tensor(value: object) -> bool:

@@ -74,6 +74,22 @@ def without_other_dictionaries(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Caller, "create", opaque)
     patch.setattr(weight_sets, "_usual", _any_usual)
+    without_weights_that_are_not_read(patch)
+
+
+def without_weights_that_are_not_read(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_sets, "_unread", lambda *_: {})
+
+
+def without_own_names(patch: pytest.MonkeyPatch) -> None:
+    candidates = weight_sets._candidates
+
+    def nested(root: weight_sets.Mapping, entries: dict[str, object]) -> object:
+        if isinstance(entries.get(""), weight_sets.Mapping):
+            return {"": entries[""]}
+        return candidates(root, entries)
+
+    patch.setattr(weight_sets, "_candidates", nested)
 
 
 def without_one_description(patch: pytest.MonkeyPatch) -> None:
@@ -147,6 +163,8 @@ def without_the_order_of_storages(patch: pytest.MonkeyPatch) -> None:
         without_state,
         without_strings_of_python_2,
         without_other_dictionaries,
+        without_weights_that_are_not_read,
+        without_own_names,
         without_one_description,
         without_case_of_records,
         without_case_of_torchs_records,
