@@ -72,6 +72,12 @@ class Writer:
             return b"cbuiltins\nstr\n" + b"X" + struct.pack("<I", len(raw)) + raw + b"\x85R"
         return b"X" + struct.pack("<I", len(raw)) + raw
 
+    def key(self, text: str) -> bytes:
+        """A key of the outermost dictionary."""
+        if self.rare(0.05):
+            return b"cbuiltins\nstr\n" + self.text(text) + b"\x85R"
+        return self.text(text)
+
     def put(self) -> bytes:
         self.memo += 1
         return b"q" + bytes([self.memo % 256])
@@ -233,7 +239,7 @@ class Writer:
         stored: list[bytes] = []
         parts = b""
         for key, value in entries:
-            part = self.text(key) + value
+            part = self.key(key) + value
             if self.rare(0.2) and len(stored) < 200:
                 put = self.put()
                 part += put
