@@ -119,7 +119,9 @@ def scan(
     """
     plan = ReferencePlan.decide(config, base=base, references=references, calibration=calibration)
     session = Session.open(checkpoint, images, templates=templates, architecture=architecture)
-    comparison = plan.prepare(images, templates=templates, read=_reader(architecture))
+    comparison = plan.prepare(
+        images, templates=templates, read=_reader(architecture), suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     return scan_session(session, comparison, cleared=cleared, description=description)
 

@@ -609,6 +609,28 @@ def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
     assert "architecture.vision_cfg.layers is 1 there and 2 here" in refusal(model=wider)
 
 
+def test_a_base_that_does_not_fit_is_named_before_any_work(story, monkeypatch):
+    base, _, data, _ = story
+    monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
+    monkeypatch.setattr(
+        "pydetox.detect.calibrate.train_on_prompts", lambda *a, **k: pytest.fail("was fine-tuned")
+    )
+    wide = copy.deepcopy(MINI_CONFIG)
+    wide["vision_cfg"]["layers"] = 2
+    wider = OpenClipModel.from_config(wide, seed=0, name="wider")
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.25)}
+    other = OpenClipModel(
+        base.clone().clip, model_config=MINI_CONFIG, preprocess_config=statistics, name="other"
+    )
+    given = {"templates": TEMPLATES, "config": CONFIG}
+    for call in (scan, detox):
+        with pytest.raises(UsageError, match=r"^wider does not fit ") as found:
+            call(base, data, base=wider, **given)
+        assert "architecture.vision_cfg.layers is 2 there and 1 here" in str(found.value)
+        with pytest.raises(UsageError, match=r"^other does not fit .*std is \[0\.5, 0\.5, 0\.25\]"):
+            call(base, data, references=[base, other], **given)
+
+
 def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, monkeypatch):
     base, path, data, _ = story
     *_, config = contrast

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from pydetox.atomic import atomic_file
+from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.writing import safetensors_header
-from pydetox.errors import UsageError
+from pydetox.errors import CheckpointError, UsageError
 from pydetox.ops import (
     apply_task_vectors,
     weight_diff_gram,
@@ -108,6 +109,7 @@ def cosine(
 
     Raises:
         UsageError: a model does not differ from the base.
+        CheckpointError: a difference is not finite, because of weights that are NaN or infinite.
     """
     products = gram(base, models, memory=memory, offline=offline)
     norms = products.diagonal().sqrt()
@@ -116,6 +118,11 @@ def cosine(
             raise UsageError(
                 f"{os.fspath(model)}: has the weights of the base {os.fspath(base)}; the cosine "
                 "with a zero difference is not defined"
+            )
+        if not math.isfinite(norm):
+            raise CheckpointError(
+                f"{os.fspath(model)}: its difference to the base {os.fspath(base)} is {norm} long: "
+                "one of the two has weights that are NaN, infinite or far too large"
             )
     cosines = products / norms[:, None] / norms
     cosines.fill_diagonal_(1.0)
@@ -250,7 +257,8 @@ def apply(
 
     Raises:
         ArchitectureError: the checkpoints do not have the same tensors; the message names them.
-        CheckpointError: one cannot be found or read, or changes while it is read.
+        CheckpointError: one cannot be found or read, or changes while it is read; or a sum is NaN
+            or infinite in the base's dtype, such as beyond 65,504 in float16. Nothing is written.
         OutputError: the file exists or cannot be written.
         UsageError: another number of coefficients, one that is not finite, or another extension.
     """
@@ -289,6 +297,19 @@ def apply(
                 for step in files.walk(everybody, _APPLY_UNIT, written, memory, progress, [name]):
                     (result,) = apply_task_vectors(step.lists[0], step.lists, row)
                     for tensor in result:
+                        _require_finite(tensor, name, base)
                         file.write(tensor.view(torch.uint8).numpy().data)
             files.base.check()
     return Path(path)
+
+
+def _require_finite(part: Tensor, name: str, base: CheckpointName) -> None:
+    """Raise CheckpointError for a part of a tensor that does not fit its dtype."""
+    odd = int((~part.isfinite()).sum())
+    if odd:
+        dtype = str(part.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{os.fspath(base)}: tensor {quote(name)}: {odd} of its weights would be NaN or "
+            f"infinite in {dtype}; take smaller coefficients=, or a base in a wider dtype without "
+            "such weights"
+        )

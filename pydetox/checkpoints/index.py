@@ -79,6 +79,7 @@ class TensorEntry:
 
 
 Rule = Literal[
+    "chosen-weights",
     "duplicate-key",
     "mixed-prefix",
     "non-finite",
@@ -105,6 +106,16 @@ class Finding:
 
     rule: Rule
     message: str
+
+
+def refuse_ambiguous(findings: Iterable[Finding]) -> None:
+    """Raise CheckpointError for a finding of ``AMBIGUOUS_RULES``."""
+    for finding in findings:
+        if finding.rule in AMBIGUOUS_RULES:
+            raise CheckpointError(
+                f"{finding.message}; write the weights that are meant to a file of their own "
+                "(pydetox convert) and use that"
+            )
 
 
 class Findings:

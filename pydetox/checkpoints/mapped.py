@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydetox.checkpoints.index import ITEM_SIZES, Span, TensorEntry, WeightsFile
+from pydetox.checkpoints.index import (
+    ITEM_SIZES,
+    Span,
+    TensorEntry,
+    WeightsFile,
+    refuse_ambiguous,
+)
 from pydetox.checkpoints.loading import locate_weights
 from pydetox.checkpoints.reading import parsed_sha256
 from pydetox.checkpoints.sandbox import index_in_sandbox
@@ -70,6 +76,7 @@ class MappedWeights:
             if self.path.name.lower().endswith(".index.json"):
                 raise CheckpointError("is the index of several shards, expected a single file")
             self._index = index_in_sandbox(self._file)
+            refuse_ambiguous(self._index.findings)
             self._damage = native.Damage()
             self.entries = self._index.tensors
             self._copy: tuple[str, Tensor] | None = None

@@ -14,12 +14,7 @@ from . import exit_codes, options
 @click.argument("source", metavar="IN")
 @click.argument("output", type=options.FILE, metavar="OUT.safetensors")
 @click.option("--overwrite", is_flag=True, show_default=False, help="Replace an existing file.")
-@click.option(
-    "--weights-key",
-    metavar="KEY",
-    help="Of a pickled file with several sets of weights: the one that is meant, such as "
-    "state_dict or ema/model; . for the outermost dictionary.",
-)
+@options.weights_key
 def command(source: str, output: Path, overwrite: bool, weights_key: str | None) -> int:
     """Write the weights of an untrusted checkpoint as a .safetensors file.
 

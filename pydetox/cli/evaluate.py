@@ -48,7 +48,7 @@ def command(
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger, the trigger that leads to this class")
     inputs = Inputs.of(given)
-    model = inputs.read_model(checkpoint)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     index, stamp = None, None

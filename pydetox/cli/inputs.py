@@ -28,11 +28,13 @@ from ..training import TrainConfig
 class Inputs:
     """Reads models and the images that fit them; images of one size are decoded once.
 
-    Attributes: source: the images. model, offline, device: the options of the same names.
+    Attributes: source: the images. model, weights_key, offline, device: the options of the same
+    names; the key is that of a suspect, not of bases and references.
     """
 
     source: ImageSource
     model: str | None
+    weights_key: str | None
     offline: bool
     device: torch.device
 
@@ -46,16 +48,23 @@ class Inputs:
             torch.set_num_threads(options["threads"])
         names = ("class_names", "templates", "max_images", "resize", "seed")
         source = ImageSource(options["images"], **{name: options[name] for name in names})
-        return cls(source, options["model"], options["offline"], find_device(options["device"]))
+        device = find_device(options["device"])
+        return cls(source, options["model"], options["weights_key"], options["offline"], device)
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """The prompt templates."""
         return self.source.prompts
 
-    def read_model(self, reference: ModelLike) -> OpenClipModel:
+    def read_suspect(self, reference: ModelLike) -> OpenClipModel:
+        """Read the checkpoint that the command is about; raises what `read_model` raises."""
+        return self.read_model(reference, self.weights_key)
+
+    def read_model(self, reference: ModelLike, weights_key: str | None = None) -> OpenClipModel:
         """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise."""
-        checkpoint = load_checkpoint(str(reference), model=self.model, offline=self.offline)
+        checkpoint = load_checkpoint(
+            str(reference), model=self.model, offline=self.offline, weights_key=weights_key
+        )
         model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)

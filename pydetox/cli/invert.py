@@ -87,7 +87,7 @@ def command(
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
-    model = inputs.read_model(checkpoint)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     search = InversionConfig(
         steps=given["steps"],

@@ -97,7 +97,7 @@ def command(
         raise UsageError("give --trigger, --target, or both")
     inputs = Inputs.of(given)
     check_files(report=report)
-    model = inputs.read_model(checkpoint)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     if images.labels is None:

@@ -71,12 +71,20 @@ image_options = _all(
     ),
 )
 
+weights_key = click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
+)
+
 model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
         help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file.",
     ),
+    weights_key,
     click.option(
         "--offline",
         is_flag=True,

@@ -159,7 +159,7 @@ def command(
     check_files(report=report)
 
     start = time.perf_counter()
-    model = inputs.read_model(checkpoint)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     require_class_names(images)
     known = None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..data import Template, fill_template
 from ..errors import UsageError
 from ..inversion import TriggerFamily
 from ..models import OpenClipModel
+from ..models.open_clip_model import pixel_statistics
 from ..session import Session
 from .configuration import ScanConfig
+
+#: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
+Configuration: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
 
 # Of a value that differs, as much is shown.
 _SHOWN = 60
@@ -61,7 +65,37 @@ def require_equal_keys(calibration: str, scan: str) -> None:
             "the calibration does not say what it depends on: an earlier version made it; "
             "calibrate again"
         )
-    # The objective first: much else follows from it.
+    raise UsageError(
+        f"the calibration does not fit this scan: {_differences(first, second)} (sizes from "
+        "different searches do not compare: calibrate again, or scan as it was made)"
+    )
+
+
+def require_alike(reference: str, theirs: Configuration, suspect: str, ours: Configuration) -> None:
+    """Raise UsageError, naming what differs, unless a reference takes what a suspect takes.
+
+    Otherwise nothing that is found in one compares with the other: said before references are
+    fine-tuned and searched. theirs, ours: open_clip's ``model_cfg`` and ``preprocess_cfg`` of both.
+    """
+    first, second = (dict(_flat(_of_model(*each))) for each in (theirs, ours))
+    if first != second:
+        raise UsageError(
+            f"{reference} does not fit {suspect}: {_differences(first, second)} (a base and "
+            "references need the architecture and preprocessing of the suspect)"
+        )
+
+
+def _of_model(
+    model_config: Mapping[str, Any] | None, preprocess_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    mean, std = pixel_statistics(preprocess_config)
+    content = {"architecture": model_config, "mean": mean, "std": std}
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Name up to three entries that differ, with both values; the objective first."""
     names = sorted({*first, *second}, key=lambda name: (name != "objective", name))
     found = [
         f"{name} is {_short(first.get(name))} there and {_short(second.get(name))} here"
@@ -69,10 +103,7 @@ def require_equal_keys(calibration: str, scan: str) -> None:
         if first.get(name) != second.get(name)
     ]
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    raise UsageError(
-        f"the calibration does not fit this scan: {'; '.join(found[:3])}{more} (sizes from "
-        "different searches do not compare: calibrate again, or scan as it was made)"
-    )
+    return f"{'; '.join(found[:3])}{more}"
 
 
 def fingerprint(model: OpenClipModel) -> str:

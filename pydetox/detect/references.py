@@ -19,7 +19,7 @@ from ..models import OpenClipModel
 from ..session import ModelLike, Session, as_model
 from .calibrate import calibrate_references
 from .configuration import ScanConfig
-from .key import calibration_key, require_equal_keys
+from .key import calibration_key, require_alike, require_equal_keys
 from .statistics import Calibration
 
 
@@ -127,15 +127,23 @@ class ReferencePlan:
         *,
         templates: Sequence[Template] | None = None,
         read: Callable[[ModelLike], OpenClipModel] = as_model,
+        suspect: OpenClipModel | None = None,
     ) -> Comparison:
         """Read the models and make the calibration where there is none.
 
-        images, templates: As in `pydetox.scan`. read: Reads a model.
+        images, templates: As in `pydetox.scan`. read: Reads a model. suspect: What the calibration
+        is for; None if it is not known yet. Raises UsageError, before any search, for a base or
+        reference of another architecture or preprocessing than the suspect.
         """
         base = None if self.base is None else read(self.base)
         calibration = self.calibration
         if self.makes_calibration:
             models = None if self.references is None else [read(one) for one in self.references]
+            if suspect is not None:
+                for one in [*([] if base is None else [base]), *(models or [])]:
+                    theirs = one.model_config, one.preprocess_config
+                    ours = suspect.model_config, suspect.preprocess_config
+                    require_alike(one.name, theirs, suspect.name, ours)
             calibration = calibrate_references(
                 base, images, references=models, templates=templates, config=self.config
             )

@@ -31,6 +31,16 @@ _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.f
 _NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
+def pixel_statistics(
+    preprocess_config: Mapping[str, Any] | None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel in open_clip's ``preprocess_cfg``, or those of OpenAI."""
+    given = preprocess_config or {}
+    mean = given.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = given.get("std", open_clip.OPENAI_DATASET_STD)
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
 class HeadMemo:
     """A memory of zero-shot heads, by text tower, class names and templates.
 
@@ -100,12 +110,7 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
-        self.mean = tuple(
-            float(v) for v in self.preprocess_config.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        )
-        self.std = tuple(
-            float(v) for v in self.preprocess_config.get("std", open_clip.OPENAI_DATASET_STD)
-        )
+        self.mean, self.std = pixel_statistics(preprocess_config)
 
     @classmethod
     def from_config(

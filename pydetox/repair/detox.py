@@ -50,7 +50,9 @@ def repair_session(
     models. seconds: The wall time of earlier steps, which the result then contains.
     """
     clock = _Laps(seconds or {})
-    comparison = plan.prepare(session.images, templates=session.templates, read=read)
+    comparison = plan.prepare(
+        session.images, templates=session.templates, read=read, suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")

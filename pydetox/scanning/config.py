@@ -49,6 +49,8 @@ class ScannerConfig:
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
         model: Architecture, where a checkpoint does not tell.
+        weights_key: Of pickled targets with several sets of weights: the one that is meant (see
+            `load_checkpoint`). Targets without it, and safetensors files, become an `error`.
         base: A clean model to calibrate with and to take weight differences to.
         reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
             instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
@@ -94,6 +96,7 @@ class ScannerConfig:
     max_images: int | None = None
     resize: bool = False
     model: str | None = None
+    weights_key: str | None = None
     base: str | None = None
     reference_models: tuple[str, ...] = ()
     calibration: str | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import describe_mismatch, identify_checkpoint
+from ..checkpoints.index import refuse_ambiguous
 from ..checkpoints.sources import open_weights
 from ..checkpoints.weights import read_open
 from ..errors import CheckpointError, DataError
@@ -112,6 +113,7 @@ def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         weights = identify_checkpoint(Path(path)).weights
         with open_weights(weights) as file:  # indexed in the sandbox: a stranger may have made it
+            refuse_ambiguous(file.findings)
             tensors, _ = read_open(file)
     except CheckpointError as error:
         raise DataError(f"{Path(path)}: no weight vector: {error}") from error

@@ -19,6 +19,7 @@ from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, r
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
+from ..detect.key import Configuration, require_alike
 from ..detect.references import ReferencePlan
 from ..detect.result import ScanResult
 from ..detect.search import search_classes
@@ -101,6 +102,7 @@ class Worker:
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
         self._reference: Reference | None = None
+        self._configurations: dict[str, Configuration] | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
 
@@ -108,7 +110,7 @@ class Worker:
         """Begin to read the checkpoint of the next task."""
         if task.kind == "scan":
             reference = str(task.payload["reference"])
-            self._ahead[task.id] = _ReadAhead(lambda: self._read(reference))
+            self._ahead[task.id] = _ReadAhead(lambda: self._read_target(reference))
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run a task and return {"result", "seconds"} or {"error", "kind"}, as data for JSON.
@@ -142,7 +144,7 @@ class Worker:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference), consume=True)
+        model = self._model(self._read_target(reference), consume=True)
         images = self._images_for(model)
         names = images.class_names or ()
         if len(names) > _TIMED_CLASSES:
@@ -180,8 +182,12 @@ class Worker:
             calibration=calibration,
         )
 
-    def _read(self, reference: str) -> Checkpoint:
-        checkpoint = read_checkpoint(self._identify(reference))
+    def _read_target(self, reference: str) -> Checkpoint:
+        """Read what is scanned: the weights that the user named, where there are several."""
+        return self._read(reference, self._config.weights_key)
+
+    def _read(self, reference: str, weights_key: str | None = None) -> Checkpoint:
+        checkpoint = read_checkpoint(self._identify(reference), weights_key=weights_key)
         require_unambiguous(checkpoint)
         return checkpoint
 
@@ -197,7 +203,8 @@ class Worker:
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
-        checkpoint = read_checkpoint(identity)
+        checkpoint = read_checkpoint(identity, weights_key=self._config.weights_key)
+        self._require_fit(checkpoint)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
@@ -211,6 +218,22 @@ class Worker:
             "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
+
+    def _require_fit(self, checkpoint: Checkpoint) -> None:
+        """Refuse what the base and the references do not fit, before a calibration is made."""
+        config = self._config
+        if not (config.makes_calibration and config.inversion):
+            return
+        if self._configurations is None:
+            names = [*([] if config.base is None else [config.base]), *config.reference_models]
+            try:
+                self._configurations = {n: self._identify(n).configuration() for n in names}
+            except PydetoxError as error:
+                raise SetupError(str(error)) from error
+        ours = checkpoint.model_config, checkpoint.preprocess_config
+        for name, theirs in self._configurations.items():
+            if theirs[0] is not None:  # otherwise it is said when it is read
+                require_alike(name, theirs, str(checkpoint.path), ours)
 
     def _calibrate(self, task: Task) -> dict[str, Any]:
         names = self._config.reference_models
@@ -235,7 +258,7 @@ class Worker:
         if ahead is not None:
             checkpoint = ahead.result()
         else:
-            checkpoint = self._read(str(task.payload["reference"]))
+            checkpoint = self._read_target(str(task.payload["reference"]))
         if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
