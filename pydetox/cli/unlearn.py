@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 @click.option(
     "--retention",
     type=click.FloatRange(min=0),
-    default=4.0,
+    default=1.0,
     metavar="X",
     help="Weight of holding the model's own image features, for what it knows beyond the named "
     "classes; 0: hold predictions of the named classes alone.",

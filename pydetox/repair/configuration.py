@@ -109,7 +109,7 @@ class UnlearnConfig:
     attacked_images: int = 1000
     safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
-    retention: float = 4.0
+    retention: float = 1.0
     max_drift: float = 0.05
     seed: int = 0
     advanced: AdvancedUnlearnConfig = field(default_factory=AdvancedUnlearnConfig)
