@@ -70,6 +70,29 @@ if TYPE_CHECKING:
     help="The learning rate of this fine-tuning.",
 )
 @click.option(
+    "--retention",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    metavar="X",
+    help="Weight of holding the model's own image features, for what it knows beyond the named "
+    "classes; 0: hold predictions of the named classes alone.",
+)
+@click.option(
+    "--max-drift",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.05,
+    metavar="X",
+    help="Mean distance, 1 - cos, that image features may move on images outside those classes.",
+)
+@click.option(
+    "--min-accuracy-kept",
+    type=click.FloatRange(min=0, max=1),
+    default=0.97,
+    metavar="X",
+    help="Least share of the clean accuracy on the given images to keep; without labels, of the "
+    "agreement with the model before the repair.",
+)
+@click.option(
     "--warps",
     type=click.IntRange(min=0),
     default=4,
@@ -152,6 +175,9 @@ def command(
         steps=given["vector_steps"],
         learning_rate=given["vector_learning_rate"],
         warps=given["warps"],
+        retention=given["retention"],
+        max_drift=given["max_drift"],
+        min_accuracy_kept=given["min_accuracy_kept"],
         seed=given["seed"],
     )
     inputs = Inputs.of(given)

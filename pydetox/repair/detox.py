@@ -17,6 +17,7 @@ from .configuration import UnlearnConfig
 from .passes import subtract_passes
 from .provenance import save_repaired
 from .result import DetoxResult, UnlearnRound
+from .retention import DriftProbe
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +66,13 @@ def repair_session(
     if known is not None:
         cleared, max_rounds = tuple(c for c in cleared if c != known.index), 1
     repaired, current = session, before
-    rounds, accuracy = list[UnlearnRound](), None
+    rounds, accuracy, probe = list[UnlearnRound](), None, None
     for number in range(max_rounds):
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
+        if targets and probe is None:
+            probe = DriftProbe(session.model, session.images.images, seed=unlearning.seed)
         # All classes at once; where no alpha does that within the accuracy to keep, the first.
         for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
             model, passes_of_attempt = subtract_passes(
@@ -79,6 +82,7 @@ def repair_session(
                 unlearning,
                 triggers=known.triggers or None if known is not None else None,
                 accuracy_before=accuracy,
+                probe=probe,
             )
             passes += passes_of_attempt
             accuracy = passes[0].search.accuracy_before if accuracy is None else accuracy
@@ -105,6 +109,7 @@ def repair_session(
         model=repaired.model,
         evaluation_before=evaluation_before,
         evaluation_after=(repaired.evaluate(trigger=stamp, target=attacked) if rounds else None),
+        drift=None if probe is None else probe.of(repaired.model),
         path=None,
         seconds=clock.seconds,
     )

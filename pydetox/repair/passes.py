@@ -16,6 +16,7 @@ from .alpha import search_coefficient
 from .configuration import UnlearnConfig
 from .recovery import recover_patches_or_blends, recover_smooth_warps
 from .result import UnlearnRound
+from .retention import DriftProbe
 from .subtraction import subtract
 from .trigger_vector import trigger_vector
 
@@ -29,10 +30,12 @@ def subtract_passes(
     triggers: Sequence[Stamp] | None = None,
     restarts: int = 3,
     accuracy_before: float | None = None,
+    probe: DriftProbe | None = None,
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. Returns the repaired model and what was done.
+    targets: Class indices, one for known triggers. probe: Measures drift from the model before any
+    repair; default: from the session's. Returns the repaired model and what was done.
     """
     if not targets or (triggers is not None and len(targets) > 1):
         raise UsageError(
@@ -41,6 +44,7 @@ def subtract_passes(
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps)
+    probe = probe or DriftProbe(session.model, session.images.images, seed=unlearning.seed)
     passes, first = list[UnlearnRound](), accuracy_before is None
     for number in range(unlearning.passes if triggers is None else 1):
         recovered, warps = list[InversionResult](), list[WarpResult]()
@@ -74,6 +78,7 @@ def subtract_passes(
             unlearning,
             accuracy_before=accuracy_before,
             reserve=reserve,
+            probe=probe,
         )
         accuracy_before = search.accuracy_before
         model = subtract(session.model, vector, search.coefficient)

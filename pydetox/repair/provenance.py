@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints import Provenance, save_checkpoint
@@ -30,6 +31,7 @@ def save_repaired(
     after = result.before if result.after is None else result.after
     coefficients = [one.search.coefficient for one in result.rounds]
     model = result.model
+    moved = result.drift
     return save_checkpoint(
         output,
         model.storage_state_dict(),
@@ -49,6 +51,7 @@ def save_repaired(
                 "target_classes": [list(one.targets) for one in result.rounds],
                 "verdict_before": result.before.verdict.value,
                 "verdict_after": after.verdict.value,
+                "feature_drift": None if moved is None else asdict(moved),
             },
         ),
         overwrite=overwrite,

@@ -11,6 +11,7 @@ from ..evaluation import Evaluation
 from ..inversion import InversionResult, WarpResult
 from ..models import OpenClipModel
 from .alpha import CoefficientSearch
+from .retention import FeatureDrift
 from .task_vectors import TaskVector
 
 
@@ -21,9 +22,9 @@ class UnlearnRound:
     Several vectors may be subtracted before the model is scanned again.
 
     targets: Class indices, the most suspect one first. triggers: What was recovered for each of
-    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
-    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
-    for a warp found for each of the targets; empty without such searches.
+    them, by family; empty for known triggers. search: CA, ASR and drift over alpha. vector: The
+    trigger vector. rescan: The model afterwards; None when it was not scanned again. warps: What
+    searches for a warp found for each of the targets; empty without such searches.
     """
 
     targets: tuple[int, ...]
@@ -49,6 +50,8 @@ class DetoxResult:
         after: The last re-scan, None when nothing was subtracted.
         model: The repaired model, or the given one.
         evaluation_before, evaluation_after: CA on the given images, None without labels.
+        drift: How far the returned model's image features have moved from the given one's on images
+            that belong to no name; None where no repair was tried.
         path: Where the repaired checkpoint was written, or None.
         seconds: Wall time by step.
     """
@@ -59,6 +62,7 @@ class DetoxResult:
     model: OpenClipModel
     evaluation_before: Evaluation | None
     evaluation_after: Evaluation | None
+    drift: FeatureDrift | None
     path: Path | None
     seconds: dict[str, float]
 

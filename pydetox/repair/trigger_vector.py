@@ -14,7 +14,9 @@ the
   least clean accuracy. The reason is that the losses of the other two are already close to 0 at
   theta_b, and that of `forget` is not.
 
-None of them needs labels.
+None of them needs labels. `forget` also holds the model's own image features, on the given images
+and on surrogates of them (`UnlearnConfig.retention`): predictions of a few names do not tell what
+happens to everything else that the model knows.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ..models import OpenClipModel
 from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
+from .retention import HeldSurrogates
 from .task_vectors import TaskVector
 
 
@@ -63,6 +66,12 @@ def trigger_vector(
     rng = generator("repair.vector", config.seed)
     size = min(config.batch_size, len(images))
     classes = torch.tensor(target_of_each)
+    holds = config.vector == "forget" and config.retention > 0
+    surrogates = (
+        HeldSurrogates(model, images, config.advanced.surrogates, seed=config.seed)
+        if holds
+        else None
+    )
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -78,16 +87,30 @@ def trigger_vector(
         stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
-            return cross_entropy(_logits(tuned, stamped, head, scale), target)
+            return cross_entropy(scale * _features(tuned, stamped, head.device) @ head.T, target)
         with torch.no_grad():
-            held = _probabilities(model, clean, head, scale)
+            own = _features(model, clean, head.device)
+            held = (scale * own @ head.T).softmax(dim=-1)
         wanted = (
             without_target(held, target, config.advanced.certainly_target)
             if config.vector == "forget"
             else one_hot(target, len(head)).float()
         )
-        logits = _logits(tuned, torch.cat([clean, stamped]), head, scale)
-        return cross_entropy(logits, torch.cat([held, wanted]))
+        shown = [clean, stamped]
+        if surrogates is not None:
+            # As many of them as of the others would double the work.
+            others, others_own = surrogates.draw(max(1, size // 2))
+            which = surrogates.choose(len(triggers), len(others))
+            shown += [others, stamp_each(others, triggers, which)]
+        seen = _features(tuned, torch.cat(shown), head.device)
+        features = torch.split(seen, [len(part) for part in shown])
+        logits = scale * torch.cat(features[:2]) @ head.T
+        forgetting = cross_entropy(logits, torch.cat([held, wanted]))
+        if surrogates is None:
+            return forgetting
+        moved = _distance(features[0], own) + _distance(features[2], others_own)
+        moved = moved + config.advanced.triggered_surrogates * _distance(features[3], others_own)
+        return forgetting + config.retention * scale * moved
 
     optimize(
         list(tuned.visual.parameters()),
@@ -125,13 +148,14 @@ def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector
     return TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
 
 
-def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
-    pixels = images.to(head.device, torch.float32) / 255
-    return scale * normalize(model.encode_pixels(pixels), dim=-1) @ head.T
+def _features(model: OpenClipModel, images: Tensor, device: torch.device) -> Tensor:
+    """Return unit rows [N, D]."""
+    return normalize(model.encode_pixels(images.to(device, torch.float32) / 255), dim=-1)
 
 
-def _probabilities(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
-    return _logits(model, images, head, scale).softmax(dim=-1)
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean of 1 - cos of unit rows."""
+    return 1 - (first * second).sum(dim=-1).mean()
 
 
 def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:

@@ -8,6 +8,7 @@ from ...api import detox
 from ...models import OpenClipModel
 from ...repair.alpha import CoefficientSearch, search_coefficient
 from ...repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from ...repair.retention import DriftProbe
 from ...repair.subtraction import subtract
 from ...repair.task_vectors import TaskVector
 from ...repair.trigger_vector import trigger_vector
@@ -122,6 +123,9 @@ def _subtract_known(
     forget = session.forget_set(config.advanced.forget_share, config.seed)
     if forget_set is not None:
         forget = forget.at_most(forget_set, child_seed("defenses.forget", config.seed))
+    # The paper sets no limit to it.
+    forgets = config.vector == "forget"
+    probe = DriftProbe(model, session.images.images, seed=config.seed) if forgets else None
     repaired = model.clone()
     searches, steps = list[CoefficientSearch](), list[tuple[TaskVector, float]]()
     for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:
@@ -146,6 +150,7 @@ def _subtract_known(
                 one.target,
                 config,
                 accuracy_before=before,
+                probe=probe,
             )
             for one in group
         ]
