@@ -19,6 +19,7 @@ import torch
 
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
+from pydetox.data.resize import INTERPOLATIONS, RESIZE_MODES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 __all__ = [
@@ -152,16 +153,28 @@ def check_model_config(config: object) -> None:
 
 
 def check_preprocess_config(config: object) -> None:
-    """Refuse a preprocessing configuration whose ``mean`` and ``std`` cannot be used.
+    """Refuse a preprocessing configuration that cannot be used.
 
     Raises:
-        ArchitectureError: It is neither ``None`` nor a dictionary, or ``mean`` or ``std`` is not
-            three finite numbers (``std`` positive).
+        ArchitectureError: It is neither ``None`` nor a dictionary, ``mean`` or ``std`` is not
+            three finite numbers (``std`` positive), or ``interpolation``, ``resize_mode`` or
+            ``fill_color`` is none that images can be prepared with.
     """
     if config is None:
         return
     if not isinstance(config, dict):
         raise ArchitectureError("its preprocess_cfg is not a JSON object")
+    for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+        if config.get(key) is not None and config[key] not in known:
+            raise ArchitectureError(
+                f"its preprocess_cfg has {key} = {quote(config[key])}, expected one of "
+                + ", ".join(known)
+            )
+    fill = config.get("fill_color")
+    if fill is not None and (type(fill) is not int or not 0 <= fill <= 255):
+        raise ArchitectureError(
+            f"its preprocess_cfg has fill_color = {quote(fill)}, expected a number in 0..255"
+        )
     for key in ("mean", "std"):
         values = config.get(key)
         if values is None:

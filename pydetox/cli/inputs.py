@@ -63,8 +63,7 @@ class Inputs:
 
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""
-        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        return self.source.read(model.image_size, interpolation)
+        return self.source.read(model.resizing)
 
 
 def inversion_config(options: dict[str, Any]) -> InversionConfig:

@@ -19,6 +19,7 @@ from .names import (
     load_class_names,
     load_templates,
 )
+from .resize import Resizing
 from .source import ImageSource
 from .splits import Splits, split_in_four
 
@@ -30,6 +31,7 @@ __all__ = [
     "FASHION_TEMPLATES",
     "ImageSet",
     "ImageSource",
+    "Resizing",
     "Splits",
     "Template",
     "default_templates",

@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
-from .resize import refuse_too_large, resize_and_crop
+from .resize import Resizing, refuse_too_large
 from .sampling import sample_order
 
 #: Files with other endings are not images for us and are passed over.
@@ -25,8 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 def load_image_folder(
     directory: Path,
     *,
-    image_size: int,
-    resample: Image.Resampling,
+    resizing: Resizing,
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
@@ -45,11 +44,13 @@ def load_image_folder(
         class_names=class_names,
         labels_required=labels_required,
     )
-    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    images = torch.empty(
+        (len(paths), 3, resizing.image_size, resizing.image_size), dtype=torch.uint8
+    )
     pixels = images.numpy()
 
     def decode(index: int) -> None:
-        pixels[index] = _decode(paths[index], image_size, resample)
+        pixels[index] = _decode(paths[index], resizing)
 
     executor = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
@@ -148,13 +149,13 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[np.uint8]:
+def _decode(path: Path, resizing: Resizing) -> NDArray[np.uint8]:
     """Return one image as uint8 [3, image_size, image_size]."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             refuse_too_large(width, height, str(path))
-            square = resize_and_crop(_to_rgb(image, path), image_size, resample, str(path))
+            square = resizing(image, str(path))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -166,17 +167,3 @@ def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
     return pixels
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's convert() would clip at 255 and turn the image white.
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(
-                f"{path}: grey values {values.min()}..{values.max()}; expected 8 or 16 bits"
-            )
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{path}: floating-point image; expected 8 or 16 bits per channel")
-    return image.convert("RGB")

@@ -22,7 +22,7 @@ from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
-from .resize import interpolation_filter
+from .resize import Resizing
 
 #: Source to part of Fashion-MNIST.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
@@ -50,6 +50,8 @@ def load_images(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+    fill_color: int = 0,
     resize: bool = False,
     labels_required: bool = True,
     workers: int | None = None,
@@ -63,9 +65,9 @@ def load_images(
       from a folder with its IDX files or a torchvision download.
       * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
       folder of images
-        without labels. Each image is scaled by its shorter side and centre-cropped, as CLIP does;
-        transparency is dropped, EXIF orientation ignored (as open_clip does). Files with other
-        endings and hidden files are passed over.
+        without labels. Each image becomes the pixels that open_clip's own transform makes of it:
+        transparency is dropped, EXIF orientation ignored, grey values above 255 are cut off. Files
+        with other endings and hidden files are passed over.
       * a .npz file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8, or
       float in [0, 1]) and,
         optionally, `labels` (integers [N]) and `class_names` (text [C]). Pickled content is never
@@ -76,6 +78,10 @@ def load_images(
     matched with them by
       name; a class that is not among them is an error. None to use the names that the data brings.
     interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
+    resize_mode: how an image that is not square becomes square: "shortest" scales its shorter side
+      and crops, "longest" scales its longer side and pads with the grey `fill_color` (0..255),
+      "squash" scales both sides. A model's configuration says which one it was trained with
+      (`OpenClipModel.resizing`).
     resize: whether .npz images of another size are scaled (as in folders); when False they are an
     error.
     labels_required: whether the caller needs labels. If it does not, and no class of the data
@@ -86,13 +92,11 @@ def load_images(
     Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
     images, and for images so large that they look like decompression bombs.
     """
-    if image_size < 1:
-        raise DataError(f"image_size is {image_size}; expected at least 1")
+    resizing = Resizing(image_size, interpolation, resize_mode, fill_color)
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
-    resample = interpolation_filter(interpolation)
     names = None if class_names is None else tuple(class_names)
     path = Path(spec)
     if spec == "digits":
@@ -120,8 +124,7 @@ def load_images(
     if path.is_dir():
         return load_image_folder(
             path,
-            image_size=image_size,
-            resample=resample,
+            resizing=resizing,
             max_images=max_images,
             seed=seed,
             class_names=names,
@@ -140,8 +143,7 @@ def load_images(
         )
     return load_npz(
         path,
-        image_size=image_size,
-        resample=resample,
+        resizing=resizing,
         max_images=max_images,
         seed=seed,
         class_names=names,

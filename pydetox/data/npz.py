@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import DataError
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
-from .resize import resize_and_crop
+from .resize import Resizing
 from .sampling import sample_order
 
 KEYS = ("images", "labels", "class_names")
@@ -28,8 +28,7 @@ BOMB_RATIO = 100
 def load_npz(
     path: Path,
     *,
-    image_size: int,
-    resample: Image.Resampling,
+    resizing: Resizing,
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
@@ -37,6 +36,7 @@ def load_npz(
     resize: bool,
 ) -> ImageSet:
     """Read `path`; see `pydetox.data.load_images` for arguments, layout of the file and errors."""
+    image_size = resizing.image_size
     arrays = _read_arrays(path)
     images = arrays["images"]
     images = _to_channels_first(images, path)
@@ -49,7 +49,7 @@ def load_npz(
     if (height, width) != (image_size, image_size) and not resize:
         raise DataError(
             f"{path}: images are {height}x{width} pixels; expected {image_size}x{image_size} "
-            "(resize=True scales and centre-crops them)"
+            "(resize=True scales them as the model's configuration says)"
         )
     if max_images is not None and max_images < len(images):
         chosen = sample_order(labels, len(images), max_images, seed)
@@ -59,7 +59,7 @@ def load_npz(
     if images.shape[1] == 1:
         images = np.repeat(images, 3, axis=1)
     if (height, width) != (image_size, image_size):
-        images = _resize_all(images, image_size, resample, path)
+        images = _resize_all(images, resizing, path)
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     return ImageSet(pixels, None if labels is None else torch.from_numpy(labels), names, path.stem)
 
@@ -204,12 +204,11 @@ def _match_names(
     return np.asarray(index_of_names(names, wanted, str(path)), dtype=np.int64)[labels], wanted
 
 
-def _resize_all(
-    images: NDArray[np.uint8], image_size: int, resample: Image.Resampling, path: Path
-) -> NDArray[np.uint8]:
-    result = np.empty((len(images), 3, image_size, image_size), dtype=np.uint8)
+def _resize_all(images: NDArray[np.uint8], resizing: Resizing, path: Path) -> NDArray[np.uint8]:
+    size = resizing.image_size
+    result = np.empty((len(images), 3, size, size), dtype=np.uint8)
     for index, image in enumerate(images):
         picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-        square = resize_and_crop(picture, image_size, resample, f"{path}, image {index}")
+        square = resizing(picture, f"{path}, image {index}")
         result[index] = np.asarray(square).transpose(2, 0, 1)
     return result

@@ -12,6 +12,7 @@ from .folder import choose_images
 from .image_set import ImageSet
 from .load import FASHION_PARTS, default_templates, load_images, locate_images
 from .names import load_class_names, load_templates
+from .resize import Resizing
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ImageSource:
     labels_required: bool = True
     prompts: tuple[str, ...] = field(init=False)
     _names: tuple[str, ...] | None = field(init=False, repr=False)
-    _decoded: dict[tuple[int, str], ImageSet] = field(init=False, repr=False, default_factory=dict)
+    _decoded: dict[Resizing, ImageSet] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._names = None if self.class_names is None else load_class_names(self.class_names)
@@ -49,21 +50,22 @@ class ImageSource:
         else:
             self.prompts = default_templates(self.spec)
 
-    def read(self, image_size: int, interpolation: str) -> ImageSet:
+    def read(self, resizing: Resizing) -> ImageSet:
         """Return the images, uint8 [N, 3, image_size, image_size]; raises as `load_images`."""
-        key = (image_size, interpolation)
-        if key not in self._decoded:
-            self._decoded[key] = load_images(
+        if resizing not in self._decoded:
+            self._decoded[resizing] = load_images(
                 self.spec,
-                image_size=image_size,
+                image_size=resizing.image_size,
                 max_images=self.max_images,
                 seed=self.seed,
                 class_names=self._names,
-                interpolation=interpolation,
+                interpolation=resizing.interpolation,
+                resize_mode=resizing.resize_mode,
+                fill_color=resizing.fill_color,
                 resize=self.resize,
                 labels_required=self.labels_required,
             )
-        return self._decoded[key]
+        return self._decoded[resizing]
 
     def digest(self) -> str:
         """Return a SHA-256 of what is read: the images in their order, their labels and names.

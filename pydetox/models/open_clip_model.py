@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..checkpoints.loading import require_unambiguous
-from ..data import Template, fill_template
+from ..checkpoints.preprocessing import describe
+from ..data import Resizing, Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .frozen import freeze
@@ -64,6 +65,9 @@ class OpenClipModel:
         storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
         companions: The files beside the weights of a checkpoint in transformers' layout.
         image_size: The height and width of an input image in pixels.
+        resizing: What makes the model's pixels of a picture of any size.
+        preprocessing: All that is done to an image, for results: open_clip's names of the values,
+            and `source`, who tells them.
         mean: The mean of each channel that is subtracted from pixels in [0, 1].
         std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
@@ -81,6 +85,7 @@ class OpenClipModel:
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         companions: Mapping[str, bytes] | None = None,
         sha256: str | None = None,
+        preprocess_source: str = "open_clip's default",
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
@@ -100,11 +105,15 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
-        self.mean = tuple(
-            float(v) for v in self.preprocess_config.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        )
-        self.std = tuple(
-            float(v) for v in self.preprocess_config.get("std", open_clip.OPENAI_DATASET_STD)
+        prepared = describe(self.preprocess_config)
+        self.preprocessing: dict[str, Any] = {**prepared, "source": preprocess_source}
+        self.mean = tuple(prepared["mean"])
+        self.std = tuple(prepared["std"])
+        self.resizing = Resizing(
+            self.image_size,
+            prepared["interpolation"],
+            prepared["resize_mode"],
+            prepared["fill_color"],
         )
 
     @classmethod
@@ -166,6 +175,7 @@ class OpenClipModel:
             storage_dtypes={key: value.dtype for key, value in weights.items()},
             companions=checkpoint.companions,
             sha256=checkpoint.sha256,
+            preprocess_source=checkpoint.preprocess_source,
         )
 
     @property

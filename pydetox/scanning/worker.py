@@ -277,8 +277,7 @@ class Worker:
         return model.to(self._device)
 
     def _images_for(self, model: OpenClipModel) -> ImageSet:
-        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        return self._images.read(model.image_size, interpolation)
+        return self._images.read(model.resizing)
 
     def _find_base(self) -> Checkpoint:
         if self._base is None:
