@@ -7,6 +7,7 @@ depend on the order of files, or a seeded sample of all classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .errors import DataError, UsageError
+from .errors import DataError, PydetoxWarning, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .models import OpenClipModel
 from .rng import child_seed
@@ -41,9 +42,10 @@ def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenC
         return checkpoint
     if isinstance(checkpoint, Checkpoint):
         return OpenClipModel.from_checkpoint(checkpoint)
-    return OpenClipModel.from_checkpoint(
-        load_checkpoint(checkpoint, model=architecture), consume=True
-    )
+    read = load_checkpoint(checkpoint, model=architecture)
+    for line in read.warnings:
+        warnings.warn(line, PydetoxWarning, stacklevel=2)
+    return OpenClipModel.from_checkpoint(read, consume=True)
 
 
 @dataclass(frozen=True, eq=False)

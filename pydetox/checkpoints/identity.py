@@ -124,6 +124,14 @@ class CheckpointIdentity:
             preprocess=self.preprocess,
         )
 
+    def tells_preprocessing(self) -> bool:
+        """Return whether the checkpoint itself tells how images are prepared.
+
+        Raises:
+            What `configured` raises.
+        """
+        return self.configured().told
+
     def configuration(self) -> Told:
         """Model and preprocessing configuration; ``None`` for what nothing tells.
 

@@ -38,12 +38,14 @@ class Configuration:
             means what open_clip then takes: that of OpenAI's CLIP.
         preprocess_source: Who tells it, for results and messages.
         warnings: One line for each thing that is a guess or was passed over.
+        told: Whether the checkpoint itself tells ``preprocess_config``.
     """
 
     model_config: Config | None
     preprocess_config: Config | None
     preprocess_source: str
     warnings: tuple[str, ...] = ()
+    told: bool = False
 
 
 def configure(
@@ -72,14 +74,15 @@ def configure(
         except CheckpointError as error:
             if model is None:
                 raise
-            warnings.append(f"{error}; what model={model!r} says is taken instead")
+            warnings.append(f"{error}; the architecture that was named, {model}, is taken instead")
+    own = found is not None
     if model is not None:
         other, told = resolve_model(model)
         if model_config is not None and differs(model_config, other):
             who = "its entry in open_clip's list" if config_file is None else config_file.name
             warnings.append(
-                f"{reference}: {who} tells another architecture than model={model!r}; it is that "
-                "of the weights and counts"
+                f"{reference}: {who} tells another architecture than {model}, which was named; it "
+                "is of the weights and counts"
             )
         model_config = model_config or other
         if found is None and told is not None:
@@ -100,7 +103,7 @@ def configure(
         )
     config = {**found.config, **given}
     check_preprocess_config(config)
-    return Configuration(model_config, config or None, source, tuple(warnings))
+    return Configuration(model_config, config or None, source, tuple(warnings), own)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def command(
         "trigger": trigger,
         "target_name": None if index is None else names[index],
         "class_names": names,
+        **inputs.used(model),
         **evaluation_document(result),
     }
     text = {"title": "pydetox eval", "evaluation": [evaluation_row(result, model.name)]}

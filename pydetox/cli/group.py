@@ -105,6 +105,11 @@ def print_error(message: str) -> None:
     click.echo(f"error: {in_options(message)}", err=True)
 
 
+def print_warning(message: str) -> None:
+    """Write a warning line to stderr."""
+    click.echo(f"warning: {in_options(one_line(message))}", err=True)
+
+
 def _report(error: BaseException) -> int:
     """Say on stderr what ended the command; return the exit code."""
     if isinstance(error, (click.Abort, KeyboardInterrupt)):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import identify_checkpoint, load_checkpoint
 from ..data import ImageSet, ImageSource
 from ..detect.calibration_file import read_calibration
 from ..detect.configuration import ScanConfig
@@ -22,19 +22,26 @@ from ..models.device import find_device
 from ..reporting.values import clean_text
 from ..session import ModelLike
 from ..training import TrainConfig
+from .group import print_warning
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Reads models and the images that fit them; images of one size are decoded once.
 
-    Attributes: source: the images. model, offline, device: the options of the same names.
+    Attributes: source: the images. model, base, base_model, offline, device: the options of the
+    same names. preprocess: what options say about preparing images, as open_clip's
+    ``preprocess_cfg`` has it. warnings: what was said on stderr so far.
     """
 
     source: ImageSource
     model: str | None
     offline: bool
     device: torch.device
+    base: str | None = None
+    base_model: str | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Inputs:
@@ -46,7 +53,21 @@ class Inputs:
             torch.set_num_threads(options["threads"])
         names = ("class_names", "templates", "max_images", "resize", "seed")
         source = ImageSource(options["images"], **{name: options[name] for name in names})
-        return cls(source, options["model"], options["offline"], find_device(options["device"]))
+        given = {
+            "mean": options["image_mean"],
+            "std": options["image_std"],
+            "interpolation": options["interpolation"],
+            "resize_mode": options["resize_mode"],
+        }
+        return cls(
+            source,
+            options["model"],
+            options["offline"],
+            find_device(options["device"]),
+            options.get("base"),
+            options.get("base_model"),
+            {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v is not None},
+        )
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -54,12 +75,46 @@ class Inputs:
         return self.source.prompts
 
     def read_model(self, reference: ModelLike) -> OpenClipModel:
-        """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise."""
-        checkpoint = load_checkpoint(str(reference), model=self.model, offline=self.offline)
+        """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise.
+
+        What of its configuration is a guess is said on stderr.
+        """
+        return self._read(reference, self.model, self.preprocess)
+
+    def read_other(self, reference: ModelLike) -> OpenClipModel:
+        """Read the base or a reference model; like `read_model`.
+
+        What options say about preparing images counts for a base that does not tell itself.
+        """
+        if str(reference) != self.base:
+            return self.read_model(reference)
+        model = self.base_model or self.model
+        identity = identify_checkpoint(str(reference), model=model, offline=self.offline)
+        given = {} if identity.tells_preprocessing() else self.preprocess
+        return self._read(reference, model, given)
+
+    def _read(
+        self, reference: ModelLike, architecture: str | None, preprocess: Mapping[str, Any]
+    ) -> OpenClipModel:
+        checkpoint = load_checkpoint(
+            str(reference), model=architecture, preprocess=preprocess, offline=self.offline
+        )
         model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
+        self.warn(*checkpoint.warnings)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)
         return model.to(self.device)
+
+    def warn(self, *lines: str) -> None:
+        """Say something on stderr, once, and keep it for the result."""
+        for line in lines:
+            if line not in self.warnings:
+                self.warnings.append(line)
+                print_warning(line)
+
+    def used(self, model: OpenClipModel) -> dict[str, Any]:
+        """Return what every result records: how images were prepared, and what was said of it."""
+        return {"preprocessing": model.preprocessing, "warnings": list(self.warnings)}
 
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""

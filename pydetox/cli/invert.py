@@ -129,6 +129,7 @@ def command(
         "objective": objective,
         "triggers": rows,
         "path": output / _TRIGGERS_NAME,
+        **inputs.used(model),
         "seconds": found.seconds,
     }
     text = {

@@ -220,6 +220,8 @@ def command(
                 records.append(record)
                 if record.error is not None:
                     display.log(in_options(record.error))
+                for warning in record.scan.get("warnings", ()):
+                    display.log(in_options(warning), kind="warning")
     order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:

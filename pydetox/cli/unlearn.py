@@ -175,13 +175,13 @@ def command(
         max_rounds=max_rounds,
         output=output,
         overwrite=overwrite,
-        read=inputs.read_model,
+        read=inputs.read_other,
         seconds={"read": time.perf_counter() - start},
     )
 
     last = result.before if result.after is None else result.after
     code = exit_codes.of_verdict(last.verdict.value)
-    document = _document(result, images, code, config.seed)
+    document = {**_document(result, images, code, config.seed), **inputs.used(model)}
     text = unlearn_report(document)
     if report is not None:
         write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..api import calibrate, scan
-from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
@@ -39,6 +39,7 @@ from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from ..session import Session
 from .config import ScannerConfig
+from .contents import identify
 from .memory import Limits, return_freed
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
@@ -177,19 +178,14 @@ class Worker:
             calibration=calibration,
         )
 
-    def _read(self, reference: str) -> Checkpoint:
-        checkpoint = read_checkpoint(self._identify(reference))
+    def _read(self, reference: str, *, is_base: bool = False) -> Checkpoint:
+        checkpoint = read_checkpoint(identify(self._config, reference, is_base=is_base))
         require_unambiguous(checkpoint)
         return checkpoint
 
-    def _identify(self, reference: str) -> CheckpointIdentity:
-        return identify_checkpoint(
-            reference, model=self._config.model, offline=self._config.offline
-        )
-
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
-        identity = self._identify(reference)
+        identity = identify(self._config, reference)
         if not (limits.max_size is None and limits.max_memory is None):
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
@@ -237,6 +233,7 @@ class Worker:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
+        warnings = list(checkpoint.warnings)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -256,6 +253,7 @@ class Worker:
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
+        result |= {"preprocessing": model.preprocessing, "warnings": warnings}
         best = weakest_trigger(found)
         return {
             "result": result,
@@ -283,7 +281,7 @@ class Worker:
         if self._base is None:
             assert self._config.base is not None
             try:
-                self._base = self._read(self._config.base)
+                self._base = self._read(self._config.base, is_base=True)
             except PydetoxError as error:
                 raise SetupError(str(error)) from error
         return self._base

@@ -211,7 +211,7 @@ def test_digest_changes_with_the_configuration(layout: Layout, mini_config: dict
     stood_in = layout.identify(model="ViT-B-32")
     if told_beside:
         assert stood_in.configuration()[0]["embed_dim"] == 512
-        assert "what model='ViT-B-32' says is taken" in stood_in.configured().warnings[0]
+        assert "that was named, ViT-B-32, is taken" in stood_in.configured().warnings[0]
         with pytest.raises(ArchitectureError):
             layout.identify().digest()
 

@@ -59,7 +59,7 @@ def test_model_stands_in_for_a_configuration_that_is_damaged(folder: Path) -> No
     assert checkpoint.preprocess_source == "open_clip's pretrained tags of ViT-B-32"
     (warning,) = checkpoint.warnings
     assert "is not a JSON file" in warning
-    assert "what model='ViT-B-32' says is taken instead" in warning
+    assert "that was named, ViT-B-32, is taken instead" in warning
 
 
 def test_nothing_tells_the_architecture(folder: Path) -> None:
