@@ -147,6 +147,7 @@ def read_checkpoint(
         with open_weights(identity.weights, weights_key) as weights:
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
+            _refuse_adapters(weights)
             if model_config is None:
                 _refuse_transformers_names(weights)
                 raise ArchitectureError(
@@ -194,6 +195,17 @@ def require_unambiguous(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {finding.message}; write the weights that are meant to a file "
                 "of their own (pydetox convert) and use that"
             )
+
+
+def _refuse_adapters(weights: OpenWeights) -> None:
+    """Raise ArchitectureError for weights that change those of another model (LoRA of peft)."""
+    adapters = [n for n in weights.tensors if ".lora_" in n or n.startswith("lora_")]
+    if adapters:
+        raise ArchitectureError(
+            f"holds adapters ({len(adapters)} tensors such as {quote(adapters[0])}), which are no "
+            "model of their own: merge them into the model that they were trained for and save "
+            "that (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+        )
 
 
 def _refuse_transformers_names(weights: OpenWeights) -> None:

@@ -54,6 +54,7 @@ def load_images(
     fill_color: int = 0,
     resize: bool = False,
     labels_required: bool = True,
+    strict: bool = False,
     workers: int | None = None,
 ) -> ImageSet:
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
@@ -66,17 +67,20 @@ def load_images(
       * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
       folder of images
         without labels. Each image becomes the pixels that open_clip's own transform makes of it:
-        transparency is dropped, EXIF orientation ignored, grey values above 255 are cut off. Files
-        with other endings and hidden files are passed over.
-      * a .npz file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8, or
-      float in [0, 1]) and,
-        optionally, `labels` (integers [N]) and `class_names` (text [C]). Pickled content is never
-        loaded.
+        transparency is dropped, EXIF orientation ignored, grey values above 255 are cut off. Hidden
+        files, folders of the system and files with other endings are passed over. What else is left
+        out (files that cannot be read, formats that are not, class folders without images, links in
+        circles) is counted in `ImageSet.report`.
+      * a .npz file with the array `images` ([N, H, W] or [N, H, W, C] or [N, C, H, W] with 1, 3 or 4
+      channels; whole numbers in 0..255, or float in [0, 1]) and, optionally, `labels` (whole numbers
+      [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or bytes [C]). The names that Keras
+      and medmnist write are known too (`x_test`, `test_images`, ...): the test part comes first.
+      Other arrays are not read, which `ImageSet.report` says. Pickled content is never loaded.
     image_size: height and width, in pixels, that the model takes.
     max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
     class_names: the classes in the order that defines the labels. Named classes in the data are
-    matched with them by
-      name; a class that is not among them is an error. None to use the names that the data brings.
+    matched with them by name, and folders 0, 1, 2, ... by number; a class that is not among them is
+      an error. None to use the names that the data brings.
     interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
     resize_mode: how an image that is not square becomes square: "shortest" scales its shorter side
       and crops, "longest" scales its longer side and pads with the grey `fill_color` (0..255),
@@ -86,6 +90,7 @@ def load_images(
     error.
     labels_required: whether the caller needs labels. If it does not, and no class of the data
     is among `class_names`, the images count as unlabelled; otherwise that is an error.
+    strict: whether anything that is left out and could have been meant is an error.
     workers: decoding threads for folders; None for one per core, at most 8. The result does not
     depend on it.
 
@@ -129,6 +134,7 @@ def load_images(
             seed=seed,
             class_names=names,
             labels_required=labels_required,
+            strict=strict,
             workers=workers,
         )
     if not path.exists():
@@ -149,6 +155,7 @@ def load_images(
         class_names=names,
         labels_required=labels_required,
         resize=resize,
+        strict=strict,
     )
 
 

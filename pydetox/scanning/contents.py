@@ -11,9 +11,7 @@ from ..errors import DataError
 from .config import ScannerConfig
 
 
-def identify(
-    config: ScannerConfig, reference: str, *, is_base: bool = False
-) -> CheckpointIdentity:
+def identify(config: ScannerConfig, reference: str, *, is_base: bool = False) -> CheckpointIdentity:
     """Find the files of a suspect, a reference model or the base.
 
     What the user says about preparing images is about the suspects and the references; a base that

@@ -79,8 +79,9 @@ def test_a_guess_is_said_and_options_end_it(
     document, lines = measured(run, *given)
     assert len(lines) == 1
     assert lines[0].startswith("warning: ")
-    assert "are a guess; --image-mean, --image-std, --interpolation and --resize-mode tell" in (
-        lines[0]
+    assert (
+        "are a guess; --image-mean, --image-std, --interpolation and --resize-mode tell"
+        in (lines[0])
     )
     assert document["preprocessing"]["source"] == "open_clip's default"
     assert len(document["warnings"]) == 1
