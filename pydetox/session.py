@@ -43,9 +43,10 @@ def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenC
     if isinstance(checkpoint, Checkpoint):
         return OpenClipModel.from_checkpoint(checkpoint)
     read = load_checkpoint(checkpoint, model=architecture)
-    for line in read.warnings:
+    model = OpenClipModel.from_checkpoint(read, consume=True)
+    for line in model.warnings:
         warnings.warn(line, PydetoxWarning, stacklevel=2)
-    return OpenClipModel.from_checkpoint(read, consume=True)
+    return model
 
 
 @dataclass(frozen=True, eq=False)

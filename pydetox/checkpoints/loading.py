@@ -53,6 +53,7 @@ class Checkpoint:
         findings: What is odd about the file, without keeping it from being read.
         preprocess_source: Who tells ``preprocess_config``.
         warnings: One line for each part of the configuration that is a guess or was passed over.
+        named: The architecture that the user named, where nothing else tells; else None.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -67,6 +68,7 @@ class Checkpoint:
     findings: tuple[Finding, ...] = ()
     preprocess_source: str = "open_clip's default"
     warnings: tuple[str, ...] = ()
+    named: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -171,6 +173,7 @@ def read_checkpoint(
         preprocess_config=configured.preprocess_config,
         preprocess_source=configured.preprocess_source,
         warnings=configured.warnings,
+        named=configured.named,
         name=identity.reference,
         path=identity.weights,
         sha256=digest,

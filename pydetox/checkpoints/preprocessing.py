@@ -39,6 +39,7 @@ class Configuration:
         preprocess_source: Who tells it, for results and messages.
         warnings: One line for each thing that is a guess or was passed over.
         told: Whether the checkpoint itself tells ``preprocess_config``.
+        named: What the user called the architecture, where the checkpoint does not tell it.
     """
 
     model_config: Config | None
@@ -46,6 +47,7 @@ class Configuration:
     preprocess_source: str
     warnings: tuple[str, ...] = ()
     told: bool = False
+    named: str | None = None
 
 
 def configure(
@@ -74,8 +76,12 @@ def configure(
         except CheckpointError as error:
             if model is None:
                 raise
-            warnings.append(f"{error}; the architecture that was named, {model}, is taken instead")
+            if not _is_that_file(model, config_file):
+                warnings.append(
+                    f"{error}; the architecture that was named, {model}, is taken instead"
+                )
     own = found is not None
+    named: str | None = None
     if model is not None:
         other, told = resolve_model(model)
         if model_config is not None and differs(model_config, other):
@@ -84,6 +90,7 @@ def configure(
                 f"{reference}: {who} tells another architecture than {model}, which was named; it "
                 "is of the weights and counts"
             )
+        named = None if model_config is not None else model
         model_config = model_config or other
         if found is None and told is not None:
             found = Preparation(told, f"{os.fspath(model)}")
@@ -103,7 +110,7 @@ def configure(
         )
     config = {**found.config, **given}
     check_preprocess_config(config)
-    return Configuration(model_config, config or None, source, tuple(warnings), own)
+    return Configuration(model_config, config or None, source, tuple(warnings), own, named)
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,14 @@ def differs(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         elif key != "quick_gelu" and first != second:
             return True
     return False
+
+
+def _is_that_file(model: str, config_file: Path) -> bool:
+    """Return whether a user named the very file that lies beside the weights."""
+    try:
+        return Path(model).samefile(config_file)
+    except OSError:
+        return False
 
 
 def _plain(value: Any) -> Any:

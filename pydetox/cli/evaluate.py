@@ -48,6 +48,8 @@ def command(
     if target is not None and trigger is None:
         raise UsageError("--target goes with --trigger")
     inputs = Inputs.of(given)
+    if target is not None:
+        inputs.require_class(target)
     model = inputs.read_model(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)

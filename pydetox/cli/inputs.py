@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import identify_checkpoint, load_checkpoint
+from ..checkpoints.architecture import close_matches
 from ..data import ImageSet, ImageSource
 from ..detect.calibration_file import read_calibration
 from ..detect.configuration import ScanConfig
@@ -51,7 +52,7 @@ class Inputs:
         """
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
-        names = ("class_names", "templates", "max_images", "resize", "seed")
+        names = ("class_names", "templates", "max_images", "resize", "seed", "strict")
         source = ImageSource(options["images"], **{name: options[name] for name in names})
         given = {
             "mean": options["image_mean"],
@@ -100,7 +101,7 @@ class Inputs:
             str(reference), model=architecture, preprocess=preprocess, offline=self.offline
         )
         model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
-        self.warn(*checkpoint.warnings)
+        self.warn(*model.warnings)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)
         return model.to(self.device)
@@ -113,12 +114,30 @@ class Inputs:
                 print_warning(line)
 
     def used(self, model: OpenClipModel) -> dict[str, Any]:
-        """Return what every result records: how images were prepared, and what was said of it."""
-        return {"preprocessing": model.preprocessing, "warnings": list(self.warnings)}
+        """Return what every result records: the images, how they were prepared, and warnings."""
+        report = self.source.read(model.resizing).report
+        return {
+            "preprocessing": model.preprocessing,
+            "image_files": None if report is None else report.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+    def require_class(self, name: str) -> None:
+        """Raise UsageError for a class that the images do not have, before anything is read.
+
+        Where only reading the images tells their classes, it is checked then.
+        """
+        known = self.source.known_names()
+        if known is not None:
+            class_index(name, known, self.source.spec)
 
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""
-        return self.source.read(model.resizing)
+        images = self.source.read(model.resizing)
+        line = None if images.report is None else images.report.line()
+        if line is not None:
+            self.warn(line)
+        return images
 
 
 def inversion_config(options: dict[str, Any]) -> InversionConfig:
@@ -166,7 +185,13 @@ def class_index(name: str, class_names: Sequence[str] | None, source: str) -> in
     if name in names:
         raise UsageError(f"class {name!r} stands {names.count(name)} times in {source}")
     shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-    raise UsageError(f"class {name!r} is not in {source}; it has {shown or 'no class names'}")
+    hint = ""
+    if name.isascii() and name.isdigit() and int(name) < len(names):
+        hint = f" (a name is expected, not a number: the class of label {name} is "
+        hint += f"{names[int(name)]!r})"
+    else:
+        hint = close_matches(name, names)
+    raise UsageError(f"class {name!r} is not in {source}; it has {shown or 'no class names'}{hint}")
 
 
 def read_triggers(

@@ -98,6 +98,8 @@ def command(
         raise UsageError("give --trigger, --target, or both")
     inputs = Inputs.of(given)
     check_files(report=report)
+    if target is not None:
+        inputs.require_class(target)
     model = inputs.read_model(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)

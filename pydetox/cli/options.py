@@ -68,7 +68,14 @@ image_options = _all(
         "--resize",
         is_flag=True,
         show_default=False,
-        help="Scale and crop images of a .npz file that have another size (folders always are).",
+        help="Scale images of a .npz file that have another size (folders always are).",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        show_default=False,
+        help="Refuse images of which something is left out that could have been meant: files that "
+        "cannot be read, class folders without images.",
     ),
 )
 

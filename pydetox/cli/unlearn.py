@@ -156,6 +156,9 @@ def command(
     inputs = Inputs.of(given)
     rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     check_files(report=report)
+    wanted = force_target or target
+    if wanted is not None:
+        inputs.require_class(wanted)
 
     start = time.perf_counter()
     model = inputs.read_model(checkpoint)

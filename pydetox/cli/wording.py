@@ -26,6 +26,7 @@ OPTIONS = {
     "references": "--reference-model",
     "resize": "--resize",
     "resize_mode": "--resize-mode",
+    "strict": "--strict",
     "target": "--target",
     "templates": "--templates",
     "trigger": "--trigger",

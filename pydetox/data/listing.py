@@ -146,13 +146,13 @@ class _Walk:
             # A folder that a link leads to is read once, whatever links lead there.
             real = os.path.realpath(current)
             if real in seen:
-                self._leave_out("a link in a circle", current)
+                self._leave_out("links in a circle", current)
                 continue
             seen.add(real)
             try:
                 entries = sorted(current.iterdir(), key=lambda path: path.name)
             except OSError as error:
-                self._leave_out(f"a folder that cannot be listed: {error.strerror}", current)
+                self._leave_out(f"folders that cannot be listed: {error.strerror}", current)
                 continue
             inner, images = self._sort(entries)
             pending += inner
@@ -168,11 +168,11 @@ class _Walk:
                 self._leave_out("hidden or of the system", path)
             elif path.is_dir():
                 if path.is_symlink() and self._leads_back(path):
-                    self._leave_out("a link back into the folder", path)
+                    self._leave_out("links back into the folder", path)
                 else:
                     folders.append(path)
             elif path.is_symlink() and not path.exists():
-                self._leave_out("a link that leads nowhere", path)
+                self._leave_out("links that lead nowhere", path)
             elif small.endswith(IMAGE_SUFFIXES) and path.is_file():
                 images.append(path)
             elif _OTHER_IMAGES.search(small):

@@ -71,11 +71,12 @@ def load_images(
         files, folders of the system and files with other endings are passed over. What else is left
         out (files that cannot be read, formats that are not, class folders without images, links in
         circles) is counted in `ImageSet.report`.
-      * a .npz file with the array `images` ([N, H, W] or [N, H, W, C] or [N, C, H, W] with 1, 3 or 4
-      channels; whole numbers in 0..255, or float in [0, 1]) and, optionally, `labels` (whole numbers
-      [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or bytes [C]). The names that Keras
-      and medmnist write are known too (`x_test`, `test_images`, ...): the test part comes first.
-      Other arrays are not read, which `ImageSet.report` says. Pickled content is never loaded.
+      * a .npz file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1, 3 or
+      4 channels; whole numbers in 0..255, or float in [0, 1]) and, optionally, `labels` (whole
+      numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or bytes [C]). The names
+      that Keras and medmnist write are known too (`x_test`, `test_images`, ...): the test part
+      comes first. Other arrays are not read, which `ImageSet.report` says. Pickled content is never
+      loaded.
     image_size: height and width, in pixels, that the model takes.
     max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
     class_names: the classes in the order that defines the labels. Named classes in the data are

@@ -65,9 +65,9 @@ def load_npz(
             "(resize=True scales them as the model's configuration says)"
         )
     if max_images is not None and max_images < len(images):
-        chosen = sample_order(labels, len(images), max_images, seed)
-        images = images[chosen]
-        labels = None if labels is None else labels[chosen]
+        sample = sample_order(labels, len(images), max_images, seed)
+        images = images[sample]
+        labels = None if labels is None else labels[sample]
     images = to_uint8(images, white)
     if images.shape[1] == 1:
         images = np.repeat(images, 3, axis=1)

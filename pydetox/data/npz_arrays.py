@@ -1,7 +1,7 @@
-"""Which arrays of a .npz file are images, labels and names, in the layouts that people's tools write.
+"""Which arrays of a .npz file are images, labels and names, as people's tools write them.
 
-Keras writes `x_train`, `y_test` and so on, medmnist `test_images` and `test_labels`; labels come as a
-column or one-hot, whole floats or integers, names as bytes.
+Keras writes `x_train`, `y_test` and so on, medmnist `test_images` and `test_labels`; labels come as
+a column or one-hot, whole floats or integers, names as bytes.
 """
 
 from __future__ import annotations
@@ -140,12 +140,13 @@ def to_labels(labels: NDArray[Any] | None, count: int, path: Path) -> NDArray[np
     elif labels.ndim == 2:
         if not (np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all()):
             raise DataError(f"{path}: {given}; expected a single 1 in each row, and 0 beside it")
-        return labels.argmax(axis=1).astype(np.int64)
+        labels = labels.argmax(axis=1)
     if labels.dtype.kind == "f" and not (np.isfinite(labels) & (labels == np.rint(labels))).all():
         raise DataError(f"{path}: {given} that are not whole; expected integers [N]")
     if float(labels.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{path}: label {labels.max()}; expected class indices")
-    return labels.astype(np.int64)
+    result: NDArray[np.int64] = labels.astype(np.int64)
+    return result
 
 
 def to_names(stored: NDArray[Any] | None, path: Path) -> tuple[str, ...] | None:

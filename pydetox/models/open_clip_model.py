@@ -23,13 +23,12 @@ from ..checkpoints.preprocessing import describe
 from ..data import Resizing, Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
+from .activation import OPENAI_ENTRIES, require_right_activation
+from .adaptation import adapt, hint
 from .frozen import freeze
 
 # What weights are stored in; 8-bit floats and integers need scales that no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-# Entries of OpenAI's own archives that describe the model and are no weights.
-_NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 class HeadMemo:
@@ -60,6 +59,8 @@ class OpenClipModel:
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.
+        warnings: One line for each part of the checkpoint that was guessed, changed or left out.
+        named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
@@ -86,10 +87,14 @@ class OpenClipModel:
         companions: Mapping[str, bytes] | None = None,
         sha256: str | None = None,
         preprocess_source: str = "open_clip's default",
+        warnings: Sequence[str] = (),
+        named: str | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
         self.sha256 = sha256
+        self.warnings = tuple(warnings)
+        self.named = named
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
         self.storage_dtypes: dict[str, torch.dtype] = dict(
@@ -151,14 +156,17 @@ class OpenClipModel:
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         clip = _build(checkpoint.model_config, None, checkpoint.name)
-        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
+        require_right_activation(checkpoint)
+        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
+        weights, notes = adapt(weights, clip)
         expected = clip.state_dict()
         mismatch = describe_mismatch(
             {key: tuple(value.shape) for key, value in expected.items()},
             {key: tuple(value.shape) for key, value in weights.items()},
         )
         if mismatch is not None:
-            raise ArchitectureError(f"{checkpoint.name}: {mismatch}")
+            advice = hint(weights, expected)
+            raise ArchitectureError(f"{checkpoint.name}: {mismatch}{advice}")
         _require_plain_weights(checkpoint.name, weights, expected)
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
         own = {}
@@ -176,6 +184,8 @@ class OpenClipModel:
             companions=checkpoint.companions,
             sha256=checkpoint.sha256,
             preprocess_source=checkpoint.preprocess_source,
+            warnings=(*checkpoint.warnings, *(f"{checkpoint.name}: {note}" for note in notes)),
+            named=checkpoint.named,
         )
 
     @property

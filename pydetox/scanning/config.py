@@ -48,6 +48,7 @@ class ScannerConfig:
         templates: Text file with one prompt per line; None for built-in prompts.
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
+        strict: Refuse images of which something is left out that could have been meant.
         model: Architecture, where a checkpoint does not tell.
         image_mean, image_std: One number or three: of the images of suspects and reference models,
             whatever these tell, and of the base where it does not tell; None for what they tell.
@@ -95,6 +96,7 @@ class ScannerConfig:
     templates: str | None = None
     max_images: int | None = None
     resize: bool = False
+    strict: bool = False
     model: str | None = None
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
@@ -241,6 +243,7 @@ class ScannerConfig:
             resize=self.resize,
             seed=self.seed,
             labels_required=False,
+            strict=self.strict,
         )
 
     @property

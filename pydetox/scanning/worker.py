@@ -233,7 +233,7 @@ class Worker:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
-        warnings = list(checkpoint.warnings)
+        warnings = list(model.warnings)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -253,7 +253,13 @@ class Worker:
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
-        result |= {"preprocessing": model.preprocessing, "warnings": warnings}
+        report = images.report
+        line = None if report is None else report.line()
+        result |= {
+            "preprocessing": model.preprocessing,
+            "image_files": None if report is None else report.to_dict(),
+            "warnings": warnings if line is None else [*warnings, line],
+        }
         best = weakest_trigger(found)
         return {
             "result": result,

@@ -144,3 +144,50 @@ def test_a_base_keeps_its_own_way_and_has_a_model_of_its_own(
     missing = run(*args, "--base", bare, "--base-model", "ViT-B-33")
     assert missing.exit_code == 4
     assert "'ViT-B-33': not known to open_clip" in missing.stderr
+
+
+def test_images_that_are_left_out_are_said_and_recorded(
+    run: Run, folder: Path, photos: Path
+) -> None:
+    (photos / "cat" / "0.png").write_bytes(b"broken")
+    (photos / "dog" / "a.heic").write_bytes(b"")
+    document, lines = measured(run, folder / "suspect", "--images", photos)
+    assert document["image_files"] == {
+        "images": 7,
+        "classes": 2,
+        "left_out": [
+            {"reason": "of a format that is not read", "count": 1, "first": ["dog/a.heic"]},
+            {"reason": "that cannot be read as images", "count": 1, "first": ["cat/0.png"]},
+        ],
+        "notes": [],
+    }
+    assert lines == [f"warning: {document['warnings'][0]}"]
+    assert (
+        "7 images of 2 classes; left out: 1 of a format that is not read (dog/a.heic)" in lines[0]
+    )
+    scanned = run("scan", folder / "suspect", "--images", photos, *FAST, "--format", "json")
+    (found,) = json.loads(scanned.stdout)["results"]
+    assert found["image_files"] == document["image_files"]
+    assert found["warnings"] == document["warnings"]
+    assert scanned.stderr.splitlines() == lines
+    for command in ("eval", "scan"):
+        refused = run(command, folder / "suspect", "--images", photos, "--strict")
+        assert refused.exit_code == 2
+        assert "dog/a.heic); expected nothing else" in refused.stderr
+
+
+def test_a_class_that_is_none_is_refused_before_anything_is_read(
+    run: Run, tmp_path: Path, photos: Path
+) -> None:
+    # There is no such checkpoint: the class comes first.
+    args = (tmp_path / "missing", "--images", photos)
+    output = ("--output", tmp_path / "out")
+    for words in (
+        ("unlearn", *args, *output, "--force-target", "1"),
+        ("invert", *args, *output, "--target", "1"),
+        ("localize", *args, "--target", "1"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 4
+        assert "a name is expected, not a number: the class of label 1 is 'dog'" in result.stderr
+    assert "did you mean cat?" in run("localize", *args, "--target", "cta").stderr

@@ -147,8 +147,20 @@ def test_damaged_image_is_one_clear_error(tmp_path: Path, damage: str) -> None:
     )
     (tmp_path / "a" / "004.png").write_bytes(b"also bad")
     with pytest.raises(DataError, match=r"002\.png: cannot be read as an image") as caught:
-        load_images(tmp_path, image_size=8, workers=3)
+        load_images(tmp_path, image_size=8, workers=3, strict=True)
     assert "\n" not in str(caught.value)
+    found = load_images(tmp_path, image_size=8, workers=3)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 0, 0]
+    assert found.report is not None
+    assert found.report.line() == (
+        f"{tmp_path}: 3 images of 1 class; left out: 2 that cannot be read as images "
+        "(a/002.png, a/004.png)"
+    )
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"000\.png: cannot be read as an image"):
+        load_images(tmp_path, image_size=8)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -184,7 +196,7 @@ def test_folders_that_make_no_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="zero images"):
         load_images(tmp_path, image_size=8)
     (tmp_path / "a").mkdir()
-    with pytest.raises(DataError, match="zero images in the folder of class 'a'"):
+    with pytest.raises(DataError, match=r"zero images in its folders \(left out: 1 without .* \(a"):
         load_images(tmp_path, image_size=8)
     picture(8, 8).save(tmp_path / "loose.png")
     with pytest.raises(DataError, match=r"both images \(loose.png\) and folders \(a\)"):
