@@ -105,9 +105,28 @@ def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]
         ArchitectureError: The JSON file is no model configuration.
     """
     text = os.fspath(model)
+    if not text.endswith(".json") and os.sep in text and not os.path.lexists(text):
+        _refuse_name_with_slash(text)
     if text.endswith(".json") or os.sep in text:
         return read_config(Path(text).expanduser())
     return named_config(text), None
+
+
+def _refuse_name_with_slash(text: str) -> None:
+    """Raise UsageError, with what is meant, for a name of OpenAI's or of the hub."""
+    import open_clip
+
+    # OpenAI writes ViT-B/32 and ViT-L/14@336px.
+    plain = text.replace("/", "-").replace("@", "-").removesuffix("px")
+    if plain in open_clip.list_models():
+        quick = f"{plain}-quickgelu"
+        more = f" ({quick} for OpenAI's weights)" if quick in open_clip.list_models() else ""
+        raise UsageError(f"architecture {quote(text)}: open_clip calls it {plain}{more}")
+    if text.count("/") == 1:
+        raise UsageError(
+            f"architecture {quote(text)}: is none of open_clip's and no file; a repository of the "
+            f"hub is a checkpoint, hf-hub:{text}, and tells its own"
+        )
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:

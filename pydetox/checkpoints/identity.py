@@ -22,7 +22,7 @@ from pydetox.checkpoints.layout import (
     TRANSFORMERS_CONFIG_NAME,
     find_weights,
 )
-from pydetox.checkpoints.naming import parse_reference
+from pydetox.checkpoints.naming import hint_for_missing, parse_reference
 from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
 from pydetox.errors import CheckpointError
 
@@ -205,7 +205,12 @@ def identify_checkpoint(
         resolve_model(model)  # a name without a meaning is an error, whether it is needed or not
     config_file: Path | None = None
     if parsed.path is not None:
-        weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        try:
+            weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        except CheckpointError as error:
+            if parsed.kind != "path" or os.path.lexists(parsed.path):
+                raise
+            raise CheckpointError(f"{error}{hint_for_missing(parsed.text)}") from None
         config_file = _configuration_beside(weights)
     else:
         from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository  # with torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,7 @@ def load_images(
     if not path.exists():
         raise DataError(
             f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder '
-            "or a .npz file"
+            f"or a .npz file{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
         raise DataError(
@@ -166,6 +167,22 @@ def default_templates(spec: str | Path) -> tuple[str, ...]:
     if source == "digits":
         return DIGIT_TEMPLATES
     return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
+
+
+#: Data sets that people name, in small letters without signs.
+_NAMED = re.compile(
+    r"(cifar10|cifar100|imagenet|imagenet1k|imagenetv2|mnist|svhn|stl10|food101|caltech101|dtd|gtsrb"
+    r"|eurosat|resisc45|sun397|cars|flowers|flowers102|pets|oxfordiiitpet|tinyimagenet|coco)"
+)
+
+
+def _hint(spec: str) -> str:
+    if _NAMED.fullmatch(re.sub(r"[^a-z0-9]", "", spec.lower())) is None:
+        return ""
+    return (
+        f" (data sets are not fetched by name: save images of {spec} in one folder per class, or "
+        "as a .npz file)"
+    )
 
 
 def _with_class_names(

@@ -233,5 +233,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         load_images(tmp_path, image_size=8, fill_color=256)
     with pytest.raises(DataError, match="no such file or folder"):
         load_images(tmp_path / "missing", image_size=8)
+    with pytest.raises(DataError, match=r"are not fetched by name: save images of cifar-10"):
+        load_images("cifar-10", image_size=8)
     with pytest.raises(DataError, match=r"a\.png: not an image source"):
         load_images(tmp_path / "a.png", image_size=8)
