@@ -22,7 +22,7 @@ from pydetox.checkpoints.identity import (
     identify_checkpoint,
 )
 from pydetox.checkpoints.index import AMBIGUOUS_RULES, Finding, quote
-from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
+from pydetox.checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
 from pydetox.checkpoints.transformers_clip import read_companions, to_open_clip
@@ -47,9 +47,10 @@ class Checkpoint:
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
-        companions: Of a CLIPModel in transformers' layout, the files beside the weights, by name:
-            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names;
-            a repaired model is written in the layout that it came in.
+        companions: Files beside the weights that a repaired model needs as well, by name. Of a
+            CLIPModel in transformers' layout: configuration, image processor and tokenizer;
+            ``state_dict`` then has open_clip's names, and a repaired model is written in the layout
+            that it came in. Otherwise: the tokenizer, where it is not CLIP's own.
         findings: What is odd about the file, without keeping it from being read.
         preprocess_source: Who tells ``preprocess_config``.
         warnings: One line for each part of the configuration that is a guess or was passed over.
@@ -163,6 +164,8 @@ def read_checkpoint(
                 state_dict = _from_transformers(state_dict, model_config)
                 if identity.config_file is not None:
                     companions = read_companions(identity.config_file.parent)
+            elif model_config["text_cfg"].get("hf_tokenizer_name"):
+                companions = read_companions(identity.weights.parent, TOKENIZER_NAMES)
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:

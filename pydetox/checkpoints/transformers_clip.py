@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,15 +105,17 @@ def read_processor(processor_file: str | os.PathLike[str], image_size: int) -> C
         raise type(error)(f"{os.fspath(processor_file)}: {error}") from error
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
+def read_companions(folder: Path, names: Sequence[str] = COMPANION_NAMES) -> dict[str, bytes]:
     """Return the files beside the weights that a repaired folder needs as well, by name.
+
+    names: the files that are looked for.
 
     Raises:
         CheckpointError: One of them cannot be read.
         UnsafeCheckpointError: One of them is far larger than any such file.
     """
     found = {}
-    for name in COMPANION_NAMES:
+    for name in names:
         path = folder / name
         if not os.path.lexists(path):
             continue

@@ -7,12 +7,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
@@ -26,6 +24,7 @@ from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint
 from .frozen import freeze
+from .tokenizers import Tokenizer, tokenize, tokenizer_of
 
 # What weights are stored in; 8-bit floats and integers need scales that no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -64,7 +63,8 @@ class OpenClipModel:
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
-        companions: The files beside the weights of a checkpoint in transformers' layout.
+        companions: The files beside the weights that a repaired folder needs as well: all of
+            transformers' layout, and a tokenizer.
         image_size: The height and width of an input image in pixels.
         resizing: What makes the model's pixels of a picture of any size.
         preprocessing: All that is done to an image, for results: open_clip's names of the values,
@@ -110,6 +110,7 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
+        self._tokenizer: Tokenizer | None = None
         prepared = describe(self.preprocess_config)
         self.preprocessing: dict[str, Any] = {**prepared, "source": preprocess_source}
         self.mean = tuple(prepared["mean"])
@@ -260,24 +261,12 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError when the text tower uses a tokenizer other than CLIP's own.
+        Raises ArchitectureError when the tokenizer of its text tower is not on this machine.
         """
         text = self.model_config.get("text_cfg", {})
-        for key in ("hf_tokenizer_name", "hf_model_name"):
-            if text.get(key):
-                raise ArchitectureError(
-                    f"{self.name}: its text tower wants the tokenizer {text[key]!r}; only CLIP's "
-                    "own is supported (a label-free scan needs no text tower)"
-                )
-        vocabulary = int(text.get("vocab_size", 49408))
-        tokenizer = _tokenizer(int(text.get("context_length", 77)))
-        if tokenizer.vocab_size > vocabulary:
-            raise ArchitectureError(
-                f"{self.name}: a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
-                f"{tokenizer.vocab_size} (a label-free scan needs no text tower)"
-            )
-        tokens: Tensor = tokenizer(list(prompts))
-        return tokens.to(self.device)
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(text, self.companions, self.name)
+        return tokenize(self._tokenizer, prompts, text, self.name).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return text embeddings [n, D], not normalised, of token ids [n, context_length]."""
@@ -331,12 +320,6 @@ class OpenClipModel:
     def storage_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint's file."""
         return self.storage_dtypes.get(name, torch.float32)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(context_length: int) -> SimpleTokenizer:
-    # Kept: each one reads CLIP's whole list of merges, a tenth of a second.
-    return SimpleTokenizer(context_length=context_length)
 
 
 class _NoRandomNumbers(TorchFunctionMode):
