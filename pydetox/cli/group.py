@@ -26,6 +26,7 @@ _COMMANDS = {
     "eval": "evaluate",
     "inspect": "inspection",
     "convert": "convert",
+    "models": "models",
     "bench": "bench",
     "demo": "demo",
     "doctor": "doctor",

@@ -20,6 +20,7 @@ from ..inversion import InversionConfig, RecoveredTrigger
 from ..inversion.trigger_file import load_triggers
 from ..models import OpenClipModel
 from ..models.device import find_device
+from ..plausibility import doubts
 from ..reporting.values import clean_text
 from ..session import ModelLike
 from ..training import TrainConfig
@@ -137,6 +138,7 @@ class Inputs:
         line = None if images.report is None else images.report.line()
         if line is not None:
             self.warn(line)
+        self.warn(*doubts(model, images, self.prompts))
         return images
 
 

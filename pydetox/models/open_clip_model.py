@@ -23,6 +23,7 @@ from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint
+from .catalogue import building_obstacle
 from .frozen import freeze
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
 
@@ -382,13 +383,13 @@ def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.M
     """Return open_clip's module; seed: of its weights, None to leave them uninitialised."""
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
-    text = config.get("text_cfg", {})
-    if "multimodal_cfg" in config or text.get("hf_model_name"):
-        raise ArchitectureError(
-            f"{name}: a CoCa model or a text tower from transformers; expected a CLIP whose towers "
-            "open_clip builds itself"
-        )
-    architecture = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    obstacle = building_obstacle(config)
+    if obstacle is not None:
+        raise ArchitectureError(f"{name}: {obstacle}")
+    custom = config.pop("custom_text", False)
+    architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    if "multimodal_cfg" in config:
+        architecture = open_clip.CoCa
     try:
         random = _NoRandomNumbers() if seed is None else nullcontext()
         with torch.random.fork_rng(devices=[]), random:
@@ -399,4 +400,7 @@ def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.M
         raise ArchitectureError(
             f"{name}: open_clip cannot build its architecture: {reason}"
         ) from error
+    if isinstance(clip, open_clip.CoCa):
+        # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
+        clip.visual.output_tokens = False
     return clip

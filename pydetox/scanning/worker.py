@@ -33,6 +33,7 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
+from ..plausibility import doubts
 from ..reporting.documents import scan_document
 from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
@@ -242,6 +243,7 @@ class Worker:
             plan = self._plan(calibration)
         except UsageError as error:
             raise SetupError(f"{self._config.calibration}: {error}") from error
+        doubtful = doubts(model, images, self._images.prompts)
         found = scan(
             model,
             images,
@@ -258,7 +260,7 @@ class Worker:
         result |= {
             "preprocessing": model.preprocessing,
             "image_files": None if report is None else report.to_dict(),
-            "warnings": warnings if line is None else [*warnings, line],
+            "warnings": [*warnings, *([] if line is None else [line]), *doubtful],
         }
         best = weakest_trigger(found)
         return {
