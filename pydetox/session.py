@@ -76,9 +76,21 @@ class Session:
         base: OpenClipModel | None = None,
         architecture: str | None = None,
     ) -> Session:
-        """Read a checkpoint and order the images; raises what `as_model` raises."""
+        """Read a checkpoint and order the images; raises what `as_model` raises.
+
+        Warns where the images were scaled in another way than the model's configuration tells.
+        """
+        model = as_model(checkpoint, architecture=architecture)
+        scaled = None if images.report is None else images.report.resizing
+        if scaled not in (None, model.resizing):
+            warnings.warn(
+                f"{images.name}: the images were scaled as {scaled}, and {model.name} expects "
+                f"{model.resizing}: load them with resizing=model.resizing",
+                PydetoxWarning,
+                stacklevel=3,
+            )
         return cls(
-            as_model(checkpoint, architecture=architecture),
+            model,
             images.in_content_order(),
             tuple(templates or DEFAULT_TEMPLATES),
             base,

@@ -86,7 +86,7 @@ def read_clip_config(config_file: str | os.PathLike[str]) -> Config:
         if not is_clip_config(config):
             raise ArchitectureError(
                 f"describes {_described(config)}; pydetox reads CLIPModel of transformers, and "
-                "open_clip's layout"
+                f"open_clip's layout{_instead(config)}"
             )
         return to_model_config(config)
     except CheckpointError as error:
@@ -336,6 +336,16 @@ def _described(config: Config) -> str:
         return f"a {quote(names[0])}"
     kind = config.get("model_type")
     return "no model" if kind is None else f"a model of type {quote(kind)}"
+
+
+def _instead(config: Config) -> str:
+    """Return what to use in place of a model that is not read, or an empty text."""
+    kind = str(config.get("model_type"))
+    if kind.startswith("siglip"):
+        return " (which has the models of SigLIP as well, with weights of its own)"
+    if kind == "clip_vision_model" or "CLIPVision" in str(config.get("architectures")):
+        return " (this is an image tower alone, without the texts that classes are named by)"
+    return ""
 
 
 def _rules(model_config: Mapping[str, Any]) -> Iterator[_Rule]:

@@ -19,6 +19,7 @@ from .names import (
     load_class_names,
     load_templates,
 )
+from .report import ImageReport
 from .resize import Resizing
 from .source import ImageSource
 from .splits import Splits, split_in_four
@@ -29,6 +30,7 @@ __all__ = [
     "DIGIT_TEMPLATES",
     "FASHION_NAMES",
     "FASHION_TEMPLATES",
+    "ImageReport",
     "ImageSet",
     "ImageSource",
     "Resizing",

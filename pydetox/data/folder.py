@@ -83,7 +83,7 @@ def load_image_folder(
         good = [index for index, error in enumerate(errors) if error is None]
         images = images[good]
         labels = None if labels is None else labels[good]
-    report.images = len(images)
+    report.images, report.resizing = len(images), resizing
     report.classes = None if labels is None else len(np.unique(labels))
     return ImageSet(
         images,

@@ -46,13 +46,14 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
 def load_images(
     spec: str | Path,
     *,
-    image_size: int,
+    image_size: int | None = None,
     max_images: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
     fill_color: int = 0,
+    resizing: Resizing | None = None,
     resize: bool = False,
     labels_required: bool = True,
     strict: bool = False,
@@ -88,6 +89,7 @@ def load_images(
       and crops, "longest" scales its longer side and pads with the grey `fill_color` (0..255),
       "squash" scales both sides. A model's configuration says which one it was trained with
       (`OpenClipModel.resizing`).
+    resizing: a model's `OpenClipModel.resizing`, in place of the four values above.
     resize: whether .npz images of another size are scaled (as in folders); when False they are an
     error.
     labels_required: whether the caller needs labels. If it does not, and no class of the data
@@ -99,7 +101,13 @@ def load_images(
     Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
     images, and for images so large that they look like decompression bombs.
     """
-    resizing = Resizing(image_size, interpolation, resize_mode, fill_color)
+    if resizing is None:
+        if image_size is None:
+            raise DataError("no image_size; give it, or resizing= as the model has it")
+        resizing = Resizing(image_size, interpolation, resize_mode, fill_color)
+    elif image_size not in (None, resizing.image_size):
+        raise DataError(f"image_size is {image_size}, and resizing= has {resizing.image_size}")
+    image_size = resizing.image_size
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
     if workers is not None and workers < 1:

@@ -73,6 +73,7 @@ def load_npz(
         images = np.repeat(images, 3, axis=1)
     if (height, width) != (image_size, image_size):
         images = _resize_all(images, resizing, path)
+        report.resizing = resizing
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     report.images = len(pixels)
     report.classes = None if labels is None else len(np.unique(labels))

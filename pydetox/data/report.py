@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError
+from .resize import Resizing
 
 #: Reasons that need no mention: nobody takes such files and folders for images of a class.
 EXPECTED = ("hidden or of the system", "no image by its name")
@@ -23,6 +24,7 @@ class ImageReport:
         classes: Classes with at least one of them; None for unlabelled images.
         left_out: By reason, the names of what was left out, in order.
         notes: Other lines about what was taken and how.
+        resizing: How the pictures became pixels; None where they had the size already.
     """
 
     name: str
@@ -30,6 +32,7 @@ class ImageReport:
     classes: int | None = None
     left_out: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    resizing: Resizing | None = None
 
     def leave_out(self, reason: str, name: str) -> None:
         """Note one file or folder."""

@@ -59,13 +59,10 @@ class ImageSource:
         if resizing not in self._decoded:
             self._decoded[resizing] = load_images(
                 self.spec,
-                image_size=resizing.image_size,
+                resizing=resizing,
                 max_images=self.max_images,
                 seed=self.seed,
                 class_names=self._names,
-                interpolation=resizing.interpolation,
-                resize_mode=resizing.resize_mode,
-                fill_color=resizing.fill_color,
                 resize=self.resize,
                 labels_required=self.labels_required,
                 strict=self.strict,

@@ -41,7 +41,7 @@ class Measured:
     Attributes:
         image_cosine: The smallest cosine of an image's embedding with open_clip's.
         text_cosine: The same of texts; None where the tokenizer is not on this machine.
-        searched: Whether two steps of a label-free search ran.
+        searched: Whether a step of a label-free search ran.
         written_back: Whether what open_clip reads from the written folder gives equal embeddings.
         tower: What the search ran on.
         parameters: Of the model as it was measured.
@@ -120,7 +120,7 @@ def _measure(name: str, start: float) -> Measured:
             model,
             (pixels * 255).to(torch.uint8),
             CollapseObjective(),
-            InversionConfig(steps=2, batch_size=2),
+            InversionConfig(steps=1, batch_size=2),
         )
         save_checkpoint(second, model.storage_state_dict(), **given)
         again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
@@ -175,7 +175,7 @@ def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured
         "",
         f"Of {len(measured)} that were measured, with random weights and transformers cut to "
         f"{_LAYERS} layers, {equal} give open_clip's own embeddings (cosine at least 1 - 1e-5 in "
-        "float32), are searched for two steps, and are written back as a folder that open_clip "
+        "float32), are searched for a step, and are written back as a folder that open_clip "
         f"reads with equal embeddings. Texts were compared for {texts}: the tokenizers of the "
         "others come from the hub. Such a model needs transformers, and its tokenizer beside the "
         "weights or in the hub's cache; a label-free scan needs neither.",

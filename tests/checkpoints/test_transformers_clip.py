@@ -10,6 +10,7 @@ import torch
 from pydetox.checkpoints import identify_checkpoint
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
+    read_clip_config,
     to_model_config,
     to_open_clip,
     to_preprocess_config,
@@ -205,3 +206,24 @@ def test_query_key_and_value_of_different_dtypes_are_refused():
     state[name] = state[name].half()
     with pytest.raises(ArchitectureError, match="different dtypes"):
         to_open_clip(state, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "siglip", "architectures": ["SiglipModel"]},
+            "describes a 'SiglipModel'; .* models of SigLIP as well",
+        ),
+        (
+            {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]},
+            "describes a 'CLIPVisionModelWithProjection'; .* an image tower alone",
+        ),
+        ({"model_type": "bert"}, "describes a model of type 'bert'; pydetox reads CLIPModel"),
+        ({}, "describes no model; pydetox reads CLIPModel"),
+    ],
+)
+def test_other_models_are_called_what_they_are(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError, match=words):
+        read_clip_config(tmp_path / "config.json")
