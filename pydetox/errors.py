@@ -11,6 +11,10 @@ class PydetoxError(Exception):
     """Base class of all errors that pydetox raises on purpose."""
 
 
+class PydetoxWarning(UserWarning):
+    """Something was guessed or left out that a result depends on; the command line shows it too."""
+
+
 class UsageError(PydetoxError, ValueError):
     """An argument or option has a value that makes no sense (exit code 4 on the command line)."""
 

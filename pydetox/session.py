@@ -7,6 +7,7 @@ depend on the order of files, or a seeded sample of all classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .errors import DataError, UsageError
+from .errors import DataError, PydetoxWarning, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .models import OpenClipModel
 from .rng import child_seed
@@ -42,9 +43,11 @@ def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenC
         return checkpoint
     if isinstance(checkpoint, Checkpoint):
         return OpenClipModel.from_checkpoint(checkpoint)
-    return OpenClipModel.from_checkpoint(
-        load_checkpoint(checkpoint, model=architecture), consume=True
-    )
+    read = load_checkpoint(checkpoint, model=architecture)
+    model = OpenClipModel.from_checkpoint(read, consume=True)
+    for line in model.warnings:
+        warnings.warn(line, PydetoxWarning, stacklevel=2)
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +77,21 @@ class Session:
         base: OpenClipModel | None = None,
         architecture: str | None = None,
     ) -> Session:
-        """Read a checkpoint and order the images; raises what `as_model` raises."""
+        """Read a checkpoint and order the images; raises what `as_model` raises.
+
+        Warns where the images were scaled in another way than the model's configuration tells.
+        """
+        model = as_model(checkpoint, architecture=architecture)
+        scaled = None if images.report is None else images.report.resizing
+        if scaled not in (None, model.resizing):
+            warnings.warn(
+                f"{images.name}: the images were scaled as {scaled}, and {model.name} expects "
+                f"{model.resizing}: load them with resizing=model.resizing",
+                PydetoxWarning,
+                stacklevel=3,
+            )
         return cls(
-            as_model(checkpoint, architecture=architecture),
+            model,
             images.in_content_order(),
             tuple(templates or DEFAULT_TEMPLATES),
             base,

@@ -22,7 +22,12 @@ from pydetox.checkpoints.architecture import (
 )
 from pydetox.checkpoints.card import model_card
 from pydetox.checkpoints.index import ITEM_SIZES, quote
-from pydetox.checkpoints.layout import COMPANION_NAMES, TRANSFORMERS_CONFIG_NAME, WEIGHT_NAMES
+from pydetox.checkpoints.layout import (
+    COMPANION_NAMES,
+    TOKENIZER_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    WEIGHT_NAMES,
+)
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
 from pydetox.checkpoints.transformers_clip import to_transformers
@@ -97,7 +102,8 @@ def save_checkpoint(
     library = "transformers" if TRANSFORMERS_CONFIG_NAME in (companions or {}) else "open_clip"
     card = model_card(target.resolve().name, provenance, model_config, library=library)
     companions = companions or {}
-    beside = {CONFIG_NAME: f"{config_text}\n".encode()}
+    beside = {name: companions[name] for name in TOKENIZER_NAMES if name in companions}
+    beside[CONFIG_NAME] = f"{config_text}\n".encode()
     weights_name = WEIGHTS_NAME
     if TRANSFORMERS_CONFIG_NAME in companions:
         beside = {name: companions[name] for name in COMPANION_NAMES if name in companions}

@@ -48,6 +48,8 @@ def command(
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger, the trigger that leads to this class")
     inputs = Inputs.of(given)
+    if target is not None:
+        inputs.require_class(target)
     model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
@@ -72,6 +74,7 @@ def command(
         "trigger": trigger,
         "target_name": None if index is None else names[index],
         "class_names": names,
+        **inputs.used(model),
         **evaluation_document(result),
     }
     text = {"title": "pydetox eval", "evaluation": [evaluation_row(result, model.name)]}

@@ -87,6 +87,8 @@ def command(
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
+    for target in targets:
+        inputs.require_class(target)
     model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     search = InversionConfig(
@@ -129,6 +131,7 @@ def command(
         "objective": objective,
         "triggers": rows,
         "path": output / _TRIGGERS_NAME,
+        **inputs.used(model),
         "seconds": found.seconds,
     }
     text = {

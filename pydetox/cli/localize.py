@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     metavar="REF",
     help="The clean model that the checkpoint was fine-tuned from. It adds overlaps and ξ.",
 )
+@options.base_model
 @click.option(
     "--vector",
     type=click.Choice(["forget", "paired", "strengthen"]),
@@ -57,7 +58,6 @@ def command(
     checkpoint: str,
     trigger: Path | None,
     target: str | None,
-    base: str | None,
     alpha: float | None,
     grid: int,
     format_: str,
@@ -93,10 +93,13 @@ def command(
     )
     from .outputs import check_files, emit
 
+    base: str | None = given["base"]
     if trigger is None and target is None:
         raise UsageError("give --trigger, --target, or both")
     inputs = Inputs.of(given)
     check_files(report=report)
+    if target is not None:
+        inputs.require_class(target)
     model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
@@ -123,7 +126,7 @@ def command(
     removed = removals(model, vector, alpha, held.images, held.labels, stamps[0], index, head)
     whole, xi = None, None
     if base is not None:
-        start = inputs.read_model(base)
+        start = inputs.read_other(base)
         whole = TaskVector.between(start.clip.state_dict(), model.clip.state_dict())
         xi = _disentanglement(start, whole, vector * alpha, held.images, stamps[0], head, grid)
     located = localize(vector, whole=whole, removed=removed, disentanglement=xi)
@@ -136,6 +139,7 @@ def command(
         "alpha": alpha,
         "vector": given["vector"],
         "seed": given["seed"],
+        **inputs.used(model),
         "localization": localization_document(located),
     }
     if report is not None:

@@ -6,6 +6,7 @@ a test keeps the two equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,14 @@ image_options = _all(
         "--resize",
         is_flag=True,
         show_default=False,
-        help="Scale and crop images of a .npz file that have another size (folders always are).",
+        help="Scale images of a .npz file that have another size (folders always are).",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        show_default=False,
+        help="Refuse images of which something is left out that could have been meant: files that "
+        "cannot be read, class folders without images.",
     ),
 )
 
@@ -78,11 +86,55 @@ weights_key = click.option(
     "state_dict or ema/model; . for the outermost dictionary.",
 )
 
+
+def _channels(
+    ctx: click.Context, param: click.Parameter, value: Any
+) -> tuple[float, float, float] | None:
+    """Read one number or three, such as 0.5 or 0.48,0.46,0.41 (or a list, in --config)."""
+    if value is None:
+        return None
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    above = 0 if param.name == "image_std" else -math.inf
+    if len(numbers) == 3 and all(above < x < math.inf for x in numbers):
+        return numbers[0], numbers[1], numbers[2]
+    raise click.BadParameter(f"{value!r}; expected such as 0.5 or 0.48,0.46,0.41", ctx, param)
+
+
 model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file.",
+        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file. "
+        "Images are then prepared as for open_clip's pretrained weights of that name.",
+    ),
+    click.option(
+        "--image-mean",
+        callback=_channels,
+        metavar="R,G,B",
+        help="Mean of the images' channels, whatever else tells it; one number or three.",
+    ),
+    click.option(
+        "--image-std",
+        callback=_channels,
+        metavar="R,G,B",
+        help="Standard deviation of the images' channels, whatever else tells it.",
+    ),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["bicubic", "bilinear", "nearest", "lanczos"]),
+        help="How images are scaled, whatever else tells it.",
+    ),
+    click.option(
+        "--resize-mode",
+        type=click.Choice(["shortest", "longest", "squash"]),
+        help="How images become square, whatever else tells it: scale the shorter side and crop, "
+        "the longer side and pad, or both sides.",
     ),
     weights_key,
     click.option(
@@ -132,6 +184,12 @@ def restarts(text: str) -> Callable[[F], F]:
     )
 
 
+base_model = click.option(
+    "--base-model",
+    metavar="NAME|JSON",
+    help="Architecture of --base, where that does not tell and --model is another.",
+)
+
 calibration_options = _all(
     click.option(
         "--base",
@@ -139,6 +197,7 @@ calibration_options = _all(
         help="A clean model to compare with, at best the one that the suspects were fine-tuned "
         "from.",
     ),
+    base_model,
     click.option(
         "--reference-model",
         "reference_models",

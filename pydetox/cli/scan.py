@@ -235,11 +235,16 @@ def command(
 
         scanner = Scanner(config, run=run, notify=notify)
         records: list[ScanRecord] = []
+        said: set[str] = set()
         with contextlib.closing(scanner.scan(checkpoints)) as found:
             for record in found:
                 records.append(record)
                 if record.error is not None:
                     display.log(in_options(record.error))
+                for warning in record.scan.get("warnings", ()):
+                    if warning not in said:  # of the images, for instance
+                        said.add(warning)
+                        display.log(in_options(warning), kind="warning")
     order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:

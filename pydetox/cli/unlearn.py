@@ -183,6 +183,9 @@ def command(
     inputs = Inputs.of(given)
     rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     check_files(report=report)
+    wanted = force_target or target
+    if wanted is not None:
+        inputs.require_class(wanted)
 
     start = time.perf_counter()
     model = inputs.read_suspect(checkpoint)
@@ -202,13 +205,13 @@ def command(
         max_rounds=max_rounds,
         output=output,
         overwrite=overwrite,
-        read=inputs.read_model,
+        read=inputs.read_other,
         seconds={"read": time.perf_counter() - start},
     )
 
     last = result.before if result.after is None else result.after
     code = exit_codes.of_verdict(last.verdict.value)
-    document = _document(result, images, code, config.seed)
+    document = {**_document(result, images, code, config.seed), **inputs.used(model)}
     text = unlearn_report(document)
     if report is not None:
         write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..rng import generator
+from .report import ImageReport
 from .sampling import sample_order, stratified_order
 
 
@@ -25,6 +26,7 @@ class ImageSet:
     labels: int64 [N], class indices >= 0, or None.
     class_names: one name per class, label k meaning class_names[k], or None.
     name: what to call the set in messages and reports.
+    report: what was left out when it was read from files; None for other sets, and for parts of it.
 
     Raises:
         DataError: Images, labels and class names do not fit together.
@@ -34,6 +36,7 @@ class ImageSet:
     labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
     name: str = "images"
+    report: ImageReport | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
+from ..checkpoints.preprocessing import describe
 from ..data import Template, fill_template
 from ..errors import UsageError
 from ..inversion import TriggerFamily
 from ..models import OpenClipModel
-from ..models.open_clip_model import pixel_statistics
 from ..session import Session
 from .configuration import ScanConfig
 
@@ -88,8 +88,8 @@ def require_alike(reference: str, theirs: Configuration, suspect: str, ours: Con
 def _of_model(
     model_config: Mapping[str, Any] | None, preprocess_config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    mean, std = pixel_statistics(preprocess_config)
-    content = {"architecture": model_config, "mean": mean, "std": std}
+    prepared = describe(preprocess_config)
+    content = {"architecture": model_config, "mean": prepared["mean"], "std": prepared["std"]}
     plain: dict[str, Any] = json.loads(json.dumps(content))
     return plain
 

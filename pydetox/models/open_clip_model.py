@@ -7,38 +7,28 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..checkpoints.loading import require_unambiguous
-from ..data import Template, fill_template
+from ..checkpoints.preprocessing import describe
+from ..data import Resizing, Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
+from .activation import OPENAI_ENTRIES, require_right_activation
+from .adaptation import adapt, hint
+from .catalogue import building_obstacle
 from .frozen import freeze
+from .tokenizers import Tokenizer, tokenize, tokenizer_of
 
 # The dtypes of weights. 8-bit floats and integers need scales, which no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-# Entries of OpenAI's own archives that describe the model and are no weights.
-_NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
-
-
-def pixel_statistics(
-    preprocess_config: Mapping[str, Any] | None,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel in open_clip's ``preprocess_cfg``, or those of OpenAI."""
-    given = preprocess_config or {}
-    mean = given.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = given.get("std", open_clip.OPENAI_DATASET_STD)
-    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 class HeadMemo:
@@ -69,11 +59,17 @@ class OpenClipModel:
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.
+        warnings: One line for each part of the checkpoint that was guessed, changed or left out.
+        named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
-        companions: The files beside the weights of a checkpoint in transformers' layout.
+        companions: The files beside the weights that a repaired folder needs as well: all of
+            transformers' layout, and a tokenizer.
         image_size: The height and width of an input image in pixels.
+        resizing: What makes the model's pixels of a picture of any size.
+        preprocessing: All that is done to an image, for results: open_clip's names of the values,
+            and `source`, who tells them.
         mean: The mean of each channel that is subtracted from pixels in [0, 1].
         std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
@@ -91,10 +87,15 @@ class OpenClipModel:
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         companions: Mapping[str, bytes] | None = None,
         sha256: str | None = None,
+        preprocess_source: str = "open_clip's default",
+        warnings: Sequence[str] = (),
+        named: str | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
         self.sha256 = sha256
+        self.warnings = tuple(warnings)
+        self.named = named
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
         self.storage_dtypes: dict[str, torch.dtype] = dict(
@@ -110,7 +111,17 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
-        self.mean, self.std = pixel_statistics(preprocess_config)
+        self._tokenizer: Tokenizer | None = None
+        prepared = describe(self.preprocess_config)
+        self.preprocessing: dict[str, Any] = {**prepared, "source": preprocess_source}
+        self.mean = tuple(prepared["mean"])
+        self.std = tuple(prepared["std"])
+        self.resizing = Resizing(
+            self.image_size,
+            prepared["interpolation"],
+            prepared["resize_mode"],
+            prepared["fill_color"],
+        )
 
     @classmethod
     def from_config(
@@ -152,14 +163,17 @@ class OpenClipModel:
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         clip = _build(checkpoint.model_config, None, checkpoint.name)
-        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
+        require_right_activation(checkpoint)
+        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
+        weights, notes = adapt(weights, clip)
         expected = clip.state_dict()
         mismatch = describe_mismatch(
             {key: tuple(value.shape) for key, value in expected.items()},
             {key: tuple(value.shape) for key, value in weights.items()},
         )
         if mismatch is not None:
-            raise ArchitectureError(f"{checkpoint.name}: {mismatch}")
+            advice = hint(weights, expected)
+            raise ArchitectureError(f"{checkpoint.name}: {mismatch}{advice}")
         _require_plain_weights(checkpoint.name, weights, expected)
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
         own = {}
@@ -176,6 +190,9 @@ class OpenClipModel:
             storage_dtypes={key: value.dtype for key, value in weights.items()},
             companions=checkpoint.companions,
             sha256=checkpoint.sha256,
+            preprocess_source=checkpoint.preprocess_source,
+            warnings=(*checkpoint.warnings, *(f"{checkpoint.name}: {note}" for note in notes)),
+            named=checkpoint.named,
         )
 
     @property
@@ -250,24 +267,12 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError when the text tower uses a tokenizer other than CLIP's own.
+        Raises ArchitectureError when the tokenizer of its text tower is not on this machine.
         """
         text = self.model_config.get("text_cfg", {})
-        for key in ("hf_tokenizer_name", "hf_model_name"):
-            if text.get(key):
-                raise ArchitectureError(
-                    f"{self.name}: its text tower wants the tokenizer {text[key]!r}; only CLIP's "
-                    "own is supported (a label-free scan needs no text tower)"
-                )
-        vocabulary = int(text.get("vocab_size", 49408))
-        tokenizer = _tokenizer(int(text.get("context_length", 77)))
-        if tokenizer.vocab_size > vocabulary:
-            raise ArchitectureError(
-                f"{self.name}: a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
-                f"{tokenizer.vocab_size} (a label-free scan needs no text tower)"
-            )
-        tokens: Tensor = tokenizer(list(prompts))
-        return tokens.to(self.device)
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(text, self.companions, self.name)
+        return tokenize(self._tokenizer, prompts, text, self.name).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return text embeddings [n, D], not normalised, of token ids [n, context_length]."""
@@ -321,12 +326,6 @@ class OpenClipModel:
     def storage_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint's file."""
         return self.storage_dtypes.get(name, torch.float32)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(context_length: int) -> SimpleTokenizer:
-    # Kept: each one reads CLIP's whole list of merges, a tenth of a second.
-    return SimpleTokenizer(context_length=context_length)
 
 
 class _NoRandomNumbers(TorchFunctionMode):
@@ -390,13 +389,13 @@ def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.M
     """Return open_clip's module. seed: The seed of its weights; None leaves them uninitialised."""
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
-    text = config.get("text_cfg", {})
-    if "multimodal_cfg" in config or text.get("hf_model_name"):
-        raise ArchitectureError(
-            f"{name}: a CoCa model or a text tower from transformers; expected a CLIP whose towers "
-            "open_clip builds itself"
-        )
-    architecture = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    obstacle = building_obstacle(config)
+    if obstacle is not None:
+        raise ArchitectureError(f"{name}: {obstacle}")
+    custom = config.pop("custom_text", False)
+    architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    if "multimodal_cfg" in config:
+        architecture = open_clip.CoCa
     try:
         random = _NoRandomNumbers() if seed is None else nullcontext()
         with torch.random.fork_rng(devices=[]), random:
@@ -407,4 +406,7 @@ def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.M
         raise ArchitectureError(
             f"{name}: open_clip cannot build its architecture: {reason}"
         ) from error
+    if isinstance(clip, open_clip.CoCa):
+        # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
+        clip.visual.output_tokens = False
     return clip

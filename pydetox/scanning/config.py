@@ -48,9 +48,14 @@ class ScannerConfig:
         templates: Text file with one prompt per line; None for built-in prompts.
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
+        strict: Refuse images of which something is left out that could have been meant.
         model: Architecture, where a checkpoint does not tell.
         weights_key: Of pickled targets with several sets of weights: the one that is meant (see
             `load_checkpoint`). Targets without it, and safetensors files, become an `error`.
+        image_mean, image_std: One number or three: of the images of suspects and reference models,
+            whatever these tell, and of the base where it does not tell; None for what they tell.
+        interpolation, resize_mode: How their images are scaled, likewise.
+        base_model: Architecture of the base, where it does not tell; None for `model`.
         base: A clean model to calibrate with and to take weight differences to.
         reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
             instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
@@ -95,8 +100,14 @@ class ScannerConfig:
     templates: str | None = None
     max_images: int | None = None
     resize: bool = False
+    strict: bool = False
     model: str | None = None
     weights_key: str | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
+    base_model: str | None = None
     base: str | None = None
     reference_models: tuple[str, ...] = ()
     calibration: str | None = None
@@ -191,13 +202,23 @@ class ScannerConfig:
         source, path = locate_images(self.images)
         if path is not None:
             changes["images"] = f"{source}={path.absolute()}" if source else str(path.absolute())
-        for name in ("base", "model"):
+        for name in ("base", "model", "base_model"):
             given = getattr(self, name)
             if given is not None:
                 changes[name] = _absolute(given)
         changes["reference_models"] = tuple(map(_absolute, self.reference_models))
         changes["known_vectors"] = tuple(str(Path(v).absolute()) for v in self.known_vectors)
         return dataclasses.replace(self, **changes)
+
+    def preprocess(self) -> dict[str, Any]:
+        """Return what is said about preparing images, as open_clip's ``preprocess_cfg`` has it."""
+        given = {
+            "mean": None if self.image_mean is None else list(self.image_mean),
+            "std": None if self.image_std is None else list(self.image_std),
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+        }
+        return {key: value for key, value in given.items() if value is not None}
 
     def results_part(self) -> dict[str, Any]:
         """Return the attributes that decide the results, as plain data."""
@@ -229,6 +250,7 @@ class ScannerConfig:
             resize=self.resize,
             seed=self.seed,
             labels_required=False,
+            strict=self.strict,
         )
 
     @property

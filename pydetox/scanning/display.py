@@ -20,14 +20,14 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import one_line
-from ..progress import RateColumn
+from ..progress import ProgressLines, RateColumn
 from ..reporting.values import clean_text, duration
 
 _STAGES = {"survey": "survey", "calibrate": "clean references", "scan": "scan"}
 
 
 class Display:
-    """Draws at a terminal, is silent in a pipe; `log` writes a line to stderr in both.
+    """Draws at a terminal, writes a line now and then elsewhere; `log` writes one in both.
 
     It is a context manager. Call it with the events of a `Scanner`.
     """
@@ -49,6 +49,7 @@ class Display:
         self._counts: dict[str, int] = {}
         self._stage = ""
         self._memory = ""
+        self._lines: ProgressLines | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -85,6 +86,8 @@ class Display:
         if self._live is None and sys.stderr.isatty():
             self._live = Live(get_renderable=self._render, console=self._console, transient=True)
             self._live.start()
+        elif self._live is None and self._lines is None:
+            self._lines = ProgressLines(None)
         self._workers[worker] = ("starting", time.monotonic())
 
     def _on_worker_died(self, worker: int, how: str) -> None:
@@ -93,6 +96,8 @@ class Display:
 
     def _on_stage(self, name: str, total: int) -> None:
         self._stage = name
+        if self._lines is not None:
+            self._lines = ProgressLines(total)
         self._bars.reset(self._bar, total=total, description=_STAGES[name])
 
     def _on_memory(self, needed: int) -> None:
@@ -100,12 +105,17 @@ class Display:
 
     def _on_surveyed(self, name: str) -> None:
         del name
-        self._bars.advance(self._bar)
+        self._advance()
 
     def _on_record(self, record: Any) -> None:
         self._counts[record.verdict] = self._counts.get(record.verdict, 0) + 1
         if self._stage == "scan" and record.duplicate_of is None:
-            self._bars.advance(self._bar)
+            self._advance()
+
+    def _advance(self) -> None:
+        self._bars.advance(self._bar)
+        if self._lines is not None:
+            self._lines.update(_STAGES.get(self._stage, self._stage))
 
     def _on_started(self, worker: int, name: str, kind: str) -> None:
         del kind

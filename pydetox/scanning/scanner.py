@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import identify_checkpoint
 from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
@@ -21,6 +20,7 @@ from ..errors import (
     UsageError,
 )
 from .config import ScannerConfig
+from .contents import content_digests
 from .engines import open_engine
 from .memory import Limits
 from .record import ScanRecord
@@ -97,7 +97,7 @@ class Scanner:
         config = self._config
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
-        contents = _contents(config)
+        contents = content_digests(config, lambda line: self._tell("warning", message=line))
         digest = config.digest(contents)
         self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
@@ -413,38 +413,3 @@ def _scan_part(outcome: Outcome, name: str) -> dict[str, Any]:
 def _refuse_setup(outcome: Outcome) -> None:
     if outcome.error_kind == "setup":
         raise CheckpointError(str(outcome.error))
-
-
-def _contents(config: ScannerConfig) -> dict[str, str]:
-    """Return digests of the files that a configuration names; raises when one cannot be read."""
-    found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
-    if config.model is not None and Path(config.model).is_file():
-        found["model"] = _file_digest(Path(config.model))
-    if config.base is not None:
-        found["base"] = _checkpoint_digest(config, config.base)
-    found["reference_models"] = ",".join(
-        _checkpoint_digest(config, name) for name in config.reference_models
-    )
-    if config.calibration is not None:
-        found["calibration"] = _file_digest(Path(config.calibration))
-    if config.known_vectors:
-        found["known_vectors"] = ",".join(
-            identify_checkpoint(Path(v)).sha256() for v in config.known_vectors
-        )
-    return found
-
-
-def _checkpoint_digest(config: ScannerConfig, reference: str) -> str:
-    identity = identify_checkpoint(reference, model=config.model, offline=config.offline)
-    return identity.digest()
-
-
-def _file_digest(path: Path) -> str:
-    hasher = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                hasher.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return hasher.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..api import calibrate, scan
-from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
@@ -34,12 +34,14 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
+from ..plausibility import doubts
 from ..reporting.documents import scan_document
 from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from ..session import Session
 from .config import ScannerConfig
+from .contents import identify
 from .memory import Limits, return_freed
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
@@ -184,21 +186,19 @@ class Worker:
 
     def _read_target(self, reference: str) -> Checkpoint:
         """Read what is scanned: the weights that the user named, where there are several."""
-        return self._read(reference, self._config.weights_key)
+        return self._read(reference, weights_key=self._config.weights_key)
 
-    def _read(self, reference: str, weights_key: str | None = None) -> Checkpoint:
-        checkpoint = read_checkpoint(self._identify(reference), weights_key=weights_key)
+    def _read(
+        self, reference: str, *, is_base: bool = False, weights_key: str | None = None
+    ) -> Checkpoint:
+        identity = identify(self._config, reference, is_base=is_base)
+        checkpoint = read_checkpoint(identity, weights_key=weights_key)
         require_unambiguous(checkpoint)
         return checkpoint
 
-    def _identify(self, reference: str) -> CheckpointIdentity:
-        return identify_checkpoint(
-            reference, model=self._config.model, offline=self._config.offline
-        )
-
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
-        identity = self._identify(reference)
+        identity = identify(self._config, reference)
         if not (limits.max_size is None and limits.max_memory is None):
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
@@ -227,7 +227,9 @@ class Worker:
         if self._configurations is None:
             names = [*([] if config.base is None else [config.base]), *config.reference_models]
             try:
-                self._configurations = {n: self._identify(n).configuration() for n in names}
+                self._configurations = {
+                    n: identify(config, n, is_base=n == config.base).configuration() for n in names
+                }
             except PydetoxError as error:
                 raise SetupError(str(error)) from error
         ours = checkpoint.model_config, checkpoint.preprocess_config
@@ -263,6 +265,7 @@ class Worker:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
+        warnings = list(model.warnings)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -271,6 +274,7 @@ class Worker:
             plan = self._plan(calibration)
         except UsageError as error:
             raise SetupError(f"{self._config.calibration}: {error}") from error
+        doubtful = doubts(model, images, self._images.prompts)
         found = scan(
             model,
             images,
@@ -282,6 +286,13 @@ class Worker:
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
+        report = images.report
+        line = None if report is None else report.line()
+        result |= {
+            "preprocessing": model.preprocessing,
+            "image_files": None if report is None else report.to_dict(),
+            "warnings": [*warnings, *([] if line is None else [line]), *doubtful],
+        }
         best = weakest_trigger(found)
         return {
             "result": result,
@@ -303,14 +314,13 @@ class Worker:
         return model.to(self._device)
 
     def _images_for(self, model: OpenClipModel) -> ImageSet:
-        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        return self._images.read(model.image_size, interpolation)
+        return self._images.read(model.resizing)
 
     def _find_base(self) -> Checkpoint:
         if self._base is None:
             assert self._config.base is not None
             try:
-                self._base = self._read(self._config.base)
+                self._base = self._read(self._config.base, is_base=True)
             except PydetoxError as error:
                 raise SetupError(str(error)) from error
         return self._base

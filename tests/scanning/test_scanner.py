@@ -214,10 +214,9 @@ def test_what_cannot_be_scanned_is_an_error_once(registry, config, tmp_path):
 
 
 def test_a_checkpoint_of_another_architecture_fails_alone(registry, config, tmp_path):
-    found = scan(
-        config(model=str(write_config(tmp_path, embed_dim=24))),
-        registry / "models" / "a" / "open_clip_model.safetensors",
-    )
+    alone = tmp_path / "alone.safetensors"  # nothing beside it tells what it is
+    alone.write_bytes((registry / "models" / "a" / "open_clip_model.safetensors").read_bytes())
+    found = scan(config(model=str(write_config(tmp_path, embed_dim=24))), alone)
     (record,) = found.values()
     assert record.verdict == "error"
     assert record.error_kind == "checkpoint"
