@@ -68,7 +68,7 @@ def calibrate_references(
             p_l1=tuple(sizes_per_class(one.p_l1, config) for one in found),
             key=calibration_key(config, session, family),
             models=tuple(names),
-            looks=config.inversion.looks,
+            recorded_steps=config.inversion.recorded_steps,
             history=tuple(zip(*histories, strict=True)),
             family=family,
             others=others,

@@ -53,7 +53,8 @@ class Calibration:
         p_l1: R rows, one per reference model, of C values in (0, 1] or inf; C = 1 without classes.
         key: Names the search and the classes: only scans with an equal key may be compared.
         models: The names of the references.
-        looks: L steps of the search, ascending, after which sizes were noted; may be empty.
+        recorded_steps: L steps of the search, ascending, after which sizes were noted; may be
+            empty.
         history: For each of them p_l1 as it was then: [L, R, C].
         family: Which triggers were searched for (see `inversion.FAMILIES`).
         others: The same references under the searches for other families.
@@ -63,7 +64,7 @@ class Calibration:
     p_l1: tuple[tuple[float, ...], ...]
     key: str
     models: tuple[str, ...]
-    looks: tuple[int, ...] = ()
+    recorded_steps: tuple[int, ...] = ()
     history: tuple[tuple[tuple[float, ...], ...], ...] = ()
     family: str = "patch"
     others: tuple[Calibration, ...] = ()
@@ -78,17 +79,19 @@ class Calibration:
             )
         shape = {(len(rows), *map(len, rows)) for rows in self.history}
         expected = (len(self.p_l1), *map(len, self.p_l1))
-        if len(self.history) != len(self.looks) or not shape <= {expected}:
+        if len(self.history) != len(self.recorded_steps) or not shape <= {expected}:
             raise UsageError(
-                f"{len(self.looks)} looks, a history of {len(self.history)}; expected the sizes of "
-                "every reference and class at every look"
+                f"{len(self.recorded_steps)} recorded steps, a history of {len(self.history)}; "
+                "expected the sizes of every reference and class at every recorded step"
             )
 
     def at(self, step: int) -> Calibration:
         """Return the same references as they were after `step`; UsageError if nobody looked."""
-        if step not in self.looks:
-            raise UsageError(f"step {step}; the calibration has sizes at {list(self.looks)}")
-        rows = self.history[self.looks.index(step)]
+        if step not in self.recorded_steps:
+            raise UsageError(
+                f"step {step}; the calibration has sizes at {list(self.recorded_steps)}"
+            )
+        rows = self.history[self.recorded_steps.index(step)]
         return Calibration(rows, self.key, self.models, family=self.family, relative=self.relative)
 
     def of(self, family: str) -> Calibration:
@@ -222,8 +225,8 @@ class Calibration:
         """Return `score` after a step of the search: infinite for those that must not be dropped.
 
         These are the `controls`, and classes that there is too little to compare with.
-        step: one of `looks`. p_l1: of classes that were dropped before, as they were then; nothing
-        is judged beside those.
+        step: one of `recorded_steps`. p_l1: of classes that were dropped before, as they were then;
+        nothing is judged beside those.
         """
         then = self.at(step)
         if self.obstacle is not None or then.obstacle is not None:
@@ -274,7 +277,7 @@ class Calibration:
             "p_l1": _rows_to_json(self.p_l1),
             "key": self.key,
             "models": list(self.models),
-            "looks": list(self.looks),
+            "recorded_steps": list(self.recorded_steps),
             "history": [_rows_to_json(rows) for rows in self.history],
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
@@ -289,7 +292,8 @@ class Calibration:
                 _rows_from_json(content["p_l1"]),
                 str(content["key"]),
                 tuple(str(name) for name in content["models"]),
-                tuple(int(step) for step in content["looks"]),
+                # Earlier versions wrote this key as "looks".
+                tuple(int(step) for step in content.get("recorded_steps", content.get("looks"))),
                 tuple(_rows_from_json(rows) for rows in content["history"]),
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
