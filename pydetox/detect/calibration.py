@@ -52,14 +52,14 @@ class Calibration:
 
     Attributes:
         p_l1: R rows, one per reference model, of C values in (0, 1] or inf; C = 1 without classes.
-        key: Names the search and the classes: only scans with an equal key may be compared.
+        key: The key of the search, images and classes. Only scans with an equal key are comparable.
         models: The names of the references.
-        recorded_steps: L steps of the search, ascending, after which sizes were noted; may be
-            empty.
-        history: For each of them p_l1 as it was then: [L, R, C].
-        family: Which triggers were searched for (see `inversion.FAMILIES`).
-        others: The same references under the searches for other families.
-        relative: Whether the searches were in contrast to a base. No class is dropped in those.
+        recorded_steps: The L steps of the search, ascending, after which sizes were recorded; may
+            be empty.
+        history: The value of p_l1 after each of these steps: [L, R, C].
+        family: The family of triggers that was searched for (see `inversion.FAMILIES`).
+        others: The calibrations of the same references for the other families.
+        relative: Whether the searches were in contrast to a base. Then no class is dropped.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -126,7 +126,7 @@ class Calibration:
 
     @property
     def controls(self) -> tuple[int, ...]:
-        """The classes that a scan never drops. If others were dropped, classes are judged beside these.
+        """The classes that a scan never drops; after others were dropped, it judges beside these.
 
         They are at most five of the comparable classes, evenly spaced. They are chosen before the
         suspect is seen, so that their median estimates its shift without bias. The classes that are

@@ -3,8 +3,8 @@
 Every class c has its own variance sigma_c^2. R references give an estimate s_c^2 of it with
 d = R - 1 degrees of freedom. These are too few alone, and pooling all classes would mistake a class
 with a large scatter for an outlier. As in limma (Smyth 2004, doi 10.2202/1544-6115.1027), the
-classes inform each other: 1 / sigma_c^2 is distributed as chi^2 with d0 degrees of freedom over d0 v, so
-that s_c^2 / v follows F(d, d0), and the standardised distance of a further clean model,
+classes inform each other: 1 / sigma_c^2 is distributed as chi^2 with d0 degrees of freedom over d0
+v, so that s_c^2 / v follows F(d, d0), and the standardised distance of a further clean model,
 
     distance_c / sqrt((d0 v + d s_c^2) / (d0 + d)),   follows Student's t with d0 + d degrees.
 
@@ -34,8 +34,8 @@ SMALLEST_DEVIATION = 0.05
 # The values of 1 / d0, with equal prior probability.
 _HETEROGENEITY = (0.0, 0.1, 0.2, 0.3, 0.4)
 
-# The trapezoidal rule for log v: the number of nodes, and the distance of the first and last node in
-# standard deviations of the posterior.
+# The trapezoidal rule for log v: the number of nodes, and the distance of the first and last node
+# in standard deviations of the posterior.
 _NODES, _FIRST, _LAST = 9, -3.5, 4.5
 
 
@@ -68,8 +68,9 @@ class Scatter:
         """Return the chance that a further clean model is at this distance or farther away.
 
         distance: [N, ...], at least 0. squares: The s_c^2 of its class, of a shape that fits.
-        factor: The variance of the distance divided by the variance that s_c^2 estimates. own: False
-        for classes without an s_c^2 of their own, so that only the other classes inform about them.
+        factor: The variance of the distance divided by the variance that s_c^2 estimates. own:
+        False for classes without an s_c^2 of their own, so that only the other classes inform about
+        them.
         """
         rest = (...,) + (None,) * (distance.ndim - 1)
         variance, weight = self.variance[rest], self.weight[rest]  # [K, N, ...]

@@ -213,8 +213,8 @@ def detect(
     if math.isfinite(values[suspect]):
         usual = math.exp(calibration.mean[suspect] - shifts[suspect])
         reason = (
-            f"the smallest trigger relative to clean references has P-L1 {values[suspect]:.3g}, and "
-            f"theirs has {usual:.3g} (p = {p_value:.2g})"
+            "the smallest trigger relative to clean references has P-L1 "
+            f"{values[suspect]:.3g}, and theirs has {usual:.3g} (p = {p_value:.2g})"
         )
     else:
         reason = "no working trigger was found for any class that was judged"
