@@ -342,7 +342,7 @@ def test_warps_are_searched_as_the_configuration_says(story):
 
 def test_classes_that_cannot_be_the_outlier_are_dropped(story):
     _, path, data, calibration = story
-    assert calibration.looks == tuple(range(10, 81, 10))
+    assert calibration.recorded_steps == tuple(range(10, 81, 10))
     assert calibration.at(80).p_l1 == calibration.p_l1
     without = scan(
         path,
@@ -397,7 +397,7 @@ def test_of_many_classes_those_that_cannot_be_the_outlier_are_dropped(many):
     document = json.loads(to_json(scan_document(found)))
     for c in gone:
         step = found.detection.dropped[c]
-        then = calibration.looks.index(step)
+        then = calibration.recorded_steps.index(step)
         assert found.detection.p_l1[c] >= whole.detection.p_l1[c]
         sizes = [row[c] for row in calibration.history[then]]
         if all(map(math.isfinite, sizes)):

@@ -5,15 +5,15 @@ clean sizes has two ways, classes and models:
 
     log P-L1 of class c in model m = a_c + b_m + e_mc,   e_mc normal with variance sigma_c^2.
 
-b_m shifts all classes of a model alike: how far it was trained, and for how long it was searched.
-References are too few to tell how large b is from model to model, so nothing is assumed of it: a
-class is judged beside the other classes of its model. Its margin is d_c = mu_c - x_c, and what
-counts is d_c - median_{j != c} d_j. The median, because a second backdoor, or a class for which
-nothing was found, must not move what the first is compared with. How large that is in clean models
-follows from the contrasts of the references (see `pydetox.detect.scatter`).
+b_m shifts all classes of a model alike. It depends on how far the model was trained and how long it
+was searched. There are too few references to learn how large b is, so nothing is assumed about it.
+Instead, a class is judged relative to the other classes of its model. Its margin is d_c = mu_c -
+x_c, and d_c - median_{j != c} d_j counts. The median ensures that neither a second backdoor nor a
+class for which nothing was found changes what the first class is compared with. The contrasts of
+the references show how large this difference is in clean models (see `pydetox.detect.scatter`).
 
-A label-free search has one size per model, and nothing to judge it beside: there b_m and e_mc are
-one, and (mu - x) / (s sqrt(1 + 1/R)) follows Student's t with R - 1 degrees of freedom.
+A label-free search has one size per model and no other classes. There, b_m and e_mc cannot be
+separated, and (mu - x) / (s sqrt(1 + 1/R)) follows Student's t with R - 1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from scipy.special import ndtr, ndtri
 from ..errors import UsageError
 from .scatter import Array, Scatter, contrasts, distance_factor, fit_scatter, median_of_others
 
-#: A smaller P-L1 is no trigger: not a tenth of one pixel in images of 100 x 100. A search
-#: gets there where a model gives the same answer whatever it sees.
+#: A smaller P-L1 is no trigger: it is less than a tenth of one pixel in images of 100 x 100. A
+#: search ends there if a model gives the same answer for every image.
 EMPTY_TRIGGER = 1e-5
 
-# A mask cannot be larger than the image; a search that found nothing says no more than that.
+# A mask cannot be larger than the image. A search that found nothing counts as a mask of this size.
 _FOUND_NOTHING = 1.0
 
-# Classes that are searched to the end whatever they score, so that the others can be judged beside
-# them: their median has a variance of 0.29, against 0.17 for nine classes (see median_variance).
+# The number of classes that are searched to the end whatever their score is, so that the others can
+# be judged relative to them. Their median has a variance of 0.29; that of nine classes has 0.17
+# (see median_variance).
 _CONTROLS = 5
 
 # Smaller chances are reported as this one.
@@ -51,19 +52,20 @@ class Calibration:
 
     Attributes:
         p_l1: R rows, one per reference model, of C values in (0, 1] or inf; C = 1 without classes.
-        key: Names the search and the classes: only scans with an equal key may be compared.
+        key: The key of the search, images and classes. Only scans with an equal key are comparable.
         models: The names of the references.
-        looks: L steps of the search, ascending, after which sizes were noted; may be empty.
-        history: For each of them p_l1 as it was then: [L, R, C].
-        family: Which triggers were searched for (see `inversion.FAMILIES`).
-        others: The same references under the searches for other families.
-        relative: Whether the searches were in contrast to a base. No class is dropped in those.
+        recorded_steps: The L steps of the search, ascending, after which sizes were recorded; may
+            be empty.
+        history: The value of p_l1 after each of these steps: [L, R, C].
+        family: The family of triggers that was searched for (see `inversion.FAMILIES`).
+        others: The calibrations of the same references for the other families.
+        relative: Whether the searches were in contrast to a base. Then no class is dropped.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
     key: str
     models: tuple[str, ...]
-    looks: tuple[int, ...] = ()
+    recorded_steps: tuple[int, ...] = ()
     history: tuple[tuple[tuple[float, ...], ...], ...] = ()
     family: str = "patch"
     others: tuple[Calibration, ...] = ()
@@ -78,17 +80,19 @@ class Calibration:
             )
         shape = {(len(rows), *map(len, rows)) for rows in self.history}
         expected = (len(self.p_l1), *map(len, self.p_l1))
-        if len(self.history) != len(self.looks) or not shape <= {expected}:
+        if len(self.history) != len(self.recorded_steps) or not shape <= {expected}:
             raise UsageError(
-                f"{len(self.looks)} looks, a history of {len(self.history)}; expected the sizes of "
-                "every reference and class at every look"
+                f"{len(self.recorded_steps)} recorded steps, a history of {len(self.history)}; "
+                "expected the sizes of every reference and class at every recorded step"
             )
 
     def at(self, step: int) -> Calibration:
-        """Return the same references as they were after `step`; UsageError if nobody looked."""
-        if step not in self.looks:
-            raise UsageError(f"step {step}; the calibration has sizes at {list(self.looks)}")
-        rows = self.history[self.looks.index(step)]
+        """Return the same references after `step`; UsageError if it was not recorded."""
+        if step not in self.recorded_steps:
+            raise UsageError(
+                f"step {step}; the calibration has sizes at {list(self.recorded_steps)}"
+            )
+        rows = self.history[self.recorded_steps.index(step)]
         return Calibration(rows, self.key, self.models, family=self.family, relative=self.relative)
 
     def of(self, family: str) -> Calibration:
@@ -103,17 +107,17 @@ class Calibration:
 
     @property
     def classes(self) -> int:
-        """C."""
+        """C, the number of classes."""
         return len(self.p_l1[0])
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """mu_c, mean log P-L1 per class, with 1 for the size of a search that found nothing."""
+        """mu_c, the mean log P-L1 of each class. A search that found nothing counts as 1."""
         return tuple(float(value) for value in self._logarithms.mean(axis=0))
 
     @cached_property
     def comparable(self) -> tuple[int, ...]:
-        """The classes for which all references have a trigger: others are judged beside them."""
+        """The classes for which all references have a trigger; classes are judged beside these."""
         return tuple(
             c
             for c, column in enumerate(zip(*self.p_l1, strict=True))
@@ -122,18 +126,18 @@ class Calibration:
 
     @property
     def controls(self) -> tuple[int, ...]:
-        """Classes that a scan never drops: with dropped ones, the others are judged beside these.
+        """The classes that a scan never drops; after others were dropped, it judges beside these.
 
-        At most five of the comparable classes, evenly spaced. They are chosen before the suspect is
-        seen, so that their median tells of its shift without bias; that of the classes that are
-        left when those with low scores are gone does not.
+        They are at most five of the comparable classes, evenly spaced. They are chosen before the
+        suspect is seen, so that their median estimates its shift without bias. The classes that are
+        left when those with low scores are gone would not.
         """
         few, count = self.comparable, min(_CONTROLS, len(self.comparable))
         return tuple(few[(2 * k + 1) * len(few) // (2 * count)] for k in range(count))
 
     @cached_property
     def obstacle(self) -> str | None:
-        """Why nothing can be compared with these references and what would help, or None."""
+        """The reason why these references cannot be compared with, and a remedy; or None."""
         found = [value for row in self.p_l1 for value in row if math.isfinite(value)]
         if not found:
             return (
@@ -163,7 +167,7 @@ class Calibration:
         return None
 
     def margins(self, p_l1: Sequence[float]) -> tuple[float, ...]:
-        """Return mu_c - x_c per class: by how much the size is below the references', as a log."""
+        """Return mu_c - x_c per class: how far the log size is below that of the references."""
         return tuple(
             centre - _logarithm(value) for centre, value in zip(self.mean, p_l1, strict=True)
         )
@@ -171,11 +175,12 @@ class Calibration:
     def shifts(
         self, margins: Sequence[float], p_l1: Sequence[float], among: Sequence[int] | None = None
     ) -> tuple[float, ...]:
-        """Return what each margin is compared with: the median of those beside it.
+        """Return the value that each margin is compared with: the median of the other margins.
 
-        0 in a label-free search. A margin for which nothing was found is only an upper bound, so
-        that the shift is at least the smallest of the others. Where those are less than half,
-        nothing can be said: NaN. among: a part of `comparable`, the default, to judge beside.
+        In a label-free search, this is 0. A margin for which nothing was found is only an upper
+        bound, so the shift is at least the smallest of the others. If those are less than half, the
+        shift is unknown, and the result is NaN. among: The classes to judge beside, some of
+        `comparable`, which is the default.
         """
         if self.classes == 1:
             return (0.0,)
@@ -199,10 +204,10 @@ class Calibration:
     def score(
         self, p_l1: Sequence[float], *, among: Sequence[int] | None = None
     ) -> tuple[float, ...]:
-        """Return per class how far it stands out, as the standard normal deviate of its chance.
+        """Return the score of each class: the standard normal deviate of its chance.
 
-        A class of a clean model reaches a score with the chance that a standard normal value does.
-        NaN where there is too little to compare it with. among: as in `shifts`.
+        A class of a clean model reaches a score with the same chance as a standard normal value.
+        The score is NaN if there are too few classes to compare with. among: As in `shifts`.
         """
         margins = self.margins(p_l1)
         return self.scores(margins, self.shifts(margins, p_l1, among), among)
@@ -213,17 +218,17 @@ class Calibration:
         shifts: Sequence[float],
         among: Sequence[int] | None = None,
     ) -> tuple[float, ...]:
-        """Return `score` from margins and what each is compared with."""
+        """Return `score` from the margins and the values that each is compared with."""
         distance = np.array(margins) - np.array(shifts)
         chance = np.maximum(self._chances(np.abs(distance), among), _LEAST_CHANCE)
         return tuple(float(v) for v in np.copysign(-ndtri(chance), distance))
 
     def progress(self, step: int, p_l1: Sequence[float]) -> tuple[float, ...]:
-        """Return `score` after a step of the search: infinite for those that must not be dropped.
+        """Return `score` after a step of the search, infinite for classes that must not be dropped.
 
-        These are the `controls`, and classes that there is too little to compare with.
-        step: one of `looks`. p_l1: of classes that were dropped before, as they were then; nothing
-        is judged beside those.
+        These are the `controls`, and classes with too few others to compare with. step: One of
+        `recorded_steps`. p_l1: The sizes; for classes that were dropped before, those of that step.
+        No class is judged beside dropped classes.
         """
         then = self.at(step)
         if self.obstacle is not None or then.obstacle is not None:
@@ -237,7 +242,7 @@ class Calibration:
     def p_value(self, score: float, judged: int | None = None) -> float:
         """Return the chance that the largest of the scores of a clean model reaches `score`.
 
-        judged: how many classes are judged; default: all (Sidak's correction).
+        judged: The number of classes that are judged, for Sidak's correction; default: all.
         """
         return adjusted(float(ndtr(-score)), self.classes if judged is None else judged)
 
@@ -252,7 +257,8 @@ class Calibration:
     ) -> float:
         """Return the P-L1 of class `index` at which its p-value is the given one, below 0.5.
 
-        judged: as in `p_value`. shift: of that class in that model. among: as in `shift`.
+        judged: As in `p_value`. shift: The shift of that class in that model. among: As in
+        `shifts`.
         """
         count = self.classes if judged is None else judged
         wanted = -math.expm1(math.log1p(-p_value) / count)
@@ -274,7 +280,7 @@ class Calibration:
             "p_l1": _rows_to_json(self.p_l1),
             "key": self.key,
             "models": list(self.models),
-            "looks": list(self.looks),
+            "recorded_steps": list(self.recorded_steps),
             "history": [_rows_to_json(rows) for rows in self.history],
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
@@ -289,7 +295,8 @@ class Calibration:
                 _rows_from_json(content["p_l1"]),
                 str(content["key"]),
                 tuple(str(name) for name in content["models"]),
-                tuple(int(step) for step in content["looks"]),
+                # Earlier versions wrote this key as "looks".
+                tuple(int(step) for step in content.get("recorded_steps", content.get("looks"))),
                 tuple(_rows_from_json(rows) for rows in content["history"]),
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
@@ -307,7 +314,7 @@ class Calibration:
 
     @cached_property
     def _squares(self) -> Array:
-        """s_c^2, the variance between references: [C]."""
+        """s_c^2, the variance of each class between references: [C]."""
         values = self._logarithms
         if self.classes > 1:
             which = np.isin(np.arange(self.classes), self.comparable)
@@ -323,9 +330,9 @@ class Calibration:
     def _chances(
         self, distance: Array, among: Sequence[int] | None, which: Sequence[int] | None = None
     ) -> Array:
-        """Return the chance that a class of a clean model is so far from those beside it.
+        """Return the chance that a class of a clean model is as far from the others.
 
-        distance: at least 0, one per class of `which` (default: all).
+        distance: One value of at least 0 per class of `which` (default: all classes).
         """
         which = range(self.classes) if which is None else which
         factor = np.full(len(which), 1 + 1 / len(self.p_l1))
@@ -336,7 +343,7 @@ class Calibration:
                 for count in (len(among) - 1, len(among))
             )
             factor = np.where(np.isin(which, among), inside, outside)
-        # Where no reference found anything, their sizes are all the same bound and do not scatter.
+        # If no reference found anything, all sizes are the same bound and do not scatter.
         own = np.isfinite(np.array(self.p_l1)).any(axis=0)
         chances: Array = self._scatter.tail(
             distance[None],
@@ -348,7 +355,7 @@ class Calibration:
 
 
 def adjusted(chance: float, tries: int) -> float:
-    """Return the chance of at least one in that many independent tries (Sidak)."""
+    """Return the chance of at least one success in that many independent tries (Sidak)."""
     return -math.expm1(tries * math.log1p(-min(chance, 1 - 1e-16)))
 
 

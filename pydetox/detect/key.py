@@ -1,4 +1,4 @@
-"""The key of a calibration: what two scans must share for the sizes of triggers to compare."""
+"""The key of a calibration: everything that two scans must share for comparable trigger sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 60
 
 
 def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
-    """Return a key as JSON text: an object of everything that sizes depend on but the weights.
+    """Return a key as JSON text: everything that sizes depend on, except the weights.
 
     config: its search, objective and restarts count, its seed does not. session: the images count
     by their pixels, whatever their order and labels; the class names with their prompts; the
@@ -53,7 +53,7 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
 
 
 def require_equal_keys(calibration: str, scan: str) -> None:
-    """Raise UsageError, naming what differs and both values, unless two keys are equal."""
+    """Raise UsageError, with every difference and both values, unless two keys are equal."""
     if calibration == scan:
         return
     try:
@@ -95,7 +95,8 @@ def _of_model(
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Name up to three entries that differ, with both values; the objective first."""
+    """Name up to three entries that differ, with both values."""
+    # Compare the objective first, because other values depend on it.
     names = sorted({*first, *second}, key=lambda name: (name != "objective", name))
     found = [
         f"{name} is {_short(first.get(name))} there and {_short(second.get(name))} here"
@@ -107,7 +108,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def fingerprint(model: OpenClipModel) -> str:
-    """Return 16 hex digits that tell an image tower from another one: a hash of its weights."""
+    """Return 16 hex digits that identify an image tower: a hash of its weights."""
     hasher = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.visual.state_dict().items()):
         values = tensor.detach().cpu().float().contiguous()

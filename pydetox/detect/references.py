@@ -1,6 +1,7 @@
-"""What a verdict compares with: one plan that Python, the command line and the workers share.
+"""`ReferencePlan`: the clean models that a verdict compares with, decided in one place.
 
-References are clean models that are searched as a suspect is. There are four ways to have some:
+References are clean models that are searched as a suspect is. Python, the command line and the
+workers of a scan use the same plan. There are four ways to get references:
 
 * a `base` alone: the base itself and copies of it that are fine-tuned on the clean images;
 * `references` alone: clean models that were made as the suspects were;
@@ -28,9 +29,9 @@ class Comparison:
     """A plan whose models were read.
 
     Attributes:
-        config: The scan, which knows whether it is in contrast to a base.
-        calibration: The sizes of the references; None for no verdict.
-        base: What searches are in contrast to, or None.
+        config: The scan, with the decision whether it is in contrast to a base.
+        calibration: The sizes of the references; None without a verdict.
+        base: The base of searches in contrast to it, or None.
     """
 
     config: ScanConfig
@@ -48,13 +49,13 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class ReferencePlan:
-    """What to compare with, decided and checked before any work; `decide` makes one.
+    """The references of a scan, decided and checked before any work. `decide` makes a plan.
 
     Attributes:
-        config: The scan; `contrast` is decided.
-        base: The base model, where one is needed; else None.
-        references: Clean models, or None.
-        calibration: One that was made before, or None.
+        config: The scan, with a decided `contrast`.
+        base: The base model if one is needed, else None.
+        references: The clean models, or None.
+        calibration: An earlier calibration, or None.
     """
 
     config: ScanConfig
@@ -113,12 +114,12 @@ class ReferencePlan:
 
     @property
     def makes_calibration(self) -> bool:
-        """Whether references have to be searched."""
+        """Whether references must be searched."""
         return self.calibration is None and (self.base is not None or self.references is not None)
 
     @property
     def compares(self) -> bool:
-        """Whether there is anything to compare with: without, there is no verdict."""
+        """Whether there are references; without them, there is no verdict."""
         return self.calibration is not None or self.makes_calibration
 
     def prepare(

@@ -99,7 +99,7 @@ def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimina
 
     There is none for searches in contrast to a base.
     """
-    if calibration is None or not calibration.looks or config.drop_below is None:
+    if calibration is None or not calibration.recorded_steps or config.drop_below is None:
         return None
     if calibration.relative:
         return None

@@ -1,18 +1,18 @@
-"""How much the sizes of clean models scatter, learned from a few references.
+"""The scatter of the sizes of clean models, learned from a few references.
 
-Every class c has a variance sigma_c^2 of its own, of which R references give an estimate s_c^2 with
-d = R - 1 degrees of freedom: too few to be used alone, and to pool all classes takes a class that
-scatters much for an outlier. As in limma (Smyth 2004, doi 10.2202/1544-6115.1027) the classes
-inform each other: 1 / sigma_c^2 is distributed as chi^2 with d0 degrees of freedom over d0 v, so
-that s_c^2 / v follows F(d, d0), and the standardised distance of a further clean model,
+Every class c has its own variance sigma_c^2. R references give an estimate s_c^2 of it with
+d = R - 1 degrees of freedom. These are too few alone, and pooling all classes would mistake a class
+with a large scatter for an outlier. As in limma (Smyth 2004, doi 10.2202/1544-6115.1027), the
+classes inform each other: 1 / sigma_c^2 is distributed as chi^2 with d0 degrees of freedom over d0
+v, so that s_c^2 / v follows F(d, d0), and the standardised distance of a further clean model,
 
     distance_c / sqrt((d0 v + d s_c^2) / (d0 + d)),   follows Student's t with d0 + d degrees.
 
-limma puts point estimates of d0 and v into this. With few references and classes both are badly
-known, and point estimates raise false alarms (benchmarks/false_alarms.py). Here the tail is
-averaged over their posterior instead: h = 1 / d0 in {0, 0.1, ..., 0.4}, all equally likely
-beforehand (0: every class scatters alike; 0.25 is what Fashion-MNIST shows), and log v
-uniform. h = 0 is the pooled t test; for the others log v is integrated numerically.
+limma uses point estimates of d0 and v. With few references and classes, both are uncertain, and
+point estimates raise false alarms (benchmarks/false_alarms.py). This module averages the tail over
+their posterior instead. The prior is uniform over h = 1 / d0 in {0, 0.1, ..., 0.4} and over log v.
+(At h = 0, all classes scatter alike; Fashion-MNIST shows 0.25.) h = 0 is the pooled t test. For
+other h, log v is integrated numerically.
 
 All functions take N calibrations at once, so that simulations run the code that judges models.
 """
@@ -28,26 +28,27 @@ from scipy.special import gammaln, stdtr  # scipy.stats is large, and a worker k
 
 Array: TypeAlias = "NDArray[np.float64]"
 
-#: References are few; a deviation of log sizes that comes out smaller than this is luck.
+#: The least deviation of log sizes. With few references, a smaller estimate is chance.
 SMALLEST_DEVIATION = 0.05
 
-# 1 / d0, all equally likely beforehand.
+# The values of 1 / d0, with equal prior probability.
 _HETEROGENEITY = (0.0, 0.1, 0.2, 0.3, 0.4)
 
-# Trapezoidal rule for log v: nodes, and first and last one in standard deviations of its posterior.
+# The trapezoidal rule for log v: the number of nodes, and the distance of the first and last node
+# in standard deviations of the posterior.
 _NODES, _FIRST, _LAST = 9, -3.5, 4.5
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Posterior of the variances of log sizes, as a mixture of K components, of N calibrations.
+    """The posterior of the variances of log sizes, as mixtures of K components, of N calibrations.
 
     Attributes:
         own_degrees: d, the degrees of freedom of every s_c^2.
         prior_degrees: [K], d0; infinite for classes that scatter alike.
         variance: [K, N], v.
         weight: [K, N], the probability of each component; the sum over K is 1.
-        pooled_degrees: Degrees of freedom of v where d0 is infinite.
+        pooled_degrees: The degrees of freedom of v if d0 is infinite.
     """
 
     own_degrees: int
@@ -64,11 +65,12 @@ class Scatter:
         factor: float | Array = 1.0,
         own: bool | NDArray[np.bool_] = True,
     ) -> Array:
-        """Return the chance that a further clean model is that far or farther away.
+        """Return the chance that a further clean model is at this distance or farther away.
 
-        distance: [N, ...], at least 0. squares: s_c^2 of its class, of a shape that fits.
-        factor: the distance's variance over what s_c^2 estimates. own: False for classes of which
-        s_c^2 says nothing, so that only what the others have is known.
+        distance: [N, ...], at least 0. squares: The s_c^2 of its class, of a shape that fits.
+        factor: The variance of the distance divided by the variance that s_c^2 estimates. own:
+        False for classes without an s_c^2 of their own, so that only the other classes inform about
+        them.
         """
         rest = (...,) + (None,) * (distance.ndim - 1)
         variance, weight = self.variance[rest], self.weight[rest]  # [K, N, ...]
@@ -87,9 +89,9 @@ class Scatter:
 def fit_scatter(squares: Array, degrees: int) -> Scatter:
     """Return the posterior given the variances between references.
 
-    squares: [N, C], s_c^2 > 0 on average, each with `degrees` degrees of freedom: C = 1 of sizes,
-    C >= 2 of contrasts of a class to the mean of the others, which have (C - 1) / C times as many
-    independent values. degrees: at least 1.
+    squares: [N, C], the s_c^2, positive on average, each with `degrees` degrees of freedom. With
+    C = 1, they are those of sizes. With C >= 2, they are those of contrasts of a class to the mean
+    of the others, which have (C - 1) / C times as many independent values. degrees: At least 1.
     """
     classes = squares.shape[1]
     pooled_degrees = degrees * max(classes - 1, 1)
@@ -100,7 +102,7 @@ def fit_scatter(squares: Array, degrees: int) -> Scatter:
     half = pooled_degrees / 2
     evidence = [gammaln(half) - half * np.log(share * d * classes * mean / 2) + constant]
     priors, variances = [np.inf], [mean]
-    # Two classes have one contrast, so that nothing tells whether they scatter alike.
+    # Two classes have one contrast, so it is unknown whether they scatter alike.
     for h in _HETEROGENEITY[1:] if classes > 2 else ():
         d0 = 1 / h
         v = mean * max(1 - 2 * h, 0.2)
@@ -125,10 +127,10 @@ def fit_scatter(squares: Array, degrees: int) -> Scatter:
 
 
 def contrasts(logarithms: Array, comparable: NDArray[np.bool_] | None = None) -> Array:
-    """Return by how much each class is above the mean of the others of its model: [..., C].
+    """Return the difference of each class to the mean of the others of its model: [..., C].
 
-    logarithms: [..., C], C >= 2. comparable: bool [C], the classes that take part in the means, at
-    least two; default: all.
+    logarithms: [..., C], C >= 2. comparable: bool [C], the classes that the means include, at least
+    two; default: all.
     """
     if comparable is None:
         comparable = np.ones(logarithms.shape[-1], dtype=bool)
@@ -167,7 +169,8 @@ def median_variance(count: int) -> float:
 def distance_factor(references: int, classes: int, others: int) -> float:
     """Return the variance of (mu_c - x_c) - median_{j != c}(mu_j - x_j) over that of a contrast.
 
-    Exact where the classes scatter alike. references: R behind mu. classes: C of the contrasts,
-    each to the mean of C - 1. others: how many classes the median is of.
+    The result is exact if the classes scatter alike. references: R, the number behind mu. classes:
+    C, the number of contrasts, each to the mean of C - 1. others: The number of classes that the
+    median is taken of.
     """
     return (1 + 1 / references) * (1 + median_variance(others)) / (1 + 1 / (classes - 1))

@@ -1,4 +1,4 @@
-"""The searches of a scan: one trigger, or several, into every class of a model."""
+"""The searches of a scan: one or several triggers into every class of a model."""
 
 from __future__ import annotations
 

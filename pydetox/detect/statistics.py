@@ -1,23 +1,23 @@
 """From the sizes of recovered triggers to a verdict.
 
-A class into which a small trigger sends every image is suspect. How small is small depends on the
-architecture, the data and the search, so nothing is compared with a number from a paper: clean
-reference models are inverted in the same way (`Calibration`), and a class counts when its trigger,
-beside those of the other classes, is smaller than the references' scatter explains. The score of a
-class is the standard normal deviate of that chance; the p-value of the largest score is corrected
-for the number of classes that were judged (Sidak).
+A class is suspect if a small trigger sends every image into it. Which size is small depends on the
+architecture, the data and the search, so no size is compared with a number from a paper. Instead,
+clean reference models are searched in the same way (`Calibration`). A class counts if its trigger,
+relative to those of the other classes, is smaller than the scatter of the references explains. The
+score of a class is the standard normal deviate of this chance. The p-value of the largest score is
+corrected for the number of classes that were judged (Sidak).
 
-After a repair only classes that were suspect before it are judged again. Subtracting a trigger
-vector makes triggers into its class larger and all others' sizes scatter more than in any clean
-fine-tune, so that a class which was clean may stand out beside the others; but a repair plants no
-backdoor. The p-value is then corrected for the classes that are left to judge, not for all.
+After a repair, only classes that were suspect before it are judged again. Subtracting a trigger
+vector enlarges triggers into its class, and all other sizes scatter more than after a clean
+fine-tuning. A class that was clean may then stand out, but a repair plants no backdoor. The p-value
+is corrected for the number of classes that are judged, not for all.
 
-A class that a scan has dropped on the way is compared with what the references had at the same
-step. It is never the suspect: giving up can miss a backdoor, but raises no false alarm, because the
-largest score of the remaining classes is at most that of all. What the remaining ones are judged
-beside are then the classes that no scan drops (`Calibration.controls`).
+A class that a scan has dropped is compared with the sizes of the references at the same step. It is
+never the suspect. Dropping can miss a backdoor but raises no false alarm, because the largest score
+of the remaining classes is at most that of all. The remaining classes are then judged beside the
+classes that no scan drops (`Calibration.controls`).
 
-Where the sizes do not bear a verdict it is `inconclusive`, and the reason says what would help.
+If the sizes do not support a verdict, it is `inconclusive`, and the reason says what would help.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["FINDINGS", "Calibration", "Detection", "Verdict", "anomaly_index", "
 
 
 class Verdict(str, Enum):
-    """What a scan concludes."""
+    """The verdict of a scan."""
 
     CLEAN = "clean"
     SUSPICIOUS = "suspicious"
@@ -43,7 +43,7 @@ class Verdict(str, Enum):
     INCONCLUSIVE = "inconclusive"
 
 
-#: Verdicts that somebody must look at.
+#: The verdicts that report a finding.
 FINDINGS = (Verdict.SUSPICIOUS, Verdict.BACKDOORED)
 
 
@@ -52,27 +52,29 @@ class Detection:
     """A verdict and the numbers behind it.
 
     Attributes:
-        verdict: The conclusion.
-        reason: One line that says why.
-        target: Index of the most suspect class; None without classes or without any evidence.
-        p_l1: P-L1 per class in [0, 1], inf where the search found nothing; of a class that was
-            dropped, an upper bound.
-        smallest_p_l1: P-L1 of the most suspect class.
-        anomaly_index: Neural Cleanse's, of the most suspect class: |L1 - median| / (1.4826 MAD);
-            None when the MAD is 0, when fewer than three classes have a finite size, or when any
-            was dropped: a median of bounds says nothing.
-        score: The largest of the class scores, over classes that were judged; None if the verdict
-            is `inconclusive`, like the three that follow.
-        threshold: P-L1 of that class below which the verdict is `backdoored`; None too where no
-            class that was judged has a trigger, and too few others to compare with.
-        p_value: The chance that a clean model's largest score reaches that one.
-        class_scores: Per class, how far it stands out (see `Calibration.score`); of one that was
-            dropped at that step. Empty if the verdict is `inconclusive`.
-        dropped: Step at which each class was dropped, None for one that was searched to the end.
-        suspects: Classes that would each be a finding on their own; `target` is one of them if the
-            verdict is a finding. A model can hold more than one backdoor.
-        cleared: Classes that were not judged because an earlier scan had found them clean.
-        backdoored: Classes among the suspects that would each be `backdoored` on their own.
+        verdict: The verdict.
+        reason: One line that explains the verdict.
+        target: The index of the most suspect class; None without classes or without any evidence.
+        p_l1: The P-L1 of each class, in [0, 1]. It is inf if the search found nothing, and an upper
+            bound for a dropped class.
+        smallest_p_l1: The P-L1 of the most suspect class.
+        anomaly_index: Neural Cleanse's anomaly index of the most suspect class, |L1 - median| /
+            (1.4826 MAD). None if the MAD is 0, if fewer than three classes have a finite size, or
+            if a class was dropped, because a median of bounds says nothing.
+        score: The largest score of the judged classes; None if the verdict is `inconclusive`.
+        threshold: The P-L1 of that class below which the verdict is `backdoored`. None if the
+            verdict is `inconclusive`, or if no judged class has a trigger and there are too few
+            others to compare with.
+        p_value: The chance that a clean model's largest score reaches `score`; None if the verdict
+            is `inconclusive`.
+        class_scores: The score of each class (see `Calibration.score`), at the step at which it was
+            dropped if it was dropped. Empty if the verdict is `inconclusive`.
+        dropped: The step at which each class was dropped; None for a class that was searched to the
+            end.
+        suspects: The classes that would each be a finding on their own. `target` is one of them if
+            the verdict is a finding. A model can hold more than one backdoor.
+        cleared: The classes that were not judged because an earlier scan had found them clean.
+        backdoored: The suspects that would each be `backdoored` on their own.
     """
 
     verdict: Verdict
@@ -104,20 +106,27 @@ def detect(
 ) -> Detection:
     """Judge one model.
 
-    p_l1: one value per class (or one in all for a label-free scan, has_classes=False), in [0, 1],
-    inf where nothing was found, NaN where the search failed. p_backdoored, p_suspicious: chances of
-    a false alarm per model at which the verdict changes.
-    dropped: per class the step at which it was given up, or None; default: none was. A class that
-    was is compared with the calibration at that step and never the suspect.
-    families: how many families of triggers are searched for in the same model, each judged by a
-    call of its own: p-values are corrected for that many (Sidak).
-    cleared: classes that are never the suspect because an earlier scan of the same model, before it
-    was repaired, found them clean (see `pydetox.detox`).
-    The verdict is `inconclusive` without a calibration, however small the trigger, because clean
-    models have weak classes too; and where the sizes or the references bear none (see
-    `Calibration.obstacle`): the reason says which of them, and what would help.
-    Raises UsageError for values out of range, another number of classes than the calibration's,
-    when no class is left to judge, and when the calibration has no sizes at a step of `dropped`.
+    The verdict is `inconclusive` without a calibration, however small the trigger is, because clean
+    models have weak classes, too. It is also `inconclusive` if the sizes or the references do not
+    support a verdict (see `Calibration.obstacle`). The reason then says what would help.
+
+    Args:
+        p_l1: One value per class, in [0, 1]; inf if nothing was found, NaN if the search failed. A
+            label-free scan (has_classes=False) has one value in all.
+        calibration: The sizes of clean references, or None.
+        has_classes: Whether the values belong to classes.
+        p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
+            changes.
+        dropped: The step at which each class was dropped, or None; default: none was dropped. A
+            dropped class is compared with the calibration at that step and is never the suspect.
+        families: The number of families of triggers that are searched for in the same model, each
+            judged by its own call. p-values are corrected for this number (Sidak).
+        cleared: The classes that are never the suspect, because an earlier scan of the same model,
+            before its repair, found them clean (see `pydetox.detox`).
+
+    Raises:
+        UsageError: A value is out of range, the number of classes is not that of the calibration,
+            no class is left to judge, or the calibration has no sizes at a step of `dropped`.
     """
     values = tuple(float(v) for v in p_l1)
     if not values or any(v < 0 for v in values):
@@ -160,7 +169,7 @@ def detect(
     if calibration is None:
         return inconclusive(
             obstacle
-            or "no calibration: give a clean base model (--base) or a calibration to compare with"
+            or "no calibration: give a clean base model (base=) or a calibration to compare with"
         )
     if obstacle or calibration.obstacle:
         return inconclusive(obstacle or calibration.obstacle or "")
@@ -204,13 +213,13 @@ def detect(
     if math.isfinite(values[suspect]):
         usual = math.exp(calibration.mean[suspect] - shifts[suspect])
         reason = (
-            f"smallest trigger relative to clean references: P-L1 {values[suspect]:.3g} where they "
-            f"have {usual:.3g} (p = {p_value:.2g})"
+            "the smallest trigger relative to clean references has P-L1 "
+            f"{values[suspect]:.3g}, and theirs has {usual:.3g} (p = {p_value:.2g})"
         )
     else:
         reason = "no working trigger was found for any class that was judged"
     if gone := len(values) - len(searched):
-        reason += f"; {gone} of {len(values)} classes were given up on the way"
+        reason += f"; the search stopped early for {gone} of {len(values)} classes"
     if cleared:
         reason += f"; {len(cleared)} of {len(values)} classes had been clean before the repair"
     return Detection(
@@ -236,7 +245,7 @@ def detect(
 
 
 def _obstacle(values: Sequence[float], failed: Sequence[int], has_classes: bool) -> str | None:
-    """Return why the sizes of a suspect bear no verdict and what would help, or None."""
+    """Return why the sizes of a suspect support no verdict and what would help, or None."""
     finite = [v for v in values if math.isfinite(v)]
     if failed:
         return (
@@ -271,8 +280,9 @@ def _obstacle(values: Sequence[float], failed: Sequence[int], has_classes: bool)
 def anomaly_index(sizes: Sequence[float], index: int) -> float | None:
     """Return |L1 - median| / (1.4826 MAD) of one class among all (Neural Cleanse, section IV).
 
-    sizes: mask norms in any unit; infinite ones (nothing found) are left out. None when the class
-    itself is infinite, fewer than three are finite, or their MAD is 0: the index is not defined.
+    sizes: Mask norms in any unit; infinite ones (nothing was found) are left out. Returns None if
+    the index is not defined: the class itself is infinite, fewer than three sizes are finite, or
+    their MAD is 0.
     """
     finite = [v for v in sizes if math.isfinite(v)]
     if len(finite) < 3 or not math.isfinite(sizes[index]):

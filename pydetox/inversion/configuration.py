@@ -107,7 +107,7 @@ class InversionConfig:
         return SUCCESS_THRESHOLD if self.success_threshold is None else self.success_threshold
 
     @property
-    def looks(self) -> tuple[int, ...]:
+    def recorded_steps(self) -> tuple[int, ...]:
         """The steps after which sizes are recorded, ascending; the last one is `steps`."""
         interval = self.advanced.interval
         return (*range(interval, self.steps, interval), self.steps)

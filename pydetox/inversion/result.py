@@ -63,7 +63,7 @@ class InversionResult:
         cost: float32 [K] on the CPU: the final weights of the mask term.
         trigger_steps: int64 [K] on the CPU: steps that each search took.
         endings: Why each one ended: "all steps", "converged" or "dropped".
-        looks: L steps after which sizes were noted, ascending; see InversionConfig.
+        recorded_steps: L steps after which sizes were noted, ascending; see InversionConfig.
         history: float64 [L, K] on the CPU: p_l1 as it was then; after the end of a search its last.
         steps: Steps of the longest search.
         seconds: Wall time.
@@ -79,7 +79,7 @@ class InversionResult:
     cost: Tensor
     trigger_steps: Tensor
     endings: tuple[Ending, ...]
-    looks: tuple[int, ...]
+    recorded_steps: tuple[int, ...]
     history: Tensor
     steps: int
     seconds: float

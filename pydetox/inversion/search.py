@@ -27,7 +27,7 @@ class InversionSearch:
 
     Minimises objective + cost * |mask|_1 for K triggers at once (DECREE and Neural Cleanse; see
     `objectives`). The tower is frozen: no weight gets a gradient. A step waits for the device only
-    when it ends with a look: every `interval` steps and after the last one. Searches end there,
+    when it records the sizes: every `interval` steps and after the last one. Searches end there,
     because they have converged or because `elimination` drops them; their triggers leave the batch
     and cost nothing any more.
 
@@ -75,7 +75,7 @@ class InversionSearch:
         self._max_batch = config.max_batch or images_at_once(self._tower, device)
         self._steps = 0
         self._make_buffers()
-        # Of all K triggers: what a look notes, and what is left of those whose search has ended.
+        # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
         self._history: list[list[float]] = []
         self._sizes = [math.inf] * count
         self._last_progress, self._size_then = [0] * count, [math.inf] * count
@@ -119,7 +119,7 @@ class InversionSearch:
         now.costs = config.advanced.schedule.update(now.costs, success >= config.needed_success)
         self._steps += 1
         if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
-            self._look()
+            self._record_sizes()
 
     def result(self) -> InversionResult:
         """Check the best triggers on more images and return them.
@@ -143,9 +143,9 @@ class InversionSearch:
             success.append(self._objective(embeddings, which)[1])
         endings = tuple(ending for ending in self._endings if ending is not None)
         assert len(endings) == count
-        looks = self._config.looks
+        recorded_steps = self._config.recorded_steps
         # Where all searches have ended before the last step, nothing changes any more.
-        history = self._history + [self._sizes] * (len(looks) - len(self._history))
+        history = self._history + [self._sizes] * (len(recorded_steps) - len(self._history))
         return InversionResult(
             mask_logits=self._mask,
             pattern_logits=self._pattern,
@@ -155,7 +155,7 @@ class InversionSearch:
             cost=self._final_cost.cpu(),
             trigger_steps=self._final_steps.cpu(),
             endings=endings,
-            looks=looks,
+            recorded_steps=recorded_steps,
             history=torch.tensor(history, dtype=torch.float64),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
@@ -163,7 +163,7 @@ class InversionSearch:
             family=self._config.family,
         )
 
-    def _look(self) -> None:
+    def _record_sizes(self) -> None:
         """Note the sizes, decide whose search ends here, and take those out of the batch."""
         config, now, step = self._config, self._triggers, self._steps
         area = self._model.image_size**2

@@ -146,7 +146,7 @@ class TestCalibration:
             *("--save-calibration", saved),
         )
         content = json.loads(saved.read_text())
-        assert content["looks"] == [10, 20, 30, 40, 50, 60, 70]
+        assert content["recorded_steps"] == [10, 20, 30, 40, 50, 60, 70]
         (every,) = parse(whole.stdout)["results"]
         assert every["class_dropped"] == [None, None, None]
         # No class that the others are judged beside is given up: of three classes none.
@@ -190,13 +190,13 @@ class TestCalibration:
             '{"schema": "pydetox.calibration/3"}',
             '{"schema": "pydetox.calibration/1"}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[0], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[NaN], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": 5, "key": "", "models": []}',
             "[" * 100_000,

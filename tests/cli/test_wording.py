@@ -20,7 +20,6 @@ CLI_SIDE = ("cli", "research", "selftest.py")
 #: Files with options of other programs, and with messages that still name options.
 KNOWN = {
     "ops/_library.py",
-    "detect/statistics.py",
     "checkpoints/loading.py",
     "checkpoints/weight_sets.py",
 }

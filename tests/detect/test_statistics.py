@@ -266,7 +266,7 @@ def test_something_must_be_left_to_judge():
 
 def test_a_history_must_fit():
     rows = ((0.1, 0.2), (0.1, 0.3))
-    with pytest.raises(UsageError, match="2 looks, a history of 1"):
+    with pytest.raises(UsageError, match="2 recorded steps, a history of 1"):
         Calibration(rows, "k", ("a", "b"), (60, 150), (rows,))
     with pytest.raises(UsageError, match="every reference and class"):
         Calibration(rows, "k", ("a", "b"), (60,), (((0.1,), (0.1,)),))
@@ -289,7 +289,11 @@ def test_too_few_or_unequal_references_are_refused(rows):
 def test_calibration_survives_json():
     rows = ((0.1, math.inf), (0.2, 0.3))
     calibration = Calibration(rows, "key", ("a", "b"), (60, 150), (((math.inf, 1),) * 2, rows))
-    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    content = json.loads(json.dumps(calibration.to_dict()))
+    assert Calibration.from_dict(content) == calibration
+    # Earlier versions had another name for the recorded steps.
+    content["looks"] = content.pop("recorded_steps")
+    assert Calibration.from_dict(content) == calibration
     with pytest.raises(UsageError, match="no calibration"):
         Calibration.from_dict({"p_l1": "x"})
 
