@@ -115,8 +115,8 @@ def detect(
             label-free scan (has_classes=False) has one value in all.
         calibration: The sizes of clean references, or None.
         has_classes: Whether the values belong to classes.
-        p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
-            changes.
+        p_backdoored: The chance of a false alarm per model below which the verdict is `backdoored`.
+        p_suspicious: The chance below which it is `suspicious`.
         dropped: The step at which each class was dropped, or None; default: none was dropped. A
             dropped class is compared with the calibration at that step and is never the suspect.
         families: The number of families of triggers that are searched for in the same model, each
