@@ -1,8 +1,8 @@
-"""Which files a checkpoint is, and how one tells whether it is still the same one.
+"""The files of a checkpoint, and the signature that shows whether they have changed.
 
-A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. Whatever reads a checkpoint, limits
-its size, hashes it or remembers it asks the identity, so that all of them mean the same files: the
-weights, all shards of sharded ones, and the configuration that tells the architecture.
+A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. All code that reads a checkpoint,
+limits its size, hashes it or remembers it asks the identity for its files. All of it therefore
+means the same files: the weights, all shards, and the configuration that gives the architecture.
 """
 
 from __future__ import annotations
@@ -36,17 +36,16 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """The files of one checkpoint. Nothing but an index of shards was read to find them.
+    """The files of one checkpoint. Finding them reads nothing but the index of shards.
 
     Attributes:
-        reference: The name under which it was asked for.
+        reference: The name that was given.
         weights: The weights file, or the index of its shards.
         shards: The shards, in bytewise order of their names; empty for a single file.
-        config_file: The ``open_clip_config.json`` that tells the architecture, or the
-            ``config.json`` of transformers. It need not exist. ``None`` where something else tells
-            it.
-        processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
-            there is none.
+        config_file: The ``open_clip_config.json`` or transformers' ``config.json`` that gives the
+            architecture. It need not exist. ``None`` if the architecture comes from elsewhere.
+        processor_file: The file beside a ``config.json`` that describes how images are prepared;
+            ``None`` if there is none.
         listed: Model and preprocessing configuration, where open_clip's list of pretrained models
             tells them; ``None`` where files do.
         model: The architecture that the user named, for a checkpoint that does not tell its own.
@@ -64,12 +63,12 @@ class CheckpointIdentity:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The weights file; or the index, and then all shards."""
+        """The weights file, or the index followed by all shards."""
         return (self.weights, *self.shards)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weight files together.
+        """The size of all weight files together, in bytes.
 
         Raises:
             CheckpointError: One of them is missing.
@@ -84,10 +83,10 @@ class CheckpointIdentity:
         return total
 
     def signature(self) -> tuple[int, ...]:
-        """Size, times, inode and device of every file, and -1 for each that is missing.
+        """The size, times, inode and device of every file; -1 for each missing file.
 
-        The system sets the time of an inode's change, and no program can: files with the same
-        signature are the same files with the same content, on one machine.
+        Only the system can set the time at which an inode changed. On one machine, files with equal
+        signatures are therefore the same files with the same content.
         """
         beside = (self.config_file, self.processor_file)
         files = (*self.weight_files, *(path for path in beside if path is not None))
@@ -133,7 +132,7 @@ class CheckpointIdentity:
         return self.configured().told
 
     def configuration(self) -> Told:
-        """Model and preprocessing configuration; ``None`` for what nothing tells.
+        """Return the model and preprocessing configurations; ``None`` for an unknown one.
 
         Raises:
             What `configured` raises.
@@ -142,7 +141,7 @@ class CheckpointIdentity:
         return found.model_config, found.preprocess_config
 
     def sha256(self) -> str:
-        """SHA-256 of the weights, in hexadecimal; see :meth:`OpenWeights.sha256` for shards.
+        """Return the SHA-256 of the weights as hex digits; for shards see `OpenWeights.sha256`.
 
         Raises:
             CheckpointError: A file is missing or no regular file, or the index has changed.
@@ -160,9 +159,9 @@ class CheckpointIdentity:
             raise type(error)(f"{self.weights}: {error}") from error
 
     def digest(self) -> str:
-        """Hash of all that decides what the model computes: weights and configuration.
+        """Return a hash of everything that the model's results depend on: weights, configuration.
 
-        It is the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
+        It equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
 
         Raises:
             CheckpointError: As :meth:`sha256` and :meth:`configuration`.

@@ -35,15 +35,15 @@ class Checkpoint:
     """A checkpoint that was read and checked.
 
     Attributes:
-        state_dict: Name to tensor, on the CPU, in the dtypes of the file; wrapper prefixes
+        state_dict: The tensors by name, on the CPU, in the dtypes of the file. Wrapper prefixes
             (``module.``) are removed.
         model_config: open_clip's ``model_cfg`` (``embed_dim``, ``vision_cfg``, ``text_cfg``, …).
             :func:`load_checkpoint` always sets it.
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``), if known.
-        name: The name under which it was asked for.
+        name: The name that was given.
         path: The weights file, or the index of its shards.
-        sha256: SHA-256 of that file, in hexadecimal; of shards, see
+        sha256: The SHA-256 of that file as hex digits. For shards, see
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
@@ -78,15 +78,15 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Hash of all that decides what the model computes: weights and configuration."""
+        """A hash of everything that the model's results depend on: weights and configuration."""
         return content_digest(self.sha256, self.model_config, self.preprocess_config)
 
     @property
     def provenance(self) -> Provenance | None:
-        """How pydetox made it, or ``None`` if pydetox did not.
+        """The record of how pydetox made it; ``None`` if pydetox did not make it.
 
         Raises:
-            CheckpointError: The file says something about it, but nothing that pydetox would write.
+            CheckpointError: The file has such a record, but pydetox cannot have written it.
         """
         text = self.metadata.get(METADATA_KEY)
         return None if text is None else Provenance.from_json(text)
@@ -125,7 +125,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: It cannot be found, fetched or read.
         UnsafeCheckpointError: It is built to run code or to exhaust memory.
-        ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
+        ArchitectureError: The architecture is unknown, or weights are NaN or infinite.
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     identity = identify_checkpoint(
@@ -188,9 +188,9 @@ def read_checkpoint(
 
 
 def require_unambiguous(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of which nobody knows that a user's loader takes these weights.
+    """Refuse a checkpoint from which another loader may take other weights.
 
-    Work on it would be on other weights than those that run, perhaps.
+    A scan or a repair of it might concern other weights than those that run.
 
     Raises:
         CheckpointError: The file has a finding of `AMBIGUOUS_RULES`.

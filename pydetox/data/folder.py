@@ -63,7 +63,7 @@ def load_image_folder(
         with warnings.catch_warnings():
             # Pillow's, about transparency in palettes and sizes that are checked here.
             warnings.simplefilter("ignore")
-            # map() hands results back in order, so the first bad file by name is the one reported.
+            # map() yields results in order, so the error names the first bad file in that order.
             results = executor.map(decode, range(len(paths)))
             for error in track(results, "Decoding images", total=len(paths)):
                 if error is not None and strict:
@@ -108,7 +108,7 @@ def choose_images(
     """
     found = list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(found.paths):
-        # Chosen before decoding: the rest of the folder is never opened.
+        # The sample is drawn before decoding, so the rest of the folder is never opened.
         chosen = sample_order(found.labels, len(found.paths), max_images, seed)
         found.paths = [found.paths[index] for index in chosen]
         found.labels = None if found.labels is None else found.labels[chosen]

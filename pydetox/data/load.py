@@ -1,4 +1,4 @@
-"""`load_images`: one door for all image sources."""
+"""`load_images`: one function for all sources of images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .resize import Resizing
 
-#: Source to part of Fashion-MNIST.
+#: The part of Fashion-MNIST that each source names.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
 
 
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
-    """Return which of its own sources `load_images` takes for `spec`, and where it reads.
+    """Return the source that `spec` names, and the path that `load_images` reads it from.
 
-    The source is "digits" (which is read from nowhere), "fashion-mnist", "fashion-mnist-test", or
-    "" for a folder or a file. Raises DataError where Fashion-MNIST is not found.
+    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", or "" for a
+    folder or a file. Raises DataError if Fashion-MNIST is not found.
     """
     source, _, root = str(spec).partition("=")
     if spec == "digits":
@@ -61,45 +61,52 @@ def load_images(
 ) -> ImageSet:
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
 
-    spec: what to read.
-      * "digits": the embedded UCI digits (see `load_digits`).
-      * "fashion-mnist", "fashion-mnist-test": the 60,000 training or the 10,000 test images of
-      Fashion-MNIST (see `load_fashion_mnist`) from Debian's package, or, with "=FOLDER" behind it,
-      from a folder with its IDX files or a torchvision download.
-      * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
-      folder of images
-        without labels. Each image becomes the pixels that open_clip's own transform makes of it:
-        transparency is dropped, EXIF orientation ignored, grey values above 255 are cut off. Hidden
-        files, folders of the system and files with other endings are passed over. What else is left
-        out (files that cannot be read, formats that are not, class folders without images, links in
-        circles) is counted in `ImageSet.report`.
-      * a .npz file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1, 3 or
-      4 channels; whole numbers in 0..255, or float in [0, 1]) and, optionally, `labels` (whole
-      numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or bytes [C]). The names
-      that Keras and medmnist write are known too (`x_test`, `test_images`, ...): the test part
-      comes first. Other arrays are not read, which `ImageSet.report` says. Pickled content is never
-      loaded.
-    image_size: height and width, in pixels, that the model takes.
-    max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
-    class_names: the classes in the order that defines the labels. Named classes in the data are
-    matched with them by name, and folders 0, 1, 2, ... by number; a class that is not among them is
-      an error. None to use the names that the data brings.
-    interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
-    resize_mode: how an image that is not square becomes square: "shortest" scales its shorter side
-      and crops, "longest" scales its longer side and pads with the grey `fill_color` (0..255),
-      "squash" scales both sides. A model's configuration says which one it was trained with
-      (`OpenClipModel.resizing`).
-    resizing: a model's `OpenClipModel.resizing`, in place of the four values above.
-    resize: whether .npz images of another size are scaled (as in folders); when False they are an
-    error.
-    labels_required: whether the caller needs labels. If it does not, and no class of the data
-    is among `class_names`, the images count as unlabelled; otherwise that is an error.
-    strict: whether anything that is left out and could have been meant is an error.
-    workers: decoding threads for folders; None for one per core, at most 8. The result does not
-    depend on it.
+    Args:
+        spec: What to read. One of
 
-    Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
-    images, and for images so large that they look like decompression bombs.
+            - `digits`: the UCI digits (see `load_digits`).
+            - `fashion-mnist`, `fashion-mnist-test`: the 60,000 training or the 10,000 test images
+              of Fashion-MNIST (see `load_fashion_mnist`). They are read from Debian's package or,
+              with `=FOLDER` after the name, from a folder with the IDX files or a torchvision
+              download.
+            - A folder with one sub-folder per class, whose sorted names are the class names, or a
+              folder of images without labels. Each image becomes the pixels that open_clip's own
+              transform makes of it: transparency is dropped, the EXIF orientation is ignored, and
+              grey values above 255 are clipped. Hidden files, folders of the system and files with
+              other endings are passed over. Everything else that is left out is counted in
+              `ImageSet.report`: files that cannot be read, unknown formats, class folders without
+              images, and circular links.
+            - A `.npz` file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1,
+              3 or 4 channels; whole numbers in 0..255, or floats in [0, 1]). It may also have
+              `labels` (whole numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or
+              bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
+              `test_images`, ...); the test part comes first. Other arrays are not read, and
+              `ImageSet.report` says so. Pickled content is never loaded.
+        image_size: The height and width in pixels that the model takes.
+        max_images: The size of a stratified random sample; None for all images.
+        class_names: The classes, in the order that defines the labels. Class names in the data are
+            matched by name, and folders 0, 1, 2, ... by number. A class that is not in the list is
+            an error. None to use the names in the data.
+        interpolation: How images are scaled: "nearest", "bilinear", "bicubic" or "lanczos".
+        resize_mode: How an image becomes square. "shortest" scales its shorter side and crops,
+            "longest" scales its longer side and pads with the grey `fill_color` (0..255), and
+            "squash" scales both sides. The configuration of a model says which one it was trained
+            with (`OpenClipModel.resizing`).
+        fill_color: The grey value of the padding, 0..255.
+        resizing: A model's `OpenClipModel.resizing`, instead of image_size, interpolation,
+            resize_mode and fill_color.
+        resize: Whether .npz images of another size are scaled as in folders. Otherwise they are an
+            error.
+        labels_required: Whether the caller needs labels. If not, and no class of the data is among
+            `class_names`, the images count as unlabelled; otherwise that is an error.
+        strict: Whether it is an error if anything is left out that could have been meant.
+        seed: The seed of the random sample.
+        workers: The number of threads that decode images of a folder; None for one per core, at
+            most 8. The result does not depend on it.
+
+    Raises:
+        DataError: The images cannot be read or do not fit, there are none, or they are so large
+            that they look like decompression bombs. The message names the file.
     """
     if resizing is None:
         if image_size is None:

@@ -149,7 +149,7 @@ def _match_names(
     *,
     labels_required: bool,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return labels and class names in the caller's order of classes, or else in the file's."""
+    """Return labels and class names in the caller's order of classes, or in that of the file."""
     if names is None:
         return labels, wanted
     if wanted is None or labels is None:

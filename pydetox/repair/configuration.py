@@ -24,20 +24,20 @@ class AdvancedUnlearnConfig:
     bench-defenses` measures them together.
 
     Attributes:
-        certainly_target: With `forget`, triggered images whose clean version has at least this
-            probability of the target class keep it; all others are pushed away from that class,
-            the nearer ones among them too: a clean model takes a few images for the target anyway,
-            and those that it takes for something else by a hair are the first to follow a trigger.
-        augment: Whether each image is mirrored or not and moved by up to a sixteenth of its side,
-            at random in every step, before it is triggered. What the model says of the moved image
-            is asked for anew, so that this needs no label either.
-        forget_share: Share of the given images that make the trigger vector; alpha is chosen on
-            all of them.
-        amplifications: Factors of a recovered patch's mask; each trigger is used with each. The
-            search ends with the faintest mask that works, and a model that forgot only that still
-            obeys the attacker's stronger one.
-        blend_amplifications: The same for recovered blends.
-        warp_amplifications: Factors of a recovered warp's offsets.
+        certainly_target: The probability of the target class above which `forget` keeps an image's
+            prediction. A clean model classifies a few images as the target anyway. All other
+            triggered images are pushed away from the target. This includes images that nearly
+            reach it without a trigger, because they are the first to follow one.
+        augment: Whether each image is randomly mirrored and shifted by up to a sixteenth of its
+            side, in every step, before it is triggered. The model predicts the shifted image anew,
+            so this needs no label.
+        forget_share: The share of the given images that make the trigger vector. All of them choose
+            alpha.
+        amplifications: The factors of a recovered patch's mask. Each trigger is used with each
+            factor. The search ends with the faintest mask that works, and a model that forgot only
+            this mask would still obey the attacker's stronger one.
+        blend_amplifications: The factors of a recovered blend's mask.
+        warp_amplifications: The factors of a recovered warp's offsets.
         surrogates: Images without a class, made of the given ones, whose features are held.
         triggered_surrogates: What their features with a trigger weigh, which are pushed to those
             without it; the features themselves weigh 1.

@@ -73,7 +73,8 @@ def repair_session(
         passes = list[UnlearnRound]()
         if targets and probe is None:
             probe = DriftProbe(session.model, session.images.images, seed=unlearning.seed)
-        # All classes at once; where no alpha does that within the accuracy to keep, the first.
+        # Unlearn all classes at once. If no alpha does so within the accuracy to keep, try the
+        # first.
         for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
             model, passes_of_attempt = subtract_passes(
                 repaired,

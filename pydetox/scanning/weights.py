@@ -112,7 +112,8 @@ def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[
 def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         weights = identify_checkpoint(Path(path)).weights
-        with open_weights(weights) as file:  # indexed in the sandbox: a stranger may have made it
+        # The sandbox indexes the file, because a stranger may have made it.
+        with open_weights(weights) as file:
             refuse_ambiguous(file.findings)
             tensors, _ = read_open(file)
     except CheckpointError as error:
