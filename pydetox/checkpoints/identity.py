@@ -46,10 +46,10 @@ class CheckpointIdentity:
             architecture. It need not exist. ``None`` if the architecture comes from elsewhere.
         processor_file: The file beside a ``config.json`` that describes how images are prepared;
             ``None`` if there is none.
-        listed: Model and preprocessing configuration, where open_clip's list of pretrained models
-            tells them; ``None`` where files do.
-        model: The architecture that the user named, for a checkpoint that does not tell its own.
-        preprocess: What the user says about preparing images; it counts before anything else.
+        listed: The model and preprocessing configuration in open_clip's list of pretrained models;
+            ``None`` if files give it.
+        model: The architecture that the user named, for a checkpoint that does not name it.
+        preprocess: The user's values for preparing images, which override all other sources.
     """
 
     reference: str

@@ -47,14 +47,14 @@ class Checkpoint:
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
-        companions: Files beside the weights that a repaired model needs as well, by name. Of a
-            CLIPModel in transformers' layout: configuration, image processor and tokenizer;
-            ``state_dict`` then has open_clip's names, and a repaired model is written in the layout
-            that it came in. Otherwise: the tokenizer, where it is not CLIP's own.
-        findings: What is odd about the file, without keeping it from being read.
-        preprocess_source: Who tells ``preprocess_config``.
+        companions: The files beside the weights that a repaired model needs as well, by name. For a
+            CLIPModel in transformers' layout, these are configuration, image processor and
+            tokenizer. ``state_dict`` then has open_clip's names, and a repaired model is written in
+            transformers' layout. For other models, it is the tokenizer if it is not CLIP's own.
+        findings: Odd things about the file that do not prevent reading it.
+        preprocess_source: The source of ``preprocess_config``.
         warnings: One line for each part of the configuration that is a guess or was passed over.
-        named: The architecture that the user named, where nothing else tells; else None.
+        named: The architecture that the user named, if the checkpoint does not name it; else None.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -108,19 +108,19 @@ def load_checkpoint(
         reference: A weights file, a ``*.index.json`` with its shards, a folder in open_clip's or
             transformers' layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
             ``ARCHITECTURE,TAG`` of open_clip.
-        model: The architecture of weights that do not tell theirs: open_clip's name of it or the
-            path of a JSON configuration. What a folder or one of open_clip's tags tells comes
-            first; a configuration beside the weights that cannot be used is passed over, with one
-            of `Checkpoint.warnings`. A name also tells how images are prepared: as for open_clip's
-            pretrained weights of that architecture.
-        preprocess: How images are prepared, whatever else tells it: any of ``mean``, ``std``,
-            ``interpolation``, ``resize_mode`` and ``fill_color``, as in open_clip's
+        model: The architecture, as open_clip's name or the path of a JSON configuration, for
+            weights that do not name it. The configuration of a folder or of one of open_clip's tags
+            takes precedence. A configuration beside the weights that cannot be used is passed over,
+            with one of `Checkpoint.warnings`. A name also decides how images are prepared: as for
+            open_clip's pretrained weights of that architecture.
+        preprocess: How images are prepared; this overrides all other sources. Any of ``mean``,
+            ``std``, ``interpolation``, ``resize_mode`` and ``fill_color``, as in open_clip's
             ``preprocess_cfg``.
-        cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
-        offline: Use only what is on this machine; no socket is opened.
-        allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
-        weights_key: Of a pickled checkpoint with several sets of weights: the key of the one that
-            is meant, with slashes between nested ones, ``"."`` for the outermost dictionary.
+        cache_dir: The folder for hub downloads; ``None`` for the hub's default.
+        offline: Whether to use only files on this machine, without opening a socket.
+        allow_nonfinite: Whether to accept weights that are NaN or infinite; they become a finding.
+        weights_key: The key of the weights in a pickled checkpoint with several sets of them. It
+            has slashes between nested keys, and ``"."`` means the outermost dictionary.
 
     Raises:
         CheckpointError: It cannot be found, fetched or read.

@@ -22,11 +22,13 @@ from .sampling import sample_order, stratified_order
 class ImageSet:
     """Images of one size, with labels if they are known. An image set is never empty.
 
-    images: uint8 [N, 3, H, W], 0..255, RGB, before any normalisation, on the CPU.
-    labels: int64 [N], class indices >= 0, or None.
-    class_names: one name per class, label k meaning class_names[k], or None.
-    name: what to call the set in messages and reports.
-    report: what was left out when it was read from files; None for other sets, and for parts of it.
+    Attributes:
+        images: uint8 [N, 3, H, W], 0..255, RGB, before any normalisation, on the CPU.
+        labels: int64 [N], class indices of at least 0; None if they are not known.
+        class_names: The name of each class: label k is class_names[k]. None if there are none.
+        name: The name of the set in messages and reports.
+        report: The counts of what was left out when the set was read from files; None for other
+            sets and for parts of a set.
 
     Raises:
         DataError: Images, labels and class names do not fit together.

@@ -1,4 +1,4 @@
-"""How an image of any size becomes what a model takes, and what is too large to try."""
+"""How an image of any size becomes a model's input, and which images are too large to decode."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from ..errors import DataError
 #: of a gigabyte of RGB).
 MAX_PIXELS = 89_478_485
 
-#: `random` is what open_clip calls bicubic where nothing is random, that is, outside of training.
+#: open_clip's `random` means bicubic outside training, where nothing is random.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "random")
 
-#: `shortest` scales the shorter side and crops, `longest` scales the longer side and pads, `squash`
-#: scales both sides, whatever the proportions.
+#: `shortest` scales the shorter side and crops. `longest` scales the longer side and pads. `squash`
+#: scales both sides, for any proportions.
 RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 @dataclass(frozen=True)
 class Resizing:
-    """From a picture of any size and mode to RGB pixels of a model's size, as open_clip does it.
+    """The transform of a picture of any size and mode to RGB pixels of a model's size.
 
-    It is open_clip's own transform without its last two steps, which make normalised floats of the
-    pixels. What open_clip's transform does to a palette, to transparency (dropped), to grey values
-    above 255 (cut off) and to EXIF orientation (ignored) is therefore done here too.
+    This is open_clip's own transform without its last two steps, which turn the pixels into
+    normalised floats. It therefore treats palettes, transparency (dropped), grey values above 255
+    (clipped) and the EXIF orientation (ignored) as open_clip does.
 
     Attributes:
-        image_size: Height and width of the result in pixels.
-        interpolation: One of `INTERPOLATIONS`; open_clip has no `nearest` and no `lanczos`.
+        image_size: The height and width of the result in pixels.
+        interpolation: One of `INTERPOLATIONS`; open_clip itself has no `nearest` and no `lanczos`.
         resize_mode: One of `RESIZE_MODES`.
-        fill_color: 0..255, the grey of what `longest` pads with.
+        fill_color: The grey value of the padding of `longest`, 0..255.
 
-    Raises DataError for a value that is none of these.
+    Raises:
+        DataError: A value is none of these.
     """
 
     image_size: int

@@ -27,9 +27,9 @@ class ImageSource:
         templates: A file with one prompt per line; None for built-in prompts.
         max_images: The size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
-        seed: Of the sample.
-        labels_required: As `load_images` takes it.
-        strict: As `load_images` takes it.
+        seed: The seed of the sample.
+        labels_required: Whether labels are needed, as in `load_images`.
+        strict: Whether left-out files are an error, as in `load_images`.
         prompts: The prompt templates.
 
     Raises:

@@ -38,9 +38,10 @@ class AdvancedUnlearnConfig:
             this mask would still obey the attacker's stronger one.
         blend_amplifications: The factors of a recovered blend's mask.
         warp_amplifications: The factors of a recovered warp's offsets.
-        surrogates: Images without a class, made of the given ones, whose features are held.
-        triggered_surrogates: What their features with a trigger weigh, which are pushed to those
-            without it; the features themselves weigh 1.
+        surrogates: The number of images without a class, made of the given ones, whose features are
+            held.
+        triggered_surrogates: The weight of their features with a trigger, which are pushed to those
+            without it. The weight of the features themselves is 1.
     """
 
     certainly_target: float = 0.9
@@ -72,30 +73,34 @@ class UnlearnConfig:
     """How to find and subtract the trigger vector.
 
     Attributes:
-        vector: Which trigger vector, see `pydetox.repair.trigger_vector`.
-        steps: Optimiser steps of the fine-tuning.
-        learning_rate: Its peak rate.
-        batch_size: Clean images per step; as many triggered ones are added.
-        passes: With recovered triggers, how often to recover and subtract before the next scan: the
-            triggers that still work on the repaired model join those found before.
-        warps: With recovered triggers, searches for a smooth warp into each target class, in every
-            pass; 0 for none. Of these only those that find one have a part in the vector.
-        coefficients: Candidate values of alpha, ascending and at least 0. 0, which leaves the model
-            as it is, is tried whether it is among them or not.
-        max_attack_success: ASR on validation images that is small enough, a share.
-        attacked_images: Stamped images to try for every alpha, shared out over the triggers, but at
-            least 50 with each, if there are so many.
-        safety_factor: The smallest alpha within the limits is raised by up to this factor while the
-            accuracy allows it: recovered triggers only estimate the attacker's.
-        min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. A pass whose
-            vector cannot finish leaves an equal part of the rest to each that follows.
-        retention: With `forget`, the weight of holding the model's own image features, on the given
-            images and on surrogates made of them, so that classes and tasks without names among
-            the given ones are kept; in units of the class logits. 0 holds predictions alone.
-        max_drift: How far image features may move from those of the model before any repair: the
-            mean of 1 - cos on surrogates that were not held (`pydetox.repair.retention`).
-        seed: Of everything random in it.
-        advanced: Constants of a repair.
+        vector: The kind of trigger vector, see `pydetox.repair.trigger_vector`.
+        steps: The number of optimiser steps of the fine-tuning.
+        learning_rate: The peak learning rate of the fine-tuning.
+        batch_size: The number of clean images per step. As many triggered images are added.
+        passes: The number of times that triggers are recovered and subtracted before the next scan.
+            Triggers that still work on the repaired model join those found before. Known triggers
+            need only one pass.
+        warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
+            none. Searches that find no warp contribute nothing to the vector. Known triggers need
+            no such search.
+        coefficients: The candidate values of alpha, ascending and at least 0. The value 0, which
+            leaves the model unchanged, is always tried.
+        max_attack_success: The largest acceptable ASR on validation images, in [0, 1].
+        attacked_images: The number of stamped images to try for every alpha. They are divided among
+            the triggers, with at least 50 per trigger if there are as many images.
+        safety_factor: The largest factor that the smallest alpha within the limits is multiplied
+            by, as far as the accuracy allows. Recovered triggers only estimate the attacker's.
+        min_accuracy_kept: The least share of the clean accuracy of theta_b to keep, in [0, 1]. A
+            pass whose vector cannot finish leaves an equal part of the rest to each later pass.
+        retention: The weight of holding the model's own image features with `forget`, in units of
+            the class logits. The features are held on the given images and on surrogates made of
+            them, so that classes and tasks are kept that the given class names do not cover. 0
+            holds predictions alone.
+        max_drift: The largest acceptable distance of image features from those of the model before
+            any repair: the mean of 1 - cos on surrogates that were not held
+            (`pydetox.repair.retention`).
+        seed: The seed of every random choice of a repair.
+        advanced: Constants that you hardly ever need to change.
     """
 
     vector: VectorKind = "forget"

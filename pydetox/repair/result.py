@@ -21,10 +21,14 @@ class UnlearnRound:
 
     Several vectors may be subtracted before the model is scanned again.
 
-    targets: Class indices, the most suspect one first. triggers: What was recovered for each of
-    them, by family; empty for known triggers. search: CA, ASR and drift over alpha. vector: The
-    trigger vector. rescan: The model afterwards; None when it was not scanned again. warps: What
-    searches for a warp found for each of the targets; empty without such searches.
+    Attributes:
+        targets: The indices of the target classes, the most suspect one first.
+        triggers: The triggers that were recovered for each target, by family; empty for known
+            triggers.
+        search: CA, ASR and drift over alpha.
+        vector: The trigger vector.
+        rescan: The scan of the model afterwards; None if it was not scanned again.
+        warps: The warps that were found for each target; empty without searches for warps.
     """
 
     targets: tuple[int, ...]
@@ -46,14 +50,14 @@ class DetoxResult:
 
     Attributes:
         before: The first scan.
-        rounds: What was subtracted, in order; empty when the model was left as it is.
-        after: The last re-scan, None when nothing was subtracted.
-        model: The repaired model, or the given one.
-        evaluation_before, evaluation_after: CA on the given images, None without labels.
-        drift: How far the returned model's image features have moved from the given one's on images
-            that belong to no name; None where no repair was tried.
-        path: Where the repaired checkpoint was written, or None.
-        seconds: Wall time by step.
+        rounds: The vectors that were subtracted, in order; empty if the model was not changed.
+        after: The last re-scan; None if nothing was subtracted.
+        model: The repaired model; the given model if nothing was subtracted.
+        evaluation_before, evaluation_after: CA on the given images; None without labels.
+        drift: The distance of the returned model's image features from those of the given model, on
+            images that belong to no class; None if no repair was tried.
+        path: The folder of the repaired checkpoint; None if it was not written.
+        seconds: The wall time of each step, in seconds.
     """
 
     before: ScanResult
