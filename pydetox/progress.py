@@ -91,8 +91,11 @@ class Progress:
     Where stderr is no terminal, a line says every `LINE_SECONDS` how far it is, how fast, and how
     long it takes yet; a step that is over sooner writes nothing.
 
-    description: what is being done. total: how many units it takes; None when that is not known.
-    console: where to draw, terminal or not; None for stderr as it is when the context is entered.
+    Args:
+        description: A text that says what is being done.
+        total: The number of units of work; None if it is not known.
+        console: The console to draw on, terminal or not; None for stderr when the context is
+            entered.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         console = self._console or Console(file=sys.stderr)
-        # Not the console's own opinion: FORCE_COLOR makes it take a pipe for a terminal.
+        # `Console.is_terminal` would be wrong: with FORCE_COLOR it takes a pipe for a terminal.
         if not _silent and (self._console is not None or sys.stderr.isatty()):
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),

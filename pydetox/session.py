@@ -1,7 +1,7 @@
-"""What all steps of the work on one checkpoint share, resolved once and handed on.
+"""`Session`: what all steps of the work on one checkpoint share.
 
-A `Session` is a model, the images that fit it, the prompts, and the base that searches are in
-contrast to. It is the only place that hands out images: all of them in an order that does not
+A session resolves a model, the images that fit it, the prompts, and the base of a search in
+contrast to it once. Only a session hands out images: either all of them, in an order that does not
 depend on the order of files, or a seeded sample of all classes.
 """
 
@@ -27,16 +27,17 @@ from .rng import child_seed
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
 ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
 
-# Clean images that say how often a base answers with each class: the standard error of a share of
-# one tenth is then 0.013, a quarter of the allowance that is added to it (`ContrastObjective`).
+# The number of clean images that measure how often a base predicts each class. The standard error
+# of a share of one tenth is then 0.013, a quarter of the allowance that is added to the share
+# (`ContrastObjective`).
 _SHARE_IMAGES = 512
 
 
 def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenClipModel:
     """Return the model of a checkpoint; a model is returned as it is.
 
-    architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
-    Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
+    architecture: The architecture, as open_clip's name or a JSON file, if the checkpoint does not
+    name it. Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
     """
     if isinstance(checkpoint, OpenClipModel):
         return checkpoint
@@ -51,14 +52,14 @@ def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenC
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """One model and what is asked of it.
+    """One model, with the images, the prompts and the base that all steps on it use.
 
     Attributes:
         model: The model. No step changes it.
         images: All clean images, uint8 [N, 3, H, W] of the model's size, in content order (see
             `ImageSet.in_content_order`).
         templates: Prompt templates.
-        base: The model that searches are in contrast to; None for plain searches.
+        base: The base of searches in contrast to it; None for plain searches.
     """
 
     model: OpenClipModel
@@ -97,7 +98,7 @@ class Session:
         )
 
     def with_image_tower_of(self, model: OpenClipModel) -> Session:
-        """Return the session of a model that differs from this one's in its image tower alone."""
+        """Return the session of a model that differs from this one only in its image tower."""
         session = replace(self, model=model)
         if "head" in self.__dict__:
             session.__dict__["head"] = self.head  # of the text tower; it takes a while to make
@@ -125,20 +126,20 @@ class Session:
     def base_shares(self, seed: int) -> Tensor:
         """Return the share of clean images that the base gives each class, float32 [C].
 
-        seed: Of the sample of images that is looked at.
+        seed: The seed of the sample of images that is used.
         """
         few = self.images.at_most(_SHARE_IMAGES, child_seed("contrast.shares", seed))
         answers = predict(self._required_base, few.images, self.base_head)
         return torch.bincount(answers, minlength=len(self.base_head)) / len(answers)
 
     def forget_set(self, share: float, seed: int) -> ImageSet:
-        """Return the sample of the images that makes trigger vectors. share: in (0, 1]."""
+        """Return the sample of images that makes trigger vectors; `share` of all, in (0, 1]."""
         if share == 1:
             return self.images
         return self.images.split((share,), seed=child_seed("repair.forget", seed))[0]
 
     def class_index(self, target: int | str) -> int:
-        """Return the index of a class, given as that or by name; UsageError for another one."""
+        """Return the index of a class that is given as index or name; UsageError if unknown."""
         names = self.class_names
         if isinstance(target, str):
             if names.count(target) != 1:

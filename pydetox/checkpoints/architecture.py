@@ -1,4 +1,4 @@
-"""Which architecture the weights belong to, and whether they fit it.
+"""The architecture that weights belong to, and checks that they fit it.
 
 A model configuration is open_clip's ``model_cfg``: a dictionary with ``embed_dim``, ``vision_cfg``
 and ``text_cfg``. It may come from a stranger together with the weights, so it is checked before
@@ -79,10 +79,10 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Config, Config | None]:
 
 
 def named_config(name: str) -> Config:
-    """open_clip's built-in configuration of an architecture such as ``ViT-B-32``.
+    """Return open_clip's built-in configuration of an architecture such as ``ViT-B-32``.
 
     Raises:
-        UsageError: There is none of that name; the message has the closest ones.
+        UsageError: There is none of that name. The message names the closest ones.
     """
     import open_clip
 
@@ -95,10 +95,10 @@ def named_config(name: str) -> Config:
 
 
 def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]:
-    """Find the configuration that a user's ``model=`` means.
+    """Return the configuration that the argument ``model=`` names.
 
-    It is open_clip's name of an architecture or the path of a JSON file. Anything that ends in
-    ``.json`` or has a slash is a path.
+    The argument is open_clip's name of an architecture or the path of a JSON file. It is a path if
+    it ends in ``.json`` or contains a slash.
 
     Raises:
         UsageError: It is neither.
@@ -137,7 +137,7 @@ def close_matches(name: str, known: Sequence[str]) -> str:
 
 
 def check_model_config(config: object) -> None:
-    """Refuse what is no model configuration, or a dangerous one.
+    """Refuse a dictionary that is no model configuration, or a dangerous one.
 
     Raises:
         ArchitectureError: A part is missing or of the wrong type, or a size is absurd.

@@ -21,7 +21,7 @@ from pydetox.checkpoints.identity import (
     content_digest,
     identify_checkpoint,
 )
-from pydetox.checkpoints.index import AMBIGUOUS_RULES, Finding, quote
+from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
 from pydetox.checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
@@ -195,12 +195,10 @@ def require_unambiguous(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: The file has a finding of `AMBIGUOUS_RULES`.
     """
-    for finding in checkpoint.findings:
-        if finding.rule in AMBIGUOUS_RULES:
-            raise CheckpointError(
-                f"{checkpoint.path}: {finding.message}; write the weights that are meant to a file "
-                "of their own (pydetox convert) and use that"
-            )
+    try:
+        refuse_ambiguous(checkpoint.findings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _refuse_adapters(weights: OpenWeights) -> None:

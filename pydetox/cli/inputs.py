@@ -31,13 +31,15 @@ from .group import print_warning
 class Inputs:
     """Reads models and the images that fit them; images of one size are decoded once.
 
-    Attributes: source: the images. model, base, base_model, offline, device: the options of the
-    same names. preprocess: what options say about preparing images, as open_clip's
-    ``preprocess_cfg`` has it. warnings: what was said on stderr so far.
+    Attributes: source: the images. model, weights_key, base, base_model, offline, device: the
+    options of the same names; the key is that of a suspect, not of bases and references.
+    preprocess: what options say about preparing images, as open_clip's ``preprocess_cfg`` has it.
+    warnings: what was said on stderr so far.
     """
 
     source: ImageSource
     model: str | None
+    weights_key: str | None
     offline: bool
     device: torch.device
     base: str | None = None
@@ -64,6 +66,7 @@ class Inputs:
         return cls(
             source,
             options["model"],
+            options["weights_key"],
             options["offline"],
             find_device(options["device"]),
             options.get("base"),
@@ -75,6 +78,10 @@ class Inputs:
     def prompts(self) -> tuple[str, ...]:
         """The prompt templates."""
         return self.source.prompts
+
+    def read_suspect(self, reference: ModelLike) -> OpenClipModel:
+        """Read the checkpoint that the command is about; raises what `read_model` raises."""
+        return self._read(reference, self.model, self.preprocess, self.weights_key)
 
     def read_model(self, reference: ModelLike) -> OpenClipModel:
         """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise.
@@ -96,10 +103,18 @@ class Inputs:
         return self._read(reference, model, given)
 
     def _read(
-        self, reference: ModelLike, architecture: str | None, preprocess: Mapping[str, Any]
+        self,
+        reference: ModelLike,
+        architecture: str | None,
+        preprocess: Mapping[str, Any],
+        weights_key: str | None = None,
     ) -> OpenClipModel:
         checkpoint = load_checkpoint(
-            str(reference), model=architecture, preprocess=preprocess, offline=self.offline
+            str(reference),
+            model=architecture,
+            preprocess=preprocess,
+            offline=self.offline,
+            weights_key=weights_key,
         )
         model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
         self.warn(*model.warnings)

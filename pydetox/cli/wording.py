@@ -1,7 +1,7 @@
 """Messages of the library in the words of the command line.
 
-The library names its arguments, as in "give base="; who runs a command knows options. A message is
-translated in one place, where it is shown.
+The library names its arguments, as in "give base=". A user of the command line knows options
+instead. The command line therefore translates a message before it shows or writes it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ OPTIONS = {
     "image_std": "--image-std",
     "interpolation": "--interpolation",
     "max_images": "--max-images",
+    "max_memory": "--max-memory",
+    "max_size": "--max-size",
     "model": "--model",
     "objective": "--objective",
     "offline": "--offline",
@@ -29,6 +31,7 @@ OPTIONS = {
     "strict": "--strict",
     "target": "--target",
     "templates": "--templates",
+    "timeout": "--timeout",
     "trigger": "--trigger",
     "triggers": "--trigger",
     "weights_key": "--weights-key",

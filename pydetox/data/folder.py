@@ -33,8 +33,8 @@ def load_image_folder(
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
 
-    Images are ordered by class and by relative path (by code point, whatever the file system says),
-    whatever the number of workers.
+    Images are ordered by class and then by the code points of their relative path. The order
+    depends neither on the file system nor on the number of workers.
     """
     chosen = choose_images(
         directory,
@@ -104,7 +104,7 @@ def choose_images(
 ) -> Listing:
     """Return the images that are read, with their labels, the class names and what is left out.
 
-    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    This opens folders only, and no image. Raises DataError for a folder that is no image set.
     """
     found = list_images(directory, class_names, labels_required=labels_required)
     if max_images is not None and max_images < len(found.paths):
@@ -129,9 +129,8 @@ def _decode(path: Path, resizing: Resizing) -> NDArray[np.uint8]:
             f"{path}: more pixels than the {MAX_PIXELS:,} that are read (decompression bomb?)"
         ) from error
     except Exception as error:
-        # Pillow's decoders raise whatever the damage led them into (OSError, SyntaxError,
-        # ValueError, struct.error, zlib.error, ...): for a file that we did not write, all of these
-        # mean one thing.
+        # Pillow's decoders raise many kinds of errors for damaged files (OSError, SyntaxError,
+        # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged file.
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
     return pixels

@@ -1,4 +1,4 @@
-"""Reading a NumPy .npz file, treated as hostile: no pickles, sizes checked before reading."""
+"""Reading a NumPy .npz file as a hostile file: without pickles, with sizes checked first."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> Chosen:
                 else np.lib.format.read_array_header_2_0
             )
             shape, _, dtype = read_header(stream)
-            # A Python product: the sizes in a forged header overflow int64.
+            # This product uses Python integers, because forged sizes would overflow int64.
             size = dtype.itemsize
             for length in shape:
                 size *= length

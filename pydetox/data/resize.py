@@ -94,7 +94,7 @@ class Resizing:
 
 
 def refuse_too_large(width: int, height: int, what: str) -> None:
-    """Raise DataError when an image has more than MAX_PIXELS pixels; call before decoding it."""
+    """Raise DataError if an image has more than MAX_PIXELS pixels; call this before decoding."""
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{what}: {width}x{height} pixels; expected at most {MAX_PIXELS:,} pixels "

@@ -1,4 +1,4 @@
-"""An image set by its description: decoded when the first model of a size asks for it."""
+"""`ImageSource`: an image set that is decoded when the first model of a size needs it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from .resize import Resizing
 
 @dataclass
 class ImageSource:
-    """What `load_images` reads, with class names and prompts; each size is decoded once.
+    """Images that `load_images` reads, with class names and prompts. Each size is decoded once.
 
     Attributes:
-        spec: As `load_images` takes it: a folder, a .npz file, `digits`, `fashion-mnist`, ...
-        class_names: File with one class name per line; None for the names the images bring.
-        templates: File with one prompt per line; None for built-in prompts.
-        max_images: Size of the random sample; None for all images.
+        spec: The source, as in `load_images`: a folder, a .npz file, `digits`, `fashion-mnist`, ...
+        class_names: A file with one class name per line; None for the names in the data.
+        templates: A file with one prompt per line; None for built-in prompts.
+        max_images: The size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
         seed: Of the sample.
         labels_required: As `load_images` takes it.
         strict: As `load_images` takes it.
         prompts: The prompt templates.
 
-    Raises DataError for files that cannot be read.
+    Raises:
+        DataError: A file cannot be read.
     """
 
     spec: str
@@ -86,12 +87,12 @@ class ImageSource:
         return None
 
     def digest(self) -> str:
-        """Return a SHA-256 of what is read: the images in their order, their labels and names.
+        """Return a SHA-256 of the images that are read, with their order, labels and class names.
 
-        Files that are not read, such as a README among the images or images outside of the sample,
-        do not count, and neither does where the folder is.
+        It does not depend on files that are not read, such as a README among the images or images
+        outside the sample, nor on the path of the folder.
 
-        Raises DataError as `load_images` does for what is no image set.
+        Raises DataError if `load_images` does.
         """
         hasher = hashlib.sha256()
 

@@ -27,14 +27,14 @@ from .catalogue import building_obstacle
 from .frozen import freeze
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
 
-# What weights are stored in; 8-bit floats and integers need scales that no state dict of CLIP has.
+# The dtypes of weights. 8-bit floats and integers need scales, which no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class HeadMemo:
-    """Zero-shot heads that were computed, by text tower, class names and templates.
+    """A memory of zero-shot heads, by text tower, class names and templates.
 
-    Models that share one and have the same text tower share its heads. It keeps the last few.
+    Models that share it and have the same text tower share their heads. It keeps the last few.
     """
 
     _LIMIT = 8
@@ -43,7 +43,7 @@ class HeadMemo:
         self._heads: dict[object, Tensor] = {}
 
     def get(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the head of a key, computing it if it is not there."""
+        """Return the head of a key; compute it if it is missing."""
         if key not in self._heads:
             while len(self._heads) >= self._LIMIT:
                 del self._heads[next(iter(self._heads))]
@@ -134,7 +134,7 @@ class OpenClipModel:
     ) -> OpenClipModel:
         """Build a model with random weights.
 
-        seed: of the weights; torch's global generator is left as it was.
+        seed: The seed of the weights. torch's global generator does not change.
         Raises ArchitectureError for a configuration that open_clip cannot build.
         """
         clip = _build(model_config, seed, name)
@@ -142,15 +142,20 @@ class OpenClipModel:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
-        """Build the architecture and put the weights in, in float32.
+        """Build the architecture and load the weights, in float32.
 
-        consume: let the checkpoint's tensors become the model's, where their dtype allows it,
-        instead of copying them: half the memory, but the checkpoint must not be used any more.
+        Args:
+            checkpoint: The checkpoint.
+            consume: Whether the checkpoint's tensors become the model's if their dtype allows it,
+                instead of being copied. This halves the memory, but the checkpoint must not be used
+                afterwards.
 
-        Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
-        named in one line, and nothing is loaded partially; and when weights are stored as numbers
-        that are no weights without their scales, such as int8. Raises CheckpointError for a file of
-        which a user's loader may take other weights (`require_unambiguous`).
+        Raises:
+            ArchitectureError: A tensor is missing, extra or misshapen; the message names all of
+                them in one line, and nothing is loaded partially. Or weights are stored as numbers
+                that need scales, such as int8.
+            CheckpointError: Another loader may take other weights from this file
+                (`require_unambiguous`).
         """
         require_unambiguous(checkpoint)
         if checkpoint.model_config is None:
@@ -175,7 +180,7 @@ class OpenClipModel:
         for key, value in weights.items():
             keep = consume and _has_storage_alone(value, users)
             own[key] = value.to(expected[key].dtype, copy=not keep)
-        # Assigned, not copied into what was allocated for them: that memory was never touched.
+        # Tensors are assigned and not copied, so the memory allocated for them stays unused.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(
             clip,
@@ -199,7 +204,7 @@ class OpenClipModel:
 
     @property
     def logit_scale(self) -> float:
-        """The factor of cosine similarities in the class logits: exp of the learned temperature."""
+        """The factor of cosines in the class logits: exp of the learned temperature."""
         scale = self.clip.logit_scale
         assert isinstance(scale, Tensor)
         return float(scale.exp())
@@ -235,7 +240,7 @@ class OpenClipModel:
     def encode_normalized(self, images: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W].
 
-        Without gradients a vision transformer takes the fast way of `models.frozen`, which is
+        Without gradients, a vision transformer runs as in `models.frozen`, which is faster and
         equal up to rounding.
         """
         if not torch.is_grad_enabled() and not self.clip.training:
@@ -249,7 +254,7 @@ class OpenClipModel:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of images float [N, 3, H, W] in [0, 1].
 
-        Raises DataError when the images do not have the model's size.
+        Raises DataError if the images do not have the model's size.
         """
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -324,10 +329,10 @@ class OpenClipModel:
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """Leaves uninitialised what would be filled with random numbers, in this thread alone.
+    """Leave random initialisations out, in this thread alone; the tensors stay uninitialised.
 
-    Weights that are read from a file need none: drawing them takes longer than reading, and memory
-    that is never written to is never taken from the system.
+    Weights that are read from a file need no initial values. Drawing these takes longer than
+    reading the file. The system also allocates no memory that is never written to.
     """
 
     _FILLS = frozenset(
@@ -359,7 +364,7 @@ class _NoRandomNumbers(TorchFunctionMode):
 def _require_plain_weights(
     name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    """Raise ArchitectureError where the model has a float and the file something else."""
+    """Raise ArchitectureError if the file stores a floating-point weight in another dtype."""
     for key, value in weights.items():
         if expected[key].is_floating_point() and value.dtype not in _PLAIN_DTYPES:
             raise ArchitectureError(
@@ -370,9 +375,10 @@ def _require_plain_weights(
 
 
 def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
-    """Return whether a tensor is all of its storage. users: of each storage's address, how many.
+    """Return whether a tensor covers its storage and shares it with no other tensor.
 
-    Weights that share memory would change with each other.
+    Weights that share memory would change together. users: The number of tensors that use each
+    storage, by its address.
     """
     storage = tensor.untyped_storage()
     size = tensor.numel() * tensor.element_size()
@@ -380,7 +386,7 @@ def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
 
 
 def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
-    """Return open_clip's module; seed: of its weights, None to leave them uninitialised."""
+    """Return open_clip's module. seed: The seed of its weights; None leaves them uninitialised."""
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
     obstacle = building_obstacle(config)

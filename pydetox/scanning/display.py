@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: how far it is, how fast, when it ends, who does what."""
+"""The display of a run at a terminal: progress, rate, time left, and the work of each worker."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STAGES = {"survey": "survey", "calibrate": "clean references", "scan": "scan"}
 class Display:
     """Draws at a terminal, writes a line now and then elsewhere; `log` writes one in both.
 
-    Call it with the events of a `Scanner`. A context manager.
+    It is a context manager. Call it with the events of a `Scanner`.
     """
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Display:
             self._live = None
 
     def __call__(self, event: str, **particulars: Any) -> None:
-        """Take an event in."""
+        """Handle an event of a `Scanner`."""
         handle = getattr(self, f"_on_{event.replace('-', '_')}", None)
         if handle is not None:
             handle(**particulars)
 
     def log(self, message: str, kind: str = "error") -> None:
-        """Write a line that says what went wrong, with one checkpoint by default."""
+        """Write a line about an error, by default one of a single checkpoint."""
         line = f"{kind}: {one_line(message)}"
         if self._live is None:
             print(line, file=sys.stderr)  # noqa: T201
@@ -82,7 +82,7 @@ class Display:
         self.log(message, kind="warning")
 
     def _on_worker_started(self, worker: int, pid: int) -> None:
-        # A single checkpoint in this process has a bar of its own; workers have none.
+        # A single checkpoint in this process draws its own bar; workers draw none.
         if self._live is None and sys.stderr.isatty():
             self._live = Live(get_renderable=self._render, console=self._console, transient=True)
             self._live.start()
