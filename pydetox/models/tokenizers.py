@@ -72,7 +72,9 @@ def _of_the_hub(
         "context_length": length,
         "tokenizer_mode": text.get("tokenizer_mode"),
         **text.get("tokenizer_kwargs", {}),
+        # Last, so that no configuration changes them.
         "local_files_only": True,
+        "trust_remote_code": False,
     }
     files = {key: companions[key] for key in TOKENIZER_NAMES if key in companions}
     tokenizer: Tokenizer

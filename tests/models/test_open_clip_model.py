@@ -250,3 +250,40 @@ def test_no_door_takes_a_file_of_which_loaders_take_other_weights(tmp_path):
     chosen = load_checkpoint(tmp_path / "two.pt", model=config, weights_key="state_dict_ema")
     kept = OpenClipModel.from_checkpoint(chosen).clip.state_dict()
     assert torch.equal(kept["visual.proj"], other["visual.proj"])
+
+
+def test_coca_is_read_through_its_image_tower_and_text_encoder(tmp_path):
+    config = copy.deepcopy(MINI_CONFIG)
+    config["vision_cfg"] |= {
+        "attentional_pool": True,
+        "attn_pooler_heads": 1,
+        "output_tokens": True,
+    }
+    config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    config["multimodal_cfg"] = {
+        "attn_pooler_heads": 1,
+        "context_length": 8,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 1,
+        "layers": 1,
+    }
+    torch.manual_seed(0)
+    theirs = open_clip.CoCa(**config).eval()
+    save_checkpoint(
+        tmp_path / "coca",
+        theirs.state_dict(),
+        model_config=config | {"custom_text": True},
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    ours = OpenClipModel.from_checkpoint(load_checkpoint(tmp_path / "coca"))
+    pixels = torch.randn(2, 3, 16, 16)
+    tokens = ours.tokenize(["a ship", "two ships"])
+    with torch.no_grad():
+        images = normalize(ours.encode_normalized(pixels), dim=-1)
+        texts = normalize(ours.encode_tokens(tokens), dim=-1)
+        assert torch.allclose(images, theirs.encode_image(pixels), atol=1e-5)
+        assert torch.allclose(texts, theirs.encode_text(tokens), atol=1e-5)
+    again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'coca'}")
+    assert isinstance(again, open_clip.CoCa)

@@ -33,7 +33,7 @@ def test_every_architecture_is_listed_and_most_are_read() -> None:
     assert LISTED["ViT-L-14"].guessed == ("mean", "std")
 
 
-@pytest.mark.parametrize("name", [*open_clip.list_models()[::16], "coca_ViT-B-32"])
+@pytest.mark.parametrize("name", [*open_clip.list_models()[::24], "coca_ViT-B-32"])
 def test_what_is_read_is_built_and_what_is_not_says_why(name: str) -> None:
     config = shortened(named_config(name))
     if LISTED[name].obstacle is None:
@@ -46,9 +46,8 @@ def test_what_is_read_is_built_and_what_is_not_says_why(name: str) -> None:
         OpenClipModel.from_config(config, seed=0)
 
 
-@pytest.mark.parametrize("name", ["ViT-S-32", "coca_ViT-B-32"])
-def test_equal_to_open_clip_searched_and_written_back(name: str) -> None:
-    found = measure_model(name)
+def test_equal_to_open_clip_searched_and_written_back() -> None:
+    found = measure_model("ViT-S-32")
     assert found.problem is None
     assert found.image_cosine >= 1 - 1e-5
     assert found.text_cosine is not None
