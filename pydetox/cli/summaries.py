@@ -24,7 +24,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         for scan in scans
     ]
     for place, one in enumerate(result["rounds"], start=1):
-        reached = "" if one["limits_reached"] else "; no α keeps both limits"
+        reached = "" if one["limits_reached"] else "; no α keeps all limits"
         classes = "class" if len(one["targets"]) == 1 else "classes"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
@@ -37,6 +37,17 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
                 "" if one["limits_reached"] else "suspicious",
             )
         )
+        if offer := one["compromise"]:
+            summary.append(
+                card(
+                    "a compromise",
+                    f"α = {offer['alpha']:g} removes these triggers "
+                    f"(recovered ASR {percent(offer['asr'])}) and keeps "
+                    f"{percent(offer['ca_kept'])} of CA: "
+                    f"--min-accuracy-kept {offer['min_accuracy_kept']:g} "
+                    f"--max-drift {offer['max_drift']:g} allows it",
+                )
+            )
     moved = result["drift"]
     if moved is not None:
         summary.append(
@@ -54,7 +65,11 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         "subtitle": result["name"],
         "summary": summary,
         "scans": scans,
-        "alpha_search": rounds[0]["alpha_search"] if rounds else None,
+        # What kept the limits needs no closer look.
+        "alpha_search": next(
+            (one["alpha_search"] for one in rounds if not one["limits_reached"]),
+            rounds[0]["alpha_search"] if rounds else None,
+        ),
         "evaluation": result["evaluation"],
         "seconds": result["seconds"],
         "provenance": {"sha256 of the source": result["sha256"], "seed": result["seed"]},

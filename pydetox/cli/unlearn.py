@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-drift",
     type=click.FloatRange(min=0, min_open=True),
-    default=0.05,
+    default=0.02,
     metavar="X",
     help="Mean distance, 1 - cos, that image features may move on images outside those classes.",
 )

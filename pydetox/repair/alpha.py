@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
 from ..rng import generator
 from .configuration import UnlearnConfig
-from .retention import DriftProbe
+from .retention import DriftProbe, image_features
 from .subtraction import Candidates
 from .task_vectors import TaskVector
 from .trigger_vector import one_target_each
@@ -26,12 +27,26 @@ _LEAST_ATTACKED = 50
 
 
 @dataclass(frozen=True)
+class Compromise:
+    """The alpha that removes the given triggers at the least cost, where the limits forbid it.
+
+    index: Of the alpha. min_accuracy_kept, max_drift: The limits of `UnlearnConfig` that allow it;
+    each is the one that was asked for where that is wide enough.
+    """
+
+    index: int
+    min_accuracy_kept: float
+    max_drift: float
+
+
+@dataclass(frozen=True)
 class CoefficientSearch:
     """CA and ASR over the scaling coefficient alpha.
 
     Attributes:
         coefficients: alpha, ascending.
-        clean_accuracy: Share per alpha; agreement with theta_b where there are no labels.
+        clean_accuracy: Share per alpha; agreement with theta_b where there are no labels, each
+            image weighed by how sure theta_b was of it (see `certainty`).
         attack_success_rate: Share per alpha that the worst of the given triggers sends to the
             target, of the images that are of other classes and that theta_b, without a trigger,
             sends elsewhere: what it takes for the target anyway says nothing about a trigger.
@@ -41,6 +56,8 @@ class CoefficientSearch:
         reserve: Share of the accuracy to spend that was left to later passes.
         drift: How far image features have moved per alpha (`FeatureDrift.mean_distance`) from the
             model before any repair; empty where that was not measured.
+        compromise: What removes the triggers, where no alpha does so within the limits; None where
+            one does, or where none does at all.
     """
 
     coefficients: tuple[float, ...]
@@ -51,6 +68,32 @@ class CoefficientSearch:
     accuracy_before: float
     reserve: float = 0.0
     drift: tuple[float, ...] = ()
+    compromise: Compromise | None = None
+
+    def pareto_front(self) -> tuple[int, ...]:
+        """Return the indices of the alphas that no other equals in ASR, CA and drift at once."""
+        drift = self.drift or (0.0,) * len(self.coefficients)
+        costs = [
+            (asr, -ca, moved)
+            for asr, ca, moved in zip(
+                self.attack_success_rate, self.clean_accuracy, drift, strict=True
+            )
+        ]
+
+        def beaten(k: int) -> bool:
+            return any(
+                all(a <= b for a, b in zip(other, costs[k], strict=True))
+                and (other != costs[k] or j < k)
+                for j, other in enumerate(costs)
+                if j != k
+            )
+
+        return tuple(k for k in range(len(costs)) if not beaten(k))
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing is subtracted though all of the accuracy and drift could be spent."""
+        return self.coefficient == 0 and not self.reached and self.reserve == 0
 
     @property
     def coefficient(self) -> float:
@@ -84,7 +127,7 @@ def search_coefficient(
     the one with the least mean ASR of all triggers among those that keep accuracy and drift: the
     worst one alone may be beyond what any alpha reaches. If that mean is above 2%, about one image
     of each trigger, they have to keep the reserve as well. Where none keeps both it is 0. Without
-    labels CA is the agreement with the model's own predictions.
+    labels CA is the agreement with the model's own predictions, weighed by `certainty`.
     Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
@@ -93,6 +136,9 @@ def search_coefficient(
         raise UsageError("no triggers; expected at least one to choose alpha with")
     target_of_each = one_target_each(triggers, targets)
     own = predict(model, validation.images, head)
+    weights = torch.ones(len(own), dtype=torch.float64)
+    if validation.labels is None:
+        weights = certainty(model, validation.images, head)
     labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {}
@@ -118,13 +164,13 @@ def search_coefficient(
         seen = own  # known already
         if not candidates.is_start(coefficient):
             seen = predict(candidate, validation.images, head)
-        accuracy.append(float((seen == labels).double().mean()))
+        accuracy.append(_share((seen == labels).cpu(), weights))
         if probe is not None:
             drift.append(probe.of(candidate).mean_distance)
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
         success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
-        accuracy_before = float((own == labels).double().mean())
+        accuracy_before = _share((own == labels).cpu(), weights)
     chosen, reached = choose_coefficient(
         coefficients,
         accuracy,
@@ -143,7 +189,48 @@ def search_coefficient(
         accuracy_before,
         reserve,
         tuple(drift),
+        None if reached else find_compromise(accuracy, success, config, accuracy_before, drift),
     )
+
+
+def certainty(model: OpenClipModel, images: Tensor, head: Tensor) -> Tensor:
+    """Return how sure a model is of each image, float64 [N] in [0, 1], on the CPU.
+
+    It is the probability of the likeliest class less that of the next. An image that belongs to
+    none of the names lies between them and changes sides at a touch: it must not count like one
+    that the model knows. Where the model is sure of none, or knows one class alone, all count 1.
+    """
+    if len(head) < 2:
+        return torch.ones(len(images), dtype=torch.float64)
+    probabilities = (model.logit_scale * image_features(model, images) @ head.T).softmax(dim=1)
+    first, second = probabilities.double().topk(2, dim=1).values.unbind(dim=1)
+    sure = (first - second).cpu()
+    return sure if float(sure.sum()) > 0 else torch.ones_like(sure)
+
+
+def _share(right: Tensor, weights: Tensor) -> float:
+    """Return the weighed share of images that are right: bool [N], float64 [N]."""
+    return float((right.double() * weights).sum() / weights.sum())
+
+
+def find_compromise(
+    accuracy: Sequence[float],
+    success: Sequence[Sequence[float]],
+    config: UnlearnConfig,
+    accuracy_before: float,
+    drift: Sequence[float] = (),
+) -> Compromise | None:
+    """Return the smallest alpha that removes every trigger, whatever it costs; None without one.
+
+    The arguments are those of `choose_coefficient`. Limits are rounded to what allows this alpha.
+    """
+    removing = [k for k, one in enumerate(success) if max(one) <= config.max_attack_success]
+    if not removing or accuracy_before <= 0:
+        return None
+    index = removing[0]
+    kept = math.floor(1000 * accuracy[index] / accuracy_before) / 1000
+    moved = math.ceil(1000 * drift[index]) / 1000 if drift else config.max_drift
+    return Compromise(index, min(kept, config.min_accuracy_kept), max(moved, config.max_drift))
 
 
 def choose_coefficient(

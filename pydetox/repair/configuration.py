@@ -115,7 +115,7 @@ class UnlearnConfig:
     safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
     retention: float = 1.0
-    max_drift: float = 0.05
+    max_drift: float = 0.02
     seed: int = 0
     advanced: AdvancedUnlearnConfig = field(default_factory=AdvancedUnlearnConfig)
 

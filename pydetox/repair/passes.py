@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,13 +13,15 @@ from ..inversion import InversionResult, WarpResult
 from ..models import OpenClipModel
 from ..rng import child_seed
 from ..session import Session
-from .alpha import search_coefficient
+from .alpha import CoefficientSearch, search_coefficient
 from .configuration import UnlearnConfig
 from .recovery import recover_patches_or_blends, recover_smooth_warps
 from .result import UnlearnRound
 from .retention import DriftProbe
 from .subtraction import subtract
 from .trigger_vector import trigger_vector
+
+_LOG = logging.getLogger(__name__)
 
 
 def subtract_passes(
@@ -86,7 +89,26 @@ def subtract_passes(
         passes.append(
             UnlearnRound(tuple(targets), tuple(recovered), search, vector, None, tuple(warps))
         )
+        if search.hopeless:  # another pass costs as much, and starts from the same weights
+            _LOG.warning("%s", _refused(search, unlearning))
+            break
     return session.model, tuple(passes)
+
+
+def _refused(search: CoefficientSearch, unlearning: UnlearnConfig) -> str:
+    """Return why nothing is subtracted, and what would be with other limits."""
+    text = (
+        f"no alpha up to {search.coefficients[-1]:g} removes anything while it keeps "
+        f"min_accuracy_kept {unlearning.min_accuracy_kept:g} and max_drift "
+        f"{unlearning.max_drift:g}: nothing is subtracted in this pass"
+    )
+    offer = search.compromise
+    if offer is None:
+        return f"{text}; none removes all triggers, whatever it costs"
+    return (
+        f"{text}; alpha {search.coefficients[offer.index]:g} would remove the triggers, with "
+        f"min_accuracy_kept {offer.min_accuracy_kept:g} and max_drift {offer.max_drift:g}"
+    )
 
 
 def _recover(

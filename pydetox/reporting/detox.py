@@ -26,6 +26,7 @@ from .images import png_data_uri
 from .result import (
     ASR_NOTE,
     DRIFT_NOTE,
+    PARETO_NOTE,
     VERDICT_TONES,
     alpha_series,
     any_given,
@@ -63,7 +64,7 @@ def write_detox_report(path: str | PathLike[str], result: Mapping[str, Any]) -> 
         search, "class_dropped": [C], the step at which a class was given up, or None}]
       "triggers": [{"caption", "image": uint8 [H, W, 3] or [H, W]}]
       "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen",
-        "drift": [S], see `reporting.result`}
+        "drift": [S], see `reporting.result`, "pareto": the alphas that no other beats}
       "evaluation": [{"name", "ca", "ca_ci": (low, high), "asr", "asr_ci", "n_clean", "n_attack"}]
       "provenance": {name: value}
       "seconds": {step: seconds}
@@ -218,10 +219,10 @@ def _alpha_search(search: Mapping[str, Any]) -> Html:
         marked=chosen,
         marked_label="" if chosen is None else f"chosen: α = {number(chosen)}",
     )
-    drift = drift_cells(search)
+    drift, front = drift_cells(search), search.get("pareto") or ()
     cells = [
         [
-            text(number(a)),
+            text(number(a) + " *" * any(abs(a - one) < 1e-9 for one in front)),
             *(text(percent(line.values[index])) for line in series),
             *(text(cell) for cell in (drift[index : index + 1] if drift else ())),
         ]
@@ -229,7 +230,9 @@ def _alpha_search(search: Mapping[str, Any]) -> Html:
     ]
     headers = ["α", *(line.short for line in series), *(["Drift"] if drift else [])]
     numbers = table(headers, cells, numeric=0)
-    note = f"{_ALPHA_NOTE} {DRIFT_NOTE}" if drift else _ALPHA_NOTE
+    note = " ".join(
+        [_ALPHA_NOTE, *([DRIFT_NOTE] if drift else []), *([PARETO_NOTE] if front else [])]
+    )
     return section("Search for α", chart, details("The numbers", numbers), note=note)
 
 

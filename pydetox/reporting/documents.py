@@ -9,6 +9,7 @@ from ..analysis.localization import Localization
 from ..detect.result import ScanResult
 from ..detect.statistics import FINDINGS
 from ..evaluation import Evaluation
+from ..repair.alpha import CoefficientSearch
 from ..repair.result import DetoxResult
 
 
@@ -78,6 +79,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
                 "targets": list(one.targets),
                 "alpha": one.search.coefficient,
                 "limits_reached": one.search.reached,
+                "compromise": _compromise(one.search),
                 "vector_norm": one.vector.norm(),
                 "warps": sum(len(found.working()) for found in one.warps),
                 "alpha_search": {
@@ -85,6 +87,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
                     "ca": list(one.search.clean_accuracy),
                     "asr": list(one.search.attack_success_rate),
                     "drift": list(one.search.drift),
+                    "pareto": [one.search.coefficients[k] for k in one.search.pareto_front()],
                     "asr_kind": "recovered" if one.triggers else "known",
                     "chosen": one.search.coefficient,
                 },
@@ -96,6 +99,19 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
         "drift": None if result.drift is None else asdict(result.drift),
         "path": None if result.path is None else str(result.path),
         "seconds": dict(result.seconds),
+    }
+
+
+def _compromise(search: CoefficientSearch) -> dict[str, float] | None:
+    found = search.compromise
+    if found is None:
+        return None
+    return {
+        "alpha": search.coefficients[found.index],
+        "ca_kept": search.clean_accuracy[found.index] / search.accuracy_before,
+        "asr": search.attack_success_rate[found.index],
+        "min_accuracy_kept": found.min_accuracy_kept,
+        "max_drift": found.max_drift,
     }
 
 

@@ -31,6 +31,9 @@ DRIFT_NOTE = (
 )
 
 
+PARETO_NOTE = "*: no other α is as good in CA, ASR and drift at once (the Pareto front)."
+
+
 def alpha_series(search: Mapping[str, Any]) -> list[Series]:
     """Return the lines of an "alpha_search" part: CA first, then one ASR per kind of trigger.
 

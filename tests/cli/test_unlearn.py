@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,34 @@ class TestDirect:
         assert provenance.method == "TBAR, known trigger, forget vector"
         assert provenance.source_sha256 == load_checkpoint(folder / "suspect").sha256
         assert provenance.before["attack_success_rate"] == before["asr"]
+        search = content["rounds"][0]["alpha_search"]
+        assert len(search["drift"]) == len(search["alpha"])
+        assert set(search["pareto"]) <= set(search["alpha"])
+        assert content["drift"]["images"] == 256
+        at_chosen = search["drift"][search["alpha"].index(search["chosen"])]
+        assert content["drift"]["mean_distance"] == pytest.approx(at_chosen, abs=1e-6)
+        assert provenance.extra["feature_drift"] == content["drift"]
+
+    def test_where_the_limits_forbid_it_a_compromise_is_offered_and_nothing_written(
+        self, run: Run, folder: Path, images: tuple, trigger: Path, tmp_path: Path
+    ) -> None:
+        args = (
+            *("unlearn", folder / "suspect", *images, *STRONG, "--trigger", trigger),
+            *("--target", "cow", "--output", tmp_path / "repaired"),
+        )
+        strict = ("--max-drift", 1e-9, "--report", tmp_path / "report.html")
+        result = run(*args, *strict)
+        assert not (tmp_path / "repaired").exists()
+        text = " ".join(result.stdout.split())
+        assert "no α keeps all limits; nothing subtracted" in text
+        found = re.search(r"--min-accuracy-kept ([\d.]+) --max-drift ([\d.]+) allows it", text)
+        assert found is not None
+        assert "Pareto front" in (tmp_path / "report.html").read_text()
+        offered = ("--min-accuracy-kept", found[1], "--max-drift", found[2])
+        content = json.loads(run(*args, *offered, "--format", "json").stdout)
+        assert content["rounds"][0]["limits_reached"]
+        assert content["rounds"][0]["compromise"] is None
+        assert (tmp_path / "repaired").exists()
 
     def test_it_does_what_python_does(
         self,

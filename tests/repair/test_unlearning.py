@@ -8,17 +8,26 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
 from pydetox.models import OpenClipModel
-from pydetox.repair.alpha import choose_coefficient, search_coefficient
+from pydetox.repair.alpha import (
+    CoefficientSearch,
+    certainty,
+    choose_coefficient,
+    find_compromise,
+    search_coefficient,
+)
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from pydetox.repair.passes import subtract_passes
 from pydetox.repair.retention import DriftProbe
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.repair.trigger_vector import randomly_shifted, trigger_vector, without_target
 from pydetox.research.attacks import PatchTrigger, poison
+from pydetox.session import Session
 from pydetox.training import TrainConfig, train_on_prompts
 from tests.mini import CLASS_NAMES, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
@@ -388,3 +397,82 @@ def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victi
     assert not found.reached
     least = min(alone.attack_success_rate)
     assert found.coefficient == alone.coefficients[alone.attack_success_rate.index(least)]
+
+
+def test_a_compromise_names_limits_that_allow_it():
+    accuracy, drift = (1.0, 0.98, 0.9123, 0.5), (0.0, 0.01, 0.0254, 0.3)
+    success = ((1.0, 1.0), (0.3, 0.0), (0.01, 0.0), (0.0, 0.0))
+    config = UnlearnConfig()
+    found = find_compromise(accuracy, success, config, 1.0, drift)
+    assert (found.index, found.min_accuracy_kept, found.max_drift) == (2, 0.912, 0.026)
+    wider = replace(
+        config,
+        min_accuracy_kept=found.min_accuracy_kept,
+        max_drift=found.max_drift,
+        safety_factor=1.0,
+    )
+    coefficients = (0.0, 1.0, 2.0, 3.0)
+    given = {"accuracy_before": 1.0, "drift": drift}
+    assert choose_coefficient(coefficients, accuracy, success, config, **given) == (1, False)
+    assert choose_coefficient(coefficients, accuracy, success, wider, **given) == (2, True)
+    # A limit that is wide enough stays; what nothing removes is offered nothing.
+    loose = replace(config, max_drift=0.5)
+    assert find_compromise(accuracy, success, loose, 1.0, drift).max_drift == 0.5
+    assert find_compromise(accuracy, [(1.0,)] * 4, config, 1.0, drift) is None
+
+
+def test_the_pareto_front_is_what_no_other_alpha_beats():
+    def front(accuracy, success, drift=()):
+        alphas = tuple(float(k) for k in range(len(accuracy)))
+        return CoefficientSearch(
+            alphas, accuracy, success, 0, False, 1.0, drift=drift
+        ).pareto_front()
+
+    assert front((1.0, 0.9, 0.95, 0.95), (1.0, 0.5, 0.2, 0.2)) == (0, 2)
+    assert front((1.0, 1.0, 1.0), (1.0, 0.5, 0.0), (0.0, 0.1, 0.2)) == (0, 1, 2)
+
+
+def test_images_that_belong_to_no_name_hardly_count_without_labels(victim):
+    model, head, data = victim
+    sure = certainty(model, data.images, head)
+    assert sure.shape == (len(data),)
+    assert 0 <= float(sure.min()) <= float(sure.max()) <= 1
+    pixels = model.normalize(data.images.float() / 255)
+    features = torch.nn.functional.normalize(model.visual(pixels), dim=-1).double()
+    ranked = (model.logit_scale * features @ head.double().T).softmax(dim=1).sort(dim=1).values
+    assert torch.allclose(sure, ranked[:, -1] - ranked[:, -2], atol=1e-4)
+    # Two names that mean the same: the model is sure of none, and all count alike.
+    same = head[:1].repeat(2, 1)
+    assert certainty(model, data.images, same).tolist() == [1.0] * len(data)
+    config = UnlearnConfig(steps=20, learning_rate=1e-3, coefficients=(0.0, 1.0, 2.0))
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    unlabelled = type(data)(data.images, None, data.class_names, "no labels")
+    found = search_coefficient(model, vector, unlabelled, [TRIGGER], head, TARGET, config)
+    own = predict(model, data.images, head)
+    agrees = (predict(subtract(model, vector, 2.0), data.images, head) == own).double()
+    expected = float((agrees * sure).sum() / sure.sum())
+    assert found.clean_accuracy[2] == pytest.approx(expected)
+
+
+def test_a_repair_that_cannot_work_stops_after_one_pass_and_says_so(victim, caplog):
+    model, _, data = victim
+    session = Session.open(model, data, templates=TEMPLATES)
+    config = UnlearnConfig(
+        steps=40,
+        learning_rate=1e-3,
+        coefficients=(1.0,),
+        max_drift=1e-6,
+        passes=2,
+        warps=0,
+        advanced=AdvancedUnlearnConfig(amplifications=(1.0,), blend_amplifications=(1.0,)),
+    )
+    scan = ScanConfig(inversion=InversionConfig(steps=60, batch_size=16), families=("patch",))
+    same, rounds = subtract_passes(session, [TARGET], scan, config, accuracy_before=1.0)
+    assert len(rounds) == 1
+    assert rounds[0].search.hopeless
+    assert "max_drift 1e-06: nothing is subtracted" in caplog.text
+    assert all(
+        torch.equal(v, model.clip.state_dict()[k]) for k, v in same.clip.state_dict().items()
+    )
+    # With a reserve for the second pass, which may spend it, there is a second pass.
+    assert len(subtract_passes(session, [TARGET], scan, config)[1]) == 2
