@@ -167,13 +167,15 @@ calibration_options = _all(
     ),
 )
 
+device = click.option(
+    "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
+)
+
 machine_options = _all(
     click.option(
         "--threads", type=COUNT, metavar="N", help="CPU threads. Without it, torch decides."
     ),
-    click.option(
-        "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
-    ),
+    device,
 )
 
 format_option = click.option(

@@ -65,7 +65,8 @@ class InversionConfig:
             triggers that a small patch does not resemble (Blended, SIG, warps).
         precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
-            as many as 512 MiB of activations hold, 2 GiB on a GPU.
+            as many as 512 MiB of activations hold, on a GPU six tenths of its free memory. Where
+            memory runs out all the same, it is halved.
         seed: Of initial triggers and the order of the images.
         advanced: Constants of the search.
     """

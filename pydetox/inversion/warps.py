@@ -10,6 +10,7 @@ has no use for them: what planted a warp can be seen by the patches and blends i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .tower import check_images, check_sample, images_at_once, tower_of
+from .tower import batching_of, check_images, check_sample, tower_of
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def invert_warps(
     batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
 
     tower = tower_of(model, contrast, config.precision)
-    at_once = config.max_batch or images_at_once(tower, device)
+    batching = batching_of(model, tower, config.max_batch, device)
     mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
     std = torch.tensor(model.std, device=device).view(3, 1, 1)
 
@@ -195,23 +196,29 @@ def invert_warps(
 
     optimizer = torch.optim.Adam([control], lr=config.learning_rate, betas=config.betas)
     costs = config.schedule.start(count, device)
-    chunks = torch.split(torch.arange(count, device=device), max(1, at_once // batch))
+    index = torch.arange(count, device=device)
     smoothed = torch.zeros(count, device=device)
     smallest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
     best = control.detach().clone()
+
+    def gradients(clean: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+        """Return the gradient of all control points, and the success [K]."""
+        gradient, successes = torch.empty_like(control), []
+        # Warps do not see each other: a chunk's activations are freed before the next one's.
+        for which in torch.split(index, max(1, at_once // batch)):
+            part = control[which]
+            fields = _fields(part, size)
+            loss, success = objective(embed(clean, fields), which)
+            amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
+            (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
+            successes.append(success)
+        return gradient, torch.cat(successes)
+
+    pictures, batches = images.to(device), batches.to(device)
     with Progress(description, config.steps) as progress:
         for step in range(config.steps):
-            clean = images[batches[step]].to(device)
-            gradient, successes = torch.empty_like(control), []
-            # Warps do not see each other: a chunk's activations are freed before the next one's.
-            for which in chunks:
-                part = control[which]
-                fields = _fields(part, size)
-                loss, success = objective(embed(clean, fields), which)
-                amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
-                (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
-                successes.append(success)
-            success = torch.cat(successes)
+            clean = pictures[batches[step]]
+            gradient, success = batching.run(functools.partial(gradients, clean))
             smoothed = success if step == 0 else 0.7 * smoothed + 0.3 * success
             with torch.no_grad():
                 sizes = _sizes(_fields(control, size))
@@ -227,11 +234,15 @@ def invert_warps(
     checked = check_sample(
         labels, len(images), config.check_images, generator("warps.check", config.seed)
     )
-    check, rates = images[checked].to(device), []
+    check, rates = pictures[checked.to(device)], []
+
+    def embed_all(k: int, at_once: int) -> Tensor:
+        """Return embeddings [1, n, D] of all images of the check under one warp."""
+        return torch.cat([embed(p, fields[k : k + 1]) for p in torch.split(check, at_once)], dim=1)
+
     with torch.no_grad():
         for k in range(count):
-            parts = [embed(part, fields[k : k + 1]) for part in torch.split(check, at_once)]
-            embeddings = torch.cat(parts, dim=1)
+            embeddings = batching.run(functools.partial(embed_all, k))
             if not bool(torch.isfinite(embeddings).all()):
                 raise ArchitectureError(
                     f"{model.name}: its embeddings are not finite; expected weights without NaN"
