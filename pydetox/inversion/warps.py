@@ -264,12 +264,12 @@ def _sizes(fields: Tensor) -> Tensor:
 def _warp(images: Tensor, fields: Tensor) -> Tensor:
     """Return float32 images [B, 3, H, W] read at offsets [K, 2, H, W]: [K, B, 3, H, W]."""
     count, (height, width) = len(fields), images.shape[2:]
-    rows = torch.linspace(-1, 1, height).to(fields)
-    columns = torch.linspace(-1, 1, width).to(fields)
+    like = {"dtype": fields.dtype, "device": fields.device}
+    rows, columns = (torch.linspace(-1, 1, side, **like) for side in (height, width))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     # From edge pixel to edge pixel is 2; one pixel has no neighbour to be read from.
-    step = fields.new_tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
-    grid = torch.stack([x, y], dim=-1) + fields.permute(0, 2, 3, 1) * step
+    right, down = 2 / max(1, width - 1), 2 / max(1, height - 1)
+    grid = torch.stack([x + fields[:, 0] * right, y + fields[:, 1] * down], dim=-1)
     # To a warp all channels of all images are alike: one picture of 3 B channels.
     picture = images.reshape(1, -1, height, width).expand(count, -1, -1, -1)
     warped = grid_sample(picture, grid, padding_mode="border", align_corners=True)
