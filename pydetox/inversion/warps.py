@@ -264,8 +264,8 @@ def _sizes(fields: Tensor) -> Tensor:
 def _warp(images: Tensor, fields: Tensor) -> Tensor:
     """Return float32 images [B, 3, H, W] read at offsets [K, 2, H, W]: [K, B, 3, H, W]."""
     count, (height, width) = len(fields), images.shape[2:]
-    like = {"dtype": fields.dtype, "device": fields.device}
-    rows, columns = (torch.linspace(-1, 1, side, **like) for side in (height, width))
+    rows = torch.linspace(-1, 1, height, dtype=fields.dtype, device=fields.device)
+    columns = torch.linspace(-1, 1, width, dtype=fields.dtype, device=fields.device)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     # From edge pixel to edge pixel is 2; one pixel has no neighbour to be read from.
     right, down = 2 / max(1, width - 1), 2 / max(1, height - 1)

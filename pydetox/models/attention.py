@@ -322,10 +322,9 @@ def deviation(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_siz
     # Whoever predicts first may be in a mode without gradients.
     with torch.inference_mode(False), torch.enable_grad():
         for queries in (None, 1):
-            packed, few, pull = _trial(head_size, queries)
-            found = _run(kernel, *(t.to(device, dtype) for t in (packed, few, pull)), queries)
-            # What the kernel was given: rounded to its dtype.
-            truth = _run(None, *(t.to(dtype).double() for t in (packed, few, pull)), queries)
+            given = [t.to(dtype) for t in _trial(head_size, queries)]
+            found = _run(kernel, [t.to(device) for t in given], queries)
+            truth = _run(None, [t.double() for t in given], queries)
             for one, right in zip(found, truth, strict=True):
                 errors.append((one.double().cpu() - right).norm() / right.norm())
     return float(torch.stack(errors).max())  # NaN where one is
@@ -345,10 +344,9 @@ def _trial(head_size: int, queries: int | None) -> tuple[Tensor, Tensor, Tensor]
     return packed, few, waves(1.9, 2 * (queries or tokens), heads * head_size)
 
 
-def _run(
-    kernel: Kernel | None, packed: Tensor, few: Tensor, pull: Tensor, queries: int | None
-) -> list[Tensor]:
+def _run(kernel: Kernel | None, inputs: list[Tensor], queries: int | None) -> list[Tensor]:
     """Return the result and the gradients; kernel: None for plain products."""
+    packed, few, pull = inputs
     packed, few = packed.detach().requires_grad_(), few.detach().requires_grad_()
     given = None if queries is None else few
     if kernel is not None:
@@ -358,5 +356,5 @@ def _run(
         query = parts[0] if given is None else given.transpose(1, 2)
         scores = query @ parts[-2].transpose(-1, -2) * packed.shape[-1] ** -0.5
         mixed = (scores.softmax(-1) @ parts[-1]).transpose(1, 2).reshape(pull.shape)
-    inputs = (packed,) if given is None else (packed, few)
-    return [mixed.detach(), *torch.autograd.grad(mixed, inputs, pull)]
+    leaves = (packed,) if given is None else (packed, few)
+    return [mixed.detach(), *torch.autograd.grad(mixed, leaves, pull)]
