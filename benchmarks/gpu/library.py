@@ -91,11 +91,11 @@ def label_free_search(
 
 def _capture_gradients(search: InversionSearch) -> None:
     """Make a search replay a CUDA graph of every chunk's gradients."""
-    plain: Callable[[Tensor, slice], Tensor] = search._differentiate
+    plain: Callable[[Tensor, slice, int], Tensor] = search._differentiate
     captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
     clean: list[Tensor] = []
 
-    def replay(images: Tensor, chunk: slice) -> Tensor:
+    def replay(images: Tensor, chunk: slice, at_once: int) -> Tensor:
         if not clean:
             clean.append(torch.empty_like(images))
         clean[0].copy_(images)
@@ -105,11 +105,11 @@ def _capture_gradients(search: InversionSearch) -> None:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    plain(clean[0], chunk)
+                    plain(clean[0], chunk, at_once)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                success = plain(clean[0], chunk)
+                success = plain(clean[0], chunk, at_once)
             captured[key] = graph, success
         graph, success = captured[key]
         graph.replay()

@@ -94,9 +94,10 @@ search_options = _all(
     ),
     click.option(
         "--precision",
-        type=click.Choice(["float32", "bfloat16"]),
-        default="float32",
-        help="Number format of the image tower in a search; bfloat16 needs a vision transformer.",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        help="Number format of the image tower in a search: auto is bfloat16 for a vision "
+        "transformer on a GPU that has it, else float32.",
     ),
     seed,
 )

@@ -149,10 +149,16 @@ class InversionSearch:
             history=torch.tensor(history, dtype=torch.float64),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
-            tower=f"{self._tower.description}, {self._batching.describe()}",
+            tower=self._how(),
             max_batch=self._batching.count,
             family=self._config.family,
         )
+
+    def _how(self) -> str:
+        """Return how towers were run, for a report."""
+        how = f"{self._tower.description}, {self._batching.describe()}"
+        on_gpu = self._model.device.type == "cuda"
+        return f"{how}; training and prediction in TF32" if on_gpu else how
 
     def _check(self, at_once: int) -> Tensor:
         """Return the success [K] of the final triggers on the images of the check."""

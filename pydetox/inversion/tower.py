@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.sampling import stratified_sample
 from ..errors import ArchitectureError, DataError
 from ..models import OpenClipModel
-from ..models.frozen import FrozenTower, TowerPair, freeze
+from ..models.frozen import FrozenTower, TowerPair, freeze, resolve_precision
 from ..models.memory import Batching, images_at_once
 
 
@@ -35,6 +35,8 @@ def check_sample(labels: Tensor | None, count: int, size: int, rng: np.random.Ge
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
     """Return a model's frozen tower, beside that of `contrast`, which must take the same inputs."""
+    towers = [model.visual] if contrast is None else [model.visual, contrast.visual]
+    precision = resolve_precision(precision, model.device, towers)
     tower = freeze(model.visual, precision, name=model.name)
     if contrast is None:
         return tower

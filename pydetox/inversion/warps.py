@@ -20,7 +20,7 @@ from torch.nn.functional import grid_sample, interpolate
 
 from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
-from ..models.frozen import PRECISIONS
+from ..models.frozen import PRECISION_CHOICES
 from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
@@ -43,7 +43,7 @@ class WarpConfig:
             all pixels, halved: both coordinates count half.
         success_threshold: A warp works when its success, smoothed over about three steps, reaches
             this. An attacker's own warp hardly ever works on all images.
-        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        precision: Of the image tower, as in InversionConfig.
         max_batch: Warped images that go through the tower at once; None as in InversionConfig.
         check_images: Images for the check after the search, a random sample.
         seed: Of the first control points and the order of the images.
@@ -57,7 +57,7 @@ class WarpConfig:
     initial_offset: float = 0.3
     schedule: CostSchedule = field(default_factory=CostSchedule)
     success_threshold: float = 0.8
-    precision: str = "float32"
+    precision: str = "auto"
     max_batch: int | None = None
     check_images: int = 128
     seed: int = 0
@@ -77,9 +77,9 @@ class WarpConfig:
             )
         if not 0 < self.success_threshold <= 1:
             raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
-        if self.precision not in PRECISIONS:
+        if self.precision not in PRECISION_CHOICES:
             raise UsageError(
-                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
+                f"precision {self.precision!r}; expected one of {', '.join(PRECISION_CHOICES)}"
             )
 
 

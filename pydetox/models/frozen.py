@@ -9,6 +9,7 @@ computes only what this token needs. Every other tower runs through its own modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,9 @@ from .attention import Attention, choose_attention
 
 #: The precisions that a tower can run in.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+#: What a configuration may name; see `resolve_precision`.
+PRECISION_CHOICES = ("auto", *PRECISIONS)
 
 # QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702; both factors go into the layers around it
 # (see `_Linear`).
@@ -86,6 +90,18 @@ def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model")
             "expected precision float32"
         )
     return ModuleTower(tower, reason)
+
+
+def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.Module]) -> str:
+    """Return the precision that `auto` stands for; another one is returned as it is.
+
+    bfloat16 on a GPU with products in it (compute capability 8.0), where all towers can be frozen;
+    else float32. docs/performance.md has what it does to verdicts.
+    """
+    if precision != "auto":
+        return precision
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if able and not any(map(obstacle, towers)) else "float32"
 
 
 def obstacle(tower: nn.Module) -> str | None:

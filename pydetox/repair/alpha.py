@@ -86,7 +86,9 @@ def search_coefficient(
     if not triggers:
         raise UsageError("no triggers; expected at least one to choose alpha with")
     target_of_each = one_target_each(triggers, targets)
-    own = predict(model, validation.images, head)
+    # Sent once, as bytes, and not again for every alpha; stamped there.
+    shown = validation.images.to(head.device)
+    own = predict(model, shown, head)
     labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {}
@@ -95,7 +97,7 @@ def search_coefficient(
         # A sample of all classes: those of one alone may be out of the trigger's reach.
         rng = generator("repair.attacked", config.seed, target)
         few = stratified_sample(labels[others].numpy(), len(others), most, rng)
-        attacked[target] = validation.images[others[torch.from_numpy(few)]]
+        attacked[target] = shown[others[torch.from_numpy(few)].to(shown.device)]
     for target, others in attacked.items():
         if not len(others):
             raise DataError(f"{validation.name}: no images outside the target class {target}")
@@ -111,7 +113,7 @@ def search_coefficient(
         candidate = candidates.at(coefficient)
         seen = own  # known already
         if not candidates.is_start(coefficient):
-            seen = predict(candidate, validation.images, head)
+            seen = predict(candidate, shown, head)
         accuracy.append(float((seen == labels).double().mean()))
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
         success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))

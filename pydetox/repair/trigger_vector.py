@@ -46,7 +46,8 @@ def trigger_vector(
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
     images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: known or recovered; each image gets one of them, at random, anew in every step.
+    triggers: known or recovered; each image gets one of them, at random, anew in every step. They
+    are called with images on the device of the head.
     head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
     Raises DataError without images and UsageError without triggers.
     """
@@ -61,6 +62,8 @@ def trigger_vector(
     rng = generator("repair.vector", config.seed)
     size = min(config.batch_size, len(images))
     classes = torch.tensor(target_of_each)
+    # Sent once, as bytes; everything that is done to images is done there.
+    there = images.to(head.device)
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -69,7 +72,7 @@ def trigger_vector(
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
-        clean = images[index]
+        clean = there[index.to(there.device)]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         # Stamped here and not beforehand: all triggers on all images would fill the memory.
@@ -110,10 +113,14 @@ def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> 
 
 
 def stamp_each(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
-    """Return images with one trigger each, uint8 [n, 3, H, W] as given. which: int64 [n]."""
+    """Return images with one trigger each, uint8 [n, 3, H, W] as given.
+
+    which: int64 [n] on the CPU, so that nothing waits for a GPU that has the images.
+    """
     stamped = images.clone()
     for k in torch.unique(which).tolist():
-        stamped[which == k] = triggers[k](images[which == k])
+        rows = torch.nonzero(which == k).flatten().to(images.device)
+        stamped[rows] = triggers[k](images[rows])
     return stamped
 
 
@@ -124,7 +131,7 @@ def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector
 
 
 def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
-    pixels = images.to(head.device, torch.float32) / 255
+    pixels = images.to(head.device).to(torch.float32) / 255  # bytes are sent, not floats
     return scale * normalize(model.encode_pixels(pixels), dim=-1) @ head.T
 
 
