@@ -47,6 +47,10 @@ class EngineError(PydetoxError):
     """The workers of a scan cannot be started or reached."""
 
 
+class DeviceMemoryError(PydetoxError):
+    """A device has too little free memory even for the smallest piece of the work."""
+
+
 def explain(error: BaseException) -> str | None:
     """Return one line that says what went wrong, or None if the error is a bug of pydetox."""
     if isinstance(error, PydetoxError):
@@ -54,11 +58,28 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{error.filename}: "
         return one_line(f"{where}{error.strerror or error}")
-    # torch's errors by what they say: this module does not import torch.
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or (isinstance(error, RuntimeError) and "not enough memory" in str(error)):
+    if is_out_of_memory(error):
         return one_line(f"out of memory: {error}" if str(error) else "out of memory")
     return None
+
+
+# What torch says where memory is short and the error has no type of its own: the host's allocator
+# on two systems, a kernel launch, and the libraries of matrix products.
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the host or a GPU has no memory left."""
+    # torch's errors by what they say: this module does not import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(say in str(error) for say in _OUT_OF_MEMORY)
 
 
 def one_line(message: str) -> str:

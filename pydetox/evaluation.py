@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .data import ImageSet
 from .errors import ArchitectureError, DataError, UsageError
+from .models.products import tf32_products
 from .progress import track
 
 #: Puts a trigger on images: uint8 [n, 3, H, W] to uint8 [n, 3, H, W].
@@ -117,7 +118,7 @@ def predict(
         raise DataError(f"the head has shape {list(head.shape)}; expected [C, D]")
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     predictions = []
-    with torch.inference_mode():
+    with torch.inference_mode(), tf32_products(head.device):
         directions = head.to(torch.float32).T
         for batch in batches if description is None else track(batches, description):
             stamped = batch if stamp is None else _checked_stamp(stamp, batch)

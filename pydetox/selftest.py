@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import ops
+from .models.attention import choose_attention
 from .ops import reference
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -32,6 +33,7 @@ class Case:
     operator: name in torch.ops.pydetox. what: sizes, in words. dtype: of inputs and result.
     run: called with the inputs on a device, returns results. plain: the same in plain PyTorch, in
     the dtype of the inputs it gets. inputs: on the CPU. moved: bytes to read and write at least.
+    note: says of a device what ran there, where that is not always the same.
     """
 
     operator: str
@@ -41,6 +43,7 @@ class Case:
     run: Callable[..., Sequence[Tensor]]
     plain: Callable[..., Sequence[Tensor]]
     moved: int
+    note: Callable[[torch.device], str] = lambda device: ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Outcome:
     bytes: int
     gigabytes_per_second: float
     passed: bool
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields under their own names, ready for JSON."""
@@ -96,11 +100,15 @@ def selftest(devices: Sequence[torch.device] | None = None) -> Iterator[Outcome]
                 bytes=case.moved,
                 gigabytes_per_second=case.moved / min(seconds[1:]) / 1e9,
                 passed=error <= bound,  # an error that is not a number does not pass
+                note=case.note(device),
             )
 
 
 def cases() -> Iterator[Case]:
-    """Every operator at an odd size and at one that is worth a bandwidth."""
+    """Every operator at an odd size and at one that is worth a bandwidth, and attention.
+
+    Attention is torch's, but which kernel of it computes a frozen tower's is pinned here.
+    """
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield from _stamping(2, 3, 3, 7, 5, None, dtype)
         yield from _stamping(8, 16, 3, 64, 64, 8, dtype)
@@ -114,6 +122,9 @@ def cases() -> Iterator[Case]:
     for counts in ((5, 1, 7), (1 << 20, 70001)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             yield from _weights(counts, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        for attended in ((2, 7, 3, 16), (16, 50, 12, 64)):
+            yield _attention(*attended, dtype)
 
 
 def _stamping(
@@ -334,6 +345,36 @@ def _weights(counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         lambda base, others: ops.apply_task_vectors(base, others, rows)[0],
         lambda base, others: reference.apply_task_vectors(base, others, rows)[0],
         5 * size,
+    )
+
+
+def _attention(images: int, tokens: int, heads: int, size: int, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    shape = (images, tokens, 3, heads, size)
+    packed = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+    pull = torch.randn(images * tokens, heads * size, dtype=torch.float64, generator=generator)
+
+    def run(packed: Tensor, pull: Tensor) -> Sequence[Tensor]:
+        leaf = packed.clone().requires_grad_()
+        mixed = choose_attention(packed.device, packed.dtype, size)(leaf)
+        return mixed.detach(), *torch.autograd.grad(mixed, leaf, pull)
+
+    def plain(packed: Tensor, pull: Tensor) -> Sequence[Tensor]:
+        leaf = packed.clone().requires_grad_()
+        query, key, value = leaf.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (query @ key.transpose(-1, -2) * size**-0.5).softmax(-1)
+        mixed = (weights @ value).transpose(1, 2).reshape(pull.shape)
+        return mixed.detach(), *torch.autograd.grad(mixed, leaf, pull)
+
+    return Case(
+        "attention",
+        f"{images}x{tokens}, {heads} heads of {size}",
+        dtype,
+        (packed, pull.to(dtype)),
+        run,
+        plain,
+        2 * packed.nbytes + 2 * images * tokens * heads * size * packed.element_size(),
+        lambda device: choose_attention(device, dtype, size).description,
     )
 
 

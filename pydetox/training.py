@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 from .data import ImageSet, Template, fill_template
 from .errors import DataError, UsageError
 from .models import OpenClipModel
+from .models.products import tf32_products
 from .progress import Progress
 from .rng import generator
 
@@ -93,7 +94,7 @@ def train_on_prompts(
     labels, images = image_set.labels, image_set.images
 
     def loss(index: Tensor) -> Tensor:
-        pixels = images[index].to(trained.device, torch.float32) / 255
+        pixels = images[index].to(trained.device).to(torch.float32) / 255
         embeddings = normalize(trained.encode_pixels(pixels), dim=-1)
         directions = head
         if directions is None:
@@ -131,7 +132,7 @@ def optimize(
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
     parameters: The tensors to train. They require gradients during this call only. Gradients are
-    clipped to norm 1.
+    clipped to norm 1. On a GPU, products are in TF32.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -140,7 +141,7 @@ def optimize(
     )
     warm_up = min(20, max(1, steps // 5))
     try:
-        with Progress(description, steps) as progress:
+        with tf32_products(parameters[0].device), Progress(description, steps) as progress:
             for step, batch in enumerate(batches):
                 rate = min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
                 for group in optimizer.param_groups:

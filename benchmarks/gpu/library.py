@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks.demo_models import splits, suspects
 from pydetox.data import DIGIT_TEMPLATES
 from pydetox.inversion import CollapseObjective, InversionSearch, TargetObjective
 from pydetox.inversion.configuration import AdvancedInversionConfig
+from pydetox.models import attention as kernels
 from pydetox.models.frozen import freeze
 from pydetox.research.demo import MINI_CLIP, demo_scan_config
 
@@ -91,11 +92,11 @@ def label_free_search(
 
 def _capture_gradients(search: InversionSearch) -> None:
     """Make a search replay a CUDA graph of every chunk's gradients."""
-    plain: Callable[[Tensor, slice], Tensor] = search._differentiate
+    plain: Callable[[Tensor, slice, int], Tensor] = search._differentiate
     captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
     clean: list[Tensor] = []
 
-    def replay(images: Tensor, chunk: slice) -> Tensor:
+    def replay(images: Tensor, chunk: slice, at_once: int) -> Tensor:
         if not clean:
             clean.append(torch.empty_like(images))
         clean[0].copy_(images)
@@ -105,11 +106,11 @@ def _capture_gradients(search: InversionSearch) -> None:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    plain(clean[0], chunk)
+                    plain(clean[0], chunk, at_once)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                success = plain(clean[0], chunk)
+                success = plain(clean[0], chunk, at_once)
             captured[key] = graph, success
         graph, success = captured[key]
         graph.replay()
@@ -118,13 +119,30 @@ def _capture_gradients(search: InversionSearch) -> None:
     search._differentiate = replay  # type: ignore[method-assign]
 
 
-def attention(backend: str | None) -> AbstractContextManager[Any]:
-    """Return a context in which torch's attention has one backend to choose from."""
-    if backend is None:
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+@contextmanager
+def attention(backend: str) -> Iterator[None]:
+    """Let towers that are made and run here use one of torch's attention kernels.
 
-    return sdpa_kernel(getattr(SDPBackend, backend))
+    backend: name in SDPBackend. Two are called as a search calls them; the others through torch's
+    own function, which then has nothing else to choose from.
+    """
+    called = {
+        "FLASH_ATTENTION": kernels.FLASH,
+        "EFFICIENT_ATTENTION": kernels.EFFICIENT,
+    }
+    before = kernels._ALLOWED
+    kernels._ALLOWED = [getattr(kernels.SDPBackend, backend)]
+    try:
+        with kernels.only_kernel(called.get(backend)):
+            yield
+    finally:
+        kernels._ALLOWED = before
+
+
+def how(step: Callable[[], None]) -> str:
+    """Return how a search's towers run: precision, attention, images at once."""
+    search: InversionSearch = step.__self__  # type: ignore[attr-defined]
+    return search._how()
 
 
 def scan_config(precision: str, steps: int) -> pydetox.ScanConfig:

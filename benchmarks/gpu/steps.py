@@ -10,7 +10,7 @@ import torch
 import pydetox
 from benchmarks.decree import Decree
 
-from .library import attention, random_model, targeted_search
+from .library import attention, how, random_model, targeted_search
 from .recorder import Session
 from .timing import Call, device_seconds, once, paced_seconds
 
@@ -31,6 +31,7 @@ def step(
     session.record(f"{name}.first_step_s", once(run, session.device))
     seconds = paced_seconds(run, session.device, tiny=session.tiny)
     session.record(f"{name}.step_ms", seconds * 1e3)
+    session.record(f"{name}.how", how(run))  # after it: memory may have run out
     session.record(f"{name}.images_per_second", triggers * BATCH / seconds)
     return seconds
 

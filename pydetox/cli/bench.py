@@ -72,6 +72,7 @@ from . import exit_codes, options
     metavar="DIR",
     help="The folder of cached models and results. Without it, `cache` in the output folder.",
 )
+@options.device
 @options.format_option
 def command(
     data: str,
@@ -83,6 +84,7 @@ def command(
     workers: int,
     output: Path,
     cache: Path | None,
+    device: str,
     format_: str,
 ) -> int:
     """Compare defences against backdoor attacks on small CLIP models.
@@ -95,11 +97,13 @@ def command(
     Exit code: 0 if the benchmark was completed, whatever the figures are.
     """
     from ..atomic import write_file
+    from ..models.device import find_device
     from ..reporting import to_json
     from ..research.bench import Plan, markdown, quick_plan, run, write_outputs
     from .outputs import to_stdout
 
-    plan = quick_plan(data) if quick else Plan(data=data)
+    find_device(device)
+    plan = replace(quick_plan(data) if quick else Plan(data=data), device=device)
     if attacks:
         plan = replace(plan, attacks=attacks)
     count = len(plan.seeds) if seeds is None else seeds

@@ -20,8 +20,9 @@ from . import exit_codes, options
 )
 @options.seed
 @click.option("--threads", type=options.COUNT, metavar="N", help="CPU threads.")
+@options.device
 @options.format_option
-def command(output: Path, seed: int, threads: int | None, format_: str) -> int:
+def command(output: Path, seed: int, threads: int | None, device: str, format_: str) -> int:
     """Plant a backdoor in a small CLIP, find it, remove it, and prove it.
 
     The demo trains a CLIP of 3 million weights on the digits, fine-tunes a clean and a backdoored
@@ -33,12 +34,13 @@ def command(output: Path, seed: int, threads: int | None, format_: str) -> int:
     """
     import torch
 
+    from ..models.device import find_device
     from ..research.demo import run_demo
     from .outputs import emit
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = run_demo(output, seed)
+    result = run_demo(output, seed, device=find_device(device))
     code = exit_codes.of_verdict(result.summary["rescan"]["verdict"] or "inconclusive")
     document = {
         "schema": "pydetox.demo/1",

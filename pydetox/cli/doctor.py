@@ -89,7 +89,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['bound']:.1e}",
             f"{row['bytes']:,}",
             f"{row['gigabytes_per_second']:.2f}",
-            "ok" if row["passed"] else "WRONG",
+            " ".join(filter(None, ("ok" if row["passed"] else "WRONG", row["note"]))),
         )
         for row in rows
     ]

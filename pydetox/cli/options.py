@@ -162,9 +162,10 @@ search_options = _all(
     ),
     click.option(
         "--precision",
-        type=click.Choice(["float32", "bfloat16"]),
-        default="float32",
-        help="The precision of the image tower in a search; bfloat16 needs a vision transformer.",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        help="The precision of the image tower in a search. auto is bfloat16 for a vision "
+        "transformer on a GPU that has it, else float32.",
     ),
     seed,
 )
@@ -246,6 +247,10 @@ calibration_options = _all(
     ),
 )
 
+device = click.option(
+    "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
+)
+
 machine_options = _all(
     click.option(
         "--threads",
@@ -253,9 +258,7 @@ machine_options = _all(
         metavar="N",
         help="The number of CPU threads. Without it, torch decides.",
     ),
-    click.option(
-        "--device", default="cpu", metavar="NAME", help="Where to compute: cpu, cuda or cuda:1."
-    ),
+    device,
 )
 
 format_option = click.option(

@@ -13,6 +13,7 @@ from ..data import Template, fill_template
 from ..errors import UsageError
 from ..inversion import TriggerFamily
 from ..models import OpenClipModel
+from ..models.frozen import resolve_precision
 from ..session import Session
 from .configuration import ScanConfig
 
@@ -33,6 +34,9 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
     images, model, base = session.images, session.model, session.base
     search = asdict(config.search(family))
     search |= search.pop("advanced")
+    # What a search really ran in: sizes of one device are compared with those of another.
+    towers = [model.visual] if base is None else [model.visual, base.visual]
+    search["precision"] = resolve_precision(search["precision"], model.device, towers)
     for name in ("seed", "max_batch", "check_images"):  # which change no size
         del search[name]
     height, width = images.image_size

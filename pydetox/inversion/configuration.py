@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
-from ..models.frozen import PRECISIONS
+from ..models.frozen import PRECISION_CHOICES
 from .schedule import CostSchedule
 from .state import TriggerFamily
 
@@ -66,9 +66,11 @@ class InversionConfig:
         family: What a mask may be. `patch`: any, so that small ones win. `blend`: the same value
             for all pixels, so that the faintest overlay over the whole image wins; it finds
             triggers that a small patch does not resemble (Blended, SIG, warps).
-        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        precision: Of the image tower, `float32` or `bfloat16` (see `models.frozen`), or `auto`:
+            bfloat16 on a GPU that has it, float32 on a CPU.
         max_batch: Stamped images that go through the tower at once, which bounds memory; None for
-            as many as 512 MiB of activations hold, 2 GiB on a GPU.
+            as many as 512 MiB of activations hold, on a GPU six tenths of its free memory. Where
+            memory runs out all the same, it is halved.
         seed: Of initial triggers and the order of the images.
         advanced: Constants of the search.
     """
@@ -79,7 +81,7 @@ class InversionConfig:
     success_threshold: float | None = None
     patience: int = 50
     family: TriggerFamily = "patch"
-    precision: str = "float32"
+    precision: str = "auto"
     max_batch: int | None = None
     seed: int = 0
     advanced: AdvancedInversionConfig = field(default_factory=AdvancedInversionConfig)
@@ -90,9 +92,9 @@ class InversionConfig:
                 f"steps {self.steps}, batch_size {self.batch_size}, max_batch {self.max_batch}; "
                 "expected at least 1 each"
             )
-        if self.precision not in PRECISIONS:
+        if self.precision not in PRECISION_CHOICES:
             raise UsageError(
-                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
+                f"precision {self.precision!r}; expected one of {', '.join(PRECISION_CHOICES)}"
             )
         if self.family not in FAMILIES:
             raise UsageError(f"family {self.family!r}; expected one of {', '.join(FAMILIES)}")

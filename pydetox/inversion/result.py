@@ -69,6 +69,8 @@ class InversionResult:
         seconds: Wall time.
         tower: How the image tower was run.
         family: What the masks could be (see InversionConfig).
+        max_batch: Images that went through the tower at once, in the end. Given as the
+            configuration's max_batch it gives the same bits again on the same device.
     """
 
     mask_logits: Tensor
@@ -85,6 +87,7 @@ class InversionResult:
     seconds: float
     tower: str
     family: TriggerFamily = "patch"
+    max_batch: int | None = None
 
     def __len__(self) -> int:
         return int(self.p_l1.shape[0])

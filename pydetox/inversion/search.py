@@ -19,7 +19,7 @@ from .objectives import Objective
 from .result import InversionResult
 from .start import starting_point
 from .state import Ending, Triggers
-from .tower import check_images, check_sample, chunks, images_at_once, tower_of
+from .tower import batching_of, check_images, check_sample, chunks, tower_of
 
 
 class InversionSearch:
@@ -72,7 +72,7 @@ class InversionSearch:
         self._batch = batches.shape[1]
         self._batches = batches.to(device)
         self._tower = tower_of(model, contrast, config.precision)
-        self._max_batch = config.max_batch or images_at_once(self._tower, device)
+        self._batching = batching_of(model, self._tower, config.max_batch, device)
         self._steps = 0
         self._make_buffers()
         # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
@@ -93,7 +93,7 @@ class InversionSearch:
         """Take one step. Do not call this when the search is `done`."""
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
-        success = torch.cat([self._differentiate(clean, chunk) for chunk in self._chunks])
+        success = self._batching.run(lambda at_once: self._gradients(clean, at_once))
         if config.family == "blend":
             # All pixels keep the same value if their gradients are equal. This takes the mean and
             # not the sum, because the update adds the cost's gradient to every pixel.
@@ -129,18 +129,8 @@ class InversionSearch:
         """
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
-        count, device = len(self._mask), self._mask.device
-        check = self._images[self._checked]
-        success = []
-        for chunk in chunks(count, max(1, self._max_batch // len(check))):
-            embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk])
-            if not bool(torch.isfinite(embeddings).all()):
-                raise ArchitectureError(
-                    f"{self._model.name}: its embeddings are not finite; "
-                    "expected weights without NaN"
-                )
-            which = torch.arange(count, device=device)[chunk]
-            success.append(self._objective(embeddings, which)[1])
+        count = len(self._mask)
+        success = self._batching.run(self._check)
         endings = tuple(ending for ending in self._endings if ending is not None)
         assert len(endings) == count
         recorded_steps = self._config.recorded_steps
@@ -150,7 +140,7 @@ class InversionSearch:
             mask_logits=self._mask,
             pattern_logits=self._pattern,
             p_l1=torch.tensor(self._sizes, dtype=torch.float64),
-            success=torch.cat(success).cpu(),
+            success=success.cpu(),
             targets=self._objective.targets,
             cost=self._final_cost.cpu(),
             trigger_steps=self._final_steps.cpu(),
@@ -159,9 +149,32 @@ class InversionSearch:
             history=torch.tensor(history, dtype=torch.float64),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
-            tower=self._tower.description,
+            tower=self._how(),
+            max_batch=self._batching.count,
             family=self._config.family,
         )
+
+    def _how(self) -> str:
+        """Return how towers were run, for a report."""
+        how = f"{self._tower.description}, {self._batching.describe()}"
+        on_gpu = self._model.device.type == "cuda"
+        return f"{how}; training and prediction in TF32" if on_gpu else how
+
+    def _check(self, at_once: int) -> Tensor:
+        """Return the success [K] of the final triggers on the images of the check."""
+        count, device = len(self._mask), self._mask.device
+        check = self._images[self._checked]
+        success = []
+        for chunk in chunks(count, max(1, at_once // len(check))):
+            embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk], at_once)
+            if not bool(torch.isfinite(embeddings).all()):
+                raise ArchitectureError(
+                    f"{self._model.name}: its embeddings are not finite; "
+                    "expected weights without NaN"
+                )
+            which = torch.arange(count, device=device)[chunk]
+            success.append(self._objective(embeddings, which)[1])
+        return torch.cat(success)
 
     def _record_sizes(self) -> None:
         """Note the sizes, decide whose search ends here, and take those out of the batch."""
@@ -208,7 +221,6 @@ class InversionSearch:
         """
         now = self._triggers
         device = now.mask.device
-        self._chunks = chunks(len(now), max(1, self._max_batch // self._batch))
         self._mask_gradient = torch.empty_like(now.mask)
         self._pattern_gradient = torch.empty_like(now.pattern)
         self._rate = torch.empty(len(now), device=device)
@@ -224,6 +236,7 @@ class InversionSearch:
         count, patch = len(mask) * len(images), tower.patch_size
         shape = (3, size, size) if patch is None else ((size // patch) ** 2, 3 * patch * patch)
         if len(self._rows) < count:
+            self._rows = self._rows.new_empty(0)  # given back before more is asked for
             self._rows = images.new_empty((count, *shape), dtype=tower.dtype)
         rows = self._rows[:count]
         model = self._model
@@ -238,12 +251,12 @@ class InversionSearch:
         )
         return rows
 
-    def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor, at_once: int) -> Tensor:
         """Return embeddings [K, B, D] of every trigger on every image, without gradients."""
         with torch.no_grad():
             parts = [
                 self._tower(self._stamp(part, mask, pattern)).view(len(mask), len(part), -1)
-                for part in torch.split(images, max(1, self._max_batch // len(mask)))
+                for part in torch.split(images, max(1, at_once // len(mask)))
             ]
             return torch.cat(parts, dim=1)
 
@@ -267,7 +280,17 @@ class InversionSearch:
             out=out,
         )
 
-    def _differentiate(self, images: Tensor, chunk: slice) -> Tensor:
+    def _gradients(self, images: Tensor, at_once: int) -> Tensor:
+        """Write the objective's gradients for all triggers; return their success [A].
+
+        at_once: Images that go through the tower at once.
+        """
+        if len(self._rows) > max(at_once, self._batch):
+            self._rows = self._rows.new_empty(0)  # from before memory ran out
+        parts = chunks(len(self._triggers), max(1, at_once // self._batch))
+        return torch.cat([self._differentiate(images, part, at_once) for part in parts])
+
+    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> Tensor:
         """Write the objective's gradients for a chunk of the triggers; return their success.
 
         Triggers do not see each other, so a chunk's activations are freed before the next one
@@ -276,7 +299,7 @@ class InversionSearch:
         now = self._triggers
         mask, pattern, which = now.mask[chunk], now.pattern[chunk], now.index[chunk]
         gradients = self._mask_gradient[chunk], self._pattern_gradient[chunk]
-        if len(images) <= self._max_batch:
+        if len(images) <= at_once:
             rows = self._stamp(images, mask, pattern).requires_grad_()
             embeddings = self._tower(rows).view(len(mask), len(images), -1)
             loss, success = self._objective(embeddings, which)
@@ -285,12 +308,12 @@ class InversionSearch:
             return success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
-        embeddings = self._embed(images, mask, pattern).requires_grad_()
+        embeddings = self._embed(images, mask, pattern, at_once).requires_grad_()
         loss, success = self._objective(embeddings, which)
         (pull,) = torch.autograd.grad(loss.sum(), embeddings)
         for total in gradients:
             total.zero_()
-        for part in chunks(len(images), self._max_batch):
+        for part in chunks(len(images), at_once):
             rows = self._stamp(images[part], mask, pattern).requires_grad_()
             again = self._tower(rows).view(len(mask), -1, pull.shape[-1])
             (rows_gradient,) = torch.autograd.grad(again, rows, pull[:, part])

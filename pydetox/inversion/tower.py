@@ -1,6 +1,8 @@
-"""The frozen tower of a search, the images it is given, and how many fit into memory at once."""
+"""The frozen tower of a search, the images it is given, and how they are split."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import torch
@@ -9,11 +11,8 @@ from torch import Tensor
 from ..data.sampling import stratified_sample
 from ..errors import ArchitectureError, DataError
 from ..models import OpenClipModel
-from ..models.frozen import FrozenTower, TowerPair, freeze
-
-# Bytes that the activations of one pass through the tower may take. A GPU wants large batches; on
-# a CPU they gain nothing, and a worker of a scan has to do with two checkpoints and a gigabyte.
-_ACTIVATIONS, _ACTIVATIONS_CPU = 2 << 30, 1 << 29
+from ..models.frozen import FrozenTower, TowerPair, freeze, resolve_precision
+from ..models.memory import Batching, images_at_once
 
 
 def check_images(model: OpenClipModel, images: Tensor) -> None:
@@ -36,6 +35,8 @@ def check_sample(labels: Tensor | None, count: int, size: int, rng: np.random.Ge
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
     """Return the frozen tower, paired with that of `contrast`, which must take the same inputs."""
+    towers = [model.visual] if contrast is None else [model.visual, contrast.visual]
+    precision = resolve_precision(precision, model.device, towers)
     tower = freeze(model.visual, precision, name=model.name)
     if contrast is None:
         return tower
@@ -50,12 +51,15 @@ def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: st
     return TowerPair(tower, other)
 
 
-def images_at_once(tower: FrozenTower, device: torch.device) -> int:
-    """Return how many images the memory for activations holds."""
-    activations = _ACTIVATIONS_CPU if device.type == "cpu" else _ACTIVATIONS
-    return max(1, activations // tower.bytes_per_image)
+def batching_of(
+    model: OpenClipModel, tower: FrozenTower, max_batch: int | None, device: torch.device
+) -> Batching:
+    """Return how many images go through a tower at once: `max_batch`, or what memory holds."""
+    return Batching(max_batch or images_at_once(tower.bytes_per_image, device), device, model.name)
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """Return slices of `size` that cover 0..count-1; the last one may be shorter."""
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    """Return slices of at most `size` that cover 0..count-1: as few, and as equal, as possible."""
+    parts = max(1, -(-count // size))
+    ends = [count * part // parts for part in range(parts + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(ends) if last > first]

@@ -12,6 +12,7 @@ it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,12 +22,12 @@ from torch.nn.functional import grid_sample, interpolate
 
 from ..errors import ArchitectureError, UsageError
 from ..models import OpenClipModel
-from ..models.frozen import PRECISIONS
+from ..models.frozen import PRECISION_CHOICES
 from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .tower import check_images, check_sample, images_at_once, tower_of
+from .tower import batching_of, check_images, check_sample, tower_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class WarpConfig:
             absolute offsets in pixels, over both coordinates of all pixels.
         success_threshold: The success, smoothed over about three steps, at which a warp works. An
             attacker's own warp hardly ever works on all images.
-        precision: The precision of the image tower, `float32` or `bfloat16` (see `models.frozen`).
+        precision: The precision of the image tower, as in InversionConfig.
         max_batch: The number of warped images that pass through the tower at once; None as in
             InversionConfig.
         check_images: The size of the random sample of images for the check after the search.
@@ -59,7 +60,7 @@ class WarpConfig:
     initial_offset: float = 0.3
     schedule: CostSchedule = field(default_factory=CostSchedule)
     success_threshold: float = 0.8
-    precision: str = "float32"
+    precision: str = "auto"
     max_batch: int | None = None
     check_images: int = 128
     seed: int = 0
@@ -79,9 +80,9 @@ class WarpConfig:
             )
         if not 0 < self.success_threshold <= 1:
             raise UsageError(f"success_threshold {self.success_threshold}; expected (0, 1]")
-        if self.precision not in PRECISIONS:
+        if self.precision not in PRECISION_CHOICES:
             raise UsageError(
-                f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}"
+                f"precision {self.precision!r}; expected one of {', '.join(PRECISION_CHOICES)}"
             )
 
 
@@ -186,7 +187,7 @@ def invert_warps(
     batches = torch.from_numpy(order[: config.steps * batch].reshape(config.steps, batch))
 
     tower = tower_of(model, contrast, config.precision)
-    at_once = config.max_batch or images_at_once(tower, device)
+    batching = batching_of(model, tower, config.max_batch, device)
     mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
     std = torch.tensor(model.std, device=device).view(3, 1, 1)
 
@@ -200,23 +201,29 @@ def invert_warps(
 
     optimizer = torch.optim.Adam([control], lr=config.learning_rate, betas=config.betas)
     costs = config.schedule.start(count, device)
-    chunks = torch.split(torch.arange(count, device=device), max(1, at_once // batch))
+    index = torch.arange(count, device=device)
     smoothed = torch.zeros(count, device=device)
     smallest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
     best = control.detach().clone()
+
+    def gradients(clean: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+        """Return the gradient of all control points, and the success [K]."""
+        gradient, successes = torch.empty_like(control), []
+        # Warps do not see each other: a chunk's activations are freed before the next one's.
+        for which in torch.split(index, max(1, at_once // batch)):
+            part = control[which]
+            fields = _fields(part, size)
+            loss, success = objective(embed(clean, fields), which)
+            amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
+            (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
+            successes.append(success)
+        return gradient, torch.cat(successes)
+
+    pictures, batches = images.to(device), batches.to(device)
     with Progress(description, config.steps) as progress:
         for step in range(config.steps):
-            clean = images[batches[step]].to(device)
-            gradient, successes = torch.empty_like(control), []
-            # Warps do not see each other: a chunk's activations are freed before the next one's.
-            for which in chunks:
-                part = control[which]
-                fields = _fields(part, size)
-                loss, success = objective(embed(clean, fields), which)
-                amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
-                (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
-                successes.append(success)
-            success = torch.cat(successes)
+            clean = pictures[batches[step]]
+            gradient, success = batching.run(functools.partial(gradients, clean))
             smoothed = success if step == 0 else 0.7 * smoothed + 0.3 * success
             with torch.no_grad():
                 sizes = _sizes(_fields(control, size))
@@ -232,11 +239,15 @@ def invert_warps(
     checked = check_sample(
         labels, len(images), config.check_images, generator("warps.check", config.seed)
     )
-    check, rates = images[checked].to(device), []
+    check, rates = pictures[checked.to(device)], []
+
+    def embed_all(k: int, at_once: int) -> Tensor:
+        """Return embeddings [1, n, D] of all images of the check under one warp."""
+        return torch.cat([embed(p, fields[k : k + 1]) for p in torch.split(check, at_once)], dim=1)
+
     with torch.no_grad():
         for k in range(count):
-            parts = [embed(part, fields[k : k + 1]) for part in torch.split(check, at_once)]
-            embeddings = torch.cat(parts, dim=1)
+            embeddings = batching.run(functools.partial(embed_all, k))
             if not bool(torch.isfinite(embeddings).all()):
                 raise ArchitectureError(
                     f"{model.name}: its embeddings are not finite; expected weights without NaN"
@@ -258,12 +269,12 @@ def _sizes(fields: Tensor) -> Tensor:
 def _warp(images: Tensor, fields: Tensor) -> Tensor:
     """Return float32 images [B, 3, H, W] read at offsets [K, 2, H, W]: [K, B, 3, H, W]."""
     count, (height, width) = len(fields), images.shape[2:]
-    rows = torch.linspace(-1, 1, height).to(fields)
-    columns = torch.linspace(-1, 1, width).to(fields)
+    rows = torch.linspace(-1, 1, height, dtype=fields.dtype, device=fields.device)
+    columns = torch.linspace(-1, 1, width, dtype=fields.dtype, device=fields.device)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     # From edge pixel to edge pixel is 2; one pixel has no neighbour to be read from.
-    step = fields.new_tensor([2 / max(1, width - 1), 2 / max(1, height - 1)])
-    grid = torch.stack([x, y], dim=-1) + fields.permute(0, 2, 3, 1) * step
+    right, down = 2 / max(1, width - 1), 2 / max(1, height - 1)
+    grid = torch.stack([x + fields[:, 0] * right, y + fields[:, 1] * down], dim=-1)
     # To a warp all channels of all images are alike: one picture of 3 B channels.
     picture = images.reshape(1, -1, height, width).expand(count, -1, -1, -1)
     warped = grid_sample(picture, grid, padding_mode="border", align_corners=True)

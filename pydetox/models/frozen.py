@@ -9,6 +9,7 @@ computes only what this token needs. Every other tower runs through its own modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,14 +24,19 @@ from open_clip.transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, silu
 
 from ..errors import UsageError
+from .attention import Attention, choose_attention
 
 #: The precisions that a tower can run in.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702; both factors go into matrix products.
+#: What a configuration may name; see `resolve_precision`.
+PRECISION_CHOICES = ("auto", *PRECISIONS)
+
+# QuickGELU is x sigmoid(1.702 x) = silu(1.702 x) / 1.702; both factors go into the layers around it
+# (see `_Linear`).
 _QUICK_GELU = 1.702
 
 
@@ -89,6 +95,18 @@ def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model")
             "expected precision float32"
         )
     return ModuleTower(tower, reason)
+
+
+def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.Module]) -> str:
+    """Return the precision that `auto` stands for; another one is returned as it is.
+
+    bfloat16 on a GPU with products in it (compute capability 8.0), where all towers can be frozen;
+    else float32. docs/performance.md has what it does to verdicts.
+    """
+    if precision != "auto":
+        return precision
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if able and not any(map(obstacle, towers)) else "float32"
 
 
 def obstacle(tower: nn.Module) -> str | None:
@@ -174,13 +192,21 @@ class FrozenVisionTransformer:
 
         self.dtype = dtype
         self.patch_size: int | None = tower.patch_size[0]
-        self.description = f"frozen vision transformer, {str(dtype).removeprefix('torch.')}"
         self._rows = frozen(tower.conv1.weight).flatten(1)  # [d, 3PP]
         self._class_token = frozen(tower.class_embedding)
         self._positions = frozen(tower.positional_embedding)
         self._first_norm = _Norm.of(tower.ln_pre, dtype)
         self._last_norm = _Norm.of(tower.ln_post, dtype)
         self._blocks = [_Block.of(block, dtype) for block in tower.transformer.resblocks]
+        attention = "no attention"
+        if self._blocks:
+            by_products = _products_are_faster(self._rows)
+            attention = (
+                "attention by products" if by_products else self._blocks[0].attention.description
+            )
+        self.description = (
+            f"frozen vision transformer, {str(dtype).removeprefix('torch.')}, {attention}"
+        )
         self._projection = None if tower.proj is None else frozen(tower.proj)
         self._pool_class_token = tower.pool_type == "tok"
         self._normalize_tokens = not tower.final_ln_after_pool
@@ -285,11 +311,18 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Linear:
-    """Rows times weight.T plus bias, times an optional scale per column (LayerScale)."""
+    """Rows: output_factor * (input_factor * x @ weight.T + bias) * scale, scale per column.
+
+    The scale is LayerScale's. Where weights are copied anyway, into another dtype, both factors and
+    the scale are multiplied into them before they are rounded: a library of matrix products then
+    adds the bias as it writes the product, which it does only where neither has a factor.
+    """
 
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     scale: Tensor | None = None  # [out]
+    input_factor: float = 1.0
+    output_factor: float = 1.0
 
     @classmethod
     def of(
@@ -298,24 +331,32 @@ class _Linear:
         bias: Tensor | None,
         dtype: torch.dtype,
         scale: nn.Module | None = None,
+        *,
+        input_factor: float = 1.0,
+        output_factor: float = 1.0,
     ) -> _Linear:
-        weight = weight.detach().to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
-        gamma = scale.gamma.detach().to(dtype) if isinstance(scale, LayerScale) else None
-        return cls(weight, bias, gamma)
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
+        gamma = scale.gamma.detach() if isinstance(scale, LayerScale) else None
+        if weight.dtype == dtype:
+            return cls(weight, bias, gamma, input_factor, output_factor)
+        if input_factor * output_factor != 1:
+            weight = weight * (input_factor * output_factor)
+        if bias is not None and output_factor != 1:
+            bias = bias * output_factor
+        if gamma is not None:
+            weight = weight * gamma[:, None]
+            bias = None if bias is None else bias * gamma
+        return cls(weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    def __call__(self, x: Tensor, input_factor: float = 1.0, output_factor: float = 1.0) -> Tensor:
-        """Return output_factor * (input_factor * x @ weight.T + bias) * scale, for rows x."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output [N, out] of rows x [N, in]."""
+        alpha = self.input_factor * self.output_factor
         if self.bias is None:
-            y = x @ self.weight.T * (input_factor * output_factor)
+            y = x @ self.weight.T
+            y = y if alpha == 1 else y * alpha
         else:
-            y = torch.addmm(
-                self.bias,
-                x,
-                self.weight.T,
-                beta=output_factor,
-                alpha=input_factor * output_factor,
-            )
+            y = torch.addmm(self.bias, x, self.weight.T, beta=self.output_factor, alpha=alpha)
         return y if self.scale is None else y * self.scale
 
 
@@ -331,11 +372,13 @@ class _Block:
     expand: _Linear
     contract: _Linear
     activation: str  # "none" or "tanh", gelu's approximations, or "quick"
+    attention: Attention
 
     @classmethod
     def of(cls, block: ResidualAttentionBlock, dtype: torch.dtype) -> _Block:
         attention, mlp = block.attn, block.mlp
-        gelu_module = mlp.gelu
+        quick = not isinstance(mlp.gelu, nn.GELU)
+        factor = _QUICK_GELU if quick else 1.0
         return cls(
             heads=attention.num_heads,
             first_norm=_Norm.of(block.ln_1, dtype),
@@ -344,9 +387,14 @@ class _Block:
                 attention.out_proj.weight, attention.out_proj.bias, dtype, block.ls_1
             ),
             second_norm=_Norm.of(block.ln_2, dtype),
-            expand=_Linear.of(mlp.c_fc.weight, mlp.c_fc.bias, dtype),
-            contract=_Linear.of(mlp.c_proj.weight, mlp.c_proj.bias, dtype, block.ls_2),
-            activation=gelu_module.approximate if isinstance(gelu_module, nn.GELU) else "quick",
+            expand=_Linear.of(mlp.c_fc.weight, mlp.c_fc.bias, dtype, output_factor=factor),
+            contract=_Linear.of(
+                mlp.c_proj.weight, mlp.c_proj.bias, dtype, block.ls_2, input_factor=1 / factor
+            ),
+            activation="quick" if quick else mlp.gelu.approximate,
+            attention=choose_attention(
+                attention.in_proj_weight.device, dtype, attention.embed_dim // attention.num_heads
+            ),
         )
 
     def __call__(self, x: Tensor, count: int, tokens: int, queries: int | None = None) -> Tensor:
@@ -369,9 +417,7 @@ class _Block:
         if _products_are_faster(projected):
             attended: Tensor = _Attention.apply(parts)
             return attended
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [N, heads, tokens, d / heads]
-        mixed = scaled_dot_product_attention(query, key, value)
-        return mixed.transpose(1, 2).reshape(count * tokens, width)
+        return self.attention(parts)
 
     def _attend_first(self, hidden: Tensor, count: int, tokens: int, queries: int) -> Tensor:
         """Return [N * queries, d]: what attention gives to the first tokens of each image."""
@@ -381,14 +427,12 @@ class _Block:
         chosen = hidden.view(count, tokens, width)[:, :queries].reshape(-1, width)
         asking = _Linear(weight[:width], None if bias is None else bias[:width])
         answering = _Linear(weight[width:], None if bias is None else bias[width:])
-        query = asking(chosen).view(shape).transpose(1, 2)
+        query = asking(chosen).view(shape)
         both = answering(hidden).view(count, tokens, 2, self.heads, width // self.heads)
-        key, value = both.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = scaled_dot_product_attention(query, key, value)
-        return mixed.transpose(1, 2).reshape(count * queries, width)
+        return self.attention(both, query)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = self.expand(x)
         if self.activation == "quick":
-            hidden = silu(self.expand(x, output_factor=_QUICK_GELU))
-            return self.contract(hidden, input_factor=1 / _QUICK_GELU)
-        return self.contract(gelu(self.expand(x), approximate=self.activation))
+            return self.contract(silu(hidden))
+        return self.contract(gelu(hidden, approximate=self.activation))

@@ -135,10 +135,12 @@ def search_coefficient(
     if not triggers:
         raise UsageError("no triggers; expected at least one to choose alpha with")
     target_of_each = one_target_each(triggers, targets)
-    own = predict(model, validation.images, head)
+    # The images are sent once, as bytes, and not again for every alpha. They are stamped there.
+    shown = validation.images.to(head.device)
+    own = predict(model, shown, head)
     weights = torch.ones(len(own), dtype=torch.float64)
     if validation.labels is None:
-        weights = certainty(model, validation.images, head)
+        weights = certainty(model, shown, head)
     labels = own if validation.labels is None else validation.labels
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {}
@@ -147,7 +149,7 @@ def search_coefficient(
         # The sample has images of all classes, because a trigger may not work on some classes.
         rng = generator("repair.attacked", config.seed, target)
         few = stratified_sample(labels[others].numpy(), len(others), most, rng)
-        attacked[target] = validation.images[others[torch.from_numpy(few)]]
+        attacked[target] = shown[others[torch.from_numpy(few)].to(shown.device)]
     for target, others in attacked.items():
         if not len(others):
             raise DataError(f"{validation.name}: no images outside the target class {target}")
@@ -163,7 +165,7 @@ def search_coefficient(
         candidate = candidates.at(coefficient)
         seen = own  # known already
         if not candidates.is_start(coefficient):
-            seen = predict(candidate, validation.images, head)
+            seen = predict(candidate, shown, head)
         accuracy.append(_share((seen == labels).cpu(), weights))
         if probe is not None:
             drift.append(probe.of(candidate).mean_distance)

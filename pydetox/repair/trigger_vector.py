@@ -51,7 +51,8 @@ def trigger_vector(
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
     images: The forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: Known or recovered triggers. In every step, each image gets a random one. head: The
+    triggers: Known or recovered triggers. In every step, each image gets a random one. They
+    are called with images on the device of the head. head: The
     zero-shot head [C, D]. targets: The class that the triggers lead to, or one class per trigger.
     Raises DataError without images and UsageError without triggers.
     """
@@ -72,6 +73,8 @@ def trigger_vector(
         if holds
         else None
     )
+    # Sent once, as bytes; everything that is done to images is done there.
+    there = images.to(head.device)
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -80,7 +83,7 @@ def trigger_vector(
 
     def loss(batch: Tensor) -> Tensor:
         index, which = batch
-        clean = images[index]
+        clean = there[index.to(there.device)]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
         # Images are stamped here, because all triggers on all images would fill the memory.
@@ -135,10 +138,15 @@ def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> 
 
 
 def stamp_each(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
-    """Return images uint8 [n, 3, H, W], each with one trigger. which: int64 [n], its index."""
+    """Return images uint8 [n, 3, H, W], each with one trigger.
+
+    which: int64 [n], the index of each image's trigger, on the CPU, so that nothing waits for a GPU
+    that has the images.
+    """
     stamped = images.clone()
     for k in torch.unique(which).tolist():
-        stamped[which == k] = triggers[k](images[which == k])
+        rows = torch.nonzero(which == k).flatten().to(images.device)
+        stamped[rows] = triggers[k](images[rows])
     return stamped
 
 

@@ -74,14 +74,17 @@ class DemoResult:
     report: dict[str, Any]
 
 
-def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
+def run_demo(
+    output: str | Path, seed: int = 0, *, device: torch.device | str = "cpu"
+) -> DemoResult:
     """Run the demo.
 
     Writes to `output`: checkpoints/ (base, clean, backdoored, repaired), report.html and
     summary.json; what an earlier run left there is replaced. seed: of the model, its training, the
-    attack and the defence. The summary's shares (ca, asr) are in [0, 1], measured on test images
-    that neither side used; ASR leaves the target class out; p_l1 is that of the class that looks
-    weakest relative to the clean references.
+    attack and the defence. device: where models are trained, scanned, repaired and evaluated. The
+    summary's shares (ca, asr) are in [0, 1], measured on test images that neither side used; ASR
+    leaves the target class out; p_l1 is that of the class that looks weakest relative to the clean
+    references.
 
     Raises OutputError, before the work, if `output` cannot be written, and DataError if
     scikit-learn is not installed.
@@ -102,14 +105,16 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
 
     attacker, defender, test = digits.split((0.5, 0.2, 0.3), seed=seed)
     attack = draw_attack(seed)
-    paths = make_suspects(attacker, attack, folder / "checkpoints", seed)
+    paths = make_suspects(attacker, attack, folder / "checkpoints", seed, device=device)
     lap("make the models")
 
     config = demo_scan_config(seed)
-    calibration = calibrate(paths["base"], defender, templates=DIGIT_TEMPLATES, config=config)
+    calibration = calibrate(
+        as_model(paths["base"]).to(device), defender, templates=DIGIT_TEMPLATES, config=config
+    )
     lap("calibrate")
     clean = scan(
-        paths["clean"],
+        as_model(paths["clean"]).to(device),
         defender,
         calibration=calibration,
         templates=DIGIT_TEMPLATES,
@@ -117,7 +122,7 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     )
     lap("scan the clean suspect")
     result = detox(
-        paths["backdoored"],
+        as_model(paths["backdoored"]).to(device),
         defender,
         calibration=calibration,
         output=folder / "checkpoints" / "repaired",
@@ -128,8 +133,8 @@ def run_demo(output: str | Path, seed: int = 0) -> DemoResult:
     clock = time.perf_counter()
     seconds |= {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
 
-    backdoored = as_model(paths["backdoored"])
-    repaired = backdoored if result.path is None else as_model(result.path)
+    backdoored = as_model(paths["backdoored"]).to(device)
+    repaired = backdoored if result.path is None else as_model(result.path).to(device)
     before, after = (_evaluate(model, test, attack) for model in (backdoored, repaired))
     curve = _true_asr_curve(backdoored, result, test, attack)
     lap("evaluate")
@@ -155,10 +160,17 @@ def draw_attack(seed: int) -> Attack:
     return Attack(badnets(_IMAGE_SIZE, seed=seed), target)
 
 
-def make_suspects(images: ImageSet, attack: Attack, folder: Path, seed: int) -> dict[str, Path]:
+def make_suspects(
+    images: ImageSet,
+    attack: Attack,
+    folder: Path,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Path]:
     """Train the base, fine-tune a clean and a poisoned copy, and write all three."""
     base = train_on_prompts(
-        OpenClipModel.from_config(MINI_CLIP, seed=seed, name="base"),
+        OpenClipModel.from_config(MINI_CLIP, seed=seed, name="base").to(device),
         images,
         DIGIT_TEMPLATES,
         TrainConfig(epochs=25, learning_rate=1e-3, train_text=True, seed=seed),

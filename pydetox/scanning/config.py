@@ -119,7 +119,7 @@ class ScannerConfig:
     objective: Literal["targeted", "label-free"] = "targeted"
     steps: int = 150
     batch_size: int = 16
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     restarts: int = 1
     keep_all: bool = False
     seed: int = 0

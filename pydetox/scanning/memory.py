@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config import ScannerConfig
 
 # Beside checkpoints: Python, torch and the images, and the activations of a step (see
-# `inversion.search`, whose bound on a CPU this is). Pages of libraries, which all workers share, do
+# `models.memory`, whose bound on a CPU this is). Pages of libraries, which all workers share, do
 # not count.
 _RUNTIME, _ACTIVATIONS = 1 << 29, 1 << 29
 

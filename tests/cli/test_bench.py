@@ -56,6 +56,7 @@ def test_the_options_narrow_the_plan(run, asked, tmp_path):
     assert plan.attacks == ("sig", "wanet")
     assert plan.seeds == (5, 6)
     assert (folder, defenses, workers) == (tmp_path / "cache", ("PAR",), 1)
+    assert plan.device == "cpu"
     run("bench", "--seeds", "4", "--output", tmp_path / "out")
     first = Plan().seeds[0]
     assert asked[-1][0].seeds == tuple(range(first, first + 4))
@@ -71,6 +72,11 @@ def test_wrong_usage_is_told_before_any_work(run, tmp_path):
     result = run("bench", "--defense", "magic", "--output", tmp_path / "out")
     assert result.exit_code == 4
     assert "'magic'" in error_line(result)
+    for command in ("bench", "demo"):
+        result = run(command, "--device", "cuda:77", "--output", tmp_path / "none")
+        assert result.exit_code == 4
+        assert "device 'cuda:77'" in error_line(result)
+    assert not (tmp_path / "none").exists()
     blocked = tmp_path / "file"
     blocked.write_text("")
     result = run("bench", "--output", blocked / "out")

@@ -242,14 +242,14 @@ class TestDemo:
 
         calls = []
 
-        def run_demo(output: object, seed: int) -> DemoResult:
-            calls.append((str(output), seed))
+        def run_demo(output: object, seed: int, *, device: object) -> DemoResult:
+            calls.append((str(output), seed, str(device)))
             summary = {"rescan": {"verdict": verdict, "p_l1": 0.5}}
             return DemoResult(summary, {"title": "pydetox demo"})
 
         monkeypatch.setattr("pydetox.research.demo.run_demo", run_demo)
         result = run("demo", "--output", "here", "--seed", "7", "--format", "json")
-        assert calls == [("here", 7)]
+        assert calls == [("here", 7, "cpu")]
         assert result.exit_code == code
         content = json.loads(result.stdout)
         assert content["schema"] == "pydetox.demo/1"

@@ -19,6 +19,8 @@ from pydetox.inversion import (
     invert,
 )
 from pydetox.inversion.search import starting_point
+from pydetox.inversion.tower import chunks
+from pydetox.models.frozen import FrozenVisionTransformer
 from tests.mini import mini_images, mini_model
 
 SIZE = 8
@@ -249,3 +251,39 @@ def test_amplifying_a_trigger_multiplies_its_mask_up_to_one():
     assert trigger.amplified(2.0).target == 4
     with pytest.raises(UsageError, match="amplification"):
         trigger.amplified(0.0)
+
+
+@pytest.mark.parametrize("fits", [8, 2])  # two triggers at once; half of one's images
+def test_a_search_goes_on_with_fewer_images_where_memory_runs_out(monkeypatch, fits):
+    model, pictures = mini_model(), mini_images().images
+    head = model.zero_shot_head(["cat", "dog", "owl"], ["a {c}"])
+    objective = TargetObjective(head, [0, 1, 2, 0, 1], model.logit_scale)
+    config = InversionConfig(steps=4, batch_size=4)
+    whole = invert(model, pictures, objective, config)
+    assert whole.max_batch is not None
+    assert whole.max_batch > 20
+    original = FrozenVisionTransformer.__call__
+    refused = []
+
+    def small(tower, inputs):
+        if len(inputs) > fits and inputs.requires_grad:
+            refused.append(len(inputs))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(tower, inputs)
+
+    monkeypatch.setattr(FrozenVisionTransformer, "__call__", small)
+    found = invert(model, pictures, objective, replace(config, max_batch=16))
+    assert refused
+    assert found.max_batch == fits
+    assert "memory ran out" in found.tower
+    torch.testing.assert_close(found.mask_logits, whole.mask_logits, atol=1e-3, rtol=1e-3)
+    again = invert(model, pictures, objective, replace(config, max_batch=found.max_batch))
+    assert torch.equal(again.mask_logits, found.mask_logits)
+    assert torch.equal(again.p_l1, found.p_l1)
+
+
+def test_chunks_are_few_and_equal():
+    assert chunks(10, 4) == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    assert chunks(4, 4) == [slice(0, 4)]
+    assert chunks(3, 1) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert chunks(0, 4) == []

@@ -269,3 +269,44 @@ def test_towers_with_other_inputs_make_no_pair():
     other = freeze(mini_model().visual, "bfloat16")
     with pytest.raises(UsageError, match=r"float32 \(patch size 8\) and torch.bfloat16"):
         TowerPair(freeze(mini_model().visual), other)
+
+
+@pytest.mark.parametrize("name", ["quick", "layer scale"])
+def test_factors_in_bfloat16_weights_are_as_exact_as_factors_beside_them(name):
+    """Both against the module in float64: what rounding does to products of weights is no more."""
+    vision = {"layers": 4, "image_size": 32, "width": 64}
+    config = {"vision_cfg": vision, "quick_gelu": name == "quick"}
+    if name == "layer scale":
+        vision["ls_init_value"] = 0.3
+    worse = []
+    for seed in range(4):
+        model = model_of(config, seed=seed)
+        rows = to_patch_rows(pictures(model, 16), 8)
+        truth = copy.deepcopy(model.visual).double()
+        expected, gradient = embeddings_and_gradient(truth, pictures(model, 16).double())
+        gradient = to_patch_rows(gradient, 8)
+        folded = freeze(model.visual, "bfloat16")
+        # The same weights without a factor inside: as they are where nothing has to be copied.
+        beside = freeze(copy.deepcopy(model.visual).bfloat16(), "bfloat16")
+        assert all(layer_factors(folded, 1.0))
+        assert not all(layer_factors(beside, 1.0))
+        errors = []
+        for tower in (folded, beside):
+            found, found_gradient = embeddings_and_gradient(tower, rows.bfloat16())
+            errors.append(relative(found, expected) + relative(found_gradient, gradient))
+        worse.append(errors[0] / errors[1])
+    assert sum(worse) / len(worse) < 1.1
+
+
+def layer_factors(tower, one):
+    for block in tower._blocks:
+        for layer in (block.project_out, block.expand, block.contract):
+            yield layer.scale is None and (layer.input_factor, layer.output_factor) == (one, one)
+
+
+def test_float32_weights_are_not_copied_for_a_factor():
+    model = model_of({"quick_gelu": True})
+    tower = freeze(model.visual)
+    mlp = model.visual.transformer.resblocks[0].mlp
+    assert tower._blocks[0].expand.weight.data_ptr() == mlp.c_fc.weight.data_ptr()
+    assert tower._blocks[0].expand.output_factor == 1.702

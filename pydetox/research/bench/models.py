@@ -110,7 +110,7 @@ class Models:
         tensors = self.cache.weights(self._base_key)
         if tensors is None:
             trained = train_on_prompts(
-                start,
+                start.to(plan.device),
                 self.splits.attacker,
                 self.templates,
                 training,
@@ -119,7 +119,7 @@ class Models:
             tensors = trained.storage_state_dict()
             self.cache.keep_weights(self._base_key, tensors)
         start.clip.load_state_dict(tensors)
-        return start
+        return start.to(plan.device)
 
     @cached_property
     def _base_key(self) -> str:
@@ -132,7 +132,9 @@ class Models:
                 "training": self.plan.base_training,
                 "templates": self.templates,
                 "seed": self.seed,
-            },
+            }
+            # Rounding differs from device to device; every other key rests on this one.
+            | ({} if self.plan.device == "cpu" else {"device": self.plan.device}),
         )
 
     @cached_property
@@ -212,7 +214,7 @@ class Models:
                 description=suspect.name,
             )
             tensors = {
-                f"visual.{name}": value for name, value in trained.visual.state_dict().items()
+                f"visual.{name}": value.cpu() for name, value in trained.visual.state_dict().items()
             }
             self.cache.keep_weights(key, tensors)
         model = self.base.clone()

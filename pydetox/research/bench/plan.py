@@ -58,6 +58,7 @@ class Plan:
             validation images before any defence.
         least_ca_kept: In tuning, a setting must keep this share of CA before its ASR counts.
         xi_points: Coefficients from -2 to 2 in each direction of the maps of xi.
+        device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     data: str = "fashion-mnist"
@@ -91,6 +92,7 @@ class Plan:
     least_planted: float = 0.5
     least_ca_kept: float = 0.97
     xi_points: int = 9
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.attacks) | set(self.tuning_attacks)) if self.attacks else []
