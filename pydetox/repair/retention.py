@@ -79,6 +79,7 @@ class DriftProbe:
         measured = surrogate_images(
             images, _MEASURED + _ANCHORS, seed=child_seed("repair.measured", seed)
         )
+        measured = measured.to(start.device)  # once, as bytes, and not again for every model
         features = image_features(start, measured)
         self._images = measured[_ANCHORS:]
         self._anchors, self._before = features[:_ANCHORS], features[_ANCHORS:]
@@ -96,15 +97,20 @@ class HeldSurrogates:
     """
 
     def __init__(self, model: OpenClipModel, images: Tensor, count: int, *, seed: int) -> None:
-        self._images = surrogate_images(images, count, seed=child_seed("repair.held", seed))
+        held = surrogate_images(images, count, seed=child_seed("repair.held", seed))
+        self._images = held.to(model.device)  # once, as bytes
         self._features = image_features(model, self._images)
         self._rng = generator("repair.retaining", seed)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D]."""
+        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D].
+
+        Both are on the device of the model.
+        """
         number = min(count, len(self._images))
         chosen = torch.from_numpy(self._rng.choice(len(self._images), number, replace=False))
-        return self._images[chosen], self._features[chosen.to(self._features.device)]
+        chosen = chosen.to(self._images.device)
+        return self._images[chosen], self._features[chosen]
 
     def choose(self, choices: int, count: int) -> Tensor:
         """Return `count` of 0 .. choices - 1 at random, int64 [count]."""
