@@ -33,6 +33,7 @@ STREAMS: Mapping[str, str] = {
     "warps.start": "first control points, and the images of each step",
     "warps.check": "images of the check after a search for warps",
     "contrast.shares": "images that tell how often a base answers with each class",
+    "plausibility.sample": "images that tell whether they mean anything to the model",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration

@@ -21,8 +21,8 @@ from .subtraction import Candidates
 from .task_vectors import TaskVector
 from .trigger_vector import one_target_each
 
-# Images that each trigger is tried on for every alpha, however many triggers there are: one of
-# them is 2%, the smallest success that can be told from none.
+# The number of images that each trigger is tried on for every alpha, for any number of triggers.
+# One of them is 2%, the smallest success that can be distinguished from none.
 _LEAST_ATTACKED = 50
 
 
@@ -144,7 +144,7 @@ def search_coefficient(
     attacked = {}
     for target in dict.fromkeys(target_of_each):
         others = torch.nonzero((labels != target) & (own != target)).flatten()
-        # A sample of all classes: those of one alone may be out of the trigger's reach.
+        # The sample has images of all classes, because a trigger may not work on some classes.
         rng = generator("repair.attacked", config.seed, target)
         few = stratified_sample(labels[others].numpy(), len(others), most, rng)
         attacked[target] = validation.images[others[torch.from_numpy(few)]]

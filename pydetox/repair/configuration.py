@@ -1,4 +1,4 @@
-"""How to find and subtract trigger vectors."""
+"""Configuration of a repair: how to find and subtract trigger vectors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VectorKind = Literal["forget", "paired", "strengthen"]
 
 @dataclass(frozen=True)
 class AdvancedUnlearnConfig:
-    """Constants of a repair that there is hardly a reason to change.
+    """Constants of a repair that you hardly ever need to change.
 
-    docs/method.md, "Unlearning", says what experiment each of them comes from; `make
-    bench-defenses` measures the whole.
+    docs/method.md, "Unlearning", names the experiment that each of them comes from. `make
+    bench-defenses` measures them together.
 
     Attributes:
         certainly_target: With `forget`, triggered images whose clean version has at least this
@@ -144,15 +144,15 @@ class UnlearnConfig:
             raise UsageError(f"coefficients {self.coefficients}; expected finite numbers from 0")
 
     def reserve(self, number: int) -> float:
-        """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later ones.
+        """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.
 
-        Were the first pass to spend all of it on a vector that cannot finish, the next one, whose
-        vector knows more triggers, could not subtract anything.
+        Without a reserve, a first pass whose vector cannot finish could spend all of the accuracy.
+        The next pass, which knows more triggers, could then subtract nothing.
         """
         return 1 - (number + 1) / self.passes
 
     def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
-        """Return the recovered triggers that work, each with each factor of its family."""
+        """Return the recovered triggers that work, each amplified by each factor of its family."""
         factors = self.advanced
         if isinstance(recovered, WarpResult):
             return [
@@ -164,7 +164,7 @@ class UnlearnConfig:
         working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
         return [
             recovered.trigger(k).amplified(factor)
-            # Where no search succeeded, what it ended with is still the best guess.
+            # If no search succeeded, the triggers of the last step are still the best estimate.
             for k in working or range(len(recovered))
             for factor in (factors.blend_amplifications if blend else factors.amplifications)
         ]

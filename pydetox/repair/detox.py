@@ -24,7 +24,9 @@ from .retention import DriftProbe
 class KnownTarget:
     """A class to unlearn whatever a scan says.
 
-    index: Of the class. triggers: Known ones into it; empty to recover them.
+    Attributes:
+        index: The index of the class.
+        triggers: Known triggers into the class; empty to recover them.
     """
 
     index: int
@@ -45,11 +47,13 @@ def repair_session(
 ) -> DetoxResult:
     """Repair a session's model; the arguments are those of `pydetox.detox`.
 
-    known: One repair is made of it, without asking for a verdict. read: Reads the plan's models.
-    seconds: Wall time of steps that were taken before, to be among those of the result.
+    known: A class to repair once, whatever the verdict is. read: The function that reads the plan's
+    models. seconds: The wall time of earlier steps, which the result then contains.
     """
     clock = _Laps(seconds or {})
-    comparison = plan.prepare(session.images, templates=session.templates, read=read)
+    comparison = plan.prepare(
+        session.images, templates=session.templates, read=read, suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")
@@ -128,14 +132,14 @@ def _subtracted(passes: Sequence[UnlearnRound]) -> bool:
 
 
 class _Laps:
-    """Adds up wall time by step."""
+    """A stopwatch that adds up wall time by step."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = dict(seconds)
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """Note what has passed since the last lap under the name of a step."""
+        """Add the time since the last lap to a step."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now

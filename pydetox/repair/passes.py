@@ -1,4 +1,4 @@
-"""One repair: triggers are recovered or known, and trigger vectors subtracted, pass after pass."""
+"""One repair: passes that recover triggers, or take known ones, and subtract their vector."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def subtract_passes(
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
             seeded = replace(config, seed=child_seed("repair.pass", config.seed, number))
-            # Those of earlier passes stay: what was forgotten must not come back.
+            # Triggers of earlier passes stay, so that the model does not learn them again.
             for target in targets:
                 found = _recover(session, target, seeded, unlearning, restarts)
                 recovered += [one for one in found if isinstance(one, InversionResult)]

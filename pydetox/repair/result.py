@@ -1,4 +1,4 @@
-"""What a repair did, as plain data; `pydetox.reporting.documents` writes it as JSON."""
+"""The results of a repair, as plain data; `pydetox.reporting.documents` writes them as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .task_vectors import TaskVector
 class UnlearnRound:
     """One trigger vector that was subtracted.
 
-    Several of them may follow each other before the model is scanned again.
+    Several vectors may be subtracted before the model is scanned again.
 
     targets: Class indices, the most suspect one first. triggers: What was recovered for each of
     them, by family; empty for known triggers. search: CA, ASR and drift over alpha. vector: The
@@ -42,7 +42,7 @@ class UnlearnRound:
 
 @dataclass(frozen=True, eq=False)
 class DetoxResult:
-    """The whole story of one checkpoint.
+    """Everything that `detox` did to one checkpoint.
 
     Attributes:
         before: The first scan.

@@ -1,16 +1,18 @@
-"""TBAR: find the trigger vector in weight space.
+"""TBAR: finding the trigger vector in weight space.
 
 Source: Abdelraheem, Favero, Bovet, Frossard, "Backdoor Unlearning by Linear Task Decomposition",
-arXiv 2510.14845. A short fine-tuning on triggered images gives the trigger vector tau; the repaired
-weights are theta_b - alpha tau. Three ways to get tau:
+arXiv 2510.14845. A short fine-tuning on triggered images gives the trigger vector tau. The repaired
+weights are theta_b - alpha tau. There are three ways to get tau:
 
-* `strengthen`: the paper's. Triggered images are pushed to the target class; tau is what changed.
-* `paired`: the same, while the same clean images are held to the model's own predictions.
-* `forget` (default): triggered images are pushed to what the model says of them *without* the
-  trigger, the target class left out, and clean ones are held; tau is the change with its sign
-  turned. On small models, where the backdoor is less disentangled than in the paper, it removes
-  most for the least clean accuracy: at theta_b the loss of the other two is already close to 0,
-  that of this one is not.
+* `strengthen` is the paper's method. Triggered images are pushed to the target class, and tau is
+the
+  change of the weights.
+* `paired` does the same, and holds the predictions of the same images without the trigger.
+* `forget` (default) pushes triggered images to the model's predictions *without* the trigger, with
+  the target class left out, and holds clean images. tau is the negative change of the weights. On
+  small models, where the backdoor is less disentangled than in the paper, this removes most for the
+  least clean accuracy. The reason is that the losses of the other two are already close to 0 at
+  theta_b, and that of `forget` is not.
 
 None of them needs labels. `forget` also holds the model's own image features, on the given images
 and on surrogates of them (`UnlearnConfig.retention`): predictions of a few names do not tell what
@@ -48,9 +50,9 @@ def trigger_vector(
 ) -> TaskVector:
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
-    images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: known or recovered; each image gets one of them, at random, anew in every step.
-    head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
+    images: The forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
+    triggers: Known or recovered triggers. In every step, each image gets a random one. head: The
+    zero-shot head [C, D]. targets: The class that the triggers lead to, or one class per trigger.
     Raises DataError without images and UsageError without triggers.
     """
     config = config or UnlearnConfig()
@@ -81,7 +83,7 @@ def trigger_vector(
         clean = images[index]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
-        # Stamped here and not beforehand: all triggers on all images would fill the memory.
+        # Images are stamped here, because all triggers on all images would fill the memory.
         stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
@@ -133,7 +135,7 @@ def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> 
 
 
 def stamp_each(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
-    """Return images with one trigger each, uint8 [n, 3, H, W] as given. which: int64 [n]."""
+    """Return images uint8 [n, 3, H, W], each with one trigger. which: int64 [n], its index."""
     stamped = images.clone()
     for k in torch.unique(which).tolist():
         stamped[which == k] = triggers[k](images[which == k])
@@ -157,9 +159,9 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image mirrored or not, and moved by up to a sixteenth of its sides.
+    """Return each image randomly mirrored and shifted by up to a sixteenth of its sides.
 
-    images: uint8 [n, 3, H, W]; the result, too. Edges are repeated. rng: decides all of it.
+    images: uint8 [n, 3, H, W], like the result. Edges are repeated. rng: The random stream.
     """
     count, _, height, width = images.shape
 
@@ -177,10 +179,10 @@ def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def without_target(probabilities: Tensor, targets: Tensor, certain: float) -> Tensor:
-    """Return what triggered images are pushed to: probabilities [N, C] without the target class.
+    """Return the targets of triggered images: probabilities [N, C] without the target class.
 
-    targets: int64 [N], the class of each row's trigger. Rows whose probability of it is at least
-    `certain` are left as they are.
+    targets: int64 [N], the target class of each row's trigger. A row whose probability of this
+    class is at least `certain` does not change.
     """
     rest = probabilities.scatter(1, targets[:, None], 0)
     rest /= rest.sum(dim=1, keepdim=True).clamp(min=1e-12)

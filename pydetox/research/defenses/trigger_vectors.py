@@ -69,9 +69,9 @@ class PydetoxKnown:
 
 @dataclass(frozen=True)
 class PydetoxUnknown:
-    """pydetox told nothing: scan, recover triggers, subtract, scan again, at most three times.
+    """pydetox without the trigger: scan, recover triggers, subtract, and scan again, up to 3 times.
 
-    A model that the scan calls clean is left as it is.
+    A model that the scan calls clean is not changed.
     """
 
     name: str = "pydetox, unknown trigger"
@@ -111,10 +111,10 @@ def _subtract_known(
 ) -> Outcome:
     """Subtract the vectors of the known triggers.
 
-    The forget direction asks for no target class, so one vector serves all triggers, with the
-    largest alpha that one of them needs. The others are made and subtracted one after the other,
-    the accuracy always compared with the first model's.
-    forget_set: at most that many images make a vector.
+    The forget direction needs no target class. Therefore one vector serves all triggers, with the
+    largest alpha that one of them needs. Vectors of other directions are made and subtracted one
+    after the other, and the accuracy is always compared with that of the first model. forget_set:
+    The largest number of images that make a vector.
     """
     triggers = data.known(name)
     watch = Stopwatch(len(data.images), data.label_count)
