@@ -10,6 +10,7 @@ with Progress("Inverting triggers", total=200) as progress:
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -29,7 +30,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from .errors import one_line
+from .errors import UsageError, one_line
 
 T = TypeVar("T")
 
@@ -43,8 +44,9 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
 
 
-#: Seconds between two lines where stderr is no terminal, as in the log of a batch system.
-LINE_SECONDS = 30.0
+#: Names the seconds between two lines where stderr is no terminal, as in the log of a batch system;
+#: `inf` for none. Without it they are 30.
+LINE_SECONDS = "PYDETOX_PROGRESS_SECONDS"
 
 _silent = False
 
@@ -56,13 +58,21 @@ def silence() -> None:
 
 
 class ProgressLines:
-    """Writes to stderr how far something is, at most every `LINE_SECONDS`.
+    """Writes to stderr how far something is, now and then (see `LINE_SECONDS`).
 
     total: how many units it takes; None when that is not known.
+    Raises UsageError where the variable of the environment is no number above 0.
     """
 
     def __init__(self, total: float | None) -> None:
         self._total = total
+        given = os.environ.get(LINE_SECONDS, "30")
+        try:
+            self._pause = float(given)
+        except ValueError:
+            self._pause = -1.0
+        if not self._pause > 0:
+            raise UsageError(f"{LINE_SECONDS} is {given!r}; expected a number of seconds above 0")
         self._done = 0.0
         self._start = self._last = time.monotonic()
 
@@ -70,7 +80,7 @@ class ProgressLines:
         """Count `n` more units as done."""
         self._done += n
         now = time.monotonic()
-        if now - self._last < LINE_SECONDS:
+        if now - self._last < self._pause:
             return
         self._last = now
         seconds = now - self._start
@@ -88,7 +98,7 @@ class ProgressLines:
 class Progress:
     """One step's progress, as a context manager.
 
-    Where stderr is no terminal, a line says every `LINE_SECONDS` how far it is, how fast, and how
+    Where stderr is no terminal, a line says every 30 seconds how far it is, how fast, and how
     long it takes yet; a step that is over sooner writes nothing.
 
     Args:

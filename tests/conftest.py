@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 # torch.compile compiles in this process: no pool of workers, which outlives the test that made it.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Tests read stderr line by line, and a busy machine takes any time.
+os.environ["PYDETOX_PROGRESS_SECONDS"] = "inf"
 
 import pytest
 import torch

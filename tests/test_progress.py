@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from pydetox.errors import UsageError
 from pydetox.progress import Progress, track
 
 
@@ -52,6 +53,7 @@ def test_a_line_every_thirty_seconds_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
+    monkeypatch.delenv("PYDETOX_PROGRESS_SECONDS")
     monkeypatch.setattr("pydetox.progress.time.monotonic", lambda: now)
     with Progress("Inverting\x1b[31m", total=200) as progress:
         for _ in range(10):
@@ -74,6 +76,13 @@ def test_a_line_every_thirty_seconds_where_there_is_no_terminal(
         "Second stage: 60 of 200 after 120 s, 0.5/s, about 280 s left",
         "No total: 2 after 31 s, 0.065/s",
     ]
+
+
+def test_seconds_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("soon", "0", "nan"):
+        monkeypatch.setenv("PYDETOX_PROGRESS_SECONDS", value)
+        with pytest.raises(UsageError, match="expected a number of seconds above 0"):
+            list(track([1], "Counting"))
 
 
 def test_bar_shows_description_count_rate_and_time_left() -> None:

@@ -103,9 +103,9 @@ def repairs(world: tuple[OpenClipModel, OpenClipModel, ImageSet]) -> list[pydeto
     """The whole workflow on a sorted and on a shuffled copy of one image set."""
     base, victim, data = world
     config = ScanConfig(
-        inversion=InversionConfig(steps=60, batch_size=8),
+        inversion=InversionConfig(steps=150, batch_size=8),
         reference_training=TrainConfig(epochs=3, learning_rate=1e-3),
-        references=2,
+        references=3,
         p_backdoored=0.2,
         p_suspicious=0.3,
     )
