@@ -63,7 +63,8 @@ def test_coefficient_search(benchmark: Any, capsys: pytest.CaptureFixture[str]) 
     config = UnlearnConfig()
     count = len(config.coefficients)
     own = predict(model, pixels, head)
-    stamped = trigger(pixels[(labels != TARGET) & (own != TARGET)][: config.attacked_images])
+    others = validation.subset(torch.nonzero((labels != TARGET) & (own != TARGET)).flatten())
+    stamped = trigger(others.at_most(config.attacked_images, seed=0).images)
     times: dict[str, list[float]] = {"search": [], "evaluations": []}
 
     def evaluate() -> None:

@@ -561,9 +561,9 @@ def main() -> int:
     names = ", ".join(f"sm_{arch}" for arch in archs)
     sections = {
         "summary": f"nvcc {release[1] if release else '?'}, `{' '.join(FLAGS)}`, {names}: "
-        f"{(len(kernels) + len(weights) + len(search)) // len(archs)} kernels each, "
-        f"{len(spilling)} in all spill registers, {len(waiting)} over weights ask for less than "
-        f"{LEAST_BYTES} bytes at a time.",
+        f"{(len(kernels) + len(weights) + len(search)) // len(archs)} kernels for each "
+        f"architecture. {len(spilling)} of them all spill registers. {len(waiting)} kernels over "
+        f"weights request less than {LEAST_BYTES} bytes at a time.",
         "traffic": "\n".join(traffic_table()),
         "search traffic": "\n".join(search_traffic_table()),
         "search kernels": "\n".join(search_kernel_table(search)),

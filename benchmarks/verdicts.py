@@ -6,8 +6,8 @@ For every seed the base is calibrated as in the demo, and the clean and the back
 scanned, all classes to the end, in float32 and in bfloat16, each compared with references of the
 same precision; in float32 with a second search seed too, to show how much sizes differ anyway.
 Two tables go to stdout: the precisions (with --update-docs also into docs/performance.md), and,
-from the noted sizes, what dropping classes at each look would have done. Results are kept in
-runs/bench/verdicts; what is there is not computed again.
+from the recorded sizes, what dropping classes at each recorded step would have done. Results are
+kept in runs/bench/verdicts; what is there is not computed again.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def precision_table(results: dict[int, dict[str, Scans]]) -> list[str]:
 
 
 def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
-    """Return what dropping from each look on would have done, from the histories in float32."""
+    """Return the effect of dropping from each recorded step on, from the histories in float32."""
     config = ScanConfig()
-    looks = config.inversion.looks
+    recorded_steps = config.inversion.recorded_steps
     lines = [
         f"floor {config.drop_below}, and without calibration {FACTOR:g} times the smallest; "
         "`again` with the references of the first search seed",
@@ -138,7 +138,7 @@ def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
         "lost without calibration |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for first in (look for look in looks[2:-1] if look <= 100):
+    for first in (step for step in recorded_steps[2:-1] if step <= 100):
         scores: dict[str, list[float]] = {"clean": [], "backdoored": []}
         shares: dict[str, list[float]] = {"clean": [], "backdoored": []}
         lost, changed, ratio, lost_alone = 0, 0, 1.0, 0
@@ -146,25 +146,20 @@ def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
             calibration = Calibration.from_dict(one["calibration"])
             history = [sizes(row) for row in one["history"]]
             target = DIGIT_NAMES.index(_target(seed)) if name == "backdoored" else None
-            now = history[looks.index(first)]
+            now = history[recorded_steps.index(first)]
             class_scores = calibration.at(first).score(now)
             scores[name].append(max(class_scores) if target is None else class_scores[target])
-
-            def score(
-                step: int, now: Any, calibration: Calibration = calibration
-            ) -> tuple[float, ...]:
-                return calibration.at(step).score(now)
-
             assert config.drop_below is not None
-            rule = Elimination(score, config.drop_below, first=first)
-            dropped = replay(rule, looks, history)
+            kept = 1 + len(calibration.controls)
+            rule = Elimination(calibration.progress, config.drop_below, first=first, kept=kept)
+            dropped = replay(rule, recorded_steps, history)
             taken = [
                 n if step is None else step for n, step in zip(one["steps"], dropped, strict=True)
             ]
             shares[name].append(sum(taken) / sum(one["steps"]))
             lost += target is not None and dropped[target] is not None
             values = [
-                history[-1][c] if step is None else history[looks.index(step)][c]
+                history[-1][c] if step is None else history[recorded_steps.index(step)][c]
                 for c, step in enumerate(dropped)
             ]
             verdict = detect(values, calibration, has_classes=True, dropped=dropped).verdict
@@ -172,7 +167,7 @@ def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
             smallest = min(range(len(now)), key=history[-1].__getitem__)
             ratio = max(ratio, now[smallest] / min(now))
             alone = Elimination(relative_to_smallest, -math.log(FACTOR), first=first)
-            lost_alone += replay(alone, looks, history)[smallest] is not None
+            lost_alone += replay(alone, recorded_steps, history)[smallest] is not None
         row = [
             str(first),
             f"{min(scores['backdoored']):.1f}",
@@ -189,12 +184,12 @@ def elimination_table(results: dict[int, dict[str, Scans]]) -> list[str]:
 
 
 def replay(
-    rule: Elimination, looks: tuple[int, ...], history: list[list[float]]
+    rule: Elimination, recorded_steps: tuple[int, ...], history: list[list[float]]
 ) -> list[int | None]:
     """Return at which step a rule drops each class of a search whose sizes were all noted."""
     dropped: list[int | None] = [None] * len(history[0])
     now = list(history[0])
-    for step, row in zip(looks[:-1], history[:-1], strict=True):
+    for step, row in zip(recorded_steps[:-1], history[:-1], strict=True):
         for c, new in enumerate(row):
             now[c] = new if dropped[c] is None else now[c]
         out = rule.drop(step, now, [at is None for at in dropped])

@@ -1,8 +1,8 @@
 """The steps from a suspicious checkpoint to a repaired one, as functions.
 
-`scan` reconstructs a trigger for every class and gives a verdict, `calibrate` makes the clean
-references that a verdict needs, `unlearn` subtracts trigger vectors, `detox` does all of it and
-scans the repaired model again. Each opens a `Session` and calls the step's own module.
+`calibrate` makes the clean references that a verdict needs. `scan` reconstructs a trigger for every
+class and gives a verdict. `unlearn` subtracts trigger vectors. `detox` does all of it and scans the
+repaired model again. Each function opens a `Session` and calls the module of its step.
 """
 
 from __future__ import annotations
@@ -42,25 +42,29 @@ def calibrate(
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> Calibration:
-    """Scan clean references: given models, or the base and copies of it fine-tuned on the images.
+    """Scan clean reference models, and return their trigger sizes for later verdicts.
+
+    The references are the given models or, without any, the base and copies of it that are
+    fine-tuned on the images.
 
     Args:
-        base: A model believed clean, of the same architecture as the suspects: the pre-trained
-            model they were fine-tuned from, at best. With references, what triggers are searched
-            in contrast to; None for plain searches in them.
-        images: The defender's; without labels the base's own predictions serve.
-        references: Models believed clean that were made as the suspects were: other fine-tunings of
-            the base, say. At least 2. Better than copies where there are some, and needed in
-            contrast to the base (`ScanConfig.contrast`): a copy that a few images have hardly moved
-            says nothing of what harmless fine-tuning does.
+        base: A model that you believe to be clean, of the same architecture as the suspects, at
+            best the pre-trained model that they were fine-tuned from. If references are given as
+            well, triggers are searched in contrast to this base; None then searches them plainly.
+        images: Clean images, uint8 [N, 3, H, W] of the model's size, with class names. Copies are
+            trained on their labels, or on the base's own predictions if there are none.
+        references: At least two models that you believe to be clean and that were made as the
+            suspects were, such as other fine-tunings of the base. Prefer them to copies if you have
+            some. A search in contrast to the base (`ScanConfig.contrast`) needs them: a copy that a
+            few images have hardly changed does not show what harmless fine-tuning does.
         templates: As in `scan`.
-        config: As in `scan`. `references` and `reference_training` are of copies.
+        config: As in `scan`. `references` and `reference_training` describe the copies.
         architecture: As in `scan`.
 
     Raises:
-        UsageError: No base and no references, less than two references, or a search in contrast to
-            a base without base or references.
-        DataError: Images that do not fit, or without class names.
+        UsageError: There is neither a base nor references, there are fewer than two references, or
+            a search in contrast to a base lacks the base or the references.
+        DataError: The images do not fit the model or have no class names.
         CheckpointError: See `load_checkpoint`.
     """
     plan = ReferencePlan.decide(config, base=base, references=references)
@@ -89,30 +93,35 @@ def scan(
 
     Args:
         checkpoint: The suspect. It is not changed.
-        images: Clean images, uint8 [N, 3, H, W] of the model's size, a few hundred; labels are not
+        images: A few hundred clean images, uint8 [N, 3, H, W] of the model's size. Labels are not
             used.
-        calibration: From `calibrate` with the same configuration, images and prompts, for many
-            scans.
-        base: A clean model to calibrate with, if there is no calibration yet; with neither, the
-            verdict is `inconclusive`. In a search in contrast to the base, that base.
+        calibration: The result of `calibrate` with the same configuration, images and prompts. One
+            calibration serves many scans.
+        base: A clean model to calibrate with, if there is no calibration yet. In a search in
+            contrast to a base, this is that base. Without calibration, base and references, the
+            verdict is `inconclusive`.
         references: Clean models to calibrate with, as in `calibrate`.
-        templates: Prompt templates; default DEFAULT_TEMPLATES.
-        config: Default ScanConfig().
-        architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
-        cleared: In the re-scan of a repaired model, the classes that were clean before the repair
-            (`ScanResult.cleared`): they are searched, but the verdict is on the others.
-        description: Shown with the progress bar.
+        templates: Prompt templates; default: DEFAULT_TEMPLATES.
+        config: How to scan; default: ScanConfig().
+        architecture: The architecture, as open_clip's name or a JSON file, if the checkpoint does
+            not name it.
+        cleared: The classes that were clean before the repair (`ScanResult.cleared`), in the
+            re-scan of a repaired model. They are searched, but the verdict concerns the others.
+        description: A text that is shown with the progress bar.
 
     Raises:
-        UsageError: The calibration was made with another search, architecture, preprocessing, other
-            images, classes or prompts: the message names what differs. A search in contrast to a
-            base without the base or without anything to compare with. Nothing is searched then.
-        DataError: Images that do not fit, or no class names in a targeted scan.
+        UsageError: The calibration was made with another search, architecture or preprocessing, or
+            with other images, classes or prompts; the message names what differs. Or a search in
+            contrast to a base lacks the base or anything to compare with. Both are raised before
+            the search.
+        DataError: The images do not fit the model, or a targeted scan has no class names.
         CheckpointError: See `load_checkpoint`.
     """
     plan = ReferencePlan.decide(config, base=base, references=references, calibration=calibration)
     session = Session.open(checkpoint, images, templates=templates, architecture=architecture)
-    comparison = plan.prepare(images, templates=templates, read=_reader(architecture))
+    comparison = plan.prepare(
+        images, templates=templates, read=_reader(architecture), suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     return scan_session(session, comparison, cleared=cleared, description=description)
 
@@ -131,8 +140,20 @@ def recover_triggers(
 ) -> InversionResult:
     """Reconstruct several triggers of one family into one class, from different starting points.
 
-    target: Class index or name. base: For a search in contrast to it. The others as in `scan`.
-    Raises UsageError for a class outside the image set's, and what `scan` raises.
+    Args:
+        checkpoint: As in `scan`.
+        images: As in `scan`.
+        target: The class that the triggers lead to, as an index or a name.
+        restarts: The number of triggers.
+        family: The family of triggers, one of `inversion.FAMILIES`.
+        base: The base of a search in contrast to it; None for a plain search.
+        templates: As in `scan`.
+        config: As in `scan`.
+        architecture: As in `scan`.
+
+    Raises:
+        UsageError: The image set has no such class.
+        PydetoxError: All that `scan` raises.
     """
     session, config = _searching(checkpoint, images, base, templates, config, architecture)
     index = session.class_index(target)
@@ -152,8 +173,9 @@ def recover_warps(
 ) -> WarpResult:
     """Search for smooth warps into one class, from different starting points.
 
-    Steps, images per step and precision are those of the configuration's search; success_threshold
-    is that of `inversion.WarpConfig`. The arguments are those of `recover_triggers`.
+    The number of steps, the images per step and the precision are those of `config.inversion`. The
+    success threshold is that of `inversion.WarpConfig`. Arguments and errors are those of
+    `recover_triggers`.
     """
     session, config = _searching(checkpoint, images, base, templates, config, architecture)
     index = session.class_index(target)
@@ -176,25 +198,29 @@ def unlearn(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract trigger vectors of a class: TBAR with a known trigger, or with recovered ones.
 
+    With known triggers, one vector is subtracted. Otherwise this function recovers triggers and
+    subtracts their vector, and repeats both for triggers that still work (`UnlearnConfig.passes`).
+
     Args:
         checkpoint: The backdoored model. It is not changed.
-        images: Clean images; most of them are the forget set, all of them choose alpha.
-        target: The class that the triggers lead to, an index or a name. Of several classes the
-            triggers are recovered for each and make one vector.
-        triggers: Known triggers of one class: one vector is subtracted. None to recover `restarts`
-            of each of the configuration's families, and `UnlearnConfig.warps` warps, subtract, and
-            do so again for what then still works (`UnlearnConfig.passes`).
-        restarts: See triggers.
-        base: For a search in contrast to it (see `ScanConfig.contrast`).
+        images: Clean images, uint8 [N, 3, H, W]. Most of them are the forget set. All of them
+            choose alpha.
+        target: The class that the triggers lead to, as an index or a name. If several classes are
+            given, triggers are recovered for each of them and make one vector.
+        triggers: Known triggers into one class; None to recover triggers: `restarts` of each family
+            in `config.families`, and `UnlearnConfig.warps` warps.
+        restarts: The number of triggers of each family to recover.
+        base: The base of a search in contrast to it (see `ScanConfig.contrast`).
         templates: As in `scan`.
         config: The search for triggers, as in `scan`.
-        unlearning: Default UnlearnConfig().
+        unlearning: How to unlearn; default: UnlearnConfig().
         architecture: As in `scan`.
-        accuracy_before: As in `search_coefficient`; default: that of the given model. Given, every
-            pass may spend all that is left, otherwise see `UnlearnConfig.reserve`.
+        accuracy_before: The clean accuracy that CA is compared with, as in `search_coefficient`;
+            default: that of the given model. If it is given, every pass may spend all accuracy that
+            is left; otherwise see `UnlearnConfig.reserve`.
 
     Returns:
-        The repaired model and what was done (without a re-scan), pass by pass.
+        The repaired model, and what each pass did. There is no re-scan.
     """
     session, config = _searching(checkpoint, images, base, templates, config, architecture)
     targets = [target] if isinstance(target, int | str) else list(target)
@@ -226,37 +252,40 @@ def detox(
     target: int | str | None = None,
     architecture: str | None = None,
 ) -> DetoxResult:
-    """Scan; if the model is suspicious or backdoored, unlearn until a re-scan is clean.
+    """Scan a model and, if it is suspicious or backdoored, unlearn until a re-scan is clean.
 
-    Neither trigger nor target class need be known: the target is the class that the scan flags, and
-    others that it flags beside it are unlearned together with it (`ScanResult.targets`). Where no
-    alpha does that within the accuracy to keep, the target is unlearned alone.
-    A re-scan judges the classes that the first scan did not find clean: see
-    `pydetox.detect.statistics`.
+    You need to know neither the trigger nor the target class. The target is the class that the scan
+    flags. Other classes that it flags are unlearned together with the target
+    (`ScanResult.targets`). If no alpha does so within the accuracy to keep, the target is unlearned
+    alone. A re-scan judges the classes that the first scan did not find clean (see
+    `pydetox.detect.statistics`).
 
-    With a target one repair is made, whatever the first scan says, of known or recovered triggers.
+    If `target` is given, one repair is made, whatever the first scan says, with known or recovered
+    triggers.
 
     Args:
         checkpoint: The suspect. It is not changed.
-        images: Clean images with class names, a few hundred; with labels CA is measured too.
+        images: A few hundred clean images, uint8 [N, 3, H, W], with class names. With labels, CA is
+            measured as well.
         base: As in `scan`.
         references: As in `scan`.
         calibration: As in `scan`.
-        output: Folder for the repaired checkpoint, in the layout that it came in (open_clip's for
-            what came from a file); written only if something was subtracted.
-        overwrite: Replace such a folder.
+        output: The folder for the repaired checkpoint. It has the layout of the suspect, or
+            open_clip's if the suspect is a single file. It is written only if something was
+            subtracted.
+        overwrite: Whether to replace an earlier folder of this kind.
         templates: As in `scan`.
         config: As in `scan`.
-        unlearning: Default UnlearnConfig().
-        max_rounds: Repairs at most, one after another, a scan after each. Where no alpha unlearns
-            all classes of a repair together, it tries the target alone.
-        triggers: Known triggers into `target`; None to recover them.
-        target: A class to unlearn without asking for a verdict, an index or a name; None to unlearn
+        unlearning: How to unlearn; default: UnlearnConfig().
+        max_rounds: The largest number of repairs. A scan follows each of them.
+        triggers: Known triggers into `target`; None to recover triggers.
+        target: A class to unlearn whatever the verdict is, as an index or a name; None to unlearn
             what the scan finds.
         architecture: As in `scan`.
 
     Raises:
-        What `scan` raises; OutputError before any work when `output` cannot be written.
+        OutputError: `output` cannot be written. This is raised before any work.
+        PydetoxError: All that `scan` raises.
     """
     if triggers is not None and (target is None or not triggers):
         raise UsageError(
@@ -298,7 +327,7 @@ def _searching(
     config: ScanConfig | None,
     architecture: str | None,
 ) -> tuple[Session, ScanConfig]:
-    """Return what searches for given classes need: they compare with nothing but a base."""
+    """Open the session of a search for given classes, which compares with nothing but a base."""
     config = config or ScanConfig()
     contrast = base is not None if config.contrast is None else config.contrast
     if contrast and base is None:

@@ -11,8 +11,12 @@ class PydetoxError(Exception):
     """Base class of all errors that pydetox raises on purpose."""
 
 
+class PydetoxWarning(UserWarning):
+    """Something was guessed or left out that a result depends on; the command line shows it too."""
+
+
 class UsageError(PydetoxError, ValueError):
-    """An argument or option has a value that cannot be meant (exit code 4 on the command line)."""
+    """An argument or option has a value that makes no sense (exit code 4 on the command line)."""
 
 
 class CheckpointError(PydetoxError):
@@ -20,11 +24,11 @@ class CheckpointError(PydetoxError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A checkpoint asks for something no harmless one needs, such as running code on load."""
+    """A checkpoint does something that no harmless one needs, such as run code when loaded."""
 
 
 class ArchitectureError(CheckpointError):
-    """The weights do not fit the architecture: missing, extra or misshapen, or NaN in them."""
+    """The weights do not fit the architecture (missing, extra, misshapen) or hold NaN."""
 
 
 class DataError(PydetoxError):
@@ -36,7 +40,7 @@ class OutputError(PydetoxError):
 
 
 class NativeLibraryError(PydetoxError):
-    """The native library is missing, built for something else, or lacks what is asked of it."""
+    """The native library is missing, was built for another torch, or lacks a function."""
 
 
 class EngineError(PydetoxError):
@@ -48,7 +52,7 @@ class DeviceMemoryError(PydetoxError):
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line that says what went wrong, or None when the error is a bug of ours."""
+    """Return one line that says what went wrong, or None if the error is a bug of pydetox."""
     if isinstance(error, PydetoxError):
         return one_line(str(error))
     if isinstance(error, OSError):
@@ -79,5 +83,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(message: str) -> str:
-    """Return a message as one line that cannot steer a terminal: names in it come from files."""
+    """Return a message as one line without control characters, which names in files may have."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message.split()))

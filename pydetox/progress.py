@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left at a terminal, silence in a pipe.
+"""Progress on stderr: a bar with rate and time left at a terminal, a line now and then elsewhere.
 
 for batch in track(batches, "Evaluating"):
     ...
@@ -11,6 +11,7 @@ with Progress("Inverting triggers", total=200) as progress:
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TypeVar, final
@@ -28,6 +29,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from .errors import one_line
+
 T = TypeVar("T")
 
 
@@ -40,21 +43,59 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
 
 
+#: Seconds between two lines where stderr is no terminal, as in the log of a batch system.
+LINE_SECONDS = 30.0
+
 _silent = False
 
 
 def silence() -> None:
-    """Draw no bars in this process from now on: several processes may share one terminal."""
+    """Draw and write nothing in this process from now on: several may share one terminal."""
     global _silent
     _silent = True
 
 
+class ProgressLines:
+    """Writes to stderr how far something is, at most every `LINE_SECONDS`.
+
+    total: how many units it takes; None when that is not known.
+    """
+
+    def __init__(self, total: float | None) -> None:
+        self._total = total
+        self._done = 0.0
+        self._start = self._last = time.monotonic()
+
+    def update(self, description: str, n: float = 1) -> None:
+        """Count `n` more units as done."""
+        self._done += n
+        now = time.monotonic()
+        if now - self._last < LINE_SECONDS:
+            return
+        self._last = now
+        seconds = now - self._start
+        rate = self._done / seconds
+        of = "" if self._total is None else f" of {self._total:g}"
+        line = f"{description}: {self._done:g}{of} after {seconds:.0f} s, {rate:.2g}/s"
+        if self._total is not None and rate > 0:
+            line += f", about {max(0.0, self._total - self._done) / rate:.0f} s left"
+        # One write: lines of several processes do not mix.
+        sys.stderr.write(f"{one_line(line)}\n")
+        sys.stderr.flush()
+
+
 @final
 class Progress:
-    """One step's progress, as a context manager. Nothing is written when stderr is no terminal.
+    """One step's progress, as a context manager.
 
-    description: what is being done. total: how many units it takes; None when that is not known.
-    console: where to draw, terminal or not; None for stderr as it is when the context is entered.
+    Where stderr is no terminal, a line says every `LINE_SECONDS` how far it is, how fast, and how
+    long it takes yet; a step that is over sooner writes nothing.
+
+    Args:
+        description: A text that says what is being done.
+        total: The number of units of work; None if it is not known.
+        console: The console to draw on, terminal or not; None for stderr when the context is
+            entered.
     """
 
     def __init__(
@@ -64,10 +105,11 @@ class Progress:
         self._total = total
         self._console = console
         self._bar: RichProgress | None = None
+        self._lines: ProgressLines | None = None
 
     def __enter__(self) -> Progress:
         console = self._console or Console(file=sys.stderr)
-        # Not the console's own opinion: FORCE_COLOR makes it take a pipe for a terminal.
+        # `Console.is_terminal` would be wrong: with FORCE_COLOR it takes a pipe for a terminal.
         if not _silent and (self._console is not None or sys.stderr.isatty()):
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
@@ -81,6 +123,8 @@ class Progress:
             )
             self._task = self._bar.add_task(self._description, total=self._total)
             self._bar.start()
+        elif not _silent:
+            self._lines = ProgressLines(self._total)
         return self
 
     def __exit__(
@@ -92,14 +136,18 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._lines = None
 
     def update(self, n: float = 1) -> None:
         """Count `n` more units as done."""
         if self._bar is not None:
             self._bar.advance(self._task, n)
+        elif self._lines is not None:
+            self._lines.update(self._description, n)
 
     def set_description(self, description: str) -> None:
         """Change the description beside the bar."""
+        self._description = description
         if self._bar is not None:
             self._bar.update(self._task, description=description)
 

@@ -33,6 +33,7 @@ STREAMS: Mapping[str, str] = {
     "warps.start": "first control points, and the images of each step",
     "warps.check": "images of the check after a search for warps",
     "contrast.shares": "images that tell how often a base answers with each class",
+    "plausibility.sample": "images that tell whether they mean anything to the model",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
@@ -49,7 +50,9 @@ STREAMS: Mapping[str, str] = {
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
     "repair.surrogates": "images that stand for what nobody gave, to hold features on",
-    "repair.retaining": "batches, triggers and shifts of a vector that holds features",
+    "repair.held": "seed of the surrogates whose features a vector holds",
+    "repair.measured": "seed of the surrogates that the drift of features is measured on",
+    "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
@@ -79,9 +82,6 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
-    "foundation.measured": "seed of the images that the drift of features is measured on",
-    "foundation.pass": "seed of the recovery of triggers in a pass of a repair; by number",
-    "foundation.forget": "seed of the split that gives the forget set",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -1,8 +1,8 @@
 """`pydetox doctor --selftest`: every operator on every device, against a float64 reference.
 
-The one command by which somebody with a GPU proves the build. A case passes when its error is at
-most twice that of plain PyTorch in the same dtype, both against float64, up to the rounding of the
-result and of the reference itself.
+This is the command that proves a build on a GPU. A case passes when its error against float64 is at
+most twice that of plain PyTorch in the same dtype, plus the rounding of the result and of the
+reference itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .ops import reference
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 _REPEATS = 3
-# What the float64 reference itself may be wrong by: it adds up a million terms.
+# The error of the float64 reference itself, which sums a million terms.
 _TRUTH = 1e-12
 
 
@@ -48,7 +48,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """error, bound: largest deviation from float64, over the largest value of the truth."""
+    """The result of a case.
+
+    `error` and `bound` are the largest deviation from float64 that was found and that is allowed,
+    both relative to the largest value of the float64 result.
+    """
 
     operator: str
     what: str
@@ -135,7 +139,7 @@ def _stamping(
     own: bool = False,
     box: tuple[int, int] | None = None,
 ) -> Iterator[Case]:
-    """`own`: a batch of images for each trigger; `box`: of logits, at a corner for each."""
+    """Make a case of stamping. own: each trigger has its own images. box: logits of a box."""
     generator = torch.Generator().manual_seed(0)
     shape = (k, b, c, h, w) if own else (b, c, h, w)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -245,7 +249,7 @@ def _update(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> Case:
         for planes in ((), (c,))
         for _ in range(3)
     ]
-    # As after some steps: where a second moment is tiny, a step is all rounding.
+    # Moments as they are after some steps: with a tiny second moment, a step is all rounding.
     second = [torch.ones_like(state[0]), torch.ones_like(state[3])]
     vector = torch.linspace(0.1, 0.3, k)
 
@@ -265,7 +269,7 @@ def _update(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> Case:
                 betas=(0.5, 0.9),
                 total_variation=vector / 4,
             )
-            # Of the scale of the other results.
+            # Scaled to the size of the other results.
             return mask, pattern, m, pm, v, pv, norms / (h * w), steps / k
 
         return step

@@ -1,12 +1,13 @@
-"""What all steps of the work on one checkpoint share, resolved once and handed on.
+"""`Session`: what all steps of the work on one checkpoint share.
 
-A `Session` is a model, the images that fit it, the prompts, and the base that searches are in
-contrast to. It is the only place that hands out images: all of them in an order that does not
+A session resolves a model, the images that fit it, the prompts, and the base of a search in
+contrast to it once. Only a session hands out images: either all of them, in an order that does not
 depend on the order of files, or a seeded sample of all classes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .errors import DataError, UsageError
+from .errors import DataError, PydetoxWarning, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .models import OpenClipModel
 from .rng import child_seed
@@ -26,36 +27,39 @@ from .rng import child_seed
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
 ModelLike: TypeAlias = "OpenClipModel | Checkpoint | str | Path"
 
-# Clean images that say how often a base answers with each class: the standard error of a share of
-# one tenth is then 0.013, a quarter of the allowance that is added to it (`ContrastObjective`).
+# The number of clean images that measure how often a base predicts each class. The standard error
+# of a share of one tenth is then 0.013, a quarter of the allowance that is added to the share
+# (`ContrastObjective`).
 _SHARE_IMAGES = 512
 
 
 def as_model(checkpoint: ModelLike, *, architecture: str | None = None) -> OpenClipModel:
     """Return the model of a checkpoint; a model is returned as it is.
 
-    architecture: open_clip's name or a JSON file, where the checkpoint does not tell.
-    Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
+    architecture: The architecture, as open_clip's name or a JSON file, if the checkpoint does not
+    name it. Raises what `load_checkpoint` and `OpenClipModel.from_checkpoint` raise.
     """
     if isinstance(checkpoint, OpenClipModel):
         return checkpoint
     if isinstance(checkpoint, Checkpoint):
         return OpenClipModel.from_checkpoint(checkpoint)
-    return OpenClipModel.from_checkpoint(
-        load_checkpoint(checkpoint, model=architecture), consume=True
-    )
+    read = load_checkpoint(checkpoint, model=architecture)
+    model = OpenClipModel.from_checkpoint(read, consume=True)
+    for line in model.warnings:
+        warnings.warn(line, PydetoxWarning, stacklevel=2)
+    return model
 
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """One model and what is asked of it.
+    """One model, with the images, the prompts and the base that all steps on it use.
 
     Attributes:
         model: The model. No step changes it.
         images: All clean images, uint8 [N, 3, H, W] of the model's size, in content order (see
             `ImageSet.in_content_order`).
         templates: Prompt templates.
-        base: The model that searches are in contrast to; None for plain searches.
+        base: The base of searches in contrast to it; None for plain searches.
     """
 
     model: OpenClipModel
@@ -73,16 +77,28 @@ class Session:
         base: OpenClipModel | None = None,
         architecture: str | None = None,
     ) -> Session:
-        """Read a checkpoint and order the images; raises what `as_model` raises."""
+        """Read a checkpoint and order the images; raises what `as_model` raises.
+
+        Warns where the images were scaled in another way than the model's configuration tells.
+        """
+        model = as_model(checkpoint, architecture=architecture)
+        scaled = None if images.report is None else images.report.resizing
+        if scaled not in (None, model.resizing):
+            warnings.warn(
+                f"{images.name}: the images were scaled as {scaled}, and {model.name} expects "
+                f"{model.resizing}: load them with resizing=model.resizing",
+                PydetoxWarning,
+                stacklevel=3,
+            )
         return cls(
-            as_model(checkpoint, architecture=architecture),
+            model,
             images.in_content_order(),
             tuple(templates or DEFAULT_TEMPLATES),
             base,
         )
 
     def with_image_tower_of(self, model: OpenClipModel) -> Session:
-        """Return the session of a model that differs from this one's in its image tower alone."""
+        """Return the session of a model that differs from this one only in its image tower."""
         session = replace(self, model=model)
         if "head" in self.__dict__:
             session.__dict__["head"] = self.head  # of the text tower; it takes a while to make
@@ -110,20 +126,20 @@ class Session:
     def base_shares(self, seed: int) -> Tensor:
         """Return the share of clean images that the base gives each class, float32 [C].
 
-        seed: Of the sample of images that is looked at.
+        seed: The seed of the sample of images that is used.
         """
         few = self.images.at_most(_SHARE_IMAGES, child_seed("contrast.shares", seed))
         answers = predict(self._required_base, few.images, self.base_head)
         return torch.bincount(answers, minlength=len(self.base_head)) / len(answers)
 
     def forget_set(self, share: float, seed: int) -> ImageSet:
-        """Return the sample of the images that makes trigger vectors. share: in (0, 1]."""
+        """Return the sample of images that makes trigger vectors; `share` of all, in (0, 1]."""
         if share == 1:
             return self.images
         return self.images.split((share,), seed=child_seed("repair.forget", seed))[0]
 
     def class_index(self, target: int | str) -> int:
-        """Return the index of a class, given as that or by name; UsageError for another one."""
+        """Return the index of a class that is given as index or name; UsageError if unknown."""
         names = self.class_names
         if isinstance(target, str):
             if names.count(target) != 1:

@@ -1,6 +1,6 @@
 """Training a CLIP model on labelled images whose captions are prompts.
 
-Used to make the models of benchmarks and the demo, and the clean reference models of a calibration.
+This makes the clean reference models of a calibration, and the models of benchmarks and the demo.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        epochs: Passes over the images.
-        learning_rate: Peak of AdamW's rate: linear warm-up over 20 steps, then half a cosine.
-        batch_size: Images per step.
+        epochs: The number of passes over the images.
+        learning_rate: The peak of AdamW's rate: linear warm-up over 20 steps, then half a cosine.
+        batch_size: The number of images per step.
         weight_decay: AdamW's decoupled weight decay.
-        train_text: Train the text tower too (its token embedding stays fixed: a handful of prompts
-            uses a handful of its 49,408 rows). Otherwise the zero-shot head is fixed.
-        seed: Of the order of the images and the choice of prompts.
+        train_text: Whether to train the text tower, too. Its token embedding stays fixed, because a
+            few prompts use only a few of its 49,408 rows. Otherwise the zero-shot head is fixed.
+        seed: The seed of the order of the images and of the choice of prompts.
     """
 
     epochs: int
@@ -58,11 +58,11 @@ def train_on_prompts(
     *,
     description: str = "training",
 ) -> OpenClipModel:
-    """Return a trained copy: each image is pulled to the prompts of its class, away from others.
+    """Return a trained copy of a model, whose images are closest to the prompts of their class.
 
-    The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch, which
-    for class prompts is its contrastive loss without the false negatives of repeated captions.
-    description: shown with the progress bar.
+    The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch. For
+    class prompts, this is CLIP's contrastive loss without the false negatives of repeated captions.
+    description: A text that is shown with the progress bar.
 
     Raises DataError for a set without labels or class names.
     """
@@ -131,8 +131,8 @@ def optimize(
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
-    parameters: require gradients here and no longer afterwards. Gradients are clipped to norm 1. On
-    a GPU products are in TF32.
+    parameters: The tensors to train. They require gradients during this call only. Gradients are
+    clipped to norm 1. On a GPU, matrix products are in TF32.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)

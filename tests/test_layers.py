@@ -15,7 +15,7 @@ PACKAGE = Path(pydetox.__file__).parent
 ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 LONGEST = 450
 #: Files above that, whose owners split them; nothing is added here.
-LONG: set[str] = {"checkpoints/pickle_index.py", "ops/stamp.py"}
+LONG: set[str] = {"ops/stamp.py"}
 
 pytestmark = pytest.mark.skipif(
     not ARCHITECTURE.exists(), reason="an installed package has no docs"

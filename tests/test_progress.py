@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, nothing in a pipe, never on stdout."""
+"""Progress: a bar on a terminal, a line now and then elsewhere, never on stdout."""
 
 from __future__ import annotations
 
@@ -46,6 +46,34 @@ def test_quiet_in_a_pipe(
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
+
+
+def test_a_line_every_thirty_seconds_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("pydetox.progress.time.monotonic", lambda: now)
+    with Progress("Inverting\x1b[31m", total=200) as progress:
+        for _ in range(10):
+            now += 10
+            progress.update(5)
+        progress.set_description("Second stage")
+        now += 10
+        progress.update(5)
+        now += 10
+        progress.update(5)
+    with Progress("No total") as progress:
+        now += 31
+        progress.update(2)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "Inverting\ufffd[31m: 15 of 200 after 30 s, 0.5/s, about 370 s left",
+        "Inverting\ufffd[31m: 30 of 200 after 60 s, 0.5/s, about 340 s left",
+        "Inverting\ufffd[31m: 45 of 200 after 90 s, 0.5/s, about 310 s left",
+        "Second stage: 60 of 200 after 120 s, 0.5/s, about 280 s left",
+        "No total: 2 after 31 s, 0.065/s",
+    ]
 
 
 def test_bar_shows_description_count_rate_and_time_left() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.mini import CLASS_NAMES, mini_model
 from tests.test_training import TEMPLATES, coloured
 
 ROOT = Path(pydetox.__file__).parent
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TARGET = 0
 TRIGGER = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
 
@@ -158,7 +160,9 @@ def test_the_digest_of_a_set_is_of_its_images_alone() -> None:
 def beginnings(tree: ast.AST) -> Iterator[ast.AST]:
     """Expressions that take images from the beginning: images[:n], images[0], subset(range(n))."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("images"):
+        if isinstance(node, ast.Subscript) and re.search(
+            r"(images|pixels)(\[.*\])?$", ast.unparse(node.value)
+        ):
             index = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
             slices = (
                 isinstance(index, ast.Slice) and index.lower is None and index.upper is not None
@@ -175,10 +179,11 @@ def beginnings(tree: ast.AST) -> Iterator[ast.AST]:
 
 def test_no_image_set_is_sliced_from_its_beginning() -> None:
     found = [
-        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
-        for path in sorted(ROOT.rglob("*.py"))
+        f"{path.relative_to(ROOT.parent)}:{node.lineno}: {ast.unparse(node)}"
+        for path in [*sorted(ROOT.rglob("*.py")), *sorted(BENCHMARKS.rglob("*.py"))]
         for node in beginnings(ast.parse(path.read_text()))
     ]
     assert found == []
     example = "a.images[:3], b.images[0], images[:n, 0], s.subset(range(5)), images[i : i + 2]"
     assert len(list(beginnings(ast.parse(example)))) == 4
+    assert len(list(beginnings(ast.parse("pixels[labels != 1][:n]")))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -64,3 +65,29 @@ def test_a_model_is_taken_as_it_is_and_a_copy_has_no_file() -> None:
     assert model.sha256 is None
     model.sha256 = "0" * 64
     assert model.clone().sha256 is None
+
+
+def test_images_that_were_scaled_in_another_way_than_the_model_s(tmp_path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from pydetox.data import load_images
+    from pydetox.errors import DataError, PydetoxWarning
+    from pydetox.models import OpenClipModel
+    from tests.mini import MINI_CONFIG
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "cat" / "a.png")
+    squash = {"resize_mode": "squash"}
+    model = OpenClipModel.from_config(MINI_CONFIG, seed=0, preprocess_config=squash)
+    with pytest.warns(PydetoxWarning, match=r"resize_mode='shortest'.*resizing=model\.resizing"):
+        Session.open(model, load_images(tmp_path, image_size=16))
+    images = load_images(tmp_path, resizing=model.resizing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Session.open(model, images)
+    with pytest.raises(DataError, match="image_size is 15, and resizing= has 16"):
+        load_images(tmp_path, image_size=15, resizing=model.resizing)
+    with pytest.raises(DataError, match="no image_size"):
+        load_images(tmp_path)

@@ -10,6 +10,7 @@ import pydetox
 from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.data import ImageSet
+from pydetox.detect.result import ScanResult
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, OutputError, UsageError
 from pydetox.evaluation import evaluate
@@ -269,6 +270,25 @@ def test_the_family_that_stands_out_most_decides(story):
     assert scan_document(found)["other_families"][0]["family"] == other.family
 
 
+def test_a_model_is_clean_only_if_every_family_bears_a_verdict(story):
+    base, path, data, calibration = story
+    blends = calibration.of("blend")
+    assert calibration.family == "patch"
+    # References that are one model twice tell nothing of how much clean models differ.
+    useless = replace(blends, p_l1=(blends.p_l1[0],) * len(blends.p_l1))
+    calibration = replace(calibration, others=(useless,))
+    clean, planted = (
+        scan(model, data, calibration=calibration, templates=TEMPLATES, config=CONFIG)
+        for model in (base, path)
+    )
+    assert clean.verdict is Verdict.INCONCLUSIVE
+    assert clean.family == "blend"
+    assert "have the same sizes" in clean.detection.reason
+    assert clean.others[0].detection.verdict is Verdict.CLEAN
+    assert planted.verdict is Verdict.BACKDOORED
+    assert planted.family == "patch"
+
+
 def test_each_pass_recovers_every_family_and_subtracts_once(story):
     _, path, data, _ = story
     _, done = unlearn(
@@ -322,7 +342,7 @@ def test_warps_are_searched_as_the_configuration_says(story):
 
 def test_classes_that_cannot_be_the_outlier_are_dropped(story):
     _, path, data, calibration = story
-    assert calibration.looks == tuple(range(10, 81, 10))
+    assert calibration.recorded_steps == tuple(range(10, 81, 10))
     assert calibration.at(80).p_l1 == calibration.p_l1
     without = scan(
         path,
@@ -333,52 +353,56 @@ def test_classes_that_cannot_be_the_outlier_are_dropped(story):
     )
     assert without.detection.dropped == (None,) * 3
     assert "dropped" not in without.inversion.endings
-    # A floor that only the target class can reach.
-    scores = calibration.at(60).score(without.inversion.history[5].tolist())
-    floor = (scores[TARGET] + max(s for c, s in enumerate(scores) if c != TARGET)) / 2
+    # The others are judged beside up to five classes, which no floor gives up: all of three.
     found = scan(
         path,
         data,
         calibration=calibration,
         templates=TEMPLATES,
-        config=replace(CONFIG, drop_below=floor),
+        config=replace(CONFIG, drop_below=1e9),
     )
-    assert found.detection.dropped == (None, 60, 60)
-    assert found.verdict is without.verdict is Verdict.BACKDOORED
-    assert found.target == without.target == TARGET
-    assert found.detection.p_l1[TARGET] == pytest.approx(without.detection.p_l1[TARGET], rel=0.02)
-    for c in (1, 2):
-        assert found.detection.p_l1[c] >= without.detection.p_l1[c]
-        assert found.detection.p_l1[c] == pytest.approx(float(without.inversion.history[5, c]))
-        assert found.detection.class_scores[c] == pytest.approx(scores[c], abs=1e-3)
-    document = json.loads(to_json(scan_document(found)))
-    assert document["class_dropped"] == [None, 60, 60]
-    assert document["class_steps"] == [80, 60, 60]
-    rows = calibration.at(60).p_l1
-    assert document["reference_p_l1"][1] == pytest.approx(sum(row[1] for row in rows) / 3)
-    assert document["reference_p_l1"][TARGET] == pytest.approx(
-        sum(row[TARGET] for row in calibration.p_l1) / 3
-    )
+    assert found.detection.dropped == (None,) * 3
+    assert found.detection == without.detection
 
 
-def test_restarts_of_a_class_are_dropped_together(story):
-    base, _, data, _ = story
-    config = replace(
-        CONFIG, references=2, restarts=2, inversion=InversionConfig(steps=70, batch_size=6)
-    )
-    calibration = calibrate(base, data, templates=TEMPLATES, config=config)
-    assert len(calibration.history[0][0]) == 3
-    found = scan(
-        base,
-        data,
-        calibration=calibration,
-        templates=TEMPLATES,
-        config=replace(config, drop_below=1e9),
-    )
-    # Only the class that stood out most was left.
-    assert sorted(map(str, found.detection.dropped)) == ["60", "60", "None"]
-    steps = found.inversion.trigger_steps.view(3, 2)
+@pytest.fixture(scope="module")
+def many():
+    """Eight classes, a model for them, images, and a calibration with two restarts per class."""
+    names = ("black", "blue", "green", "cyan", "red", "pink", "yellow", "white")
+    labels = torch.arange(64) % 8
+    bits = (labels[:, None] >> torch.tensor([2, 1, 0])) & 1
+    noise = torch.randint(0, 50, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    images = (200 * bits[..., None, None] + noise).to(torch.uint8)
+    data = ImageSet(images, labels, names, "eight")
+    training = TrainConfig(epochs=60, learning_rate=3e-3, train_text=True)
+    model = train_on_prompts(mini_model(), data, TEMPLATES, training)
+    search = InversionConfig(steps=100, batch_size=8, success_threshold=0.9)
+    config = replace(CONFIG, references=2, restarts=2, inversion=search, families=("patch",))
+    return model, data, config, calibrate(model, data, templates=TEMPLATES, config=config)
+
+
+def test_of_many_classes_those_that_cannot_be_the_outlier_are_dropped(many):
+    model, data, config, calibration = many
+    kept = calibration.controls
+    assert len(kept) == 5
+    given = {"calibration": calibration, "templates": TEMPLATES}
+    whole = scan(model, data, config=replace(config, drop_below=None), **given)
+    found = scan(model, data, config=replace(config, drop_below=1e9), **given)
+    gone = [c for c, step in enumerate(found.detection.dropped) if step is not None]
+    # The best of the others is searched to the end too.
+    assert len(gone) == 2
+    assert set(gone).isdisjoint(kept)
+    steps = found.inversion.trigger_steps.view(8, 2)
     assert torch.equal(steps[:, 0], steps[:, 1])
+    document = json.loads(to_json(scan_document(found)))
+    for c in gone:
+        step = found.detection.dropped[c]
+        then = calibration.recorded_steps.index(step)
+        assert found.detection.p_l1[c] >= whole.detection.p_l1[c]
+        sizes = [row[c] for row in calibration.history[then]]
+        if all(map(math.isfinite, sizes)):
+            assert document["reference_p_l1"][c] == pytest.approx(sum(sizes) / 2)
+        assert document["class_dropped"][c] == document["class_steps"][c] == step
 
 
 def test_an_output_that_cannot_be_written_is_noticed_before_the_work(tmp_path):
@@ -427,15 +451,16 @@ def test_every_public_name_is_there():
 
 @pytest.fixture(scope="module")
 def contrast(story):
-    """Two clean fine-tunes as references, and a calibration in contrast to the base."""
+    """Three clean fine-tunes as references, and a calibration in contrast to the base."""
     base, _, data, _ = story
     tuning = TrainConfig(epochs=60, learning_rate=2e-3)
     references = [
-        train_on_prompts(base, data, TEMPLATES, replace(tuning, seed=seed)) for seed in (7, 8)
+        train_on_prompts(base, data, TEMPLATES, replace(tuning, seed=seed)) for seed in (7, 8, 9)
     ]
     for k, one in enumerate(references):
         one.name = f"reference {k}"
-    config = replace(CONFIG, contrast=True)
+    search = replace(CONFIG.inversion, steps=120, success_threshold=0.9)
+    config = replace(CONFIG, contrast=True, inversion=search)
     calibration = calibrate(base, data, references=references, templates=TEMPLATES, config=config)
     return references, calibration, config
 
@@ -444,7 +469,7 @@ def test_in_contrast_triggers_are_found_that_the_base_does_not_obey(story, contr
     base, path, data, _ = story
     _, calibration, config = contrast
     assert calibration.relative
-    assert calibration.models == ("reference 0", "reference 1")
+    assert calibration.models == ("reference 0", "reference 1", "reference 2")
     result = scan(
         path, data, calibration=calibration, base=base, templates=TEMPLATES, config=config
     )
@@ -511,15 +536,16 @@ def test_given_references_need_no_base(story, contrast):
         calibrate(None, data, templates=TEMPLATES, config=CONFIG)
 
 
-def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path):
+def test_a_repair_that_changes_nothing_ends_and_writes_nothing(story, tmp_path, monkeypatch):
     _, path, data, calibration = story
+    monkeypatch.setattr(ScanResult, "targets", lambda _: (TARGET, 1))
     result = detox(
         path,
         data,
         calibration=calibration,
         output=tmp_path / "repaired",
         templates=TEMPLATES,
-        config=replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
+        config=CONFIG,
         unlearning=replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     )
     # All surely backdoored classes at once, then the target alone.
@@ -583,6 +609,28 @@ def test_a_calibration_binds_all_that_its_sizes_depend_on(story, monkeypatch):
     assert "architecture.vision_cfg.layers is 1 there and 2 here" in refusal(model=wider)
 
 
+def test_a_base_that_does_not_fit_is_named_before_any_work(story, monkeypatch):
+    base, _, data, _ = story
+    monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
+    monkeypatch.setattr(
+        "pydetox.detect.calibrate.train_on_prompts", lambda *a, **k: pytest.fail("was fine-tuned")
+    )
+    wide = copy.deepcopy(MINI_CONFIG)
+    wide["vision_cfg"]["layers"] = 2
+    wider = OpenClipModel.from_config(wide, seed=0, name="wider")
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.25)}
+    other = OpenClipModel(
+        base.clone().clip, model_config=MINI_CONFIG, preprocess_config=statistics, name="other"
+    )
+    given = {"templates": TEMPLATES, "config": CONFIG}
+    for call in (scan, detox):
+        with pytest.raises(UsageError, match=r"^wider does not fit ") as found:
+            call(base, data, base=wider, **given)
+        assert "architecture.vision_cfg.layers is 2 there and 1 here" in str(found.value)
+        with pytest.raises(UsageError, match=r"^other does not fit .*std is \[0\.5, 0\.5, 0\.25\]"):
+            call(base, data, references=[base, other], **given)
+
+
 def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, monkeypatch):
     base, path, data, _ = story
     *_, config = contrast
@@ -593,12 +641,13 @@ def test_in_contrast_without_a_calibration_nothing_is_searched(story, contrast, 
         assert "--" not in str(found.value)
 
 
-def test_a_single_round_tries_the_target_alone_too(story):
+def test_a_single_round_tries_the_target_alone_too(story, monkeypatch):
     _, path, data, calibration = story
+    monkeypatch.setattr(ScanResult, "targets", lambda _: (TARGET, 1))
     options = {
         "calibration": calibration,
         "templates": TEMPLATES,
-        "config": replace(CONFIG, p_backdoored=0.9, p_suspicious=0.95),
+        "config": CONFIG,
         "unlearning": replace(UNLEARNING, coefficients=(0.0,), steps=1, passes=1),
     }
     result = detox(path, data, max_rounds=1, **options)

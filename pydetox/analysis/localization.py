@@ -1,9 +1,9 @@
 """Where in the weights a backdoor sits: shares by layer, overlap, rank, disentanglement, removal.
 
-All of it works on task vectors (`pydetox.repair.task_vectors`): the trigger vector tau_t of a
-model, and, where the clean start theta_pre is known, tau_b = theta_b - theta_pre. The
-disentanglement error and the question for two tasks follow Ortiz-Jimenez, Favero, Frossard, "Task
-Arithmetic in the Tangent Space" (NeurIPS 2023), section 3, for the trigger as in arXiv 2510.14845.
+The functions work on task vectors (`pydetox.repair.task_vectors`): the trigger vector tau_t of a
+model and, if the clean start theta_pre is known, the whole fine-tuning tau_b = theta_b - theta_pre.
+The disentanglement error comes from Ortiz-Jimenez, Favero, Frossard, "Task Arithmetic in the
+Tangent Space" (NeurIPS 2023), section 3. arXiv 2510.14845 applies it to triggers.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Share:
     Attributes:
         group: The name of a layer or of a kind of module.
         energy: The group's share of |tau_t|^2, in [0, 1].
-        density: `energy` over the group's share of all elements of tau_t. An even spread gives 1.
-        overlap: The cosine of tau_t and tau_b within the group; None without tau_b, and where one
-            of them is 0.
+        density: `energy` divided by the group's share of all elements. An even spread gives 1.
+        overlap: The cosine of tau_t and tau_b within the group; None without tau_b, or if one of
+            them is 0.
     """
 
     group: str
@@ -101,7 +101,7 @@ class Disentanglement:
 
 @dataclass(frozen=True)
 class Localization:
-    """Everything that is measured of one trigger vector.
+    """All measurements of one trigger vector.
 
     Attributes:
         layers: The vector's shares by layer.
@@ -109,8 +109,8 @@ class Localization:
         ranks: The spectrum of each matrix.
         removals: CA and ASR after the removal of the vector in one layer alone.
         disentanglement: The error xi; None without the clean start.
-        overlap: The cosine of the trigger vector and of the whole fine-tuning; None without the
-            clean start.
+        overlap: The cosine of the trigger vector and the whole fine-tuning; None without the clean
+            start.
     """
 
     layers: tuple[Share, ...]
@@ -122,7 +122,7 @@ class Localization:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a tensor: its numbered block, or else its name without the last part."""
+    """Return the layer of a tensor: its numbered block, or its name without the last part."""
     found = _BLOCK.match(name)
     if found is not None:
         return found["layer"]
@@ -130,7 +130,7 @@ def layer_of(name: str) -> str:
 
 
 def module_of(name: str) -> str:
-    """Return the kind of module of a tensor: attention, mlp, norm or embedding (all the rest)."""
+    """Return the kind of module of a tensor: attention, mlp, norm, or embedding for all others."""
     return next((kind for kind, pattern in _MODULES if pattern.search(name)), "embedding")
 
 
@@ -139,8 +139,8 @@ def shares(
 ) -> tuple[Share, ...]:
     """Return the share of each group in the vector's energy, in the order of the tensors.
 
-    vector: tau_t. whole: tau_b or None. by_layer: group by layer, or else by kind of module.
-    Raises UsageError for a vector that is zero.
+    vector: tau_t. whole: tau_b or None. by_layer: Whether to group by layer; otherwise tensors are
+    grouped by kind of module. Raises UsageError for a vector that is zero.
     """
     group_of = layer_of if by_layer else module_of
     groups: dict[str, list[str]] = {}
@@ -164,9 +164,9 @@ def shares(
 
 
 def ranks(vector: TaskVector) -> tuple[Rank, ...]:
-    """Return the effective rank of every matrix of the vector that is not zero.
+    """Return the effective rank of every non-zero matrix of the vector.
 
-    Convolution kernels count as matrices of one row per output channel.
+    A convolution kernel counts as a matrix with one row per output channel.
     """
     found = []
     for name, tensor in vector.tensors.items():
@@ -186,7 +186,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return exp(-sum p log p), p the singular values over their sum; 0 for all zeros."""
+    """Return exp(-sum p log p), with p the normalised singular values; 0 if all are zero."""
     values = values.double()
     total = float(values.sum())
     if total == 0:
@@ -207,12 +207,15 @@ def removals(
 ) -> tuple[Removal, ...]:
     """Return CA and ASR with the vector subtracted nowhere, everywhere, and in each layer alone.
 
-    images: uint8 [N, 3, H, W], stamped once. labels: int64 [N]. coefficient: alpha.
-    Raises DataError when all images belong to the target class.
+    images: uint8 [N, 3, H, W]; they are stamped once. labels: int64 [N]. coefficient: alpha.
+    Raises DataError if all images belong to the target class.
     """
     others = labels != target
     if not bool(others.any()):
-        raise DataError(f"all {len(labels)} images belong to the target class {target}")
+        raise DataError(
+            f"all {len(labels)} images belong to the target class {target}; "
+            "expected images of other classes as well"
+        )
     stamped = trigger(images[others])
     layers: dict[str, list[str]] = {}
     for name in vector.tensors:
@@ -242,15 +245,15 @@ def disentanglement_error(
 ) -> Disentanglement:
     """Return xi over the grid of both coefficients.
 
-    xi(a, b) = the share of the first task's images that theta_pre + a tau_1 and theta_pre + a tau_1
-    + b tau_2 predict differently, plus the share of the second task's images that theta_pre +
-    b tau_2 and theta_pre + a tau_1 + b tau_2 do. Source: Ortiz-Jimenez et al. 2023, equation 4;
-    for clean and trigger vectors arXiv 2510.14845.
+    xi(a, b) is a sum of two shares. The first is the share of the first task's images that
+    theta_pre + a tau_1 and theta_pre + a tau_1 + b tau_2 predict differently. The second is the
+    share of the second task's images that theta_pre + b tau_2 and theta_pre + a tau_1 + b tau_2
+    predict differently. Source: Ortiz-Jimenez et al. 2023, equation 4; for clean and trigger
+    vectors, arXiv 2510.14845.
 
-    start: theta_pre. first_images, second_images: uint8 [N, 3, H, W], decoded (and stamped) once by
-    the caller; every model of the grid sees both sets in one pass.
-    Raises UsageError for coefficients that do not ascend and ArchitectureError for vectors with
-    tensors that the model lacks.
+    start: theta_pre. first_images, second_images: uint8 [N, 3, H, W], already stamped by the
+    caller. Every model of the grid sees both sets in one pass. Raises UsageError for coefficients
+    that do not ascend, and ArchitectureError for vectors with tensors that the model lacks.
     """
     grids = (tuple(first_coefficients), tuple(second_coefficients))
     for values in grids:
@@ -310,9 +313,10 @@ def localize(
     removed: Iterable[Removal] = (),
     disentanglement: Disentanglement | None = None,
 ) -> Localization:
-    """Gather what can be said of a trigger vector.
+    """Measure shares, ranks and overlap of a trigger vector, and gather them with other results.
 
-    whole: tau_b = theta_b - theta_pre where the clean start is known. removed: from `removals`.
+    whole: tau_b = theta_b - theta_pre if the clean start is known. removed: The result of
+    `removals`.
     """
     overlap = None
     if whole is not None and vector.norm() and whole.norm():

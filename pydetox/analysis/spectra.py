@@ -1,4 +1,4 @@
-"""Singular values and vectors of weight differences: how many directions a fine-tune moved in.
+"""Singular values and vectors of weight differences: how many directions a fine-tuning changed.
 
 Source: Halko, Martinsson and Tropp, "Finding structure with randomness: Probabilistic algorithms
 for constructing approximate matrix decompositions", SIAM Review 53 (2011).
@@ -22,13 +22,15 @@ from ..ops.weights import matrix_shape, sketch_key
 
 @dataclass(frozen=True, eq=False)
 class DifferenceSVD:
-    """The leading part of D = model - base, one tensor's matrix [m, n]: D ~ U diag(s) V^T.
+    """The leading singular values and vectors of one tensor's D = model - base, a matrix [m, n].
+
+    D is approximately U diag(s) V^T.
 
     Attributes:
         left: U, float64 [m, k], with orthonormal columns.
         singular_values: s, float64 [k], descending.
         right: V, float64 [n, k], with orthonormal columns.
-        energy: |D|_F^2, which is exact and counts all of D.
+        energy: |D|_F^2 of the whole difference; it is exact.
     """
 
     left: Tensor
@@ -38,16 +40,16 @@ class DifferenceSVD:
 
     @property
     def captured(self) -> float:
-        """The share of the energy in these k directions, in [0, 1]; 1 where D is zero."""
+        """The share of the energy in these k directions, in [0, 1]; 1 if D is zero."""
         if self.energy == 0:
             return 1.0
         return min(1.0, float(self.singular_values.square().sum()) / self.energy)
 
     @property
     def stable_rank(self) -> float:
-        """|D|_F^2 / |D|_2^2: at least 1 and at most the rank; 0 where D is zero.
+        """|D|_F^2 / |D|_2^2: at least 1 and at most the rank; 0 if D is zero.
 
-        Needs only the largest singular value, so it holds for all of D, whatever k is.
+        It needs only the largest singular value, so it describes the whole of D for any k.
         """
         if self.energy == 0:
             return 0.0
@@ -55,15 +57,15 @@ class DifferenceSVD:
 
     @property
     def effective_rank(self) -> float:
-        """The effective rank of the k singular values; that of D where `captured` is close to 1."""
+        """The effective rank of the k singular values; that of D if `captured` is close to 1."""
         return effective_rank(self.singular_values)
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """Return exp(H(p)), H the entropy (in nats) of p = s / sum(s); 0 where all of s is zero.
+    """Return exp(H(p)), with H the entropy (in nats) of p = s / sum(s); 0 if all of s is zero.
 
-    The result lies between 1 and the number of values. That many equal singular values would have
-    the same entropy.
+    The result lies between 1 and the number of values. It is the number of equal singular values
+    that would have the same entropy.
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO
     2007.
 
@@ -94,30 +96,30 @@ def randomized_svd(
 ) -> dict[str, DifferenceSVD]:
     """Return the leading singular values and vectors of every weight's difference.
 
-    Of every floating-point tensor of at least two dimensions, as the matrix [m, n] that
-    `pydetox.ops.weight_diff_matmul` makes of it. The difference itself is never stored: both models
-    are read 3 + 2 * `power_iterations` times. Randomised subspace iteration (algorithm 4.4 of the
-    source, then 5.1) in float64. One power iteration is enough where singular values fall fast;
-    where they hardly fall, more of them make the smallest ones of the result better.
+    Every floating-point tensor of at least two dimensions counts as a matrix [m, n], as in
+    `pydetox.ops.weight_diff_matmul`. The method is randomised subspace iteration in float64
+    (algorithm 4.4 of the source, then 5.1). It never stores the difference, and reads both models
+    3 + 2 * `power_iterations` times. One power iteration is enough if the singular values decay
+    fast. If they hardly decay, more iterations improve the smallest ones of the result.
 
-    The random start of a tensor depends on `seed` and its name alone; the same call gives the same
+    The random start of a tensor depends on `seed` and its name alone. The same call gives the same
     bits for any number of threads.
 
     Args:
-        base: name to tensor, on one device.
-        model: the same names and shapes.
-        rank: singular values wanted, at least 1; a matrix gives min(rank, m, n).
-        oversampling: additional random directions, not returned.
-        power_iterations: how often D D^T is applied.
-        seed: of the random start.
+        base: The tensors by name, on one device.
+        model: Tensors of the same names and shapes.
+        rank: The number of singular values, at least 1; a matrix gives min(rank, m, n).
+        oversampling: The number of additional random directions, which are not returned.
+        power_iterations: The number of times that D D^T is applied.
+        seed: The seed of the random start.
 
     Returns:
-        Name to result, in the order of `base`; tensors without elements are left out.
+        The results by name, in the order of `base`. Tensors without elements are left out.
 
     Raises:
-        ArchitectureError: the models do not have the same tensors.
-        UsageError: rank, oversampling or power_iterations out of range, or a difference that is not
-            finite.
+        ArchitectureError: The models do not have the same tensors.
+        UsageError: `rank`, `oversampling` or `power_iterations` is out of range, or a difference is
+            not finite.
     """
     if rank < 1 or oversampling < 0 or power_iterations < 0:
         raise UsageError(
@@ -171,7 +173,7 @@ def _orthonormal(matrices: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep libraries whose order of additions depends on the number of threads to one."""
+    """Use one thread in libraries whose order of additions depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Files with the same tensors, walked through together in bounded memory."""
+"""Iterating over several files with the same tensors together, in bounded memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CheckpointName = str | os.PathLike[str]
 #: Dtypes of the weights that can be computed with.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Files that stay open: each takes a descriptor, and its index some 100 KB.
+# The number of files that stay open. Each takes a descriptor, and its index some 100 KB.
 KEPT_OPEN = 128
 
 
 @dataclass(frozen=True)
 class Part:
-    """`count` elements of a tensor, from `first` on."""
+    """`count` consecutive elements of a tensor; the first of them has the index `first`."""
 
     name: str
     first: int
@@ -39,14 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """Parts of tensors, and their elements in each file: lists[file][part], each [count]."""
+    """Parts of tensors with their elements in each file: lists[file][part] is a tensor [count]."""
 
     parts: list[Part]
     lists: list[list[Tensor]]
 
 
 class Files:
-    """Files with the same tensors, the first of which is the base; checked before anything else."""
+    """Files with the same tensors. The first one is the base. They are checked when opened."""
 
     def __init__(self, names: Sequence[CheckpointName], offline: bool) -> None:
         self._checkpoints = names
@@ -73,11 +73,11 @@ class Files:
             stack.pop_all()
 
     def at_once(self, memory: int) -> int:
-        """How many files may be walked through together, with a chunk for each of two threads."""
+        """Return how many files fit into memory together, with a chunk for each of two threads."""
         return memory // (2 * CHUNK * max(self._bytes.values()))
 
     def mebibytes(self, files: Iterable[int]) -> float:
-        """What passes over so many files read, about; for a bar of progress."""
+        """Return about how many MiB some passes over the files read, for a progress bar."""
         each = sum(math.prod(self.base.entries[n].shape) * self._bytes[n] for n in self.names)
         return math.ceil(sum(files) * each / 2**20)
 
@@ -90,15 +90,16 @@ class Files:
         progress: Progress,
         names: Sequence[str] | None = None,
     ) -> Iterator[Step]:
-        """Yield all elements of some files, in steps; then check that the files are as they were.
+        """Yield all elements of some files, in steps; then check that no file has changed.
 
         Args:
-            members: which files, as they are numbered in the constructor.
-            unit: elements; tensors are cut at its multiples alone.
-            unit_bytes: what a unit takes besides its elements: for sums, or results.
-            memory: bytes for the elements and the sums of a step. One unit is held in any case.
-            progress: counts mebibytes.
-            names: which tensors, in this order; None for all that are floating-point.
+            members: The indices of the files, in the order of the constructor.
+            unit: A number of elements. Tensors are cut only at multiples of it.
+            unit_bytes: The bytes that a unit takes besides its elements, for sums or results.
+            memory: The bytes for the elements and the sums of a step. A step holds at least one
+                unit.
+            progress: The progress bar; it counts MiB.
+            names: The names of the tensors, in order; None for all floating-point tensors.
         """
         opened = [self._opened(i) for i in members]
         counts = {
@@ -115,7 +116,8 @@ class Files:
             lists = [weights.window(places) for weights in opened]
             yield Step(parts, lists)
             for tensors in lists:
-                tensors.clear()  # also in the hands of others: memory is freed before the next step
+                # The caller's references go, too, so that memory is freed before the next step.
+                tensors.clear()
             progress.update(sum(part.count * width[part.name] for part in parts) / 2**20)
         for weights in opened:
             weights.check()
@@ -173,8 +175,8 @@ def steps(
 ) -> Iterator[list[Part]]:
     """Cut tensors at multiples of `unit` into steps that take at most `memory`, or one unit.
 
-    counts: name to elements. width: name to bytes of one element, in all files. unit_bytes: what a
-    unit takes besides.
+    counts: The number of elements of each tensor. width: The bytes of one element of each tensor in
+    all files together. unit_bytes: The bytes that a unit takes besides its elements.
     """
     step: list[Part] = []
     left = memory

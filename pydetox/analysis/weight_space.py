@@ -4,13 +4,13 @@
     weight_space.cosine("base.safetensors", ["a.safetensors", "b.pt", "hf-hub:org/repo"])
 
 A checkpoint is named as for `pydetox.checkpoints.load_checkpoint`. Its floating-point tensors
-count, in float16, bfloat16, float32 or float64 and any mixture; integer buffers do not. The files
-are mapped and walked through together, in steps of at most `memory` bytes of all of them: that, and
-not their size or number, is what is held in memory. Nothing in a file is executed, and one that
-changes while it is read is an error.
+count, in any mixture of float16, bfloat16, float32 and float64. Integer buffers do not count. The
+functions map the files and pass over them together, in steps of at most `memory` bytes of all
+files. Memory therefore depends neither on their size nor on their number. Nothing in a file is
+executed. A file that changes while it is read is an error.
 
-Results are those of the operators in `pydetox.ops` on the tensors in the order of their names, bit
-for bit, whatever `memory` and the number of threads are. Differences are taken in float64.
+The results have the bits of the operators in `pydetox.ops` on the tensors in the order of their
+names, whatever `memory` and the number of threads are. Differences are computed in float64.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from pydetox.atomic import atomic_file
+from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.writing import safetensors_header
-from pydetox.errors import UsageError
+from pydetox.errors import CheckpointError, UsageError
 from pydetox.ops import (
     apply_task_vectors,
     weight_diff_gram,
@@ -39,11 +40,13 @@ from pydetox.progress import Progress
 
 from .walking import CheckpointName, Files
 
-#: Bytes that a step looks at, of all files together, unless told otherwise.
+#: The default number of bytes that a step reads, of all files together.
 MEMORY = 48 << 20
 
 _DOUBLE = 8
-_APPLY_UNIT = 4096  # elements; results do not depend on where tensors are cut
+# `apply` cuts tensors at multiples of this number of elements. Its results do not depend on the
+# cuts.
+_APPLY_UNIT = 4096
 
 
 def gram(
@@ -55,21 +58,21 @@ def gram(
 ) -> Tensor:
     """Return the inner products of M models' differences to a base.
 
-    Where two chunks of each do not fit into `memory` (by default, more than 63 models in float32),
-    models are compared group by group, and read several times.
+    If two chunks of each model do not fit into `memory` (by default, with more than 63 models in
+    float32), models are compared group by group and read several times.
 
     Args:
-        base: a checkpoint.
+        base: The base checkpoint.
         models: M checkpoints with tensors of the same names and shapes.
-        memory: bytes of weights to hold.
-        offline: use only what is on this machine.
+        memory: The bytes of weights that are held at a time.
+        offline: Whether to use only files on this machine.
 
     Returns:
         float64 [M, M], symmetric: entry (i, j) is <models[i] - base, models[j] - base>.
 
     Raises:
-        ArchitectureError: the checkpoints do not have the same tensors; the message names them.
-        CheckpointError: one cannot be found or read, or changes while it is read.
+        ArchitectureError: The checkpoints do not have the same tensors; the message names them.
+        CheckpointError: A file cannot be found or read, or changes while it is read.
     """
     result = torch.zeros(len(models), len(models), dtype=torch.float64)
     with Files([base, *models], offline) as files:
@@ -99,13 +102,14 @@ def cosine(
 ) -> Tensor:
     """Return the cosines of the angles between M models' differences to a base.
 
-    Arguments and errors: as for `gram`.
+    The arguments and the other errors are those of `gram`.
 
     Returns:
         float64 [M, M], symmetric, ones on the diagonal.
 
     Raises:
         UsageError: a model does not differ from the base.
+        CheckpointError: a difference is not finite, because of weights that are NaN or infinite.
     """
     products = gram(base, models, memory=memory, offline=offline)
     norms = products.diagonal().sqrt()
@@ -114,6 +118,11 @@ def cosine(
             raise UsageError(
                 f"{os.fspath(model)}: has the weights of the base {os.fspath(base)}; the cosine "
                 "with a zero difference is not defined"
+            )
+        if not math.isfinite(norm):
+            raise CheckpointError(
+                f"{os.fspath(model)}: its difference to the base {os.fspath(base)} is {norm} long: "
+                "one of the two has weights that are NaN, infinite or far too large"
             )
     cosines = products / norms[:, None] / norms
     cosines.fill_diagonal_(1.0)
@@ -130,23 +139,23 @@ def project(
 ) -> Tensor:
     """Return the inner products of a model's difference to a base with R directions.
 
-    A direction is a file of tensors of the same names and shapes, taken as it is: not a model of
-    which a difference would be taken (that is `gram`). Where not all directions fit into `memory`,
-    base and model are read again for each group of them.
+    A direction is a file of tensors of the same names and shapes. It is used as it is; no base is
+    subtracted from it (`gram` does that). If not all directions fit into `memory`, base and model
+    are read again for each group of directions.
 
     Args:
-        base: a checkpoint.
-        model: a checkpoint with tensors of the same names and shapes.
+        base: The base checkpoint.
+        model: A checkpoint with tensors of the same names and shapes.
         directions: R files.
-        memory: bytes of weights to hold.
-        offline: use only what is on this machine.
+        memory: The bytes of weights that are held at a time.
+        offline: Whether to use only files on this machine.
 
     Returns:
         float64 [R]: <model - base, directions[r]>.
 
     Raises:
-        ArchitectureError: the files do not have the same tensors; the message names them.
-        CheckpointError: one cannot be found or read, or changes while it is read.
+        ArchitectureError: The files do not have the same tensors; the message names them.
+        CheckpointError: A file cannot be found or read, or changes while it is read.
     """
     parts: list[Tensor] = [torch.zeros(0, dtype=torch.float64)]
     with Files([base, model, *directions], offline) as files:
@@ -177,25 +186,25 @@ def sketch(
 ) -> Tensor:
     """Return a random projection of a model's difference to a base to `size` numbers.
 
-    Sketches of the same seed and size compare: see `pydetox.ops.weight_diff_sketch`, also for the
-    error. A step holds at least 64 * size elements of both, more than the default `memory` where
-    `size` is larger than 65,536.
+    Sketches of the same seed and size are comparable; `pydetox.ops.weight_diff_sketch` explains
+    this and gives the error. A step holds at least 64 * size elements of both files. With a `size`
+    above 65,536, this is more than the default `memory`.
 
     Args:
-        base: a checkpoint.
-        model: a checkpoint with tensors of the same names and shapes.
-        seed: of the projection.
-        size: a power of two, at least 64.
-        memory: bytes of weights to hold.
-        offline: use only what is on this machine.
+        base: The base checkpoint.
+        model: A checkpoint with tensors of the same names and shapes.
+        seed: The seed of the projection.
+        size: A power of two, at least 64.
+        memory: The bytes of weights that are held at a time.
+        offline: Whether to use only files on this machine.
 
     Returns:
         float64 [size].
 
     Raises:
-        ArchitectureError: the two do not have the same tensors; the message names them.
-        CheckpointError: one cannot be found or read, or changes while it is read.
-        UsageError: another size.
+        ArchitectureError: The two do not have the same tensors; the message names them.
+        CheckpointError: A file cannot be found or read, or changes while it is read.
+        UsageError: `size` is no power of two of at least 64.
     """
     result = torch.zeros(max(size, 0), dtype=torch.float64)
     empty = torch.empty(0)
@@ -230,25 +239,26 @@ def apply(
 ) -> Path:
     """Write base + sum over r of coefficients[r] * (models[r] - base), part by part.
 
-    Source: Ilharco et al., "Editing Models with Task Arithmetic" (ICLR 2023). Computed in float64
-    and rounded to the dtypes of the base, whose integer buffers are taken over as they are. The
-    file's metadata names what it was made of.
+    The sums are computed in float64 and rounded to the dtypes of the base. Integer buffers of the
+    base are copied. The metadata of the file names the files that it was made of. Source: Ilharco
+    et al., "Editing Models with Task Arithmetic" (ICLR 2023).
 
     Args:
-        base: a checkpoint.
+        base: The base checkpoint.
         models: R checkpoints with tensors of the same names and shapes.
         coefficients: R numbers.
-        path: the file to write, `.safetensors`; it appears when it is complete.
-        overwrite: replace an existing file.
-        memory: bytes of weights to hold.
-        offline: use only what is on this machine.
+        path: The `.safetensors` file to write. It appears when it is complete.
+        overwrite: Whether to replace an existing file.
+        memory: The bytes of weights that are held at a time.
+        offline: Whether to use only files on this machine.
 
     Returns:
         The path.
 
     Raises:
         ArchitectureError: the checkpoints do not have the same tensors; the message names them.
-        CheckpointError: one cannot be found or read, or changes while it is read.
+        CheckpointError: one cannot be found or read, or changes while it is read; or a sum is NaN
+            or infinite in the base's dtype, such as beyond 65,504 in float16. Nothing is written.
         OutputError: the file exists or cannot be written.
         UsageError: another number of coefficients, one that is not finite, or another extension.
     """
@@ -279,13 +289,27 @@ def apply(
             file.write(header)
             for name in order:
                 if name not in files.names:
-                    # A copy: what is gone from a file is zeros for us, but an error for write().
+                    # Copy first: a part that vanished from a mapped file reads as zeros in a
+                    # copy, but is an error in write().
                     whole = files.base.tensor(name).clone().reshape(-1).view(torch.uint8)
                     file.write(whole.numpy().data)
                     continue
                 for step in files.walk(everybody, _APPLY_UNIT, written, memory, progress, [name]):
                     (result,) = apply_task_vectors(step.lists[0], step.lists, row)
                     for tensor in result:
+                        _require_finite(tensor, name, base)
                         file.write(tensor.view(torch.uint8).numpy().data)
             files.base.check()
     return Path(path)
+
+
+def _require_finite(part: Tensor, name: str, base: CheckpointName) -> None:
+    """Raise CheckpointError for a part of a tensor that does not fit its dtype."""
+    odd = int((~part.isfinite()).sum())
+    if odd:
+        dtype = str(part.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{os.fspath(base)}: tensor {quote(name)}: {odd} of its weights would be NaN or "
+            f"infinite in {dtype}; take smaller coefficients=, or a base in a wider dtype without "
+            "such weights"
+        )

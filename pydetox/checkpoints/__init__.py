@@ -1,13 +1,13 @@
 """Reading and writing checkpoints.
 
-A checkpoint is hostile until it is read: nothing in it is ever executed. A name (:mod:`naming`)
-leads to files (:mod:`identity`), on the disk or from the hub (:mod:`hub`). A file is indexed
-without torch and without unpickling (:mod:`safetensors_index`, :mod:`torch_index`) in a process of
-its own (:mod:`sandbox`), then its weights are read in one pass that also hashes it
+A checkpoint counts as hostile, and nothing in it is ever executed. A name (:mod:`naming`) leads to
+files (:mod:`identity`), on the disk or from the hub (:mod:`hub`). A separate process
+(:mod:`sandbox`) indexes each file without torch and without unpickling (:mod:`safetensors_index`,
+:mod:`torch_index`). Then the weights are either read in one pass that also hashes the file
 (:mod:`weights`), or stay in the file and are mapped (:mod:`mapped`). :mod:`writing` writes
-open_clip's layout atomically.
+checkpoints atomically.
 
-Names are imported on first use: the sandbox and ``pydetox inspect`` run without torch.
+Names are imported on first use, because the sandbox and ``pydetox inspect`` run without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which architecture the weights belong to, and whether they fit it.
+"""The architecture that weights belong to, and checks that they fit it.
 
 A model configuration is open_clip's ``model_cfg``: a dictionary with ``embed_dim``, ``vision_cfg``
 and ``text_cfg``. It may come from a stranger together with the weights, so it is checked before
@@ -19,6 +19,7 @@ import torch
 
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
+from pydetox.data.resize import INTERPOLATIONS, RESIZE_MODES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 __all__ = [
@@ -78,10 +79,10 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Config, Config | None]:
 
 
 def named_config(name: str) -> Config:
-    """open_clip's built-in configuration of an architecture such as ``ViT-B-32``.
+    """Return open_clip's built-in configuration of an architecture such as ``ViT-B-32``.
 
     Raises:
-        UsageError: There is none of that name; the message has the closest ones.
+        UsageError: There is none of that name. The message names the closest ones.
     """
     import open_clip
 
@@ -94,19 +95,38 @@ def named_config(name: str) -> Config:
 
 
 def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]:
-    """Find the configuration that a user's ``model=`` means.
+    """Return the configuration that the argument ``model=`` names.
 
-    It is open_clip's name of an architecture or the path of a JSON file. Anything that ends in
-    ``.json`` or has a slash is a path.
+    The argument is open_clip's name of an architecture or the path of a JSON file. It is a path if
+    it ends in ``.json`` or contains a slash.
 
     Raises:
         UsageError: It is neither.
         ArchitectureError: The JSON file is no model configuration.
     """
     text = os.fspath(model)
+    if not text.endswith(".json") and os.sep in text and not os.path.lexists(text):
+        _refuse_name_with_slash(text)
     if text.endswith(".json") or os.sep in text:
         return read_config(Path(text).expanduser())
     return named_config(text), None
+
+
+def _refuse_name_with_slash(text: str) -> None:
+    """Raise UsageError, with what is meant, for a name of OpenAI's or of the hub."""
+    import open_clip
+
+    # OpenAI writes ViT-B/32 and ViT-L/14@336px.
+    plain = text.replace("/", "-").replace("@", "-").removesuffix("px")
+    if plain in open_clip.list_models():
+        quick = f"{plain}-quickgelu"
+        more = f" ({quick} for OpenAI's weights)" if quick in open_clip.list_models() else ""
+        raise UsageError(f"architecture {quote(text)}: open_clip calls it {plain}{more}")
+    if text.count("/") == 1:
+        raise UsageError(
+            f"architecture {quote(text)}: is none of open_clip's and no file; a repository of the "
+            f"hub is a checkpoint, hf-hub:{text}, and tells its own"
+        )
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:
@@ -117,7 +137,7 @@ def close_matches(name: str, known: Sequence[str]) -> str:
 
 
 def check_model_config(config: object) -> None:
-    """Refuse what is no model configuration, or a dangerous one.
+    """Refuse a dictionary that is no model configuration, or a dangerous one.
 
     Raises:
         ArchitectureError: A part is missing or of the wrong type, or a size is absurd.
@@ -152,16 +172,28 @@ def check_model_config(config: object) -> None:
 
 
 def check_preprocess_config(config: object) -> None:
-    """Refuse a preprocessing configuration whose ``mean`` and ``std`` cannot be used.
+    """Refuse a preprocessing configuration that cannot be used.
 
     Raises:
-        ArchitectureError: It is neither ``None`` nor a dictionary, or ``mean`` or ``std`` is not
-            three finite numbers (``std`` positive).
+        ArchitectureError: It is neither ``None`` nor a dictionary, ``mean`` or ``std`` is not
+            three finite numbers (``std`` positive), or ``interpolation``, ``resize_mode`` or
+            ``fill_color`` is none that images can be prepared with.
     """
     if config is None:
         return
     if not isinstance(config, dict):
         raise ArchitectureError("its preprocess_cfg is not a JSON object")
+    for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+        if config.get(key) is not None and config[key] not in known:
+            raise ArchitectureError(
+                f"its preprocess_cfg has {key} = {quote(config[key])}, expected one of "
+                + ", ".join(known)
+            )
+    fill = config.get("fill_color")
+    if fill is not None and (type(fill) is not int or not 0 <= fill <= 255):
+        raise ArchitectureError(
+            f"its preprocess_cfg has fill_color = {quote(fill)}, expected a number in 0..255"
+        )
     for key in ("mean", "std"):
         values = config.get(key)
         if values is None:

@@ -27,18 +27,18 @@ def convert_checkpoint(
     """Write the weights of an untrusted checkpoint as one ``.safetensors`` file.
 
     Names (without the wrapper prefixes ``module.`` and ``_orig_mod.``), dtypes, shapes and bytes of
-    the tensors stay. A tensor that shares its storage with another one becomes a tensor of its own,
-    because the format knows no sharing; epoch, optimizer and the like are left out. The metadata
-    say what it was made from.
+    the tensors stay the same. A tensor that shares its storage with another one becomes a separate
+    tensor, because the format has no sharing. Other content, such as the epoch and the optimizer,
+    is left out. The metadata names the source.
 
     Args:
         reference: A weights file, a ``*.safetensors.index.json``, or a folder.
-        output: The file to write; whole or not at all.
-        overwrite: Replace an existing file.
-        weights_key: As for :func:`pydetox.checkpoints.load_checkpoint`.
+        output: The file to write. It appears complete or not at all.
+        overwrite: Whether to replace an existing file.
+        weights_key: As in :func:`pydetox.checkpoints.load_checkpoint`.
 
     Returns:
-        What was odd about the source, NaN and infinite weights included.
+        The findings about the source, including NaN and infinite weights.
 
     Raises:
         CheckpointError: The source is missing or damaged, or a tensor has a dtype that the format

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydetox.checkpoints.index import WeightsFile, quote
 from pydetox.checkpoints.layout import (
@@ -21,11 +22,14 @@ from pydetox.checkpoints.layout import (
     TRANSFORMERS_CONFIG_NAME,
     find_weights,
 )
-from pydetox.checkpoints.naming import parse_reference
+from pydetox.checkpoints.naming import hint_for_missing, parse_reference
 from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
 from pydetox.errors import CheckpointError
 
-Configuration = tuple["dict[str, Any] | None", "dict[str, Any] | None"]
+if TYPE_CHECKING:
+    from pydetox.checkpoints.preprocessing import Configuration
+
+Told = tuple["dict[str, Any] | None", "dict[str, Any] | None"]
 
 _CHUNK = 1 << 20
 
@@ -43,8 +47,10 @@ class CheckpointIdentity:
             it.
         processor_file: What tells how images are prepared, beside a ``config.json``; ``None`` where
             there is none.
-        told: Model and preprocessing configuration, where the user or open_clip's list of
-            pretrained models tells them; ``None`` where ``config_file`` does.
+        listed: Model and preprocessing configuration, where open_clip's list of pretrained models
+            tells them; ``None`` where files do.
+        model: The architecture that the user named, for a checkpoint that does not tell its own.
+        preprocess: What the user says about preparing images; it counts before anything else.
     """
 
     reference: str
@@ -52,7 +58,9 @@ class CheckpointIdentity:
     shards: tuple[Path, ...] = ()
     config_file: Path | None = None
     processor_file: Path | None = None
-    told: Configuration | None = None
+    listed: Told | None = None
+    model: str | None = None
+    preprocess: Mapping[str, Any] | None = None
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -94,24 +102,44 @@ class CheckpointIdentity:
             found += [status.st_size, *times, status.st_ino, status.st_dev]
         return tuple(found)
 
-    def configuration(self) -> Configuration:
+    def configured(self) -> Configuration:
+        """What the model is and how its images are prepared, with who says so.
+
+        What a checkpoint tells of itself comes first: the entry in open_clip's list, then the file
+        beside the weights. The name that the user gave is for what tells nothing.
+
+        Raises:
+            ArchitectureError: The configuration file is none, and no name stands in for it.
+            UnsafeCheckpointError: It asks for remote code or absurd sizes, and no name stands in.
+            UsageError: The name has no meaning.
+        """
+        from pydetox.checkpoints.preprocessing import configure  # with torch
+
+        return configure(
+            self.reference,
+            listed=self.listed,
+            config_file=self.config_file,
+            processor_file=self.processor_file,
+            model=self.model,
+            preprocess=self.preprocess,
+        )
+
+    def tells_preprocessing(self) -> bool:
+        """Return whether the checkpoint itself tells how images are prepared.
+
+        Raises:
+            What `configured` raises.
+        """
+        return self.configured().told
+
+    def configuration(self) -> Told:
         """Model and preprocessing configuration; ``None`` for what nothing tells.
 
         Raises:
-            ArchitectureError: The configuration file is none.
-            UnsafeCheckpointError: It asks for remote code or absurd sizes.
+            What `configured` raises.
         """
-        if self.told is not None:
-            return self.told
-        if self.config_file is None or not os.path.lexists(self.config_file):
-            return None, None
-        if self.config_file.name == TRANSFORMERS_CONFIG_NAME:
-            from pydetox.checkpoints.transformers_clip import read_clip_folder  # with torch
-
-            return read_clip_folder(self.config_file, self.processor_file)
-        from pydetox.checkpoints.architecture import read_config  # with torch
-
-        return read_config(self.config_file)
+        found = self.configured()
+        return found.model_config, found.preprocess_config
 
     def sha256(self) -> str:
         """SHA-256 of the weights, in hexadecimal; see :meth:`OpenWeights.sha256` for shards.
@@ -151,6 +179,7 @@ def identify_checkpoint(
     reference: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
 ) -> CheckpointIdentity:
@@ -158,8 +187,8 @@ def identify_checkpoint(
 
     Args:
         reference: As for :func:`load_checkpoint`.
-        model: The architecture, as for :func:`load_checkpoint`. Then a configuration beside the
-            weights is no part of the checkpoint.
+        model: The architecture, as for :func:`load_checkpoint`.
+        preprocess: How images are prepared, as for :func:`load_checkpoint`.
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
 
@@ -169,23 +198,28 @@ def identify_checkpoint(
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     parsed = parse_reference(reference)
-    told: Configuration | None = None
+    listed: Told | None = None
     if model is not None:
         from pydetox.checkpoints.architecture import resolve_model  # with torch
 
-        told = resolve_model(model)
+        resolve_model(model)  # a name without a meaning is an error, whether it is needed or not
     config_file: Path | None = None
     if parsed.path is not None:
-        weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        try:
+            weights = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        except CheckpointError as error:
+            if parsed.kind != "path" or os.path.lexists(parsed.path):
+                raise
+            raise CheckpointError(f"{error}{hint_for_missing(parsed.text)}") from None
         config_file = _configuration_beside(weights)
     else:
         from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository  # with torch
 
         if parsed.model is not None and parsed.tag is not None:
-            weights, *listed = fetch_pretrained(
+            weights, model_config, preprocess_config = fetch_pretrained(
                 parsed.model, parsed.tag, cache_dir=cache_dir, offline=offline
             )
-            told = told or (listed[0], listed[1])
+            listed = model_config, preprocess_config
         else:
             assert parsed.repository is not None
             weights, config_file = fetch_repository(
@@ -201,9 +235,11 @@ def identify_checkpoint(
         reference=parsed.text,
         weights=weights,
         shards=shards,
-        config_file=None if told is not None else config_file,
-        processor_file=None if told is not None else _processor_of(config_file),
-        told=told,
+        config_file=config_file,
+        processor_file=_processor_of(config_file),
+        listed=listed,
+        model=None if model is None else os.fspath(model),
+        preprocess=preprocess,
     )
 
 

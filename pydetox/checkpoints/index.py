@@ -79,6 +79,7 @@ class TensorEntry:
 
 
 Rule = Literal[
+    "chosen-weights",
     "duplicate-key",
     "mixed-prefix",
     "non-finite",
@@ -89,22 +90,32 @@ Rule = Literal[
     "unknown-record",
 ]
 
-#: Findings with which nobody knows that a user's loader takes the weights that are read here. A
-#: verdict about such a file would be one about other weights, perhaps.
+#: The rules of findings with which another loader may take other weights than those that are read
+#: here. A verdict about such a file might concern other weights than those that run.
 AMBIGUOUS_RULES: frozenset[Rule] = frozenset({"mixed-prefix", "several-weights"})
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something odd that does not keep a file from being read.
+    """Something odd about a file that does not prevent reading it.
 
     Attributes:
-        rule: What kind of thing; these identifiers stay the same from version to version.
-        message: One printable line that names what was found.
+        rule: The kind of finding. These identifiers stay the same from version to version.
+        message: One printable line that describes the finding.
     """
 
     rule: Rule
     message: str
+
+
+def refuse_ambiguous(findings: Iterable[Finding]) -> None:
+    """Raise CheckpointError for a finding of ``AMBIGUOUS_RULES``."""
+    for finding in findings:
+        if finding.rule in AMBIGUOUS_RULES:
+            raise CheckpointError(
+                f"{finding.message}; write the weights that are meant to a file of their own "
+                "(pydetox convert) and use that"
+            )
 
 
 class Findings:

@@ -1,4 +1,4 @@
-"""What files hold, told from their indexes: nothing is unpickled, no weight is read, no torch."""
+"""The contents of weights files, read from their indexes without torch, unpickling or weights."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from pydetox.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the weights files of one checkpoint hold.
+    """The contents of the weights files of one checkpoint.
 
     Attributes:
         path: The weights file, or the index of its shards.
         format: ``"safetensors"`` or ``"torch"``.
-        files: Names of the shards; empty for a single file.
-        nbytes: Size of the file, or of all shards, in bytes.
-        tensors: Name to dtype, shape and place.
+        files: The names of the shards; empty for a single file.
+        nbytes: The size of the file, or of all shards, in bytes.
+        tensors: The dtype, shape and place of each tensor, by name.
         metadata: The text metadata of a safetensors file.
-        findings: What is odd.
-        weights_key: Under which key of a pickled dictionary the weights are; empty for itself.
-        sha256: Of the file, or of the shards (see
-            :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`), if asked for.
+        findings: Odd things about the files.
+        weights_key: The key of a pickled dictionary that holds the weights; empty for the
+            dictionary itself.
+        sha256: The SHA-256 of the file, or of the shards (see
+            :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`); None if it was not computed.
     """
 
     path: Path
@@ -44,11 +45,11 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors; tied ones count once each."""
+        """The number of elements of all tensors; each of several tied tensors counts."""
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -77,12 +78,15 @@ def inspect_checkpoint(
     hash_content: bool = False,
     weights_key: str | None = None,
 ) -> Inspection:
-    """Tell what a checkpoint on this machine holds, in the sandbox and without reading weights.
+    """Return the contents of a checkpoint on this machine, without reading its weights.
+
+    The sandbox indexes the files.
 
     Args:
         reference: A weights file, a ``*.safetensors.index.json``, or a folder.
-        hash_content: Read the files once, for their SHA-256; checksums inside them are checked too.
-        weights_key: As for :func:`pydetox.checkpoints.load_checkpoint`.
+        hash_content: Whether to read the whole files, to compute their SHA-256 and to check the
+            checksums inside.
+        weights_key: As in :func:`pydetox.checkpoints.load_checkpoint`.
 
     Raises:
         CheckpointError: It is missing or damaged.

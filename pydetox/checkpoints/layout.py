@@ -15,17 +15,21 @@ CONFIG_NAME = "open_clip_config.json"
 #: What tells the architecture, and how images are prepared, in a folder of transformers.
 TRANSFORMERS_CONFIG_NAME = "config.json"
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
-#: What such a folder holds beside its weights, and a repaired one needs as well.
-COMPANION_NAMES = (
-    TRANSFORMERS_CONFIG_NAME,
-    *PROCESSOR_NAMES,
+#: Files of a tokenizer.
+TOKENIZER_NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
 )
+#: What such a folder holds beside its weights, and a repaired one needs as well.
+COMPANION_NAMES = (TRANSFORMERS_CONFIG_NAME, *PROCESSOR_NAMES, *TOKENIZER_NAMES)
 #: Weights under a name of open_clip's own, best first: safetensors cannot hold code.
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",

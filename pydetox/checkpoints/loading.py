@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +21,8 @@ from pydetox.checkpoints.identity import (
     content_digest,
     identify_checkpoint,
 )
-from pydetox.checkpoints.index import AMBIGUOUS_RULES, Finding, quote
-from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
+from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
+from pydetox.checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
 from pydetox.checkpoints.transformers_clip import read_companions, to_open_clip
@@ -45,10 +47,14 @@ class Checkpoint:
             :meth:`pydetox.checkpoints.sources.OpenWeights.sha256`.
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
-        companions: Of a CLIPModel in transformers' layout, the files beside the weights, by name:
-            configuration, image processor and tokenizer. ``state_dict`` then has open_clip's names;
-            a repaired model is written in the layout that it came in.
+        companions: Files beside the weights that a repaired model needs as well, by name. Of a
+            CLIPModel in transformers' layout: configuration, image processor and tokenizer;
+            ``state_dict`` then has open_clip's names, and a repaired model is written in the layout
+            that it came in. Otherwise: the tokenizer, where it is not CLIP's own.
         findings: What is odd about the file, without keeping it from being read.
+        preprocess_source: Who tells ``preprocess_config``.
+        warnings: One line for each part of the configuration that is a guess or was passed over.
+        named: The architecture that the user named, where nothing else tells; else None.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -61,6 +67,9 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     companions: dict[str, bytes] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
+    preprocess_source: str = "open_clip's default"
+    warnings: tuple[str, ...] = ()
+    named: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,6 +96,7 @@ def load_checkpoint(
     reference: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     allow_nonfinite: bool = False,
@@ -98,8 +108,14 @@ def load_checkpoint(
         reference: A weights file, a ``*.index.json`` with its shards, a folder in open_clip's or
             transformers' layout, ``local-dir:…``, ``hf-hub:org/repo[@revision]`` or
             ``ARCHITECTURE,TAG`` of open_clip.
-        model: The architecture: open_clip's name of it or the path of a JSON configuration. Then
-            an ``open_clip_config.json`` beside the weights is not read at all.
+        model: The architecture of weights that do not tell theirs: open_clip's name of it or the
+            path of a JSON configuration. What a folder or one of open_clip's tags tells comes
+            first; a configuration beside the weights that cannot be used is passed over, with one
+            of `Checkpoint.warnings`. A name also tells how images are prepared: as for open_clip's
+            pretrained weights of that architecture.
+        preprocess: How images are prepared, whatever else tells it: any of ``mean``, ``std``,
+            ``interpolation``, ``resize_mode`` and ``fill_color``, as in open_clip's
+            ``preprocess_cfg``.
         cache_dir: Where hub downloads are kept; ``None`` for the hub's usual place.
         offline: Use only what is on this machine; no socket is opened.
         allow_nonfinite: Accept weights that are NaN or infinite; they become a finding.
@@ -112,7 +128,9 @@ def load_checkpoint(
         ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
         UsageError: ``reference`` or ``model`` has no meaning.
     """
-    identity = identify_checkpoint(reference, model=model, cache_dir=cache_dir, offline=offline)
+    identity = identify_checkpoint(
+        reference, model=model, preprocess=preprocess, cache_dir=cache_dir, offline=offline
+    )
     return read_checkpoint(identity, allow_nonfinite=allow_nonfinite, weights_key=weights_key)
 
 
@@ -126,11 +144,13 @@ def read_checkpoint(
         UnsafeCheckpointError: It is built to run code or to exhaust memory.
         ArchitectureError: Nothing tells the architecture, or weights are NaN or infinite.
     """
-    model_config, preprocess_config = identity.configuration()
+    configured = identity.configured()
+    model_config = configured.model_config
     try:
         with open_weights(identity.weights, weights_key) as weights:
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
+            _refuse_adapters(weights)
             if model_config is None:
                 _refuse_transformers_names(weights)
                 raise ArchitectureError(
@@ -144,6 +164,8 @@ def read_checkpoint(
                 state_dict = _from_transformers(state_dict, model_config)
                 if identity.config_file is not None:
                     companions = read_companions(identity.config_file.parent)
+            elif model_config["text_cfg"].get("hf_tokenizer_name"):
+                companions = read_companions(identity.weights.parent, TOKENIZER_NAMES)
         if not allow_nonfinite:
             check_finite(state_dict)
     except CheckpointError as error:
@@ -151,7 +173,10 @@ def read_checkpoint(
     return Checkpoint(
         state_dict=state_dict,
         model_config=model_config,
-        preprocess_config=preprocess_config,
+        preprocess_config=configured.preprocess_config,
+        preprocess_source=configured.preprocess_source,
+        warnings=configured.warnings,
+        named=configured.named,
         name=identity.reference,
         path=identity.weights,
         sha256=digest,
@@ -170,12 +195,21 @@ def require_unambiguous(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: The file has a finding of `AMBIGUOUS_RULES`.
     """
-    for finding in checkpoint.findings:
-        if finding.rule in AMBIGUOUS_RULES:
-            raise CheckpointError(
-                f"{checkpoint.path}: {finding.message}; write the weights that are meant to a file "
-                "of their own (pydetox convert) and use that"
-            )
+    try:
+        refuse_ambiguous(checkpoint.findings)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _refuse_adapters(weights: OpenWeights) -> None:
+    """Raise ArchitectureError for weights that change those of another model (LoRA of peft)."""
+    adapters = [n for n in weights.tensors if ".lora_" in n or n.startswith("lora_")]
+    if adapters:
+        raise ArchitectureError(
+            f"holds adapters ({len(adapters)} tensors such as {quote(adapters[0])}), which are no "
+            "model of their own: merge them into the model that they were trained for and save "
+            "that (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+        )
 
 
 def _refuse_transformers_names(weights: OpenWeights) -> None:

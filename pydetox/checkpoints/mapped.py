@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydetox.checkpoints.index import ITEM_SIZES, Span, TensorEntry, WeightsFile
+from pydetox.checkpoints.index import (
+    ITEM_SIZES,
+    Span,
+    TensorEntry,
+    WeightsFile,
+    refuse_ambiguous,
+)
 from pydetox.checkpoints.loading import locate_weights
 from pydetox.checkpoints.reading import parsed_sha256
 from pydetox.checkpoints.sandbox import index_in_sandbox
@@ -36,19 +42,20 @@ class MappedWeights:
     use it as a context manager; tensors that `elements` returned stay valid.
 
     Args:
-        reference: a checkpoint's name, as `load_checkpoint` takes it.
-        cache_dir: where hub downloads are kept; None for the hub's usual place.
-        offline: use only what is on this machine.
+        reference: The name of a checkpoint, as in `load_checkpoint`.
+        cache_dir: The folder for hub downloads; None for the hub's default.
+        offline: Whether to use only files on this machine.
 
     Attributes:
-        name: the name it was asked for by.
-        path: the weights file.
-        entries: name to dtype and shape, in the file's order; wrapper prefixes are removed.
+        name: The name that was given.
+        path: The weights file.
+        entries: The dtype and shape of each tensor by name, in the file's order. Wrapper prefixes
+            are removed.
 
     Raises:
-        CheckpointError: it cannot be found, fetched, mapped or read.
-        UnsafeCheckpointError: it is built to run code or to exhaust memory.
-        UsageError: the name has no meaning.
+        CheckpointError: The file cannot be found, fetched, mapped or read.
+        UnsafeCheckpointError: The file is built to run code or to exhaust memory.
+        UsageError: The name has no meaning.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class MappedWeights:
             if self.path.name.lower().endswith(".index.json"):
                 raise CheckpointError("is the index of several shards, expected a single file")
             self._index = index_in_sandbox(self._file)
+            refuse_ambiguous(self._index.findings)
             self._damage = native.Damage()
             self.entries = self._index.tensors
             self._copy: tuple[str, Tensor] | None = None

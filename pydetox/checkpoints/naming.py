@@ -98,3 +98,27 @@ def _parse_hub(text: str) -> CheckpointReference:
             f"checkpoint name {quote(text)}: expected hf-hub:org/repo or hf-hub:org/repo@revision"
         )
     return CheckpointReference("hf-hub", text, repository=repository, revision=revision or None)
+
+
+def hint_for_missing(text: str) -> str:
+    """Return what a name that is no file may have meant, or an empty text."""
+    path = Path(text)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        text = path.relative_to(Path.cwd()).as_posix()  # as it was typed
+    if is_weights_name(text):
+        return ""
+    name = text.replace("/", "-")
+    if text.count("/") <= 1 and name in _architectures():
+        from open_clip import list_pretrained_tags_by_model
+
+        tags = list_pretrained_tags_by_model(name)
+        return f"; open_clip writes {name},TAG" + (f", such as {name},{tags[0]}" if tags else "")
+    if _REPOSITORY.fullmatch(text.partition("@")[0]):
+        return f"; a repository of the hub is written hf-hub:{text}"
+    return ""
+
+
+def _architectures() -> list[str]:
+    import open_clip  # takes seconds, and is not needed for a name that is right
+
+    return list(open_clip.list_models())

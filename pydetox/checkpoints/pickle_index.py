@@ -14,14 +14,14 @@ Which names it may hold: :mod:`pydetox.checkpoints.pickle_globals`. Instruction 
 from __future__ import annotations
 
 import pickletools
-import re
 import struct
 from dataclasses import dataclass
 from typing import Final
 
 from pydetox.checkpoints.index import Findings, quote
 from pydetox.checkpoints.pickle_calls import Caller, check_state
-from pydetox.checkpoints.pickle_globals import MAX_NAME_BYTES, Global, resolve_global
+from pydetox.checkpoints.pickle_globals import Global, resolve_global
+from pydetox.checkpoints.pickle_literals import LITERALS, PickleStream
 from pydetox.checkpoints.pickle_values import (
     MAPPING_KINDS,
     Mapping,
@@ -47,12 +47,6 @@ __all__ = [
 #: instructions.
 MAX_PICKLE_BYTES = 16 << 20
 MAX_INSTRUCTIONS = 500_000
-
-_MAX_LINE = 1024
-_INTEGER = re.compile(rb"-?(0|[1-9][0-9]*)")
-_FRACTION = re.compile(rb"-?(inf|nan|[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?)")
-_INDEX = re.compile(rb"0|[1-9][0-9]{0,8}")
-_PLAIN_STRING = re.compile(rb"'[ -&(-\[\]-~]*'|\"[ !#-\[\]-~]*\"")  # ASCII without escapes
 
 # What can be filled item by item although it is not built here.
 _FILLED: Final = frozenset({"builtins.list", "builtins.set", "collections.deque"})
@@ -107,14 +101,13 @@ def read_pickle(
         root = reader.run()
     except (struct.error, IndexError, UnicodeDecodeError):
         raise CheckpointError("its pickle is truncated or damaged") from None
-    return PickleContent(root, reader.caller.storages, reader.position)
+    return PickleContent(root, reader.caller.storages, reader.stream.position)
 
 
 class _Reader:
     def __init__(self, data: bytes, findings: Findings, start: int, legacy: bool) -> None:
-        self.data = data
+        self.stream = PickleStream(data, start)
         self.findings = findings
-        self.position = start
         self.legacy = legacy
         self.protocol = 0
         self.caller = Caller(MAX_INSTRUCTIONS, legacy=legacy)
@@ -122,15 +115,18 @@ class _Reader:
         self.memo: dict[int, object] = {}
 
     def run(self) -> object:
-        data = self.data
+        stream = self.stream
         for count in range(MAX_INSTRUCTIONS):
-            code = data[self.position]
-            self.position += 1
+            code = stream.data[stream.position]
+            stream.position += 1
+            literal = LITERALS.get(code)
+            if literal is not None:
+                self.stack.append(literal(stream))
+                continue
             if code == 0x2E:  # STOP
-                if self.position != len(data) and not self.legacy:
-                    raise UnsafeCheckpointError(
-                        f"its pickle is followed by {len(data) - self.position} hidden bytes"
-                    )
+                hidden = len(stream.data) - stream.position
+                if hidden and not self.legacy:
+                    raise UnsafeCheckpointError(f"its pickle is followed by {hidden} hidden bytes")
                 return self._pop()
             action = _ACTIONS.get(code)
             if action is None:
@@ -143,35 +139,6 @@ class _Reader:
             f"its pickle has more than {MAX_INSTRUCTIONS} instructions, far more than a checkpoint "
             "needs"
         )
-
-    # Arguments of instructions
-
-    def _take(self, count: int) -> bytes:
-        end = self.position + count
-        if count < 0 or end > len(self.data):
-            raise CheckpointError("its pickle is truncated or damaged")
-        part = self.data[self.position : end]
-        self.position = end
-        return part
-
-    def _number(self, form: str) -> int:
-        (value,) = struct.unpack(form, self._take(struct.calcsize(form)))
-        return int(value)
-
-    def _line(self, limit: int = MAX_NAME_BYTES) -> bytes:
-        end = self.data.find(b"\n", self.position, self.position + limit)
-        if end < 0:
-            raise CheckpointError("its pickle is truncated or damaged: a name without an end")
-        line = self.data[self.position : end]
-        self.position = end + 1
-        return line
-
-    def _matched(self, pattern: re.Pattern[bytes]) -> str:
-        """Read a line in the form that picklers write; unpicklers take other forms, too."""
-        line = self._line(_MAX_LINE)
-        if not pattern.fullmatch(line):
-            raise CheckpointError(f"its pickle is damaged: {quote(line)} where a number or text is")
-        return line.decode("ascii")
 
     def _pop(self) -> object:
         value = self.stack.pop()
@@ -191,13 +158,13 @@ class _Reader:
     # Instructions; each gets the number of instructions before it
 
     def proto(self, _: int) -> None:
-        self.protocol = self._number("<B")
+        self.protocol = self.stream.number("<B")
         if self.protocol > 5:
             raise CheckpointError(f"its pickle has protocol {self.protocol}, known are 0 to 5")
 
     def frame(self, _: int) -> None:
-        size = self._number("<Q")
-        if size > len(self.data) - self.position:
+        size = self.stream.number("<Q")
+        if size > len(self.stream.data) - self.stream.position:
             raise CheckpointError("its pickle is truncated or damaged")
 
     def mark(self, _: int) -> None:
@@ -208,107 +175,6 @@ class _Reader:
 
     def pop_mark(self, _: int) -> None:
         self._pop_mark()
-
-    def none(self, _: int) -> None:
-        self.stack.append(None)
-
-    def true(self, _: int) -> None:
-        self.stack.append(True)
-
-    def false(self, _: int) -> None:
-        self.stack.append(False)
-
-    def int1(self, _: int) -> None:
-        self.stack.append(self._number("<B"))
-
-    def int2(self, _: int) -> None:
-        self.stack.append(self._number("<H"))
-
-    def int4(self, _: int) -> None:
-        self.stack.append(self._number("<i"))
-
-    def long1(self, _: int) -> None:
-        self.stack.append(int.from_bytes(self._take(self._number("<B")), "little", signed=True))
-
-    def long4(self, _: int) -> None:
-        self.stack.append(int.from_bytes(self._take(self._number("<i")), "little", signed=True))
-
-    def int_text(self, _: int) -> None:
-        if self.data[self.position : self.position + 3] in (b"00\n", b"01\n"):
-            self.stack.append(self._line() == b"01")  # how protocol 0 writes a bool
-        else:
-            self.stack.append(int(self._matched(_INTEGER)))
-
-    def long_text(self, _: int) -> None:
-        line = self._line(_MAX_LINE).removesuffix(b"L")
-        if not _INTEGER.fullmatch(line):
-            raise CheckpointError(f"its pickle is damaged: {quote(line)} where a number is")
-        self.stack.append(int(line))
-
-    def float8(self, _: int) -> None:
-        self.stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def float_text(self, _: int) -> None:
-        self.stack.append(float(self._matched(_FRACTION)))
-
-    def text1(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<B")).decode("utf-8", "surrogatepass"))
-
-    def text4(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<I")).decode("utf-8", "surrogatepass"))
-
-    def text8(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<Q")).decode("utf-8", "surrogatepass"))
-
-    def text_line(self, _: int) -> None:
-        line = self._line(_MAX_LINE)
-        if not line.isascii() or b"\\" in line:
-            raise CheckpointError("its pickle holds text with escapes, in a way of protocol 0")
-        self.stack.append(line.decode("ascii"))
-
-    def string1(self, _: int) -> None:
-        self._string(self._take(self._number("<B")))
-
-    def string4(self, _: int) -> None:
-        self._string(self._take(self._number("<i")))
-
-    def string_line(self, _: int) -> None:
-        self._string(self._matched(_PLAIN_STRING)[1:-1].encode("ascii"))
-
-    def _string(self, raw: bytes) -> None:
-        # A string of Python 2. torch asks for UTF-8 unless the user names another encoding: as
-        # ASCII it is the same text in all of them.
-        if not raw.isascii():
-            raise CheckpointError(
-                "its pickle holds a string of Python 2 beyond ASCII, which readers take for "
-                "different texts"
-            )
-        self.stack.append(raw.decode("ascii"))
-
-    def bytes1(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<B")))
-
-    def bytes4(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<I")))
-
-    def bytes8(self, _: int) -> None:
-        self.stack.append(self._take(self._number("<Q")))
-
-    def bytearray8(self, _: int) -> None:
-        self._take(self._number("<Q"))
-        self.stack.append(Opaque("builtins.bytearray"))
-
-    def empty_list(self, _: int) -> None:
-        self.stack.append([])
-
-    def empty_dict(self, _: int) -> None:
-        self.stack.append(Mapping())
-
-    def empty_tuple(self, _: int) -> None:
-        self.stack.append(())
-
-    def empty_set(self, _: int) -> None:
-        self.stack.append(Opaque("builtins.set"))
 
     def frozenset_of_mark(self, _: int) -> None:
         self._pop_mark()
@@ -370,13 +236,13 @@ class _Reader:
             )
 
     def put1(self, count: int) -> None:
-        self._remember(self._number("<B"), count)
+        self._remember(self.stream.number("<B"), count)
 
     def put4(self, count: int) -> None:
-        self._remember(self._number("<I"), count)
+        self._remember(self.stream.number("<I"), count)
 
     def put_text(self, count: int) -> None:
-        self._remember(int(self._matched(_INDEX)), count)
+        self._remember(self.stream.index(), count)
 
     def memoize(self, count: int) -> None:
         self._remember(len(self.memo), count)
@@ -393,13 +259,13 @@ class _Reader:
         self.memo[index] = self.stack[-1]
 
     def get1(self, _: int) -> None:
-        self._recall(self._number("<B"))
+        self._recall(self.stream.number("<B"))
 
     def get4(self, _: int) -> None:
-        self._recall(self._number("<I"))
+        self._recall(self.stream.number("<I"))
 
     def get_text(self, _: int) -> None:
-        self._recall(int(self._matched(_INDEX)))
+        self._recall(self.stream.index())
 
     def _recall(self, index: int) -> None:
         if index not in self.memo:
@@ -409,8 +275,8 @@ class _Reader:
         self.stack.append(self.memo[index])
 
     def global_(self, _: int) -> None:
-        module = self._line().decode("utf-8")
-        self.stack.append(self._resolve(module, self._line().decode("utf-8")))
+        module = self.stream.line().decode("utf-8")
+        self.stack.append(self._resolve(module, self.stream.line().decode("utf-8")))
 
     def stack_global(self, _: int) -> None:
         name, module = self._pop(), self._pop()
@@ -423,8 +289,8 @@ class _Reader:
 
     def instance(self, _: int) -> None:
         # INST calls what it names. torch never writes it: refused even for an allowed name.
-        module = self._line().decode("utf-8")
-        found = self._resolve(module, self._line().decode("utf-8"))
+        module = self.stream.line().decode("utf-8")
+        found = self._resolve(module, self.stream.line().decode("utf-8"))
         raise UnsafeCheckpointError(
             f"its pickle creates {quote(found.name)} by the instruction INST, which no checkpoint "
             "needs"
@@ -492,33 +358,6 @@ _ACTIONS: Final = {
     0x28: _Reader.mark,
     0x30: _Reader.pop,
     0x31: _Reader.pop_mark,
-    0x4E: _Reader.none,
-    0x88: _Reader.true,
-    0x89: _Reader.false,
-    0x4B: _Reader.int1,
-    0x4D: _Reader.int2,
-    0x4A: _Reader.int4,
-    0x8A: _Reader.long1,
-    0x8B: _Reader.long4,
-    0x49: _Reader.int_text,
-    0x4C: _Reader.long_text,
-    0x47: _Reader.float8,
-    0x46: _Reader.float_text,
-    0x8C: _Reader.text1,
-    0x58: _Reader.text4,
-    0x8D: _Reader.text8,
-    0x56: _Reader.text_line,
-    0x55: _Reader.string1,
-    0x54: _Reader.string4,
-    0x53: _Reader.string_line,
-    0x43: _Reader.bytes1,
-    0x42: _Reader.bytes4,
-    0x8E: _Reader.bytes8,
-    0x96: _Reader.bytearray8,
-    0x5D: _Reader.empty_list,
-    0x7D: _Reader.empty_dict,
-    0x29: _Reader.empty_tuple,
-    0x8F: _Reader.empty_set,
     0x91: _Reader.frozenset_of_mark,
     0x74: _Reader.tuple_of_mark,
     0x6C: _Reader.list_of_mark,

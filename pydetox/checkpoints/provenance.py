@@ -1,4 +1,4 @@
-"""Where a written checkpoint comes from: enough to make it again, or to doubt it."""
+"""The provenance of a written checkpoint: everything that is needed to make it again."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Provenance:
     """How a checkpoint was made.
 
     Attributes:
-        method: What was done, e.g. ``"TBAR, unknown trigger"``.
-        source_name: The name under which the checkpoint it was made from was given.
-        source_sha256: SHA-256 of that checkpoint's weights file, in hexadecimal.
-        scaling_coefficient: α, by which the trigger vector was scaled before it was subtracted.
-        seeds: Every seed that was used, by what it was used for.
-        before: Metrics of the source, by name (shares in [0, 1] unless the name has a unit).
-        after: The same metrics of this checkpoint.
-        extra: Anything else that JSON can hold.
-        pydetox_version: The version that wrote the checkpoint.
+        method: The method, such as ``"TBAR, unknown trigger"``.
+        source_name: The name of the source checkpoint, as it was given.
+        source_sha256: The SHA-256 of the source's weights, as hex digits.
+        scaling_coefficient: α, the factor of the trigger vector that was subtracted.
+        seeds: Every seed that was used, by its purpose.
+        before: The metrics of the source by name, in [0, 1] unless the name has a unit.
+        after: The metrics of this checkpoint, with the names of ``before``.
+        extra: Further values that JSON can hold.
+        pydetox_version: The version of pydetox that wrote the checkpoint.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Provenance:
     pydetox_version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:
-        """One line of JSON with sorted keys: equal provenances give equal bytes.
+        """Return one line of JSON with sorted keys. Equal provenances give equal bytes.
 
         Raises:
             UsageError: A value is NaN, infinite or nothing that JSON can hold.

@@ -124,7 +124,7 @@ def _parse(raw: bytes) -> _Object:
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is damaged: its header is not valid JSON ({error})") from None
-    if not isinstance(header, _Object) or not raw.startswith(b"{"):
+    if not isinstance(header, _Object):
         raise CheckpointError("is damaged: its header is not a JSON object")
     return header
 

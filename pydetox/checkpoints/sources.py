@@ -121,7 +121,7 @@ def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -
                 try:
                     file = stack.enter_context(WeightsFile(shard_path(path.parent, name)))
                     file.path = os.fspath(path.parent / name)  # not what a link led to
-                    index = index_in_sandbox(file)
+                    index = index_in_sandbox(file, weights_key)
                     if index.format != result.shards.format:
                         raise CheckpointError(
                             f"is a {index.format} file, expected {result.shards.format}"

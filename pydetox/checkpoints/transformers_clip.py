@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from pydetox.checkpoints.index import WeightsFile, quote
-from pydetox.checkpoints.layout import COMPANION_NAMES, PROCESSOR_NAMES
+from pydetox.checkpoints.layout import COMPANION_NAMES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError
 
 Config = dict[str, Any]
@@ -73,19 +73,12 @@ class _Rule:
     change: _Change = "same"
 
 
-def read_clip_folder(
-    config_file: str | os.PathLike[str], processor_file: str | os.PathLike[str] | None
-) -> tuple[Config, Config]:
-    """Return open_clip's ``model_cfg`` and ``preprocess_cfg`` for a CLIPModel's folder.
-
-    Args:
-        config_file: Its ``config.json``.
-        processor_file: Its ``preprocessor_config.json`` or ``processor_config.json``; ``None``
-            where it has neither. Nothing else tells how images are prepared.
+def read_clip_config(config_file: str | os.PathLike[str]) -> Config:
+    """Return open_clip's ``model_cfg`` for the ``config.json`` of a CLIPModel.
 
     Raises:
-        ArchitectureError: A file is missing or no JSON object, the model is no CLIPModel, or
-            open_clip cannot build it or prepare its images.
+        ArchitectureError: It is no JSON object, the model is no CLIPModel, or open_clip cannot
+            build it.
         UnsafeCheckpointError: It asks for remote code.
     """
     try:
@@ -93,34 +86,36 @@ def read_clip_folder(
         if not is_clip_config(config):
             raise ArchitectureError(
                 f"describes {_described(config)}; pydetox reads CLIPModel of transformers, and "
-                "open_clip's layout"
+                f"open_clip's layout{_instead(config)}"
             )
-        model_config = to_model_config(config)
+        return to_model_config(config)
     except CheckpointError as error:
         raise type(error)(f"{os.fspath(config_file)}: {error}") from error
-    if processor_file is None:
-        # With a guessed mean the model would see other pixels than its owner's, without a word.
-        raise ArchitectureError(
-            f"{os.fspath(config_file)}: nothing beside it tells how images are prepared; put the "
-            f"processor's {PROCESSOR_NAMES[0]} there, or name the architecture with model= to use "
-            "that of OpenAI's CLIP"
-        )
+
+
+def read_processor(processor_file: str | os.PathLike[str], image_size: int) -> Config:
+    """Return open_clip's ``preprocess_cfg`` for a ``preprocessor_config.json``.
+
+    Raises:
+        ArchitectureError: It is no JSON object, or prepares images as open_clip cannot.
+    """
     try:
-        size = model_config["vision_cfg"]["image_size"]
-        return model_config, to_preprocess_config(_read_object(processor_file), size)
+        return to_preprocess_config(_read_object(processor_file), image_size)
     except CheckpointError as error:
         raise type(error)(f"{os.fspath(processor_file)}: {error}") from error
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
+def read_companions(folder: Path, names: Sequence[str] = COMPANION_NAMES) -> dict[str, bytes]:
     """Return the files beside the weights that a repaired folder needs as well, by name.
+
+    names: the files that are looked for.
 
     Raises:
         CheckpointError: One of them cannot be read.
         UnsafeCheckpointError: One of them is far larger than any such file.
     """
     found = {}
-    for name in COMPANION_NAMES:
+    for name in names:
         path = folder / name
         if not os.path.lexists(path):
             continue
@@ -236,17 +231,21 @@ def to_preprocess_config(config: Mapping[str, Any], image_size: int) -> Config:
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop)
     square = {"height": image_size, "width": image_size}
     crops = config.get("do_center_crop", True) is True
-    if size != {"shortest_edge": image_size} or not crops or crop != square:
+    if size == square and (not crops or crop == square):
+        resize_mode = "squash"  # both sides, whatever the proportions; a crop then changes nothing
+    elif size == {"shortest_edge": image_size} and crops and crop == square:
+        resize_mode = "shortest"
+    else:
         raise ArchitectureError(
             f"its image processor resizes to {size}"
             + (f" and crops to {crop}" if crops else "")
-            + f"; expected the shorter side and the crop to be {image_size}"
+            + f"; expected the shorter side and the crop to be {image_size}, or both sides"
         )
     return {
         "mean": list(config.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
         "std": list(config.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
         "interpolation": _RESAMPLING[number],
-        "resize_mode": "shortest",
+        "resize_mode": resize_mode,
     }
 
 
@@ -337,6 +336,16 @@ def _described(config: Config) -> str:
         return f"a {quote(names[0])}"
     kind = config.get("model_type")
     return "no model" if kind is None else f"a model of type {quote(kind)}"
+
+
+def _instead(config: Config) -> str:
+    """Return what to use in place of a model that is not read, or an empty text."""
+    kind = str(config.get("model_type"))
+    if kind.startswith("siglip"):
+        return " (which has the models of SigLIP as well, with weights of its own)"
+    if kind == "clip_vision_model" or "CLIPVision" in str(config.get("architectures")):
+        return " (this is an image tower alone, without the texts that classes are named by)"
+    return ""
 
 
 def _rules(model_config: Mapping[str, Any]) -> Iterator[_Rule]:

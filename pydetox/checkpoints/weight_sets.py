@@ -7,8 +7,6 @@ one holds other values under the same names, a loader may take that, and a findi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from pydetox.checkpoints.index import Findings, check_name, quote
 from pydetox.checkpoints.pickle_values import Mapping, Opaque, PickledTensor, describe
 from pydetox.errors import CheckpointError
@@ -19,6 +17,11 @@ _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 # Where some loader looks for weights: what differs there is never another matter.
 _LOADERS_KEYS = frozenset(
     {*_USUAL_KEYS, "state_dict_ema", "model_ema", "ema_state_dict", "ema", "model_ema_state_dict"}
+)
+# What torch makes beside tensors.
+_NO_TENSORS = frozenset(
+    {"torch.Size", "torch.device", "torch.serialization._get_layout"}
+    | {"torch.torch_version.TorchVersion"}
 )
 # Wrappers (DistributedDataParallel, torch.compile) put these in front of every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -47,7 +50,7 @@ def choose_weights(
     if not isinstance(root, Mapping):
         raise CheckpointError(f"holds {describe(root)}, expected a dictionary of tensors")
     entries = _entries(root, findings)
-    candidates = dict(_candidates(root, entries))
+    candidates = _candidates(root, entries)
     if weights_key is not None:
         chosen = "" if weights_key == ROOT_KEY else weights_key
         if chosen not in candidates:
@@ -56,17 +59,28 @@ def choose_weights(
         chosen = _usual(entries, candidates)
     mapping = candidates[chosen]
     tensors = _tensors(mapping, findings)
-    if weights_key is None:
-        # Without a "state_dict", open_clip takes the root, whatever is nested in it.
-        loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
-        for other, rival in candidates.items():
-            if other != chosen and _rivals(tensors, rival, everywhere=other in loaders):
-                findings.add(
-                    "several-weights",
-                    f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} has "
-                    "other values under the same names, and another loader may take those; say "
-                    f"which one you mean: --weights-key {chosen or ROOT_KEY}",
-                )
+    # Without a "state_dict", open_clip takes the root, whatever is nested in it.
+    loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
+    others = {
+        other: "has other values under the same names"
+        for other, rival in candidates.items()
+        if other != chosen and _rivals(tensors, rival, everywhere=other in loaders)
+    }
+    others |= _unread(entries, candidates)
+    for other, what in others.items():
+        if weights_key is None:
+            findings.add(
+                "several-weights",
+                f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} {what}, "
+                "and another loader may take those; say which one you mean: "
+                f"--weights-key {chosen or ROOT_KEY}",
+            )
+        else:
+            findings.add(
+                "chosen-weights",
+                f"holds several sets of weights: {_shown(chosen)} is read, as it was asked for; "
+                f"{_shown(other)} {what}, and nobody looked at those",
+            )
     _note_mixed_prefix(list(tensors), findings)
     return chosen, dict(zip(strip_prefixes(list(tensors)), tensors.values(), strict=True))
 
@@ -98,23 +112,31 @@ def _entries(root: Mapping, findings: Findings) -> dict[str, object]:
     return entries
 
 
-def _candidates(root: Mapping, entries: dict[str, object]) -> Iterator[tuple[str, Mapping]]:
-    """Yield the dictionaries that hold tensors, by their key: the root, its entries, and theirs."""
+def _candidates(root: Mapping, entries: dict[str, object]) -> dict[str, Mapping]:
+    """The dictionaries that hold tensors, by their key: the root, its entries, and theirs.
+
+    One with the name of another is refused: the root is named by an empty key here, and nested keys
+    have a slash between them.
+    """
     known: dict[int, bool] = {}
-    if _holds_tensors(root, known):
-        yield "", root
+    found = {"": root} if _holds_tensors(root, known) else {}
     for key, value in entries.items():
         if not isinstance(value, Mapping):
             continue
         seen = id(value) in known
         if _holds_tensors(value, known):
-            yield key, value
+            if key in found or not key:
+                raise CheckpointError(f"holds tensors under {quote(key)}, which names others, too")
+            found[key] = value
         elif not seen:
-            for name, nested in value.pairs:
-                if type(name) is not str or not isinstance(nested, Mapping):
-                    continue
-                if _holds_tensors(nested, known):
-                    yield f"{key}/{name}", nested
+            for name, nested in {n: v for n, v in value.pairs if type(n) is str}.items():
+                if isinstance(nested, Mapping) and _holds_tensors(nested, known):
+                    if f"{key}/{name}" in found:
+                        raise CheckpointError(
+                            f"holds tensors under {quote(f'{key}/{name}')}, which names others, too"
+                        )
+                    found[f"{key}/{name}"] = nested
+    return found
 
 
 def _holds_tensors(mapping: Mapping, known: dict[int, bool]) -> bool:
@@ -199,11 +221,30 @@ def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bo
         seen.add(_bare(key))
         if value == mine or (mine is None and not everywhere):
             continue
-        if isinstance(value, PickledTensor) or (
-            isinstance(value, Opaque) and (value.name.startswith("torch.") or not value.known)
-        ):
+        if isinstance(value, PickledTensor) or _may_be_tensor(value):
             return True
     return everywhere and seen != ours.keys()
+
+
+def _unread(entries: dict[str, object], candidates: dict[str, Mapping]) -> dict[str, str]:
+    """What a loader may take for weights and nobody reads here: key to what is there."""
+    found = {}
+    for key in sorted(_LOADERS_KEYS & entries.keys() - candidates.keys()):
+        value = entries[key]
+        if isinstance(value, Opaque) and not value.known:  # a dictionary, perhaps, to who has it
+            found[key] = f"is {describe(value)}"
+        elif isinstance(value, Mapping):
+            opaque = next((v for _, v in value.pairs if _may_be_tensor(v)), None)
+            if opaque is not None:
+                found[key] = f"holds {describe(opaque)}"
+    return found
+
+
+def _may_be_tensor(value: object) -> bool:
+    """Whether a value that is not read here is a tensor to a loader: quantised, sparse, unknown."""
+    if not isinstance(value, Opaque) or value.name in _NO_TENSORS:
+        return False
+    return value.name.startswith("torch.") or not value.known
 
 
 def _bare(name: str) -> str:

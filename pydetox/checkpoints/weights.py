@@ -10,10 +10,11 @@ import torch
 from pydetox.checkpoints.formats import index_file
 from pydetox.checkpoints.index import FileIndex, TensorEntry, WeightsFile, quote
 from pydetox.checkpoints.reading import read_pass
+from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.checkpoints.sources import OpenWeights
 from pydetox.errors import CheckpointError
 
-__all__ = ["index_file", "read_open", "read_weights"]
+__all__ = ["index_file", "read_open", "read_safetensors", "read_weights"]
 
 
 def read_weights(file: WeightsFile, index: FileIndex) -> tuple[dict[str, torch.Tensor], str]:
@@ -56,6 +57,29 @@ def read_open(weights: OpenWeights) -> tuple[dict[str, torch.Tensor], str]:
         tensors.update(found)
         digests.append(digest)
     return tensors, weights.sha256(digests)
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a ``.safetensors`` file that is no checkpoint, such as one with triggers.
+
+    The sandbox indexes the file, as it does for checkpoints: a stranger may have made it.
+
+    Returns:
+        Name to tensor on the CPU, and the metadata of the file.
+
+    Raises:
+        CheckpointError: The file is damaged, has another format, changed while it was read, or is
+            larger than this machine's memory.
+        UnsafeCheckpointError: The file exhausted the limits of the sandbox.
+    """
+    with WeightsFile(path) as file:
+        index = index_in_sandbox(file)
+        if index.format != "safetensors":
+            raise CheckpointError(f"has the format {index.format}; expected safetensors")
+        tensors, _ = read_weights(file, index)
+    return tensors, dict(index.metadata)
 
 
 def _check_memory(indexes: list[FileIndex]) -> None:

@@ -1,4 +1,4 @@
-"""Writing checkpoints that open_clip, and pydetox, can read back."""
+"""Writing checkpoints that open_clip or transformers, and pydetox, can read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from pydetox.checkpoints.architecture import (
 )
 from pydetox.checkpoints.card import model_card
 from pydetox.checkpoints.index import ITEM_SIZES, quote
-from pydetox.checkpoints.layout import COMPANION_NAMES, TRANSFORMERS_CONFIG_NAME, WEIGHT_NAMES
+from pydetox.checkpoints.layout import (
+    COMPANION_NAMES,
+    TOKENIZER_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    WEIGHT_NAMES,
+)
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
 from pydetox.checkpoints.transformers_clip import to_transformers
@@ -53,9 +58,9 @@ def save_checkpoint(
     companions: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint as a folder, whole or not at all, in the layout that it came in.
+    """Write a checkpoint as a folder in the layout of its source, complete or not at all.
 
-    In open_clip's layout the folder gets ``open_clip_model.safetensors`` (with the provenance in
+    In open_clip's layout, the folder gets ``open_clip_model.safetensors`` (with the provenance in
     its metadata), ``open_clip_config.json`` and ``README.md``, a model card. Equal arguments give
     equal bytes. Read it with :func:`pydetox.checkpoints.load_checkpoint` or
     ``open_clip.create_model_from_pretrained("local-dir:…")``. In transformers' layout it gets
@@ -63,16 +68,16 @@ def save_checkpoint(
     ``CLIPModel.from_pretrained`` and ``CLIPProcessor.from_pretrained`` read it.
 
     Args:
-        directory: The folder to create; missing parents are created too.
-        state_dict: Name to tensor, of any device, layout in memory and sharing; each is written as
-            a tensor of its own.
+        directory: The folder to create. Missing parents are created, too.
+        state_dict: The tensors by name, on any device, of any layout in memory. They may share
+            memory; each is written as a separate tensor.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
             ``resize_mode``).
         provenance: How the weights were made.
-        companions: The attribute of that name of the :class:`Checkpoint` that was read; with a
-            ``config.json`` among them the folder is written in transformers' layout.
-        overwrite: Replace the folder if it holds nothing but such a checkpoint.
+        companions: The attribute of that name of the source :class:`Checkpoint`. With a
+            ``config.json`` among them, the folder is written in transformers' layout.
+        overwrite: Whether to replace the folder if it holds nothing but such a checkpoint.
 
     Returns:
         The path of the folder.
@@ -97,7 +102,8 @@ def save_checkpoint(
     library = "transformers" if TRANSFORMERS_CONFIG_NAME in (companions or {}) else "open_clip"
     card = model_card(target.resolve().name, provenance, model_config, library=library)
     companions = companions or {}
-    beside = {CONFIG_NAME: f"{config_text}\n".encode()}
+    beside = {name: companions[name] for name in TOKENIZER_NAMES if name in companions}
+    beside[CONFIG_NAME] = f"{config_text}\n".encode()
     weights_name = WEIGHTS_NAME
     if TRANSFORMERS_CONFIG_NAME in companions:
         beside = {name: companions[name] for name in COMPANION_NAMES if name in companions}

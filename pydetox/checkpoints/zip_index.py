@@ -17,8 +17,7 @@ MAX_DIRECTORY_BYTES = 8 << 20
 TORCHSCRIPT = (
     "is a TorchScript archive (as OpenAI's CLIP files are), which holds code beside its weights. "
     "Write the weights alone where you trust the file: "
-    "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE), and leave "
-    "'input_resolution', 'context_length' and 'vocab_size' out"
+    "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)"
 )
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")

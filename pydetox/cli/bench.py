@@ -31,42 +31,46 @@ from . import exit_codes, options
     "attacks",
     multiple=True,
     metavar="NAME",
-    help="Only this attack; may be given several times. Without it, all of the plan.",
+    help="Plant only this attack; can be given several times. Without it, all attacks of the plan.",
 )
 @click.option(
     "--defense",
     "defenses",
     multiple=True,
     metavar="NAME",
-    help="Only this defence; may be given several times. Without it, all.",
+    help="Run only this defence; can be given several times. Without it, all defences.",
 )
 @click.option(
     "--seeds",
     type=options.COUNT,
     metavar="N",
-    help="Number of seeds. Without it, as many as the plan has.",
+    help="The number of seeds. Without it, that of the plan.",
 )
 @click.option(
     "--first-seed",
     type=options.SEED,
     metavar="N",
-    help="The first of them, the others follow. Without it, the plan's.",
+    help="The first seed; the others follow it. Without it, that of the plan.",
 )
 @click.option(
-    "--workers", type=options.COUNT, default=2, metavar="N", help="Processes of one thread each."
+    "--workers",
+    type=options.COUNT,
+    default=2,
+    metavar="N",
+    help="The number of processes, of one thread each.",
 )
 @click.option(
     "--output",
     type=options.FILE,
     default=Path("runs/defenses"),
     metavar="DIR",
-    help="Folder for summary.json, report.html, results.csv, results.md and results/.",
+    help="The folder for summary.json, report.html, results.csv, results.md and results/.",
 )
 @click.option(
     "--cache",
     type=options.FILE,
     metavar="DIR",
-    help="Folder for models and results by content. Without it, `cache` in the output folder.",
+    help="The folder of cached models and results. Without it, `cache` in the output folder.",
 )
 @options.device
 @options.format_option
@@ -85,12 +89,12 @@ def command(
 ) -> int:
     """Compare defences against backdoor attacks on small CLIP models.
 
-    Trains a base model per seed, plants every attack in copies of it, repairs each victim with each
-    method, and measures clean accuracy (CA) and attack success (ASR) on test images. Clean models
-    are scanned beside the victims. Models and results are kept by content: a second run computes
-    only what changed.
+    The command trains a base model per seed, plants every attack in copies of it, repairs each
+    victim with each method, and measures clean accuracy (CA) and attack success (ASR) on test
+    images. It scans clean models as well as victims. Models and results are cached by their
+    content, so a second run computes only what changed.
 
-    Exit code: 0 if it ran to its end, whatever the figures are.
+    Exit code: 0 if the benchmark was completed, whatever the figures are.
     """
     from ..atomic import write_file
     from ..models.device import find_device

@@ -20,9 +20,9 @@ from . import exit_codes, options
     help="Write the result to a file instead of stdout.",
 )
 def command(before: Path, after: Path, format_: str, output: Path | None) -> int:
-    """Show what changed from one run to another: targets, contents, verdicts, numbers.
+    """Show the changes from one run to another: targets, contents, verdicts, numbers.
 
-    Targets are matched by name. Exit code: 0 nothing changed, 1 something did.
+    Targets are matched by name. Exit code: 0 if nothing changed, 1 otherwise.
     """
     from ..reporting import to_json
     from ..reporting.values import clean_text

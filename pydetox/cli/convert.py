@@ -14,21 +14,16 @@ from . import exit_codes, options
 @click.argument("source", metavar="IN")
 @click.argument("output", type=options.FILE, metavar="OUT.safetensors")
 @click.option("--overwrite", is_flag=True, show_default=False, help="Replace an existing file.")
-@click.option(
-    "--weights-key",
-    metavar="KEY",
-    help="Of a pickled file with several sets of weights: the one that is meant, such as "
-    "state_dict or ema/model; . for the outermost dictionary.",
-)
+@options.weights_key
 def command(source: str, output: Path, overwrite: bool, weights_key: str | None) -> int:
     """Write the weights of an untrusted checkpoint as a .safetensors file.
 
     IN is a .pt file, or anything else on this machine that `inspect` takes. Nothing in it is
-    unpickled. Names (without a wrapper's `module.`), dtypes, shapes and bytes stay; epoch,
-    optimizer and the like are left out; tensors that share weights get a copy each. What was odd
-    about IN is said on stderr and in the metadata of the result.
+    unpickled. Names (without a wrapper's `module.`), dtypes, shapes and bytes of the tensors stay
+    the same. Tensors that share weights get a copy each. Other content, such as the epoch and the
+    optimizer, is left out. Findings about IN go to stderr and into the metadata of the result.
 
-    Exit code: 0 written, 2 refused or damaged.
+    Exit code: 0 if the file was written, 2 if IN is refused or damaged.
     """
     from ..checkpoints import convert_checkpoint
     from .outputs import to_stdout

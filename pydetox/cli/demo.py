@@ -15,7 +15,8 @@ from . import exit_codes, options
     type=options.FILE,
     default=Path("runs/demo"),
     metavar="DIR",
-    help="Folder for report.html, summary.json and the checkpoints; an earlier demo is replaced.",
+    help="The folder for report.html, summary.json and the checkpoints. An earlier demo is "
+    "replaced.",
 )
 @options.seed
 @click.option("--threads", type=options.COUNT, metavar="N", help="CPU threads.")
@@ -24,9 +25,9 @@ from . import exit_codes, options
 def command(output: Path, seed: int, threads: int | None, device: str, format_: str) -> int:
     """Plant a backdoor in a small CLIP, find it, remove it, and prove it.
 
-    Trains a CLIP of 3 million weights on the digits, fine-tunes a clean and a backdoored copy,
-    scans both, repairs the backdoored one without being told trigger or target, and measures it
-    with the true trigger before and after.
+    The demo trains a CLIP of 3 million weights on the digits, fine-tunes a clean and a backdoored
+    copy, and scans both. It repairs the backdoored copy without knowing the trigger or the target.
+    Then it measures this copy with the true trigger, before and after.
 
     Exit code: 0 if the repaired model is clean in the re-scan, 1 if it is not, 2 for an error or if
     there is no verdict.

@@ -37,11 +37,12 @@ _LABELS = {
     "--selftest",
     is_flag=True,
     show_default=False,
-    help="Run every operator on every device here, and compare with float64.",
+    help="Run every operator on every device of this machine, and compare the results with "
+    "float64.",
 )
 @options.format_option
 def command(selftest: bool, format_: str) -> int:
-    """Show versions, what was built and what is in use: the text to paste into a bug report.
+    """Show versions, build and devices, for a bug report.
 
     Exit code: 0 if the native library works (and, with --selftest, every operator is right), 2 if
     not.

@@ -17,13 +17,13 @@ from . import exit_codes, options
     "--trigger",
     type=options.FILE,
     metavar="FILE",
-    help="Measure the success of this trigger, too: a file as `invert` writes. "
-    "If it holds several into the target class, the smallest counts.",
+    help="A trigger whose success is measured: a file as `invert` writes. If it holds several "
+    "triggers into the target class, the smallest counts.",
 )
 @click.option(
     "--target",
     metavar="NAME",
-    help="The class the trigger leads to, where the file does not tell or holds several.",
+    help="The class that the trigger leads to, if the file does not name one class.",
 )
 @options.seed
 @options.model_options
@@ -37,7 +37,7 @@ def command(
     The images need labels. ASR is the share of images of the other classes that the trigger sends
     to the target class. Both come with a 95% Wilson interval.
 
-    Exit code: 0 if it was measured, 2 otherwise; it does not judge the model. See `scan`.
+    Exit code: 0 if all was measured, 2 otherwise. The command does not judge the model; see `scan`.
     """
     from ..errors import UsageError
     from ..evaluation import evaluate
@@ -46,9 +46,11 @@ def command(
     from .outputs import emit
 
     if target is not None and trigger is None:
-        raise UsageError("--target goes with --trigger")
+        raise UsageError("--target needs --trigger, the trigger that leads to this class")
     inputs = Inputs.of(given)
-    model = inputs.read_model(checkpoint)
+    if target is not None:
+        inputs.require_class(target)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     index, stamp = None, None
@@ -72,6 +74,7 @@ def command(
         "trigger": trigger,
         "target_name": None if index is None else names[index],
         "class_names": names,
+        **inputs.used(model),
         **evaluation_document(result),
     }
     text = {"title": "pydetox eval", "evaluation": [evaluation_row(result, model.name)]}

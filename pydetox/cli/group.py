@@ -26,6 +26,7 @@ _COMMANDS = {
     "eval": "evaluate",
     "inspect": "inspection",
     "convert": "convert",
+    "models": "models",
     "bench": "bench",
     "demo": "demo",
     "doctor": "doctor",
@@ -103,6 +104,11 @@ class Cli(click.Group):
 def print_error(message: str) -> None:
     """Write an error line to stderr."""
     click.echo(f"error: {in_options(message)}", err=True)
+
+
+def print_warning(message: str) -> None:
+    """Write a warning line to stderr."""
+    click.echo(f"warning: {in_options(one_line(message))}", err=True)
 
 
 def _report(error: BaseException) -> int:

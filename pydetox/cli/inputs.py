@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import identify_checkpoint, load_checkpoint
+from ..checkpoints.architecture import close_matches
 from ..data import ImageSet, ImageSource
 from ..detect.calibration_file import read_calibration
 from ..detect.configuration import ScanConfig
@@ -19,22 +20,32 @@ from ..inversion import InversionConfig, RecoveredTrigger
 from ..inversion.trigger_file import load_triggers
 from ..models import OpenClipModel
 from ..models.device import find_device
+from ..plausibility import doubts
 from ..reporting.values import clean_text
 from ..session import ModelLike
 from ..training import TrainConfig
+from .group import print_warning
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Reads models and the images that fit them; images of one size are decoded once.
 
-    Attributes: source: the images. model, offline, device: the options of the same names.
+    Attributes: source: the images. model, weights_key, base, base_model, offline, device: the
+    options of the same names; the key is that of a suspect, not of bases and references.
+    preprocess: what options say about preparing images, as open_clip's ``preprocess_cfg`` has it.
+    warnings: what was said on stderr so far.
     """
 
     source: ImageSource
     model: str | None
+    weights_key: str | None
     offline: bool
     device: torch.device
+    base: str | None = None
+    base_model: str | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Inputs:
@@ -44,27 +55,106 @@ class Inputs:
         """
         if options["threads"] is not None:
             torch.set_num_threads(options["threads"])
-        names = ("class_names", "templates", "max_images", "resize", "seed")
+        names = ("class_names", "templates", "max_images", "resize", "seed", "strict")
         source = ImageSource(options["images"], **{name: options[name] for name in names})
-        return cls(source, options["model"], options["offline"], find_device(options["device"]))
+        given = {
+            "mean": options["image_mean"],
+            "std": options["image_std"],
+            "interpolation": options["interpolation"],
+            "resize_mode": options["resize_mode"],
+        }
+        return cls(
+            source,
+            options["model"],
+            options["weights_key"],
+            options["offline"],
+            find_device(options["device"]),
+            options.get("base"),
+            options.get("base_model"),
+            {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v is not None},
+        )
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """The prompt templates."""
         return self.source.prompts
 
+    def read_suspect(self, reference: ModelLike) -> OpenClipModel:
+        """Read the checkpoint that the command is about; raises what `read_model` raises."""
+        return self._read(reference, self.model, self.preprocess, self.weights_key)
+
     def read_model(self, reference: ModelLike) -> OpenClipModel:
-        """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise."""
-        checkpoint = load_checkpoint(str(reference), model=self.model, offline=self.offline)
+        """Read a checkpoint by name; raises what `load_checkpoint` and `OpenClipModel` raise.
+
+        What of its configuration is a guess is said on stderr.
+        """
+        return self._read(reference, self.model, self.preprocess)
+
+    def read_other(self, reference: ModelLike) -> OpenClipModel:
+        """Read the base or a reference model; like `read_model`.
+
+        What options say about preparing images counts for a base that does not tell itself.
+        """
+        if str(reference) != self.base:
+            return self.read_model(reference)
+        model = self.base_model or self.model
+        identity = identify_checkpoint(str(reference), model=model, offline=self.offline)
+        given = {} if identity.tells_preprocessing() else self.preprocess
+        return self._read(reference, model, given)
+
+    def _read(
+        self,
+        reference: ModelLike,
+        architecture: str | None,
+        preprocess: Mapping[str, Any],
+        weights_key: str | None = None,
+    ) -> OpenClipModel:
+        checkpoint = load_checkpoint(
+            str(reference),
+            model=architecture,
+            preprocess=preprocess,
+            offline=self.offline,
+            weights_key=weights_key,
+        )
         model = OpenClipModel.from_checkpoint(checkpoint, consume=True)
+        self.warn(*model.warnings)
         # It is shown with progress bars, at a terminal.
         model.name = clean_text(model.name)
         return model.to(self.device)
 
+    def warn(self, *lines: str) -> None:
+        """Say something on stderr, once, and keep it for the result."""
+        for line in lines:
+            if line not in self.warnings:
+                self.warnings.append(line)
+                print_warning(line)
+
+    def used(self, model: OpenClipModel) -> dict[str, Any]:
+        """Return what every result records: the images, how they were prepared, and warnings."""
+        report = self.source.read(model.resizing).report
+        return {
+            "preprocessing": model.preprocessing,
+            "image_files": None if report is None else report.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+    def require_class(self, name: str) -> None:
+        """Raise UsageError for a class that the images do not have, before anything is read.
+
+        Where only reading the images tells their classes, it is checked then.
+        """
+        known = self.source.known_names()
+        if known is not None:
+            class_index(name, known, self.source.spec)
+
     def read_images(self, model: OpenClipModel) -> ImageSet:
         """Return the images in the model's size; raises what `load_images` raises."""
-        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        return self.source.read(model.image_size, interpolation)
+        images = self.source.read(model.resizing)
+        line = None if images.report is None else images.report.line()
+        if line is not None:
+            self.warn(line)
+        self.warn(*doubts(model, images, self.prompts))
+        return images
 
 
 def inversion_config(options: dict[str, Any]) -> InversionConfig:
@@ -112,7 +202,13 @@ def class_index(name: str, class_names: Sequence[str] | None, source: str) -> in
     if name in names:
         raise UsageError(f"class {name!r} stands {names.count(name)} times in {source}")
     shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-    raise UsageError(f"class {name!r} is not in {source}; it has {shown or 'no class names'}")
+    hint = ""
+    if name.isascii() and name.isdigit() and int(name) < len(names):
+        hint = f" (a name is expected, not a number: the class of label {name} is "
+        hint += f"{names[int(name)]!r})"
+    else:
+        hint = close_matches(name, names)
+    raise UsageError(f"class {name!r} is not in {source}; it has {shown or 'no class names'}{hint}")
 
 
 def read_triggers(

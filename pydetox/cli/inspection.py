@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
 )
-@click.option(
-    "--weights-key",
-    metavar="KEY",
-    help="Of a pickled file with several sets of weights: the one that is meant, such as "
-    "state_dict or ema/model; . for the outermost dictionary.",
-)
+@options.weights_key
 @options.format_option
 def command(
     checkpoints: tuple[str, ...],

@@ -32,20 +32,20 @@ _PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
     multiple=True,
     metavar="NAME",
     show_default=False,
-    help="Class to look for a trigger into; can be given several times. Without it, all classes.",
+    help="A class to search a trigger for; can be given several times. Without it, all classes.",
 )
 @click.option(
     "--output",
     type=options.FILE,
     required=True,
     metavar="DIR",
-    help="Folder for the triggers and their pictures.",
+    help="The folder for the triggers and their pictures.",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
     show_default=False,
-    help="Replace that folder, if it holds only what this command writes.",
+    help="Replace this folder if it holds only files that this command writes.",
 )
 @options.objective
 @options.search_options
@@ -65,12 +65,12 @@ def command(
 ) -> int:
     """Reconstruct triggers and write them to a folder.
 
-    The folder gets triggers.safetensors (tensors `mask` [K, H, W], `pattern` [K, 3, H, W] and
-    `p_l1` [K]; the target classes in the metadata), and for each trigger a picture of its mask, of
-    its pattern and of an image that it is stamped on. `unlearn` and `eval` take the file as
-    --trigger.
+    The folder gets the file triggers.safetensors, with the tensors `mask` [K, H, W], `pattern`
+    [K, 3, H, W] and `p_l1` [K], and with the target classes in its metadata. It also gets pictures
+    of each trigger: its mask, its pattern, and a stamped image. `unlearn` and `eval` take the file
+    as --trigger.
 
-    Every class of every model has some trigger: this command gives no verdict. See `scan`.
+    Every class of every model has some trigger, so this command gives no verdict. See `scan`.
 
     Exit code: 0 if at least one search found a working trigger, 2 otherwise.
     """
@@ -87,7 +87,9 @@ def command(
     inputs = Inputs.of(given)
     replaceable = _own_names(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
-    model = inputs.read_model(checkpoint)
+    for target in targets:
+        inputs.require_class(target)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     search = InversionConfig(
         steps=given["steps"],
@@ -129,6 +131,7 @@ def command(
         "objective": objective,
         "triggers": rows,
         "path": output / _TRIGGERS_NAME,
+        **inputs.used(model),
         "seconds": found.seconds,
     }
     text = {

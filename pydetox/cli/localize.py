@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     "--trigger",
     type=options.FILE,
     metavar="FILE",
-    help="The trigger, a file as `invert` writes. Without it, triggers into --target are recovered "
-    "first.",
+    help="The trigger: a file as `invert` writes. Without it, triggers into --target are recovered"
+    " first.",
 )
-@click.option("--target", metavar="NAME", help="The class the trigger leads to.")
+@click.option("--target", metavar="NAME", help="The class that the trigger leads to.")
 @click.option(
     "--base",
     metavar="REF",
-    help="The clean model that the checkpoint was fine-tuned from: gives overlaps and ξ.",
+    help="The clean model that the checkpoint was fine-tuned from. It adds overlaps and ξ.",
 )
+@options.base_model
 @click.option(
     "--vector",
     type=click.Choice(["forget", "paired", "strengthen"]),
@@ -39,14 +40,14 @@ if TYPE_CHECKING:
     "--alpha",
     type=click.FloatRange(min=0),
     metavar="X",
-    help="Coefficient of the vector. Without it, chosen as `unlearn` does.",
+    help="The coefficient of the vector. Without it, it is chosen as in `unlearn`.",
 )
 @click.option(
     "--grid",
     type=click.IntRange(min=2),
     default=9,
     metavar="N",
-    help="With --base: coefficients from -2 to 2 in each direction of the map of ξ.",
+    help="With --base: the number of coefficients from -2 to 2 in each direction of the map of ξ.",
 )
 @options.search_options
 @options.model_options
@@ -57,21 +58,20 @@ def command(
     checkpoint: str,
     trigger: Path | None,
     target: str | None,
-    base: str | None,
     alpha: float | None,
     grid: int,
     format_: str,
     report: Path | None,
     **given: Any,
 ) -> int:
-    """Say where in the weights a backdoor sits.
+    """Show where in the weights a backdoor sits.
 
-    Makes a trigger vector and reports its energy by layer and by kind of module, the effective rank
-    of its matrices, and what subtracting it in one layer alone does to clean accuracy (CA) and
-    attack success (ASR). With --base also its overlap with the whole fine-tuning and the
-    disentanglement error ξ over a grid of coefficients.
+    The command makes a trigger vector. It reports the energy of the vector by layer and by kind of
+    module, the effective rank of its matrices, and the clean accuracy (CA) and attack success (ASR)
+    after subtracting it in one layer alone. With --base, it also reports the overlap with the whole
+    fine-tuning, and the disentanglement error ξ over a grid of coefficients.
 
-    Exit code: 0 if it was computed, 2 otherwise; it does not judge the model. See `scan`.
+    Exit code: 0 if all was computed, 2 otherwise. The command does not judge the model; see `scan`.
     """
     from ..analysis.localization import localize, removals
     from ..api import recover_triggers
@@ -93,11 +93,14 @@ def command(
     )
     from .outputs import check_files, emit
 
+    base: str | None = given["base"]
     if trigger is None and target is None:
         raise UsageError("give --trigger, --target, or both")
     inputs = Inputs.of(given)
     check_files(report=report)
-    model = inputs.read_model(checkpoint)
+    if target is not None:
+        inputs.require_class(target)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     names = require_class_names(images)
     if images.labels is None:
@@ -123,7 +126,7 @@ def command(
     removed = removals(model, vector, alpha, held.images, held.labels, stamps[0], index, head)
     whole, xi = None, None
     if base is not None:
-        start = inputs.read_model(base)
+        start = inputs.read_other(base)
         whole = TaskVector.between(start.clip.state_dict(), model.clip.state_dict())
         xi = _disentanglement(start, whole, vector * alpha, held.images, stamps[0], head, grid)
     located = localize(vector, whole=whole, removed=removed, disentanglement=xi)
@@ -136,6 +139,7 @@ def command(
         "alpha": alpha,
         "vector": given["vector"],
         "seed": given["seed"],
+        **inputs.used(model),
         "localization": localization_document(located),
     }
     if report is not None:

@@ -6,6 +6,7 @@ a test keeps the two equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ def _all(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 seed = click.option(
-    "--seed", type=SEED, default=0, metavar="N", help="Seed of all random choices; 0 or above."
+    "--seed", type=SEED, default=0, metavar="N", help="The seed of all random choices."
 )
 
 image_options = _all(
@@ -41,56 +42,123 @@ image_options = _all(
         "--images",
         required=True,
         metavar="SPEC",
-        help="Clean images, a few hundred: a folder, a .npz file, `digits` or `fashion-mnist`.",
+        help="A few hundred clean images: a folder, a .npz file, `digits` or `fashion-mnist`.",
     ),
     click.option(
         "--class-names",
         type=FILE,
         metavar="FILE",
-        help="Text file with one class name per line, in the order of the labels. "
-        "Without it, the names that the images bring.",
+        help="Text file with one class name per line, in the order of the labels. Without it, the "
+        "class names come with the images.",
     ),
     click.option(
         "--templates",
         type=FILE,
         metavar="FILE",
-        help="Text file with one prompt per line, the class name as {c} or {}. "
-        "Without it, built-in prompts.",
+        help="Text file with one prompt per line, with {c} or {} in place of the class name. "
+        "Without it, built-in prompts are used.",
     ),
     click.option(
         "--max-images",
         type=COUNT,
         metavar="N",
-        help="Use a random sample of that many images. Without it, all of them.",
+        help="Size of a random sample of the images. Without it, all images are used.",
     ),
     click.option(
         "--resize",
         is_flag=True,
         show_default=False,
-        help="Scale and crop images of a .npz file that have another size (folders always are).",
+        help="Scale images of a .npz file that have another size (folders always are).",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        show_default=False,
+        help="Refuse images of which something is left out that could have been meant: files that "
+        "cannot be read, class folders without images.",
     ),
 )
+
+weights_key = click.option(
+    "--weights-key",
+    metavar="KEY",
+    help="Of a pickled file with several sets of weights: the one that is meant, such as "
+    "state_dict or ema/model; . for the outermost dictionary.",
+)
+
+
+def _channels(
+    ctx: click.Context, param: click.Parameter, value: Any
+) -> tuple[float, float, float] | None:
+    """Read one number or three, such as 0.5 or 0.48,0.46,0.41 (or a list, in --config)."""
+    if value is None:
+        return None
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 3
+    above = 0 if param.name == "image_std" else -math.inf
+    if len(numbers) == 3 and all(above < x < math.inf for x in numbers):
+        return numbers[0], numbers[1], numbers[2]
+    raise click.BadParameter(f"{value!r}; expected such as 0.5 or 0.48,0.46,0.41", ctx, param)
+
 
 model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file.",
+        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file. "
+        "Images are then prepared as for open_clip's pretrained weights of that name.",
     ),
+    click.option(
+        "--image-mean",
+        callback=_channels,
+        metavar="R,G,B",
+        help="Mean of the images' channels, whatever else tells it; one number or three.",
+    ),
+    click.option(
+        "--image-std",
+        callback=_channels,
+        metavar="R,G,B",
+        help="Standard deviation of the images' channels, whatever else tells it.",
+    ),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["bicubic", "bilinear", "nearest", "lanczos"]),
+        help="How images are scaled, whatever else tells it.",
+    ),
+    click.option(
+        "--resize-mode",
+        type=click.Choice(["shortest", "longest", "squash"]),
+        help="How images become square, whatever else tells it: scale the shorter side and crop, "
+        "the longer side and pad, or both sides.",
+    ),
+    weights_key,
     click.option(
         "--offline",
         is_flag=True,
         show_default=False,
-        help="Use only what is on this machine; open no connection.",
+        help="Use only files on this machine, and open no connection.",
     ),
 )
 
 search_options = _all(
     click.option(
-        "--steps", type=COUNT, default=150, metavar="N", help="Steps of each search, at most."
+        "--steps",
+        type=COUNT,
+        default=150,
+        metavar="N",
+        help="The largest number of steps of each search.",
     ),
     click.option(
-        "--batch-size", type=COUNT, default=16, metavar="N", help="Images in a step of a search."
+        "--batch-size",
+        type=COUNT,
+        default=16,
+        metavar="N",
+        help="The number of images in a step of a search.",
     ),
     click.option(
         "--precision",
@@ -106,7 +174,7 @@ objective = click.option(
     "--objective",
     type=click.Choice(["targeted", "label-free"]),
     default="targeted",
-    help="Look for a trigger into each class, or for one that makes all images alike.",
+    help="What to search: a trigger into each class, or one trigger that makes all images alike.",
 )
 
 
@@ -117,54 +185,65 @@ def restarts(text: str) -> Callable[[F], F]:
     )
 
 
+base_model = click.option(
+    "--base-model",
+    metavar="NAME|JSON",
+    help="Architecture of --base, where that does not tell and --model is another.",
+)
+
 calibration_options = _all(
     click.option(
         "--base",
         metavar="REF",
-        help="A clean model to compare with: the one the suspects were fine-tuned from, at best.",
+        help="A clean model to compare with, at best the one that the suspects were fine-tuned "
+        "from.",
     ),
+    base_model,
     click.option(
         "--reference-model",
         "reference_models",
         multiple=True,
         metavar="REF",
-        help="A clean model made as the suspects were, to compare with instead of copies of "
-        "--base; at least 2. With --base, triggers are searched that the base does not obey.",
+        help="A clean model that was made as the suspects were. Give at least two; they replace "
+        "the copies of --base. With --base, the search looks for triggers that do not work in"
+        " the base.",
     ),
     click.option(
         "--calibration",
         "calibration_file",
         type=FILE,
         metavar="FILE",
-        help="Compare with a calibration that `scan --save-calibration` wrote. With --base, if it "
-        "was made in contrast to that.",
+        help="A calibration that `scan --save-calibration` wrote, to compare with. If it was made "
+        "in contrast to a base, give this --base as well.",
     ),
     click.option(
         "--references",
         type=click.IntRange(min=2),
         default=3,
         metavar="N",
-        help="With --base alone: clean models to compare with, it and N - 1 fine-tuned copies.",
+        help="With --base alone: the number of clean models to compare with, the base and N - 1 "
+        "fine-tuned copies of it.",
     ),
     click.option(
         "--reference-epochs",
         type=COUNT,
         default=3,
         metavar="N",
-        help="With --base alone: epochs of that fine-tuning, about as many as a suspect has had.",
+        help="With --base alone: the number of epochs of this fine-tuning, about as many as for a "
+        "suspect.",
     ),
     click.option(
         "--reference-learning-rate",
         type=RATE,
         default=1e-5,
         metavar="X",
-        help="With --base alone: the learning rate of that fine-tuning.",
+        help="With --base alone: the learning rate of this fine-tuning.",
     ),
     click.option(
         "--keep-all",
         is_flag=True,
         show_default=False,
-        help="Search all classes to the end, also those that can no longer be the outlier.",
+        help="Search all classes to the end, including those that can no longer be the outlier.",
     ),
 )
 
@@ -174,7 +253,10 @@ device = click.option(
 
 machine_options = _all(
     click.option(
-        "--threads", type=COUNT, metavar="N", help="CPU threads. Without it, torch decides."
+        "--threads",
+        type=COUNT,
+        metavar="N",
+        help="The number of CPU threads. Without it, torch decides.",
     ),
     device,
 )
@@ -184,7 +266,7 @@ format_option = click.option(
     "format_",
     type=click.Choice(["text", "json"]),
     default="text",
-    help="Format of the result on stdout.",
+    help="The format of the result on stdout.",
 )
 
 run_format_option = click.option(
@@ -192,9 +274,9 @@ run_format_option = click.option(
     "format_",
     type=click.Choice(["text", "json", "sarif", "html"]),
     default="text",
-    help="Format of the result on stdout.",
+    help="The format of the result on stdout.",
 )
 
 report_option = click.option(
-    "--report", type=FILE, metavar="FILE", help="Write a report as one HTML file, too."
+    "--report", type=FILE, metavar="FILE", help="Also write a report as one HTML file."
 )

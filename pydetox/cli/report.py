@@ -26,10 +26,10 @@ from .scan import FAIL_ON
     help="Write the result to a file instead of stdout.",
 )
 def command(run: Path, fail_on: str, format_: str, output: Path | None) -> int:
-    """Show what the last scan in a run folder has found, also while it is at work.
+    """Show the results of the last scan in a run folder, also while it is running.
 
-    What it has not reached is named, and is not clean: then the exit code is 2. Otherwise the exit
-    code is that of the scan.
+    If the scan has not reached some targets, the report names them and the exit code is 2.
+    Otherwise, the exit code is that of the scan.
     """
     from ..scanning.runs import load_run
     from .outputs import check_files

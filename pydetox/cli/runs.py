@@ -20,6 +20,7 @@ from ..reporting.values import duration
 from ..scanning.store import read_artifacts
 from . import exit_codes
 from .outputs import to_stdout
+from .wording import in_options
 
 if TYPE_CHECKING:
     from ..scanning import ScanRecord, Targets
@@ -62,7 +63,7 @@ def emit_run(
 ) -> None:
     """Write the results of a run to stdout or a file, and an HTML report if one is wanted."""
     document = run_document(
-        [record.to_dict() for record in records],
+        [_in_options(record.to_dict()) for record in records],
         exit_code=code,
         seed=seed,
         images=images,
@@ -97,6 +98,13 @@ def emit_run(
     write_out(content, output)
 
 
+def _in_options(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result whose reason and error name options instead of the library's arguments."""
+    error = result["error"]
+    translated = {"reason": in_options(result["reason"]), "error": error and in_options(error)}
+    return {**result, **translated}
+
+
 def emit_dry_run(
     targets: Targets, estimated: Estimate | None, format_: str, output: Path | None
 ) -> None:
@@ -115,7 +123,7 @@ def emit_dry_run(
         write_out(f"{to_json(document)}\n", output)
         return
     lines = [
-        f"{target.name}" + (f" ({target.problem})" if target.problem else "")
+        f"{target.name}" + (f" ({in_options(target.problem)})" if target.problem else "")
         for target in targets.targets
     ]
     lines += [f"passed over: {name}: {reason}" for name, reason in targets.ignored]

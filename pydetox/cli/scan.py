@@ -67,15 +67,16 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--save-calibration",
     type=options.FILE,
     metavar="FILE",
-    help="Write the calibration that --base or --reference-model made, for later scans of the same "
-    "images and options.",
+    help="Write the calibration from --base or --reference-model to a file, for later scans with "
+    "the same images and options.",
 )
 @click.option(
     "--known-vector",
     "known_vectors",
     multiple=True,
     metavar="FILE",
-    help="With --base: a weight difference of a known attack (.safetensors), to compare with.",
+    help="With --base: a .safetensors file with the weight difference of a known attack, to "
+    "compare with.",
 )
 @options.objective
 @options.search_options
@@ -83,47 +84,64 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 @click.option(
     "--inversion/--no-inversion",
     default=True,
-    help="Reconstruct triggers; without, the weights are only read, checked and compared.",
+    help="Whether to reconstruct triggers. Without this, weights are only read, checked and "
+    "compared.",
 )
 @options.model_options
 @options.machine_options
 @click.option(
-    "--run", type=options.FILE, metavar="FOLDER", help="Keep all results there; resume from there."
+    "--run",
+    type=options.FILE,
+    metavar="FOLDER",
+    help="The folder that keeps all results. A later scan resumes from it.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["auto", "inline", "local", "ray"]),
     default="auto",
-    help="Where to work: this process, processes of this machine, a Ray cluster. auto: a single "
-    "target in this process, more in processes.",
+    help="Where the work runs: in this process, in processes on this machine, or on a Ray cluster."
+    " auto is inline for a single target and local for several.",
 )
 @click.option(
     "--workers",
     type=options.COUNT,
     metavar="N",
-    help="Number of workers. Without it, one per GPU or per four CPU cores.",
+    help="The number of workers. Without it, one per GPU or per four CPU cores.",
 )
 @click.option(
     "--address",
     metavar="ADDRESS",
-    help="Address of the Ray cluster. Without it, a cluster on this machine.",
+    help="The address of the Ray cluster. Without it, a cluster starts on this machine.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Give a checkpoint up after that time.",
+    help="The time that the survey and the scan of a checkpoint may take, each.",
 )
-@click.option("--max-size", callback=_size, metavar="SIZE", help="Skip larger files, such as 2G.")
+@click.option(
+    "--max-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Skip checkpoints with larger weights files, such as 2G.",
+)
 @click.option(
     "--max-memory",
     callback=_size,
     metavar="SIZE",
-    help="Skip what would need more memory in a worker, such as 4G.",
+    help="Skip checkpoints for which a worker needs more memory, such as 4G.",
 )
-@click.option("--shard", callback=_shard, metavar="I/N", help="Scan the I-th of N parts, from 1.")
 @click.option(
-    "--retry-errors", is_flag=True, show_default=False, help="With --run: try errors again."
+    "--shard",
+    callback=_shard,
+    metavar="I/N",
+    help="Scan the I-th of N parts of the targets; I is 1 to N.",
+)
+@click.option(
+    "--retry-errors",
+    is_flag=True,
+    show_default=False,
+    help="With --run: scan checkpoints again that ended in an error.",
 )
 @click.option(
     "--fail-on",
@@ -135,8 +153,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--dry-run",
     is_flag=True,
     show_default=False,
-    help="Only list what would be scanned, and say "
-    "how long it should take: a few steps are timed on the first checkpoint.",
+    help="Only list the targets, and estimate the time and memory from a few steps on the first "
+    "checkpoint.",
 )
 @click.option(
     "--config",
@@ -145,7 +163,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help='JSON file with options, such as {"max_images": 500}; the command line overrides it.',
+    help='A JSON file with options, such as {"max_images": 500}. The command line overrides it.',
 )
 @options.run_format_option
 @click.option(
@@ -168,18 +186,20 @@ def command(
 ) -> int:
     """Reconstruct a trigger for every class, and say whether one of them is too small.
 
-    A target is a checkpoint (see pydetox --help), a folder or a glob that holds some, or a text
-    file that names some, one per line. Trigger sizes mean nothing on their own. They are compared
-    with those of clean references, scanned in the same way: give a clean --base, from which some
-    are made, or two or more clean --reference-model, or a --calibration that was saved. With none
-    of them the verdict is `inconclusive`. --base together with --reference-model finds most: then
-    triggers are searched that a suspect obeys and its base does not.
+    A target is a checkpoint (see pydetox --help), a folder or a glob that holds checkpoints, or a
+    text file that names one target per line.
 
-    All targets share the references. One that cannot be scanned is reported as an error, the others
-    are scanned all the same. With --run, the same command goes on where it was interrupted.
+    The size of a trigger means nothing on its own. It is compared with the sizes in clean
+    references, which are scanned in the same way. Give a clean --base, from which references are
+    made, or at least two clean models (--reference-model), or a saved --calibration. Without any of
+    them, the verdict is `inconclusive`. --base together with --reference-model finds most: then the
+    search looks for triggers that work in the suspect but not in its base.
 
-    Exit code: 0 all clean, 1 something backdoored or suspicious, 2 something not scanned or
-    inconclusive, 3 no checkpoint found.
+    All targets share the references. If a checkpoint cannot be scanned, its verdict is `error`, and
+    the others are scanned all the same. With --run, the same command continues an interrupted scan.
+
+    Exit code: 0 if all are clean, 1 if one is backdoored or suspicious, 2 if one is not scanned or
+    inconclusive, 3 if there is no checkpoint.
     """
     from ..detect.calibration_file import write_calibration
     from ..detect.statistics import Calibration
@@ -215,11 +235,16 @@ def command(
 
         scanner = Scanner(config, run=run, notify=notify)
         records: list[ScanRecord] = []
+        said: set[str] = set()
         with contextlib.closing(scanner.scan(checkpoints)) as found:
             for record in found:
                 records.append(record)
                 if record.error is not None:
                     display.log(in_options(record.error))
+                for warning in record.scan.get("warnings", ()):
+                    if warning not in said:  # of the images, for instance
+                        said.add(warning)
+                        display.log(in_options(warning), kind="warning")
     order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..reporting.result import VERDICT_TONES
+from ..reporting.values import number, percent
 
 
 def card(label: str, value: str, verdict: str = "") -> dict[str, str]:
@@ -22,7 +23,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         card(scan["name"], f"{scan['verdict']}: {scan['reason']}", scan["verdict"])
         for scan in scans
     ]
-    for number, one in enumerate(result["rounds"], start=1):
+    for place, one in enumerate(result["rounds"], start=1):
         reached = "" if one["limits_reached"] else "; no α keeps both limits"
         classes = "class" if len(one["targets"]) == 1 else "classes"
         if one["alpha"] == 0:
@@ -31,9 +32,18 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
             reached += f"; of its triggers {one['warps']} are warps"
         summary.append(
             card(
-                f"trigger vector {number}",
+                f"trigger vector {place}",
                 f"target {classes} {', '.join(one['target_names'])}, α = {one['alpha']:g}{reached}",
                 "" if one["limits_reached"] else "suspicious",
+            )
+        )
+    moved = result["drift"]
+    if moved is not None:
+        summary.append(
+            card(
+                "feature drift",
+                f"{number(moved['mean_distance'])} on images outside the named classes; "
+                f"{percent(moved['changed_neighbours'])} of them have another nearest neighbour",
             )
         )
     path = result["path"]

@@ -23,65 +23,89 @@ if TYPE_CHECKING:
     type=options.FILE,
     required=True,
     metavar="DIR",
-    help="Folder for the repaired checkpoint, in open_clip's layout.",
+    help="The folder for the repaired checkpoint.",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
     show_default=False,
-    help="Replace that folder, if it holds only a checkpoint.",
+    help="Replace this folder if it holds nothing but a checkpoint.",
 )
 @options.calibration_options
 @click.option(
     "--trigger",
     type=options.FILE,
     metavar="FILE",
-    help="Unlearn this known trigger (a file as `invert` writes), without asking for a verdict.",
+    help="A known trigger to unlearn, whatever the verdict is: a file as `invert` writes.",
 )
 @click.option(
     "--target",
     metavar="NAME",
-    help="With --trigger: the class it leads to, where the file does not tell or holds several.",
+    help="With --trigger: the class that it leads to, if the file does not name one class.",
 )
 @click.option(
     "--force-target",
     metavar="NAME",
-    help="Recover and unlearn triggers into this class, without asking for a verdict.",
+    help="A class to recover and unlearn triggers for, whatever the verdict is.",
 )
 @click.option(
     "--vector",
     type=click.Choice(["forget", "paired", "strengthen"]),
     default="forget",
-    help="How the trigger vector is made: `strengthen` is the paper's, `paired` also holds clean "
-    "images, `forget` trains the trigger away and costs the least accuracy.",
+    help="How the trigger vector is made. `strengthen` is the paper's method, `paired` also holds "
+    "clean images, and `forget` trains the trigger away and costs the least accuracy.",
 )
 @click.option(
     "--vector-steps",
     type=options.COUNT,
     default=160,
     metavar="N",
-    help="Steps of the fine-tuning that makes the trigger vector.",
+    help="The number of steps of the fine-tuning that makes the trigger vector.",
 )
 @click.option(
     "--vector-learning-rate",
     type=options.RATE,
     default=4e-4,
     metavar="X",
-    help="Learning rate of that fine-tuning.",
+    help="The learning rate of this fine-tuning.",
+)
+@click.option(
+    "--retention",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    metavar="X",
+    help="Weight of holding the model's own image features, for what it knows beyond the named "
+    "classes; 0: hold predictions of the named classes alone.",
+)
+@click.option(
+    "--max-drift",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.05,
+    metavar="X",
+    help="Mean distance, 1 - cos, that image features may move on images outside those classes.",
+)
+@click.option(
+    "--min-accuracy-kept",
+    type=click.FloatRange(min=0, max=1),
+    default=0.97,
+    metavar="X",
+    help="Least share of the clean accuracy on the given images to keep; without labels, of the "
+    "agreement with the model before the repair.",
 )
 @click.option(
     "--warps",
     type=click.IntRange(min=0),
     default=4,
     metavar="N",
-    help="Searches for a smooth warp into the class, beside those for patches and blends; 0: none.",
+    help="The number of searches for a smooth warp into the class, in addition to those for "
+    "patches and blends; 0 for none.",
 )
 @click.option(
     "--max-rounds",
     type=options.COUNT,
     default=3,
     metavar="N",
-    help="Classes to unlearn at most, one after another; without a verdict it is one.",
+    help="The largest number of repairs, each followed by a scan. Without a verdict there is one.",
 )
 @options.objective
 @options.search_options
@@ -104,16 +128,16 @@ def command(
 ) -> int:
     """Scan, subtract the backdoor from the weights, and scan again.
 
-    Normally neither trigger nor target class need be known: the model is scanned (with --base,
-    --reference-model or --calibration to compare with, see `scan`), and if it is backdoored or
-    suspicious, triggers into the class found are recovered and unlearned, until a re-scan is clean.
-    A clean model is left alone and nothing is written.
+    Normally you need to know neither the trigger nor the target class. The command scans the model
+    and compares it with references (--base, --reference-model or --calibration, see `scan`). If it
+    is backdoored or suspicious, the command recovers triggers into the class that was found and
+    unlearns them, until a re-scan is clean. It does not change a clean model, and writes nothing.
 
-    With --trigger or --force-target one repair is made whatever the first scan says. Nothing is
-    written where no coefficient removes anything within the accuracy to keep.
-    Without anything to compare with the scans before and after then have no verdict, only sizes.
+    With --trigger or --force-target, it makes one repair whatever the first scan says. Nothing is
+    written if no coefficient removes anything within the accuracy to keep.
+    Without references, the scans before and after then have sizes but no verdict.
 
-    Exit code: 0 if the model was clean, or is clean now; 1 if the re-scan is still not clean; 2 for
+    Exit code: 0 if the model was clean or is clean now, 1 if the re-scan is still not clean, 2 for
     an error or if there is no verdict.
     """
     from ..atomic import rehearse_directory
@@ -137,7 +161,7 @@ def command(
     if trigger is not None and force_target is not None:
         raise UsageError("--trigger and --force-target exclude each other")
     if target is not None and trigger is None:
-        raise UsageError("--target goes with --trigger; see --force-target")
+        raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
     parse_reference(checkpoint)
     config = scan_config(given)
     plan = reference_plan(given, config)
@@ -151,14 +175,20 @@ def command(
         steps=given["vector_steps"],
         learning_rate=given["vector_learning_rate"],
         warps=given["warps"],
+        retention=given["retention"],
+        max_drift=given["max_drift"],
+        min_accuracy_kept=given["min_accuracy_kept"],
         seed=given["seed"],
     )
     inputs = Inputs.of(given)
     rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     check_files(report=report)
+    wanted = force_target or target
+    if wanted is not None:
+        inputs.require_class(wanted)
 
     start = time.perf_counter()
-    model = inputs.read_model(checkpoint)
+    model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
     require_class_names(images)
     known = None
@@ -175,13 +205,13 @@ def command(
         max_rounds=max_rounds,
         output=output,
         overwrite=overwrite,
-        read=inputs.read_model,
+        read=inputs.read_other,
         seconds={"read": time.perf_counter() - start},
     )
 
     last = result.before if result.after is None else result.after
     code = exit_codes.of_verdict(last.verdict.value)
-    document = _document(result, images, code, config.seed)
+    document = {**_document(result, images, code, config.seed), **inputs.used(model)}
     text = unlearn_report(document)
     if report is not None:
         write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})

@@ -1,7 +1,7 @@
 """Messages of the library in the words of the command line.
 
-The library names its arguments, as in "give base="; who runs a command knows options. A message is
-translated in one place, where it is shown.
+The library names its arguments, as in "give base=". A user of the command line knows options
+instead. The command line therefore translates a message before it shows or writes it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ OPTIONS = {
     "architecture": "--model",
     "base": "--base",
     "calibration": "--calibration",
+    "base_model": "--base-model",
     "class_names": "--class-names",
+    "image_mean": "--image-mean",
+    "image_std": "--image-std",
+    "interpolation": "--interpolation",
     "max_images": "--max-images",
+    "max_memory": "--max-memory",
+    "max_size": "--max-size",
     "model": "--model",
     "objective": "--objective",
     "offline": "--offline",
     "overwrite": "--overwrite",
     "references": "--reference-model",
     "resize": "--resize",
+    "resize_mode": "--resize-mode",
+    "strict": "--strict",
     "target": "--target",
     "templates": "--templates",
+    "timeout": "--timeout",
     "trigger": "--trigger",
     "triggers": "--trigger",
     "weights_key": "--weights-key",

@@ -19,6 +19,8 @@ from .names import (
     load_class_names,
     load_templates,
 )
+from .report import ImageReport
+from .resize import Resizing
 from .source import ImageSource
 from .splits import Splits, split_in_four
 
@@ -28,8 +30,10 @@ __all__ = [
     "DIGIT_TEMPLATES",
     "FASHION_NAMES",
     "FASHION_TEMPLATES",
+    "ImageReport",
     "ImageSet",
     "ImageSource",
+    "Resizing",
     "Splits",
     "Template",
     "default_templates",

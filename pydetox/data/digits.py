@@ -1,4 +1,4 @@
-"""The embedded image set: the UCI handwritten digits that scikit-learn carries in its package."""
+"""The UCI handwritten digits, an image set that is part of the scikit-learn package."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _HOW_TO_GET_IT = (
 def find_fashion_mnist(folder: str | Path | None = None) -> Path:
     """Return the folder that holds the files: the given one, torchvision's below it, or Debian's.
 
-    Raises DataError, saying how to get the data, when there is none.
+    Raises DataError, with a hint how to get the data, if there is none.
     """
     root = DEBIAN_FOLDER if folder is None else Path(folder)
     for place in (root, root / "FashionMNIST" / "raw", root / "raw"):
@@ -67,7 +67,7 @@ def find_fashion_mnist(folder: str | Path | None = None) -> Path:
 
 
 def fashion_mnist_files(part: Part, folder: Path) -> tuple[Path, Path]:
-    """Return the files that a part is read from, images and labels; DataError for missing ones."""
+    """Return the files of a part, images and labels; DataError if one is missing."""
     stem = _STEMS[part]
     return _file(folder, f"{stem}-images-idx3-ubyte"), _file(folder, f"{stem}-labels-idx1-ubyte")
 
@@ -87,10 +87,18 @@ def load_fashion_mnist(
 ) -> ImageSet:
     """Return Fashion-MNIST, light on black, as RGB images uint8 [N, 3, image_size, image_size].
 
-    The 28x28 grey images are enlarged bicubically. part: "train" (60,000) or "test" (10,000).
-    folder: see `find_fashion_mnist`. max_images: at most that many, a stratified sample drawn with
-    `seed`, in random order; None for all, in the order of the file.
-    Raises DataError for files that are missing, damaged or do not fit each other.
+    The 28x28 grey images are enlarged bicubically.
+
+    Args:
+        image_size: The height and width of the result in pixels.
+        part: "train" for the 60,000 training images, "test" for the 10,000 test images.
+        folder: The folder with the files, see `find_fashion_mnist`.
+        max_images: The size of a stratified sample in random order; None for all images, in the
+            order of the file.
+        seed: The seed of the sample.
+
+    Raises:
+        DataError: A file is missing or damaged, or the files do not fit together.
     """
     if image_size < 1:
         raise DataError(f"fashion-mnist: image_size is {image_size}; expected at least 1")
@@ -129,9 +137,9 @@ def split_fashion_mnist(
     seed: int,
     folder: str | Path | None = None,
 ) -> Splits:
-    """Draw the parts of a benchmark, in those numbers of images.
+    """Draw the disjoint parts of a benchmark, each of the given number of images.
 
-    Raises DataError when there are not enough images, and what `load_fashion_mnist` raises.
+    Raises DataError if there are not enough images, and what `load_fashion_mnist` raises.
     """
     wanted = attacker + defender + validation
     if min(attacker, defender, validation, test) < 1:

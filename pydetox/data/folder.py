@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,54 +15,82 @@ from PIL import Image
 from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
-from .labels import index_of_names, labels_mean_nothing
-from .resize import refuse_too_large, resize_and_crop
+from .listing import Listing, list_images
+from .resize import MAX_PIXELS, Resizing, refuse_too_large
 from .sampling import sample_order
-
-#: Files with other endings are not images for us and are passed over.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def load_image_folder(
     directory: Path,
     *,
-    image_size: int,
-    resample: Image.Resampling,
+    resizing: Resizing,
     max_images: int | None,
     seed: int,
     class_names: tuple[str, ...] | None,
     labels_required: bool,
+    strict: bool,
     workers: int | None,
 ) -> ImageSet:
     """Read `directory`; see `pydetox.data.load_images` for the arguments and the errors.
 
-    Images are ordered by class and by relative path (by code point, whatever the file system says),
-    whatever the number of workers.
+    Images are ordered by class and then by the code points of their relative path. The order
+    depends neither on the file system nor on the number of workers.
     """
-    paths, labels, names = choose_images(
+    chosen = choose_images(
         directory,
         max_images=max_images,
         seed=seed,
         class_names=class_names,
         labels_required=labels_required,
     )
-    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    paths, labels, report = chosen.paths, chosen.labels, chosen.report
+    if strict:
+        report.refuse()
+    size = resizing.image_size
+    images = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     pixels = images.numpy()
 
-    def decode(index: int) -> None:
-        pixels[index] = _decode(paths[index], image_size, resample)
+    def decode(index: int) -> DataError | None:
+        try:
+            pixels[index] = _decode(paths[index], resizing)
+        except DataError as error:
+            return error
+        return None
 
     executor = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    errors: list[DataError | None] = []
     try:
-        # map() hands results back in order, so the first bad file by name is the one reported.
-        for _ in track(
-            executor.map(decode, range(len(paths))), "Decoding images", total=len(paths)
-        ):
-            pass
+        with warnings.catch_warnings():
+            # Pillow's, about transparency in palettes and sizes that are checked here.
+            warnings.simplefilter("ignore")
+            # map() hands results back in order, so the first bad file by name is the one reported.
+            results = executor.map(decode, range(len(paths)))
+            for error in track(results, "Decoding images", total=len(paths)):
+                if error is not None and strict:
+                    raise error
+                errors.append(error)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+    bad = [index for index, error in enumerate(errors) if error is not None]
+    if len(bad) == len(paths):
+        first = errors[0]
+        assert first is not None
+        raise first
+    if bad:
+        for index in bad:
+            name = paths[index].relative_to(directory).as_posix()
+            report.leave_out("that cannot be read as images", name)
+        good = [index for index, error in enumerate(errors) if error is None]
+        images = images[good]
+        labels = None if labels is None else labels[good]
+    report.images, report.resizing = len(images), resizing
+    report.classes = None if labels is None else len(np.unique(labels))
     return ImageSet(
-        images, None if labels is None else torch.from_numpy(labels), names, directory.name
+        images,
+        None if labels is None else torch.from_numpy(labels),
+        chosen.class_names,
+        directory.name,
+        report,
     )
 
 
@@ -72,111 +101,36 @@ def choose_images(
     seed: int,
     class_names: tuple[str, ...] | None,
     labels_required: bool,
-) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Return the paths of the images that are read, their labels and the class names.
+) -> Listing:
+    """Return the images that are read, with their labels, the class names and what is left out.
 
-    Nothing but folders is opened. Raises DataError for a folder that is no image set.
+    This opens folders only, and no image. Raises DataError for a folder that is no image set.
     """
-    paths, labels, names = _list_images(directory, class_names, labels_required=labels_required)
-    if max_images is not None and max_images < len(paths):
+    found = list_images(directory, class_names, labels_required=labels_required)
+    if max_images is not None and max_images < len(found.paths):
         # Chosen before decoding: the rest of the folder is never opened.
-        chosen = sample_order(labels, len(paths), max_images, seed)
-        paths = [paths[index] for index in chosen]
-        labels = None if labels is None else labels[chosen]
-    return paths, labels, names
+        chosen = sample_order(found.labels, len(found.paths), max_images, seed)
+        found.paths = [found.paths[index] for index in chosen]
+        found.labels = None if found.labels is None else found.labels[chosen]
+    return found
 
 
-def _list_images(
-    directory: Path, class_names: tuple[str, ...] | None, *, labels_required: bool
-) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...] | None]:
-    try:
-        entries = sorted(
-            (entry for entry in directory.iterdir() if not entry.name.startswith(".")),
-            key=lambda p: p.name,
-        )
-    except OSError as error:
-        raise DataError(
-            f"{directory}: cannot list the folder: {error.strerror or error}"
-        ) from error
-    folders = [entry for entry in entries if entry.is_dir()]
-    flat = [entry for entry in entries if _is_image(entry)]
-    if flat and folders:
-        raise DataError(
-            f"{directory}: holds both images ({flat[0].name}) and folders ({folders[0].name}); "
-            "expected one folder per class, or images only"
-        )
-    if not folders:
-        if not flat:
-            raise DataError(
-                f"{directory}: zero images; expected one folder per class, or files ending in "
-                + ", ".join(IMAGE_SUFFIXES)
-            )
-        return flat, None, class_names
-
-    found = tuple(folder.name for folder in folders)
-    if labels_mean_nothing(found, class_names, labels_required=labels_required):
-        unlabelled = [path for folder in folders for path in _images_below(folder)]
-        if not unlabelled:
-            raise DataError(f"{directory}: zero images in its folders")
-        return unlabelled, None, class_names
-    index_of = index_of_names(found, class_names, str(directory))
-    paths: list[Path] = []
-    labels: list[int] = []
-    # By label, not by folder name, so that a caller's order of classes also orders the images.
-    for label, folder in sorted(zip(index_of, folders, strict=True)):
-        members = _images_below(folder)
-        if not members:
-            raise DataError(f"{folder}: zero images in the folder of class {folder.name!r}")
-        paths += members
-        labels += [label] * len(members)
-    return (
-        paths,
-        np.asarray(labels, dtype=np.int64),
-        class_names if class_names is not None else found,
-    )
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """Return the images of a folder and of all folders in it, by their relative paths."""
-    return sorted(
-        (path for path in folder.rglob("*") if _is_image(path) and not path.name.startswith(".")),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def _decode(path: Path, image_size: int, resample: Image.Resampling) -> NDArray[np.uint8]:
+def _decode(path: Path, resizing: Resizing) -> NDArray[np.uint8]:
     """Return one image as uint8 [3, image_size, image_size]."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             refuse_too_large(width, height, str(path))
-            square = resize_and_crop(_to_rgb(image, path), image_size, resample, str(path))
+            square = resizing(image, str(path))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(
+            f"{path}: more pixels than the {MAX_PIXELS:,} that are read (decompression bomb?)"
+        ) from error
     except Exception as error:
-        # Pillow's decoders raise whatever the damage led them into (OSError, SyntaxError,
-        # ValueError, struct.error, zlib.error, ...): for a file that we did not write, all of these
-        # mean one thing.
+        # Pillow's decoders raise many kinds of errors for damaged files (OSError, SyntaxError,
+        # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged file.
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
     return pixels
-
-
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's convert() would clip at 255 and turn the image white.
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(
-                f"{path}: grey values {values.min()}..{values.max()}; expected 8 or 16 bits"
-            )
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{path}: floating-point image; expected 8 or 16 bits per channel")
-    return image.convert("RGB")

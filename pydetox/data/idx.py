@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 
-# MNIST's relatives have 70,000 images; a header that announces far more is forged.
+# Data sets like MNIST have 70,000 images. A header that announces far more is forged.
 _MAX_ITEMS = 1_000_000
 
 
 def read_idx(path: Path, item_shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return the array of an IDX file of uint8 items, [N, *item_shape], N at least 1.
 
-    path: read as gzip when its name ends in .gz. Never more is unpacked than the header announces.
-    Raises DataError, naming the file, for another type or shape, for a file that is longer or
-    shorter than its header says, and for one that cannot be read.
+    A file whose name ends in .gz is read as gzip. Never more is unpacked than the header announces.
+    Raises DataError, which names the file, if the type or the shape is another one, if the file is
+    longer or shorter than its header says, or if it cannot be read.
     """
     expected = "x".join(["N", *map(str, item_shape)])
     try:

@@ -14,25 +14,29 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..rng import generator
+from .report import ImageReport
 from .sampling import sample_order, stratified_order
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size, with labels if they are known. Never empty.
+    """Images of one size, with labels if they are known. An image set is never empty.
 
     images: uint8 [N, 3, H, W], 0..255, RGB, before any normalisation, on the CPU.
     labels: int64 [N], class indices >= 0, or None.
     class_names: one name per class, label k meaning class_names[k], or None.
     name: what to call the set in messages and reports.
+    report: what was left out when it was read from files; None for other sets, and for parts of it.
 
-    Raises DataError when the parts do not fit each other.
+    Raises:
+        DataError: Images, labels and class names do not fit together.
     """
 
     images: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
     name: str = "images"
+    report: ImageReport | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -94,11 +98,16 @@ class ImageSet:
     def split(self, fractions: Iterable[float], seed: int) -> tuple[ImageSet, ...]:
         """Split into disjoint random parts with the classes in proportion in each.
 
-        fractions: one share in (0, 1] per part; their sum is at most 1 and what is left over is
-        left out.
-        seed: the same seed gives the same parts on every platform. Each part is in random order,
-        and every prefix of it again holds the classes in proportion. Raises DataError when a part
-        would be empty.
+        Each part is in random order, and every prefix of it holds the classes in proportion, too.
+        The same seed gives the same parts on every platform.
+
+        Args:
+            fractions: One share in (0, 1] per part. The shares add up to at most 1; the rest of
+                the images is left out.
+            seed: The seed of the order.
+
+        Raises:
+            DataError: A part would be empty.
         """
         shares = [float(fraction) for fraction in fractions]
         if not shares or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
@@ -121,7 +130,7 @@ class ImageSet:
         return tuple(parts)
 
     def sample(self, n: int, seed: int) -> ImageSet:
-        """Return `n` of the N images, without repeats, classes in proportion, in random order."""
+        """Return `n` of the N images in random order, without repeats, classes in proportion."""
         if not 1 <= n <= len(self):
             raise DataError(
                 f"{self.name}: a sample of {n} images asked for; expected 1..{len(self)}"
@@ -130,12 +139,12 @@ class ImageSet:
         return self.subset(sample_order(labels, len(self), n, seed))
 
     def at_most(self, n: int, seed: int) -> ImageSet:
-        """Return a `sample` of `n` images, or the whole set where it has no more."""
+        """Return a `sample` of `n` images, or the whole set if it has no more."""
         return self if len(self) <= n else self.sample(n, seed)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of size and pixels of all images, whatever their order, as 64 hex digits."""
+        """The SHA-256 of size and pixels of all images in any order, as 64 hex digits."""
         hasher = hashlib.sha256(repr((len(self), *self.image_size)).encode())
         for one in sorted(self._digests):
             hasher.update(one)
@@ -144,8 +153,8 @@ class ImageSet:
     def in_content_order(self) -> ImageSet:
         """Return the same images ordered by a hash of their pixels, then by label.
 
-        Two sets of the same images are equal then, in whatever order their files were read, and so
-        is everything that is computed from them.
+        Two sets of the same images are then equal, whatever the order of their files was. Therefore
+        everything that is computed from them is equal, too.
         """
         labels = [0] * len(self) if self.labels is None else self.labels.tolist()
         order = sorted(range(len(self)), key=lambda k: (self._digests[k], labels[k]))

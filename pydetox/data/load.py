@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
-from .resize import interpolation_filter
+from .resize import Resizing
 
 #: Source to part of Fashion-MNIST.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
@@ -45,13 +46,17 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
 def load_images(
     spec: str | Path,
     *,
-    image_size: int,
+    image_size: int | None = None,
     max_images: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+    fill_color: int = 0,
+    resizing: Resizing | None = None,
     resize: bool = False,
     labels_required: bool = True,
+    strict: bool = False,
     workers: int | None = None,
 ) -> ImageSet:
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
@@ -63,36 +68,50 @@ def load_images(
       from a folder with its IDX files or a torchvision download.
       * a folder with one sub-folder per class (the folder names are the class names, sorted), or a
       folder of images
-        without labels. Each image is scaled by its shorter side and centre-cropped, as CLIP does;
-        transparency is dropped, EXIF orientation ignored (as open_clip does). Files with other
-        endings and hidden files are passed over.
-      * a .npz file with the array `images` ([N, H, W], [N, H, W, 3] or [N, 3, H, W]; uint8, or
-      float in [0, 1]) and,
-        optionally, `labels` (integers [N]) and `class_names` (text [C]). Pickled content is never
-        loaded.
+        without labels. Each image becomes the pixels that open_clip's own transform makes of it:
+        transparency is dropped, EXIF orientation ignored, grey values above 255 are cut off. Hidden
+        files, folders of the system and files with other endings are passed over. What else is left
+        out (files that cannot be read, formats that are not, class folders without images, links in
+        circles) is counted in `ImageSet.report`.
+      * a .npz file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1, 3 or
+      4 channels; whole numbers in 0..255, or float in [0, 1]) and, optionally, `labels` (whole
+      numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or bytes [C]). The names
+      that Keras and medmnist write are known too (`x_test`, `test_images`, ...): the test part
+      comes first. Other arrays are not read, which `ImageSet.report` says. Pickled content is never
+      loaded.
     image_size: height and width, in pixels, that the model takes.
     max_images: at most that many, a stratified random sample drawn with `seed`; None for all.
     class_names: the classes in the order that defines the labels. Named classes in the data are
-    matched with them by
-      name; a class that is not among them is an error. None to use the names that the data brings.
+    matched with them by name, and folders 0, 1, 2, ... by number; a class that is not among them is
+      an error. None to use the names that the data brings.
     interpolation: "nearest", "bilinear", "bicubic" or "lanczos", wherever images are scaled.
+    resize_mode: how an image that is not square becomes square: "shortest" scales its shorter side
+      and crops, "longest" scales its longer side and pads with the grey `fill_color` (0..255),
+      "squash" scales both sides. A model's configuration says which one it was trained with
+      (`OpenClipModel.resizing`).
+    resizing: a model's `OpenClipModel.resizing`, in place of the four values above.
     resize: whether .npz images of another size are scaled (as in folders); when False they are an
     error.
     labels_required: whether the caller needs labels. If it does not, and no class of the data
     is among `class_names`, the images count as unlabelled; otherwise that is an error.
+    strict: whether anything that is left out and could have been meant is an error.
     workers: decoding threads for folders; None for one per core, at most 8. The result does not
     depend on it.
 
     Raises DataError, naming the file, for anything that cannot be read or does not fit, for zero
     images, and for images so large that they look like decompression bombs.
     """
-    if image_size < 1:
-        raise DataError(f"image_size is {image_size}; expected at least 1")
+    if resizing is None:
+        if image_size is None:
+            raise DataError("no image_size; give it, or resizing= as the model has it")
+        resizing = Resizing(image_size, interpolation, resize_mode, fill_color)
+    elif image_size not in (None, resizing.image_size):
+        raise DataError(f"image_size is {image_size}, and resizing= has {resizing.image_size}")
+    image_size = resizing.image_size
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
-    resample = interpolation_filter(interpolation)
     names = None if class_names is None else tuple(class_names)
     path = Path(spec)
     if spec == "digits":
@@ -120,18 +139,18 @@ def load_images(
     if path.is_dir():
         return load_image_folder(
             path,
-            image_size=image_size,
-            resample=resample,
+            resizing=resizing,
             max_images=max_images,
             seed=seed,
             class_names=names,
             labels_required=labels_required,
+            strict=strict,
             workers=workers,
         )
     if not path.exists():
         raise DataError(
             f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder '
-            "or a .npz file"
+            f"or a .npz file{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
         raise DataError(
@@ -140,13 +159,13 @@ def load_images(
         )
     return load_npz(
         path,
-        image_size=image_size,
-        resample=resample,
+        resizing=resizing,
         max_images=max_images,
         seed=seed,
         class_names=names,
         labels_required=labels_required,
         resize=resize,
+        strict=strict,
     )
 
 
@@ -156,6 +175,22 @@ def default_templates(spec: str | Path) -> tuple[str, ...]:
     if source == "digits":
         return DIGIT_TEMPLATES
     return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
+
+
+#: Data sets that people name, in small letters without signs.
+_NAMED = re.compile(
+    r"(cifar10|cifar100|imagenet|imagenet1k|imagenetv2|mnist|svhn|stl10|food101|caltech101|dtd|gtsrb"
+    r"|eurosat|resisc45|sun397|cars|flowers|flowers102|pets|oxfordiiitpet|tinyimagenet|coco)"
+)
+
+
+def _hint(spec: str) -> str:
+    if _NAMED.fullmatch(re.sub(r"[^a-z0-9]", "", spec.lower())) is None:
+        return ""
+    return (
+        f" (data sets are not fetched by name: save images of {spec} in one folder per class, or "
+        "as a .npz file)"
+    )
 
 
 def _with_class_names(

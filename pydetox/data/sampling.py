@@ -1,4 +1,4 @@
-"""Stratified, seeded orderings, of which every beginning is a fair sample."""
+"""Stratified, seeded orderings. Every prefix of such an ordering is a fair sample."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ def stratified_order(
 ) -> NDArray[np.int64]:
     """Return a random order of `count` items in which every prefix holds the classes in proportion.
 
-    labels: int64 [count], or None to treat all items as one class. rng: a stream of `pydetox.rng`.
-    Returns int64 [count], a permutation of 0..count-1. Cutting it into consecutive pieces therefore
-    gives stratified pieces of exactly the wanted sizes: in each piece, a class is off its share by
-    a few items at most.
+    Consecutive pieces of the order are therefore stratified, too, and have exactly the sizes that
+    they are cut to. In each piece, the number of items of a class is off its share by a few at
+    most.
 
-    The same stream gives the same order on every platform: only the raw doubles of PCG64, IEEE
-    divisions and stable sorts are used, not numpy's shuffling routines, whose streams may change
-    between releases.
+    The same stream gives the same order on every platform. The function uses only the raw doubles
+    of PCG64, IEEE divisions and stable sorts. It does not use numpy's shuffling routines, whose
+    streams may change between releases.
+
+    Args:
+        count: The number of items.
+        labels: int64 [count]; None to treat all items as one class.
+        rng: A stream of `pydetox.rng`.
+
+    Returns:
+        int64 [count], a permutation of 0..count-1.
     """
     shuffled = np.argsort(rng.random(count), kind="stable").astype(np.int64)
     if labels is None:
@@ -49,7 +56,7 @@ def stratified_sample(
 def sample_order(
     labels: NDArray[np.int64] | None, count: int, size: int | None, seed: int
 ) -> NDArray[np.int64]:
-    """Return the sample that a seed stands for: the same for a file, a folder and an image set."""
+    """Return the order of the sample with this seed, for a file, a folder or an image set alike."""
     return stratified_sample(
         labels, count, count if size is None else size, generator("images.sample", seed)
     )

@@ -1,4 +1,4 @@
-"""An image set by its description: decoded when the first model of a size asks for it."""
+"""`ImageSource`: an image set that is decoded when the first model of a size needs it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
-from .fashion_mnist import fashion_mnist_files
+from .digits import DIGIT_NAMES
+from .fashion_mnist import FASHION_NAMES, fashion_mnist_files
 from .folder import choose_images
 from .image_set import ImageSet
+from .listing import list_images
 from .load import FASHION_PARTS, default_templates, load_images, locate_images
 from .names import load_class_names, load_templates
+from .resize import Resizing
 
 
 @dataclass
 class ImageSource:
-    """What `load_images` reads, with class names and prompts; each size is decoded once.
+    """Images that `load_images` reads, with class names and prompts. Each size is decoded once.
 
     Attributes:
-        spec: As `load_images` takes it: a folder, a .npz file, `digits`, `fashion-mnist`, ...
-        class_names: File with one class name per line; None for the names the images bring.
-        templates: File with one prompt per line; None for built-in prompts.
-        max_images: Size of the random sample; None for all images.
+        spec: The source, as in `load_images`: a folder, a .npz file, `digits`, `fashion-mnist`, ...
+        class_names: A file with one class name per line; None for the names in the data.
+        templates: A file with one prompt per line; None for built-in prompts.
+        max_images: The size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
         seed: Of the sample.
         labels_required: As `load_images` takes it.
+        strict: As `load_images` takes it.
         prompts: The prompt templates.
 
-    Raises DataError for files that cannot be read.
+    Raises:
+        DataError: A file cannot be read.
     """
 
     spec: str
@@ -38,9 +43,10 @@ class ImageSource:
     resize: bool = False
     seed: int = 0
     labels_required: bool = True
+    strict: bool = False
     prompts: tuple[str, ...] = field(init=False)
     _names: tuple[str, ...] | None = field(init=False, repr=False)
-    _decoded: dict[tuple[int, str], ImageSet] = field(init=False, repr=False, default_factory=dict)
+    _decoded: dict[Resizing, ImageSet] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._names = None if self.class_names is None else load_class_names(self.class_names)
@@ -49,29 +55,44 @@ class ImageSource:
         else:
             self.prompts = default_templates(self.spec)
 
-    def read(self, image_size: int, interpolation: str) -> ImageSet:
+    def read(self, resizing: Resizing) -> ImageSet:
         """Return the images, uint8 [N, 3, image_size, image_size]; raises as `load_images`."""
-        key = (image_size, interpolation)
-        if key not in self._decoded:
-            self._decoded[key] = load_images(
+        if resizing not in self._decoded:
+            self._decoded[resizing] = load_images(
                 self.spec,
-                image_size=image_size,
+                resizing=resizing,
                 max_images=self.max_images,
                 seed=self.seed,
                 class_names=self._names,
-                interpolation=interpolation,
                 resize=self.resize,
                 labels_required=self.labels_required,
+                strict=self.strict,
             )
-        return self._decoded[key]
+        return self._decoded[resizing]
 
-    def digest(self) -> str:
-        """Return a SHA-256 of what is read: the images in their order, their labels and names.
-
-        Files that are not read, such as a README among the images or images outside of the sample,
-        do not count, and neither does where the folder is.
+    def known_names(self) -> tuple[str, ...] | None:
+        """Return the class names that the images will have; None where only reading them tells.
 
         Raises DataError as `load_images` does for what is no image set.
+        """
+        if self._names is not None:
+            return self._names
+        source, root = locate_images(self.spec)
+        if source == "digits":
+            return DIGIT_NAMES
+        if source in FASHION_PARTS:
+            return FASHION_NAMES
+        if root is not None and root.is_dir():
+            return list_images(root, None, labels_required=self.labels_required).class_names
+        return None
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the images that are read, with their order, labels and class names.
+
+        It does not depend on files that are not read, such as a README among the images or images
+        outside the sample, nor on the path of the folder.
+
+        Raises DataError if `load_images` does.
         """
         hasher = hashlib.sha256()
 
@@ -89,21 +110,29 @@ class ImageSource:
                 for path in fashion_mnist_files(FASHION_PARTS[source], root):
                     add(path.name, _file_digest(path))
             elif root.is_dir():
-                paths, labels, names = choose_images(
+                found = choose_images(
                     root,
                     max_images=self.max_images,
                     seed=self.seed,
                     class_names=self._names,
                     labels_required=self.labels_required,
                 )
-                add(names, None if labels is None else labels.tolist())
-                for path in paths:
-                    add(path.relative_to(root).as_posix(), _file_digest(path))
+                add(found.class_names, None if found.labels is None else found.labels.tolist())
+                for path in found.paths:
+                    add(path.relative_to(root).as_posix(), _digest_or_reason(path))
             else:
                 add(_file_digest(root))
         except OSError as error:
             raise DataError(f"{self.spec}: cannot be read: {error.strerror or error}") from error
         return hasher.hexdigest()
+
+
+def _digest_or_reason(path: Path) -> str:
+    """Return a digest of a file, or why it cannot be read: it is left out then."""
+    try:
+        return _file_digest(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _file_digest(path: Path) -> str:

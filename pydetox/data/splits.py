@@ -9,11 +9,14 @@ from .image_set import ImageSet
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Disjoint parts, each stratified by class.
+    """Disjoint parts of a data set, each stratified by class.
 
-    attacker: what base models and victims are trained on. defender: what a defence may use.
-    validation: what settings are chosen on. test: for the final figures alone; where a data set
-    brings a test part of its own, it comes from there.
+    Attributes:
+        attacker: The images that base models and victims are trained on.
+        defender: The images that a defence may use.
+        validation: The images that settings are chosen on.
+        test: The images for the final figures alone. If a data set has a test part of its own,
+            they come from there.
     """
 
     attacker: ImageSet
@@ -23,5 +26,5 @@ class Splits:
 
 
 def split_in_four(images: ImageSet, seed: int) -> Splits:
-    """Split a set that brings no test part: 50% attacker, 15%, 10%, 25% test."""
+    """Split a set without a test part: attacker 50%, defender 15%, validation 10%, test 25%."""
     return Splits(*images.split((0.5, 0.15, 0.1, 0.25), seed=seed))

@@ -1,5 +1,6 @@
 """Judging a model: searches in every class, compared with those in clean references.
 
-`configuration` says how, `references` what to compare with, `calibrate` searches the references,
-`key` says what their sizes depend on, `scan` searches a suspect, `statistics` judges the sizes.
+`configuration` describes a scan. `references` decides what it compares with. `calibrate` searches
+the references, and `key` records everything that their sizes depend on. `scan` searches a suspect.
+`calibration`, `scatter` and `statistics` judge the sizes.
 """

@@ -1,4 +1,4 @@
-"""The sizes that clean references have under a search: what a verdict compares with."""
+"""Calibrating: searching clean references, whose trigger sizes a verdict compares with."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def calibrate_references(
     templates: Sequence[Template] | None,
     config: ScanConfig,
 ) -> Calibration:
-    """Search clean references: given models, or the base and copies of it fine-tuned on the images.
+    """Search clean references: given models, or the base and fine-tuned copies of it.
 
-    config: `contrast` tells whether the searches are in contrast to the base. The other arguments
-    are those of `pydetox.calibrate`. The copies differ in their seeds, and every search has a seed
-    of its own. Raises DataError when the images have no class names and the copies cannot be
-    trained, UsageError without any model.
+    config: `contrast` decides whether the searches are in contrast to the base. The other arguments
+    are those of `pydetox.calibrate`. The copies differ in their seeds, and every search has its own
+    seed. Raises DataError if copies cannot be trained because the images have no class names, and
+    UsageError without any model.
     """
     first = base if base is not None or not references else references[0]
     if first is None:
@@ -68,7 +68,7 @@ def calibrate_references(
             p_l1=tuple(sizes_per_class(one.p_l1, config) for one in found),
             key=calibration_key(config, session, family),
             models=tuple(names),
-            looks=config.inversion.looks,
+            recorded_steps=config.inversion.recorded_steps,
             history=tuple(zip(*histories, strict=True)),
             family=family,
             others=others,
@@ -80,7 +80,7 @@ def calibrate_references(
 
 
 def _copies(session: Session, config: ScanConfig) -> Iterator[OpenClipModel]:
-    """Yield the base and copies of it, fine-tuned on the images with a seed each."""
+    """Yield the base and copies of it that are fine-tuned on the images, each with its seed."""
     base, labelled = session.model, session.images
     if labelled.labels is None:
         labelled = replace(labelled, labels=predict(base, labelled.images, session.head))

@@ -18,10 +18,13 @@ _MAX_CALIBRATION_BYTES = 64 << 20
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read a calibration file; DataError, naming it, for anything else."""
+    """Read a calibration file; DataError, which names the file, for anything else."""
     try:
         if path.stat().st_size > _MAX_CALIBRATION_BYTES:
-            raise DataError(f"{path}: too large for a calibration")
+            raise DataError(
+                f"{path}: {path.stat().st_size:,} bytes; expected at most "
+                f"{_MAX_CALIBRATION_BYTES:,} for a calibration"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""How to scan."""
+"""Configuration of a scan."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ class ScanConfig:
     """How to scan.
 
     Attributes:
-        objective: `targeted` looks for a trigger into each class (needs class names), `label-free`
-            for one that makes all images alike (needs neither labels nor a text tower).
-        inversion: The search. Its seed is replaced by one derived from `seed`, its family by each
-            of `families`.
-        families: Kinds of triggers to search for; the verdict is that of the kind that stands out
-            most, its p-value corrected for their number. A label-free scan searches for the first.
+        objective: `targeted` searches for a trigger into each class and needs class names.
+            `label-free` searches for a trigger that makes all images alike, and needs neither
+            labels nor a text tower.
+        inversion: The search. Its seed is replaced by one derived from `seed`, and its family by
+            each of `families`.
+        families: The families of triggers to search for. The verdict is that of the family that
+            stands out most, with its p-value corrected for their number. A label-free scan searches
+            only for the first family.
         contrast: Whether to search for triggers that work in the model but not in the base that it
-            was fine-tuned from (see `inversion.ContrastObjective`). None leaves it to what the scan
-            compares with: in contrast where both a base and reference models are given, or a
+            was fine-tuned from (see `inversion.ContrastObjective`). None decides by the references:
+            the search is in contrast if both a base and reference models are given, or a
             calibration that was made so (see `detect.references.ReferencePlan`).
-        restarts: Searches per class, or in all without classes; the smallest mask counts.
-        references: Clean reference models of a calibration: the base and copies of it fine-tuned
-            on the defender's images, at least 2.
-        reference_training: How those copies are fine-tuned. Choose it as strong as what a suspect
-            may have been through: it decides how much scatter counts as harmless.
-        p_backdoored, p_suspicious: Chance of a false alarm per model at which the verdict changes.
-        drop_below: With a calibration, a class whose score is below this on the way is given up
-            (see `Detection.class_scores`); None to search all of them to the end. References are
-            always searched to the end: one calibration serves every value. In contrast to a
-            base nothing is dropped: see `Calibration.relative`.
-        seed: Of everything random.
+        restarts: The number of searches per class, or in all without classes. The smallest mask
+            counts.
+        references: The number of clean reference models of a calibration, at least 2: the base and
+            copies of it that are fine-tuned on the defender's images.
+        reference_training: The fine-tuning of these copies. Make it about as strong as that of a
+            suspect, because it decides how much scatter counts as harmless.
+        p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
+            changes.
+        drop_below: The score below which a class is dropped during the search, with a calibration
+            (see `Detection.class_scores`); None to search all classes to the end. References are
+            always searched to the end, so that one calibration serves every value. In contrast to a
+            base, no class is dropped (see `Calibration.relative`).
+        seed: The seed of every random choice.
     """
 
     objective: ObjectiveName = "targeted"
@@ -85,13 +89,13 @@ class ScanConfig:
         return self.families if self.objective == "targeted" else self.families[:1]
 
     def in_contrast(self) -> ScanConfig:
-        """Return the same scan in contrast to a base; nothing else of it changes."""
+        """Return the same scan in contrast to a base, without any other change."""
         return replace(self, contrast=True)
 
     def search(self, family: TriggerFamily) -> InversionConfig:
         """Return the search for one family, with the success that its triggers need."""
         threshold = self.inversion.needed_success
         if self.contrast and self.inversion.success_threshold is None:
-            # A trigger's success then has what it does to the base taken off.
+            # The success in contrast is lower, because the success in the base is subtracted.
             threshold = CONTRAST_SUCCESS_THRESHOLD
         return replace(self.inversion, family=family, success_threshold=threshold)

@@ -1,13 +1,14 @@
-"""The key of a calibration: what two scans must share for the sizes of triggers to compare."""
+"""The key of a calibration: everything that two scans must share for comparable trigger sizes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
+from ..checkpoints.preprocessing import describe
 from ..data import Template, fill_template
 from ..errors import UsageError
 from ..inversion import TriggerFamily
@@ -16,12 +17,15 @@ from ..models.frozen import resolve_precision
 from ..session import Session
 from .configuration import ScanConfig
 
+#: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
+Configuration: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
+
 # Of a value that differs, as much is shown.
 _SHOWN = 60
 
 
 def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
-    """Return a key as JSON text: an object of everything that sizes depend on but the weights.
+    """Return a key as JSON text: everything that sizes depend on, except the weights.
 
     config: its search, objective and restarts count, its seed does not. session: the images count
     by their pixels, whatever their order and labels; the class names with their prompts; the
@@ -53,7 +57,7 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
 
 
 def require_equal_keys(calibration: str, scan: str) -> None:
-    """Raise UsageError, naming what differs and both values, unless two keys are equal."""
+    """Raise UsageError, with every difference and both values, unless two keys are equal."""
     if calibration == scan:
         return
     try:
@@ -65,7 +69,38 @@ def require_equal_keys(calibration: str, scan: str) -> None:
             "the calibration does not say what it depends on: an earlier version made it; "
             "calibrate again"
         )
-    # The objective first: much else follows from it.
+    raise UsageError(
+        f"the calibration does not fit this scan: {_differences(first, second)} (sizes from "
+        "different searches do not compare: calibrate again, or scan as it was made)"
+    )
+
+
+def require_alike(reference: str, theirs: Configuration, suspect: str, ours: Configuration) -> None:
+    """Raise UsageError, naming what differs, unless a reference takes what a suspect takes.
+
+    Otherwise nothing that is found in one compares with the other: said before references are
+    fine-tuned and searched. theirs, ours: open_clip's ``model_cfg`` and ``preprocess_cfg`` of both.
+    """
+    first, second = (dict(_flat(_of_model(*each))) for each in (theirs, ours))
+    if first != second:
+        raise UsageError(
+            f"{reference} does not fit {suspect}: {_differences(first, second)} (a base and "
+            "references need the architecture and preprocessing of the suspect)"
+        )
+
+
+def _of_model(
+    model_config: Mapping[str, Any] | None, preprocess_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    prepared = describe(preprocess_config)
+    content = {"architecture": model_config, "mean": prepared["mean"], "std": prepared["std"]}
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Name up to three entries that differ, with both values."""
+    # Compare the objective first, because other values depend on it.
     names = sorted({*first, *second}, key=lambda name: (name != "objective", name))
     found = [
         f"{name} is {_short(first.get(name))} there and {_short(second.get(name))} here"
@@ -73,14 +108,11 @@ def require_equal_keys(calibration: str, scan: str) -> None:
         if first.get(name) != second.get(name)
     ]
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    raise UsageError(
-        f"the calibration does not fit this scan: {'; '.join(found[:3])}{more} (sizes from "
-        "different searches do not compare: calibrate again, or scan as it was made)"
-    )
+    return f"{'; '.join(found[:3])}{more}"
 
 
 def fingerprint(model: OpenClipModel) -> str:
-    """Return 16 hex digits that tell an image tower from another one: a hash of its weights."""
+    """Return 16 hex digits that identify an image tower: a hash of its weights."""
     hasher = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.visual.state_dict().items()):
         values = tensor.detach().cpu().float().contiguous()

@@ -1,6 +1,7 @@
-"""What a verdict compares with: one plan that Python, the command line and the workers share.
+"""`ReferencePlan`: the clean models that a verdict compares with, decided in one place.
 
-References are clean models that are searched as a suspect is. There are four ways to have some:
+References are clean models that are searched as a suspect is. Python, the command line and the
+workers of a scan use the same plan. There are four ways to get references:
 
 * a `base` alone: the base itself and copies of it that are fine-tuned on the clean images;
 * `references` alone: clean models that were made as the suspects were;
@@ -19,7 +20,7 @@ from ..models import OpenClipModel
 from ..session import ModelLike, Session, as_model
 from .calibrate import calibrate_references
 from .configuration import ScanConfig
-from .key import calibration_key, require_equal_keys
+from .key import calibration_key, require_alike, require_equal_keys
 from .statistics import Calibration
 
 
@@ -28,9 +29,9 @@ class Comparison:
     """A plan whose models were read.
 
     Attributes:
-        config: The scan, which knows whether it is in contrast to a base.
-        calibration: The sizes of the references; None for no verdict.
-        base: What searches are in contrast to, or None.
+        config: The scan, with the decision whether it is in contrast to a base.
+        calibration: The sizes of the references; None without a verdict.
+        base: The base of searches in contrast to it, or None.
     """
 
     config: ScanConfig
@@ -48,13 +49,13 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class ReferencePlan:
-    """What to compare with, decided and checked before any work; `decide` makes one.
+    """The references of a scan, decided and checked before any work. `decide` makes a plan.
 
     Attributes:
-        config: The scan; `contrast` is decided.
-        base: The base model, where one is needed; else None.
-        references: Clean models, or None.
-        calibration: One that was made before, or None.
+        config: The scan, with a decided `contrast`.
+        base: The base model if one is needed, else None.
+        references: The clean models, or None.
+        calibration: An earlier calibration, or None.
     """
 
     config: ScanConfig
@@ -113,12 +114,12 @@ class ReferencePlan:
 
     @property
     def makes_calibration(self) -> bool:
-        """Whether references have to be searched."""
+        """Whether references must be searched."""
         return self.calibration is None and (self.base is not None or self.references is not None)
 
     @property
     def compares(self) -> bool:
-        """Whether there is anything to compare with: without, there is no verdict."""
+        """Whether there are references; without them, there is no verdict."""
         return self.calibration is not None or self.makes_calibration
 
     def prepare(
@@ -127,15 +128,23 @@ class ReferencePlan:
         *,
         templates: Sequence[Template] | None = None,
         read: Callable[[ModelLike], OpenClipModel] = as_model,
+        suspect: OpenClipModel | None = None,
     ) -> Comparison:
         """Read the models and make the calibration where there is none.
 
-        images, templates: As in `pydetox.scan`. read: Reads a model.
+        images, templates: As in `pydetox.scan`. read: Reads a model. suspect: What the calibration
+        is for; None if it is not known yet. Raises UsageError, before any search, for a base or
+        reference of another architecture or preprocessing than the suspect.
         """
         base = None if self.base is None else read(self.base)
         calibration = self.calibration
         if self.makes_calibration:
             models = None if self.references is None else [read(one) for one in self.references]
+            if suspect is not None:
+                for one in [*([] if base is None else [base]), *(models or [])]:
+                    theirs = one.model_config, one.preprocess_config
+                    ours = suspect.model_config, suspect.preprocess_config
+                    require_alike(one.name, theirs, suspect.name, ours)
             calibration = calibrate_references(
                 base, images, references=models, templates=templates, config=self.config
             )

@@ -1,4 +1,4 @@
-"""What a scan found, as plain data; `pydetox.reporting.documents` writes it as JSON."""
+"""The results of a scan, as plain data; `pydetox.reporting.documents` writes them as JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .statistics import FINDINGS, Calibration, Detection, Verdict
 
 @dataclass(frozen=True, eq=False)
 class FamilyScan:
-    """What the search for one family of triggers found.
+    """The result of the search for one family of triggers.
 
     Attributes:
-        family: Of the triggers (see `inversion.FAMILIES`).
-        detection: Verdict and numbers.
-        inversion: The recovered triggers: `restarts` per class, classes in order.
-        calibration: What the sizes were compared with, or None.
+        family: The family of the triggers (see `inversion.FAMILIES`).
+        detection: The verdict and its numbers.
+        inversion: The recovered triggers: `restarts` per class, with the classes in order.
+        calibration: The sizes of the clean references, or None.
     """
 
     family: TriggerFamily
@@ -28,21 +28,21 @@ class FamilyScan:
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """What a scan found.
+    """The result of a scan.
 
     Attributes:
-        name: Of the checkpoint.
-        sha256: Of its weights file; None for a model that came from no file.
-        objective: As in ScanConfig.
-        class_names: The classes, or None in a label-free scan without class names.
-        detection: Verdict and numbers.
-        target: The class that the smallest trigger leads to; None when that is unknown.
-        inversion: The recovered triggers: `restarts` per class, classes in order.
-        calibration: What the sizes were compared with, or None.
-        seconds: Wall time of the scan without the calibration.
-        family: Which family of triggers these are: of all that were searched for the one with the
-            smallest p-value, the first without a calibration.
-        others: What the searches for the other families found.
+        name: The name of the checkpoint.
+        sha256: The SHA-256 of its weights file; None for a model that came from no file.
+        objective: The objective of the search, as in ScanConfig.
+        class_names: The class names; None in a label-free scan without class names.
+        detection: The verdict and its numbers.
+        target: The index of the class that the smallest trigger leads to; None if it is unknown.
+        inversion: The recovered triggers: `restarts` per class, with the classes in order.
+        calibration: The sizes of the clean references, or None.
+        seconds: The wall time of the scan in seconds, without the calibration.
+        family: The family of triggers that these results belong to: the one with the smallest
+            p-value. If that is no finding, it is the first family without a verdict.
+        others: The results of the searches for the other families.
     """
 
     name: str
@@ -59,20 +59,20 @@ class ScanResult:
 
     @property
     def verdict(self) -> Verdict:
-        """The conclusion."""
+        """The verdict of the scan."""
         return self.detection.verdict
 
     @property
     def target_name(self) -> str | None:
-        """Name of the target class."""
+        """The name of the target class; None if it is unknown."""
         if self.target is None or self.class_names is None:
             return None
         return self.class_names[self.target]
 
     def cleared(self) -> tuple[int, ...]:
-        """Return the classes that are no finding, of any family, and were all searched to the end.
+        """Return the classes that no family flags and that were searched to the end for all.
 
-        Empty without a verdict on classes.
+        The result is empty without a verdict on classes.
         """
         every = [self.detection, *(one.detection for one in self.others)]
         if self.objective != "targeted" or not all(one.class_scores for one in every):
@@ -86,9 +86,9 @@ class ScanResult:
     def targets(self) -> tuple[int, ...]:
         """Return the classes to unlearn: the target, then all others that are surely backdoored.
 
-        Of any family. Empty without a finding. A model can hold more than one backdoor, and the
-        repair of one weakens the others' triggers enough to hide them from a re-scan, not enough
-        to disarm them.
+        All families count. The result is empty without a finding. A model can hold more than one
+        backdoor. The repair of one weakens the triggers of the others enough to hide them from a
+        re-scan, but not enough to disarm them.
         """
         if self.detection.verdict not in FINDINGS or self.target is None:
             return ()
@@ -98,7 +98,7 @@ class ScanResult:
         return tuple(dict.fromkeys([self.target, *(c for one in every for c in one.backdoored)]))
 
     def class_steps(self) -> list[int]:
-        """Return the steps that each class was searched for, of its longest restart."""
+        """Return the number of steps of each class, that of its longest restart."""
         steps = self.inversion.trigger_steps.view(len(self.detection.p_l1), -1)
         return [int(n) for n in steps.max(dim=1).values]
 

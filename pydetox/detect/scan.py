@@ -13,7 +13,7 @@ from .configuration import ScanConfig
 from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .search import dropped_per_class, search_classes, sizes_per_class
-from .statistics import Calibration, detect
+from .statistics import FINDINGS, Calibration, Verdict, detect
 
 
 def scan_session(
@@ -55,7 +55,7 @@ def scan_session(
             cleared=cleared,
         )
         families.append(FamilyScan(family, detection, found, compared))
-    chosen = min(families, key=_p_value)
+    chosen = _decisive(families)
     target = chosen.detection.target
     if config.objective == "label-free" and images.class_names:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
@@ -76,24 +76,33 @@ def scan_session(
     )
 
 
-def _p_value(found: FamilyScan) -> float:
-    """Return the p-value of a family's scan, infinite without one."""
-    p_value = found.detection.p_value
-    return math.inf if p_value is None else p_value
+def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:
+    """Return the family whose verdict is the model's: the one with the smallest p-value.
+
+    A family without a verdict decides where no other is a finding: a model is clean of what was
+    searched for only if every search bears a verdict.
+    """
+
+    def p_value(found: FamilyScan) -> float:
+        value = found.detection.p_value
+        return math.inf if value is None else value
+
+    chosen = min(families, key=p_value)
+    if chosen.detection.verdict in FINDINGS:
+        return chosen
+    undecided = [f for f in families if f.detection.verdict is Verdict.INCONCLUSIVE]
+    return undecided[0] if undecided else chosen
 
 
 def _elimination(calibration: Calibration | None, config: ScanConfig) -> Elimination | None:
     """Return the rule that drops classes, where there is something to compare them with.
 
-    There is none for a relative calibration: it compares classes with each other, and those that
-    were dropped for being below the others would pull down what the rest is compared with.
+    There is none for searches in contrast to a base.
     """
-    if calibration is None or not calibration.looks or config.drop_below is None:
+    if calibration is None or not calibration.recorded_steps or config.drop_below is None:
         return None
     if calibration.relative:
         return None
-
-    def score(step: int, sizes: Sequence[float]) -> Sequence[float]:
-        return calibration.at(step).score(sizes)
-
-    return Elimination(score, config.drop_below, config.restarts)
+    # The classes that the others are judged beside run to the end, and so does the best of these.
+    kept = 1 + len(calibration.controls)
+    return Elimination(calibration.progress, config.drop_below, config.restarts, kept=kept)

@@ -1,12 +1,15 @@
-"""The searches of a scan: one trigger, or several, into every class of a model."""
+"""The searches of a scan: one or several triggers into every class of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from ..errors import ArchitectureError
 from ..inversion import (
     CollapseObjective,
     ContrastObjective,
@@ -17,8 +20,14 @@ from ..inversion import (
     TriggerFamily,
     invert,
 )
+from ..models import OpenClipModel
 from ..session import Session
 from .configuration import ScanConfig
+
+# Images that tell whether a model looks at images at all, and how much embeddings that it gives
+# them may differ by rounding alone.
+_TRIED = 16
+_SAME = 1e-6
 
 
 def search_classes(
@@ -33,9 +42,13 @@ def search_classes(
 
     config: the search takes its seed. elimination: drops classes on the way; None for none.
     description: shown with the progress bar.
+    Raises ArchitectureError for a model whose answers do not depend on what it is shown: any
+    trigger works in it, the smallest too, and that would look like a backdoor.
     """
+    _require_images_matter(session.model, session.images.images)
     objective: Objective = CollapseObjective()
     if config.objective == "targeted":
+        _require_names_matter(session.model, session.class_names, session.head)
         classes = range(len(session.class_names))
         targets = [c for c in classes for _ in range(config.restarts)]
         objective = objective_for(session, targets, config.seed)
@@ -85,3 +98,34 @@ def dropped_per_class(found: InversionResult, config: ScanConfig) -> tuple[int |
         at = [steps[k] for k in which if found.endings[k] == "dropped"]
         per_class.append(int(at[0]) if at else None)
     return tuple(per_class)
+
+
+def _require_images_matter(model: OpenClipModel, images: Tensor) -> None:
+    """Raise ArchitectureError if unlike images have one embedding, as in a model of zeros."""
+    places = torch.linspace(0, len(images) - 1, min(_TRIED, len(images))).long()
+    few = images[places]
+    if len(few) < 2 or bool((few == few[0]).all()):
+        return
+    with torch.no_grad():
+        embeddings = model.encode_pixels(few.to(model.device).float() / 255)
+    # What is not finite is refused by the search itself.
+    if bool(embeddings.isfinite().all()) and _all_the_same(embeddings):
+        raise ArchitectureError(
+            f"{model.name}: gives {len(few)} unlike images one embedding, so that any trigger "
+            "would do; its image tower is damaged (are its weights zero?)"
+        )
+
+
+def _require_names_matter(model: OpenClipModel, names: Sequence[str], head: Tensor) -> None:
+    """Raise ArchitectureError if several classes have one embedding of their names."""
+    if len(set(names)) > 1 and bool(head.isfinite().all()) and _all_the_same(head):
+        raise ArchitectureError(
+            f"{model.name}: gives {len(head)} class names one embedding, so that it cannot tell "
+            "the classes apart; its text tower is damaged (are its weights zero?)"
+        )
+
+
+def _all_the_same(embeddings: Tensor) -> bool:
+    """Whether rows [n, D] have one direction, or none."""
+    units = normalize(embeddings.double(), dim=-1)
+    return bool((units - units[0]).norm(dim=-1).max() <= _SAME)

@@ -1,9 +1,9 @@
 """Trigger reconstruction by gradient search, for many triggers at once.
 
-`objectives` says what a trigger must do to the embeddings, `schedule` how its size is weighed
-against that, `search` takes the steps, `state` holds what they work on, `elimination` says which
-classes to give up, `result` holds the best triggers. `warps` searches for triggers that are none of
-those: smooth warps of the image.
+`objectives` defines what a trigger must do to the embeddings. `schedule` weighs the trigger's size
+against that. `search` takes the steps, and `state` holds the tensors that they work on.
+`elimination` decides which classes to give up. `result` holds the best triggers. `warps` searches
+for another kind of trigger: smooth warps of the image.
 """
 
 from __future__ import annotations

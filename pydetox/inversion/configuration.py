@@ -1,4 +1,4 @@
-"""How to search for patches and blends."""
+"""Configuration of the search for patches and blends."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from ..models.frozen import PRECISION_CHOICES
 from .schedule import CostSchedule
 from .state import TriggerFamily
 
-#: Kinds of triggers that a search can look for, and the centre of each one's initial mask logits:
-#: masks of 1.8% and of 20%.
+#: The kinds of triggers that a search can look for, each with the centre of its initial mask
+#: logits. These give masks of 1.8% and of 20%.
 FAMILIES: dict[TriggerFamily, float] = {"patch": -2.0, "blend": -0.7}
 
-#: Success that a trigger needs where a configuration names none: docs/method.md has the
-#: measurements, for the second in its section "In contrast to the base".
+#: The success that a trigger needs if the configuration names none. docs/method.md has the
+#: measurements; those for the second value are in its section "In contrast to the base".
 SUCCESS_THRESHOLD, CONTRAST_SUCCESS_THRESHOLD = 0.97, 0.9
 
 
 @dataclass(frozen=True)
 class AdvancedInversionConfig:
-    """Constants of the search that there is hardly a reason to change.
+    """Constants of the search that you hardly ever need to change.
 
     Attributes:
-        betas: Adam's decay rates, DECREE's (Feng et al., CVPR 2023).
-        schedule: The weight of the mask's size.
-        interval: Steps after which sizes are noted. Only then does a search wait for the device,
-            and end. `python benchmarks/bench_targeted.py` measures what that costs.
-        least_progress: Progress is when the smallest working mask shrinks by more than this share
-            (docs/method.md, "When a search ends").
-        initial_mask: Centre of the initial mask logits; None for that of the family, see FAMILIES.
-        check_images: Images for the check after the search, a random sample. It decides no verdict.
+        betas: Adam's decay rates; those of DECREE (Feng et al., CVPR 2023).
+        schedule: The schedule of the weight of the mask's size.
+        interval: The number of steps after which the sizes are recorded, each time. Only then does
+            a search wait for the device, and only then can it end. `python
+            benchmarks/bench_targeted.py` measures what this costs.
+        least_progress: A search makes progress if the smallest working mask shrinks by more than
+            this share (docs/method.md, "When a search ends").
+        initial_mask: The centre of the initial mask logits; None for that of the family, see
+            FAMILIES.
+        check_images: The size of the random sample of images for the check after the search. This
+            check decides no verdict.
     """
 
     betas: tuple[float, float] = (0.5, 0.9)
@@ -50,7 +53,7 @@ class AdvancedInversionConfig:
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """How to search.
+    """How to search for triggers.
 
     Attributes:
         steps: Steps of Adam, at most; see patience.
@@ -106,8 +109,8 @@ class InversionConfig:
         return SUCCESS_THRESHOLD if self.success_threshold is None else self.success_threshold
 
     @property
-    def looks(self) -> tuple[int, ...]:
-        """The steps after which sizes are noted, ascending; the last one is `steps`."""
+    def recorded_steps(self) -> tuple[int, ...]:
+        """The steps after which sizes are recorded, ascending; the last one is `steps`."""
         interval = self.advanced.interval
         return (*range(interval, self.steps, interval), self.steps)
 

@@ -1,10 +1,10 @@
-"""Classes that can no longer be the outlier are given up before the search ends.
+"""Early elimination: the search gives up classes that can no longer be the outlier.
 
-A search for every class of a model is a contest: only the class whose trigger stands out in the end
-decides. Long before that, most classes show that it will not be theirs. At each look (see
-`InversionConfig.interval`) every class gets a score; those below a floor are dropped. In sequential
-testing this is stopping for futility: a class that is dropped is never flagged, so that dropping
-can hide an outlier, but never make one.
+Only the class whose trigger stands out most in the end decides a verdict. Most classes show long
+before the end that they will not be this class. At each recorded step (see
+`AdvancedInversionConfig.interval`), every class gets a score, and classes below a floor are
+dropped. In sequential testing, this is called stopping for futility. A dropped class is never
+flagged, so dropping can hide an outlier but cannot create one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-#: (step, P-L1 of the C classes after it, inf where nothing was found) -> C scores, larger for a
-#: class that stands out more.
+#: A function from a step and the P-L1 of the C classes after it (inf if nothing was found) to C
+#: scores. A class that stands out more has a larger score.
 Score = Callable[[int, Sequence[float]], Sequence[float]]
 
 
 def relative_to_smallest(step: int, sizes: Sequence[float]) -> tuple[float, ...]:
-    """Return log(smallest / size) per class, at most 0: a score without reference models.
+    """Return log(smallest / size) per class, at most 0. This score needs no reference models.
 
-    It fits a search that flags the class with the smallest mask, as Neural Cleanse does. A class
-    for which nothing was found gets -inf, unless that holds for all of them.
+    It suits a search that flags the class with the smallest mask, as Neural Cleanse does. A class
+    for which nothing was found gets -inf, unless nothing was found for any class.
     """
     smallest = min(sizes)
     if math.isinf(smallest):
@@ -34,15 +34,16 @@ def relative_to_smallest(step: int, sizes: Sequence[float]) -> tuple[float, ...]
 
 @dataclass(frozen=True)
 class Elimination:
-    """Which classes to drop.
+    """The rule that decides which classes to drop.
 
     Attributes:
-        score: How much each class stands out.
-        floor: Classes with a lower score are dropped.
-        restarts: Triggers per class, next to each other; a class has the size of its smallest one.
-        first: No class is dropped before that many steps: sizes say nothing until the weight of the
-            mask's size has grown. docs/method.md has the measurements.
-        kept: That many classes, those with the highest scores, run to the end whatever they score.
+        score: The function that measures how much each class stands out.
+        floor: The score below which a class is dropped.
+        restarts: The number of triggers per class; they are adjacent. The size of a class is that
+            of its smallest trigger.
+        first: The number of steps before which no class is dropped. Sizes carry no information
+            until the weight of the mask's size has grown; docs/method.md has the measurements.
+        kept: The number of classes, those with the highest scores, that are never dropped.
     """
 
     score: Score
@@ -63,8 +64,9 @@ class Elimination:
     ) -> tuple[bool, ...]:
         """Return which of the K triggers to drop after a step.
 
-        sizes: P-L1 of the smallest working trigger of each of the K searches so far, inf if none.
-        contenders: bool [K], those that have not been dropped.
+        sizes: The P-L1 of the smallest working trigger of each of the K searches so far; inf if
+            there is none.
+        contenders: bool [K], the searches that have not been dropped.
         """
         count = self.restarts
         if len(sizes) % count:

@@ -1,4 +1,4 @@
-"""What a trigger must do to the embeddings of the images that it is stamped on."""
+"""Objectives: what a trigger must do to the embeddings of the images that it is stamped on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from ..errors import UsageError
 from ..ops import embedding_collapse, zero_shot_loss
 
-# By how much more than without a trigger a base may say the target class.
+# The share by which a base may predict the target class more often than without a trigger.
 _ALLOWANCE = 0.05
 
 
@@ -21,25 +21,26 @@ class Objective(Protocol):
 
     @property
     def targets(self) -> tuple[int, ...] | None:
-        """The target class of each trigger; None when triggers have none."""
+        """The target class of each trigger; None if triggers have no target."""
         ...
 
     def __call__(self, embeddings: Tensor, triggers: Tensor) -> tuple[Tensor, Tensor]:
         """Return (loss [K], success [K]) of embeddings [K, B, D], both float32.
 
-        triggers: int64 [K], which of the objective's triggers the embeddings belong to.
+        The loss is differentiable and does not contain the mask term. The success, in [0, 1] and
+        without gradient, is how well a trigger works now. It is comparable with
+        InversionConfig.success_threshold.
 
-        loss: differentiable, without the mask term. success: how well the triggers work now, in
-        [0, 1], without gradient; comparable with InversionConfig.success_threshold.
+        triggers: int64 [K], the indices of the objective's triggers that the embeddings belong to.
         """
         ...
 
 
 class CollapseObjective:
-    """Label-free: all stamped images must land on one embedding, wherever that is.
+    """The label-free objective: all stamped images must have the same embedding.
 
-    loss = -mean over i != j of cos(z_i, z_j), success = the same mean without the sign: DECREE's
-    self-supervised objective (Feng et al., CVPR 2023); see `ops.embedding_collapse`.
+    The success is the mean of cos(z_i, z_j) over i != j, and the loss is its negative. This is
+    DECREE's self-supervised objective (Feng et al., CVPR 2023); see `ops.embedding_collapse`.
     """
 
     targets: tuple[int, ...] | None = None
@@ -54,14 +55,16 @@ class CollapseObjective:
 
 
 class TargetObjective:
-    """Class-targeted: every stamped image must get its trigger's target class.
+    """The class-targeted objective: every stamped image must get its trigger's target class.
 
-    loss = cross-entropy of the zero-shot logits with the target class, success = share of images
-    that get it: Neural Cleanse (Wang et al., S&P 2019), with all classes in one batch; see
-    `ops.zero_shot_loss`.
+    The loss is the cross-entropy of the zero-shot logits with the target class. The success is the
+    share of images that are classified as the target. This is Neural Cleanse's objective (Wang et
+    al., S&P 2019) with all classes in one batch; see `ops.zero_shot_loss`.
 
-    head: unit rows [C, D]. targets: K class indices, one per trigger, repeats allowed (restarts).
-    logit_scale: factor of the cosines.
+    Args:
+        head: Unit rows [C, D].
+        targets: K class indices, one per trigger. A class may occur several times (restarts).
+        logit_scale: The factor of the cosines.
     """
 
     def __init__(self, head: Tensor, targets: Sequence[int], logit_scale: float) -> None:
@@ -80,24 +83,25 @@ class TargetObjective:
 
 
 class ContrastObjective:
-    """Class-targeted, in contrast to a base: the model must obey the trigger, its base must not.
+    """The objective in contrast to a base: the trigger must work in the model but not in its base.
 
-    A small trigger that sends every image into one class exists in clean models too. What fools a
-    model that way mostly fools the model that it was fine-tuned from as well, for both share their
-    features; what a backdoored fine-tuning planted, the base does not know. So
+    Small triggers that send every image into one class exist in clean models, too. Such a trigger
+    mostly works in the base model as well, because a model and its base share their features. A
+    trigger that a backdoored fine-tuning planted does not work in the base. Therefore
 
         loss = cross-entropy(model, target) - mean log(1 - p_base(target)),
-        success = share(model says target) - max(0, share(base says target) - allowance),
+        success = share(model predicts target) - max(0, share(base predicts target) - allowance).
 
-    where the allowance is what the base says without any trigger and a twentieth. Searched for is
-    thus a trigger that explains what the fine-tuning changed; docs/method.md has what it is worth.
+    The allowance is the share of clean images for which the base predicts the target, plus 0.05.
+    The search thus looks for a trigger that explains what the fine-tuning changed. docs/method.md
+    has measurements.
 
-    Embeddings are those of a `TowerPair`: [K, B, D1 + D2], the model's first.
+    The embeddings are those of a `TowerPair`: [K, B, D1 + D2], with those of the model first.
 
     Args:
-        head: Of the model, unit rows [C, D1].
-        base_head: Of the base, unit rows [C, D2].
-        targets: K class indices, one per trigger, repeats allowed (restarts).
+        head: The model's zero-shot head, unit rows [C, D1].
+        base_head: The base's zero-shot head, unit rows [C, D2].
+        targets: K class indices, one per trigger. A class may occur several times (restarts).
         logit_scale: The factor of the model's cosines.
         base_logit_scale: The factor of the base's cosines.
         base_shares: float [C], the share of clean images that the base gives each class.
@@ -134,7 +138,7 @@ class ContrastObjective:
         target = self._index[triggers]
         logits = self._base_scale * (normalize(other, dim=2) @ self._base_head.T)
         at = target[:, None, None].expand(-1, logits.shape[1], 1)
-        # log(1 - p) from the other logits: p itself rounds to 1.
+        # log(1 - p) comes from the other logits, because p itself rounds to 1.
         rest = logits.scatter(2, at, -torch.inf).logsumexp(dim=2) - logits.logsumexp(dim=2)
         obeys = (logits.argmax(dim=2) == target[:, None]).float().mean(dim=1)
         too_often = (obeys - self._allowance[target]).clamp(min=0)

@@ -13,10 +13,12 @@ from .state import Ending, TriggerFamily
 
 @dataclass(frozen=True, eq=False)
 class RecoveredTrigger:
-    """One recovered trigger; calling it stamps images.
+    """One recovered trigger. A call stamps images with it.
 
-    mask: float32 [H, W] in [0, 1]. pattern: float32 [3, H, W] in [0, 1]. target: class index or
-    None.
+    Attributes:
+        mask: float32 [H, W] in [0, 1].
+        pattern: float32 [3, H, W] in [0, 1].
+        target: The index of the target class; None without a target.
     """
 
     mask: Tensor
@@ -24,10 +26,10 @@ class RecoveredTrigger:
     target: int | None = None
 
     def amplified(self, factor: float) -> RecoveredTrigger:
-        """Return the trigger with its mask times `factor`, at most 1.
+        """Return the trigger with its mask multiplied by `factor` and clipped at 1.
 
-        The search ends with the faintest mask that still works; the attacker's trigger is rarely
-        that faint.
+        The search ends with the faintest mask that still works. The attacker's trigger is rarely as
+        faint.
         """
         if not factor > 0:
             raise UsageError(f"amplification {factor}; expected a number above 0")
@@ -47,21 +49,21 @@ class RecoveredTrigger:
 
 @dataclass(frozen=True, eq=False)
 class InversionResult:
-    """The smallest working trigger of each of K searches, exactly as it was when it was found.
+    """The smallest working trigger of each of K searches, as it was when it was found.
 
     Attributes:
         mask_logits: float32 [K, H, W]; the mask is tanh(.)/2 + 1/2.
-        pattern_logits: float32 [K, 3, H, W]; likewise.
-        p_l1: float64 [K] on the CPU: |mask|_1 / (H W), in (0, 1); infinite for a search that never
-            succeeded (its logits are then those of the last step). For a trigger that was dropped,
-            an upper bound of what a search to the end gives.
-        success: float32 [K] on the CPU: share of success on the images of the check after the
+        pattern_logits: float32 [K, 3, H, W]; the pattern is tanh(.)/2 + 1/2.
+        p_l1: float64 [K] on the CPU: |mask|_1 / (H W), in (0, 1). It is infinite for a search that
+            never succeeded, whose logits are those of the last step. For a dropped trigger, it is
+            an upper bound of the result of a complete search.
+        success: float32 [K] on the CPU, in [0, 1]: the success on the images of the check after the
             search (see Objective).
-        targets: Target class of each trigger, or None.
+        targets: The target class of each trigger; None if triggers have no target.
         cost: float32 [K] on the CPU: the final weights of the mask term.
         trigger_steps: int64 [K] on the CPU: steps that each search took.
         endings: Why each one ended: "all steps", "converged" or "dropped".
-        looks: L steps after which sizes were noted, ascending; see InversionConfig.
+        recorded_steps: L steps after which sizes were noted, ascending; see InversionConfig.
         history: float64 [L, K] on the CPU: p_l1 as it was then; after the end of a search its last.
         steps: Steps of the longest search.
         seconds: Wall time.
@@ -79,7 +81,7 @@ class InversionResult:
     cost: Tensor
     trigger_steps: Tensor
     endings: tuple[Ending, ...]
-    looks: tuple[int, ...]
+    recorded_steps: tuple[int, ...]
     history: Tensor
     steps: int
     seconds: float

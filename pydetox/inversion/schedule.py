@@ -1,4 +1,4 @@
-"""The weight of the mask's size, per trigger, adapted while the search runs."""
+"""The weight of the mask's size, which adapts to each trigger while the search runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CostSchedule:
-    """Raise a trigger's cost while it works, lower it while it does not.
+    """A schedule that raises a trigger's cost while it works and lowers it while it does not.
 
-    After `patience` successful steps in a row the cost is multiplied by `up`; after as many
-    failures in a row it is divided by `down`. Neural Cleanse uses 1.5 and 1.5^1.5 (the default
-    here), DECREE 5 and 5 with a patience of 6. All of it is tensor arithmetic: no step waits for
-    the device.
+    After `patience` successful steps in a row, the cost is multiplied by `up`. After as many
+    failures in a row, it is divided by `down`. Neural Cleanse uses 1.5 and 1.5^1.5 (the default
+    here). DECREE uses 5 and 5 with a patience of 6. The schedule is tensor arithmetic, so no step
+    waits for the device.
     """
 
     initial: float = 1e-3
@@ -48,11 +48,14 @@ class CostSchedule:
 
 @dataclass(frozen=True)
 class CostState:
-    """The schedule of K triggers.
+    """The state of the schedule for K triggers.
 
-    cost: float32 [K], the factor of the L1 norm. hits, misses: int64 [K], steps in a row. raised:
-    bool [K], whether the cost was ever raised. balanced: bool [K], whether it was lowered after
-    that: only then has the size been pressed to where the trigger fails.
+    Attributes:
+        cost: float32 [K], the factor of the L1 norm.
+        hits, misses: int64 [K], the number of successful and of failed steps in a row.
+        raised: bool [K], whether the cost was ever raised.
+        balanced: bool [K], whether it was lowered after that. Only then has the size been reduced
+            until the trigger failed.
     """
 
     cost: Tensor

@@ -27,7 +27,7 @@ class InversionSearch:
 
     Minimises objective + cost * |mask|_1 for K triggers at once (DECREE and Neural Cleanse; see
     `objectives`). The tower is frozen: no weight gets a gradient. A step waits for the device only
-    when it ends with a look: every `interval` steps and after the last one. Searches end there,
+    when it records the sizes: every `interval` steps and after the last one. Searches end there,
     because they have converged or because `elimination` drops them; their triggers leave the batch
     and cost nothing any more.
 
@@ -75,7 +75,7 @@ class InversionSearch:
         self._batching = batching_of(model, self._tower, config.max_batch, device)
         self._steps = 0
         self._make_buffers()
-        # Of all K triggers: what a look notes, and what is left of those whose search has ended.
+        # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
         self._history: list[list[float]] = []
         self._sizes = [math.inf] * count
         self._last_progress, self._size_then = [0] * count, [math.inf] * count
@@ -86,17 +86,17 @@ class InversionSearch:
 
     @property
     def done(self) -> bool:
-        """Whether every search has ended."""
+        """Whether all searches have ended."""
         return len(self._triggers) == 0
 
     def step(self) -> None:
-        """Take one step; none is left when the search is `done`."""
+        """Take one step. Do not call this when the search is `done`."""
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
         success = self._batching.run(lambda at_once: self._gradients(clean, at_once))
         if config.family == "blend":
-            # One value for all pixels stays one when their gradients are equal. The mean, not the
-            # sum: the update adds the cost's part to every pixel.
+            # All pixels keep the same value if their gradients are equal. This takes the mean and
+            # not the sum, because the update adds the cost's gradient to every pixel.
             gradient = self._mask_gradient
             gradient.copy_(gradient.mean(dim=(1, 2), keepdim=True).expand_as(gradient))
         now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
@@ -119,13 +119,13 @@ class InversionSearch:
         now.costs = config.advanced.schedule.update(now.costs, success >= config.needed_success)
         self._steps += 1
         if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
-            self._look()
+            self._record_sizes()
 
     def result(self) -> InversionResult:
         """Check the best triggers on more images and return them.
 
-        Raises ArchitectureError when the model's embeddings are not finite, and UsageError while
-        the search is not done.
+        Raises ArchitectureError if the model's embeddings are not finite, and UsageError if the
+        search is not done.
         """
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
@@ -133,9 +133,9 @@ class InversionSearch:
         success = self._batching.run(self._check)
         endings = tuple(ending for ending in self._endings if ending is not None)
         assert len(endings) == count
-        looks = self._config.looks
+        recorded_steps = self._config.recorded_steps
         # Where all searches have ended before the last step, nothing changes any more.
-        history = self._history + [self._sizes] * (len(looks) - len(self._history))
+        history = self._history + [self._sizes] * (len(recorded_steps) - len(self._history))
         return InversionResult(
             mask_logits=self._mask,
             pattern_logits=self._pattern,
@@ -145,7 +145,7 @@ class InversionSearch:
             cost=self._final_cost.cpu(),
             trigger_steps=self._final_steps.cpu(),
             endings=endings,
-            looks=looks,
+            recorded_steps=recorded_steps,
             history=torch.tensor(history, dtype=torch.float64),
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
@@ -176,7 +176,7 @@ class InversionSearch:
             success.append(self._objective(embeddings, which)[1])
         return torch.cat(success)
 
-    def _look(self) -> None:
+    def _record_sizes(self) -> None:
         """Note the sizes, decide whose search ends here, and take those out of the batch."""
         config, now, step = self._config, self._triggers, self._steps
         area = self._model.image_size**2
@@ -338,21 +338,23 @@ def invert(
     """Find small triggers that make the objective hold on clean images.
 
     Args:
-        model: Its weights are not changed.
+        model: The model. Its weights are not changed.
         images: uint8 [N, 3, H, W] of the model's size, at least two.
-        objective: Decides K if it has targets.
-        config: Default InversionConfig().
+        objective: What the triggers must do. If it has targets, K is their number.
+        config: How to search; default: InversionConfig().
         restarts: K for an objective without targets.
-        elimination: Drops triggers that can no longer be the outlier; None to keep all of them.
-        contrast: Another model that takes the same inputs, for an objective that is given the
+        elimination: The rule that drops triggers which can no longer be the outlier; None to keep
+            all triggers.
+        contrast: Another model that takes the same inputs, for an objective that needs the
             embeddings of both (`ContrastObjective`).
-        labels: int64 [N], classes of the images, which the check after the search then holds in
-            proportion; it decides nothing else.
-        description: Shown with the progress bar.
+        labels: int64 [N], the classes of the images. The sample for the check after the search then
+            holds them in proportion. They decide nothing else.
+        description: A text that is shown with the progress bar.
 
     Raises:
-        DataError: Images of another type, size or number.
-        UsageError: Less than one restart, or triggers that are no multiple of the elimination's.
+        DataError: The images have another dtype or size, or there are fewer than two.
+        UsageError: There is less than one restart, or the number of triggers is no multiple of
+            `elimination.restarts`.
         ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
     """
     config = config or InversionConfig()

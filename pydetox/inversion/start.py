@@ -1,4 +1,4 @@
-"""Everything random of a search for patches or blends."""
+"""The random choices of a search for patches or blends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from .configuration import FAMILIES, InversionConfig
 def starting_point(
     config: InversionConfig, count: int, image_size: int, image_count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return everything random of a search: mask and pattern logits, and the images of each step.
+    """Return the random choices of a search: initial logits, and the images of each step.
 
-    float32 [count, H, W] and [count, 3, H, W]; indices int64 [steps, B], whole passes over the
-    images, reshuffled, none left out. All on the CPU and from numpy's generator: the same numbers
-    on every platform and device.
+    Returns:
+        The mask logits, float32 [count, H, W]; the pattern logits, float32 [count, 3, H, W]; and
+        the indices of the images, int64 [steps, B]. The indices pass over all images, in a new
+        random order each time. All of them are on the CPU and come from numpy's generator, so they
+        are the same on every platform and device.
     """
     rng = generator("inversion.start", config.seed, config.family)
 

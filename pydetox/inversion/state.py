@@ -1,4 +1,4 @@
-"""The triggers that a search still works on, and where each one's search ended."""
+"""The triggers that a search still works on, and the reasons why searches ended."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from torch import Tensor
 
 from .schedule import CostSchedule, CostState
 
-#: Why a trigger's search ended: it took all steps, its mask had stopped shrinking, or its class
-#: could no longer be the outlier.
+#: The reason why a trigger's search ended: it took all steps, its mask had stopped shrinking, or
+#: its class could no longer be the outlier.
 Ending = Literal["all steps", "converged", "dropped"]
 
-#: What a trigger's mask may be, see InversionConfig.
+#: The family of a trigger, see InversionConfig.
 TriggerFamily = Literal["patch", "blend"]
 
 
 @dataclass(eq=False)
 class Triggers:
-    """A triggers side by side, everything that a step reads or writes.
+    """The A triggers that a search still works on: every tensor that a step reads or writes.
 
-    Every tensor has A as its first dimension. A step updates them in place or replaces them; a
-    trigger whose search has ended is taken out of all of them, so that it costs nothing.
+    The first dimension of every tensor is A. A step updates the tensors in place or replaces them.
+    A trigger whose search has ended is removed from all of them, so that it costs nothing.
 
     Attributes:
-        index: int64 [A], which of the search's K triggers each one is.
-        mask, pattern: float32 [A, H, W] and [A, 3, H, W], logits.
-        first_mask, first_pattern, second_mask, second_pattern: Adam's moments, shaped like them.
-        steps: int64 [A], steps taken.
+        index: int64 [A], the index of each trigger among the search's K triggers.
+        mask, pattern: float32 [A, H, W] and [A, 3, H, W], the logits.
+        first_mask, first_pattern, second_mask, second_pattern: Adam's moments, of the same shapes.
+        steps: int64 [A], the number of steps taken.
         cost, hits, misses, raised, balanced: See CostState.
-        smoothed: float32 [A], success over about the last three steps.
-        smallest: float64 [A], L1 norm of the smallest working mask; inf before there is one.
-        best_mask, best_pattern: The logits of that trigger; before there is one, the first ones.
+        smoothed: float32 [A], the success over about the last three steps.
+        smallest: float64 [A], the L1 norm of the smallest working mask; inf as long as there is
+            none.
+        best_mask, best_pattern: The logits of the smallest working trigger, or the initial logits
+            as long as there is none.
     """
 
     index: Tensor
@@ -57,7 +59,7 @@ class Triggers:
 
     @classmethod
     def start(cls, mask: Tensor, pattern: Tensor, schedule: CostSchedule) -> Triggers:
-        """Return the state before the first step. mask, pattern: the initial logits, taken over."""
+        """Return the state before the first step. It keeps the initial logits, without a copy."""
         count, device = len(mask), mask.device
         costs = schedule.start(count, device)
         return cls(
@@ -94,13 +96,13 @@ class Triggers:
             setattr(self, field.name, getattr(state, field.name))
 
     def select(self, rows: Tensor) -> Triggers:
-        """Return copies of some of the triggers. rows: int64, positions among the A."""
+        """Return copies of some of the triggers. rows: int64, their positions among the A."""
         return Triggers(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def final_logits(self) -> tuple[Tensor, Tensor]:
         """Return mask and pattern logits of the smallest working triggers.
 
-        Where a search has found none, they are those of its last step.
+        If a search has found none, they are those of its last step.
         """
         found = torch.isfinite(self.smallest)
         return (

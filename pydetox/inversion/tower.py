@@ -34,7 +34,7 @@ def check_sample(labels: Tensor | None, count: int, size: int, rng: np.random.Ge
 
 
 def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: str) -> FrozenTower:
-    """Return a model's frozen tower, beside that of `contrast`, which must take the same inputs."""
+    """Return the frozen tower, paired with that of `contrast`, which must take the same inputs."""
     towers = [model.visual] if contrast is None else [model.visual, contrast.visual]
     precision = resolve_precision(precision, model.device, towers)
     tower = freeze(model.visual, precision, name=model.name)

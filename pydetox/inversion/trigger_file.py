@@ -1,10 +1,10 @@
-"""Triggers in a `.safetensors` file: what `pydetox invert` writes and other commands read.
+"""Triggers in a `.safetensors` file, which `pydetox invert` writes and other commands read.
 
-Tensors: `mask` float32 [K, H, W] and `pattern` float32 [K, 3, H, W], both in [0, 1]; optionally
-`p_l1` float64 [K] (infinite for a search that found nothing) and `success` float32 [K]. Metadata:
-under the key `pydetox`, JSON with "schema": "pydetox.triggers/1" and "targets", a list of K class
-names or nulls; a file without it holds triggers whose targets are not known. An image x in [0, 1]
-is stamped to (1 - mask) x + mask pattern.
+The file has the tensors `mask` float32 [K, H, W] and `pattern` float32 [K, 3, H, W], both in [0,
+1]. It may also have `p_l1` float64 [K] (infinite for a search that found nothing) and `success`
+float32 [K]. Its metadata has JSON under the key `pydetox`, with "schema": "pydetox.triggers/1" and
+"targets", a list of K class names or nulls. In a file without this metadata, the targets are
+unknown. A trigger turns an image x in [0, 1] into (1 - mask) x + mask pattern.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..checkpoints.index import WeightsFile
-from ..checkpoints.safetensors_index import index_safetensors
-from ..checkpoints.weights import read_weights
+from ..checkpoints.weights import read_safetensors
 from ..errors import CheckpointError, DataError, UsageError
 from .result import RecoveredTrigger
 
@@ -36,10 +34,11 @@ class TriggerFile:
     Attributes:
         masks: float32 [K, H, W] in [0, 1].
         patterns: float32 [K, 3, H, W] in [0, 1].
-        targets: Name of the target class of each trigger, or None where it is not known.
+        targets: The name of each trigger's target class; None if it is not known.
         p_l1: float64 [K], |mask|_1 / (H W); infinite for a search that found nothing.
-        success: float32 [K] in [0, 1], share of images on which the trigger works; None if unknown.
-        extra: Anything else that JSON can hold.
+        success: float32 [K] in [0, 1], the share of images on which the trigger works; None if it
+            is not known.
+        extra: Further metadata, as values that JSON can hold.
     """
 
     masks: Tensor
@@ -53,15 +52,15 @@ class TriggerFile:
         return int(self.masks.shape[0])
 
     def trigger(self, index: int) -> RecoveredTrigger:
-        """Return trigger `index`, 0..K-1; its target class is left open."""
+        """Return trigger `index`, 0..K-1, without a target class."""
         return RecoveredTrigger(self.masks[index], self.patterns[index])
 
     def select(self, target: str | None) -> list[int]:
-        """Return which triggers lead to `target`, the smallest first.
+        """Return the indices of the triggers that lead to `target`, the smallest trigger first.
 
-        Triggers whose target is not known are taken to lead wherever the caller says. With None,
-        all triggers are returned if they share one known target. Raises UsageError when there is
-        none, or when it is not clear which ones are meant.
+        Triggers with an unknown target count as leading to `target`. If `target` is None and all
+        triggers share one known target, all are returned. Raises UsageError if no trigger leads to
+        the target, or if it is unclear which triggers are meant.
         """
         known = sorted({name for name in self.targets if name is not None})
         if target is None:
@@ -81,7 +80,7 @@ class TriggerFile:
         return sorted(working or chosen, key=lambda k: float(self.p_l1[k]))
 
     def to_bytes(self) -> bytes:
-        """Return the content of a file; equal triggers give equal bytes."""
+        """Return the content of a trigger file. Equal triggers give equal bytes."""
         content = {**self.extra, "schema": SCHEMA, "targets": list(self.targets)}
         tensors = {"mask": self.masks, "pattern": self.patterns, "p_l1": self.p_l1}
         if self.success is not None:
@@ -92,12 +91,10 @@ class TriggerFile:
 
 
 def load_triggers(path: str | PathLike[str]) -> TriggerFile:
-    """Read a trigger file; DataError, naming it, for anything that is none."""
+    """Read a trigger file; DataError, which names the file, if it is not one."""
     try:
-        with WeightsFile(path) as file:
-            index = index_safetensors(file)
-            tensors, _ = read_weights(file, index)
-        return _checked(tensors, index.metadata.get(_METADATA_KEY))
+        tensors, metadata = read_safetensors(path)
+        return _checked(tensors, metadata.get(_METADATA_KEY))
     except (CheckpointError, DataError) as error:
         raise DataError(f"{fspath(path)}: no trigger file: {error}") from error
 

@@ -1,11 +1,13 @@
-"""The search for a smooth warp that works as a trigger: K warps optimised together.
+"""The search for smooth warps that work as triggers. K warps are optimised together.
 
-A patch or a blend cannot imitate a trigger that adds nothing to an image and only moves its pixels
-a little (WaNet, Nguyen and Tran, ICLR 2021). Here each trigger is a field of offsets, enlarged
-smoothly from a coarse grid of control points; the offsets' mean size takes the place of the mask's.
+Some triggers add nothing to an image and only move its pixels a little (WaNet, Nguyen and Tran,
+ICLR 2021). A patch or a blend cannot imitate them. Here, each trigger is a field of offsets that is
+enlarged smoothly from a coarse grid of control points. The mean size of the offsets replaces that
+of the mask.
 
-These searches serve unlearning, where a vector needs triggers that resemble the attacker's. A scan
-has no use for them: what planted a warp can be seen by the patches and blends it admits.
+Unlearning uses these searches, because a trigger vector needs triggers that resemble the
+attacker's. A scan does not: the patches and blends that work in a model with a warp backdoor reveal
+it.
 """
 
 from __future__ import annotations
@@ -33,20 +35,22 @@ class WarpConfig:
     """How to search for warps.
 
     Attributes:
-        steps: Steps of Adam.
-        batch_size: Clean images per step, shared by all warps.
-        control_points: G, of the G x G grid that a field is enlarged from, bicubically.
+        steps: The number of Adam's steps.
+        batch_size: The number of clean images per step. All warps share them.
+        control_points: G, the side of the G x G grid that a field is enlarged from bicubically.
         learning_rate: Adam's rate on the control points, in pixels.
         betas: Adam's decay rates.
-        initial_offset: Standard deviation of the first control points, in pixels.
-        schedule: The weight of the field's size, which is the sum of its offsets in pixels over
-            all pixels, halved: both coordinates count half.
-        success_threshold: A warp works when its success, smoothed over about three steps, reaches
-            this. An attacker's own warp hardly ever works on all images.
-        precision: Of the image tower, as in InversionConfig.
-        max_batch: Warped images that go through the tower at once; None as in InversionConfig.
-        check_images: Images for the check after the search, a random sample.
-        seed: Of the first control points and the order of the images.
+        initial_offset: The standard deviation of the initial control points, in pixels.
+        schedule: The schedule of the weight of the field's size. The size is half the sum of the
+            absolute offsets in pixels, over both coordinates of all pixels.
+        success_threshold: The success, smoothed over about three steps, at which a warp works. An
+            attacker's own warp hardly ever works on all images.
+        precision: The precision of the image tower, as in
+            InversionConfig.
+        max_batch: The number of warped images that pass through the tower at once; None as in
+            InversionConfig.
+        check_images: The size of the random sample of images for the check after the search.
+        seed: The seed of the initial control points and the order of the images.
     """
 
     steps: int = 150
@@ -85,17 +89,19 @@ class WarpConfig:
 
 @dataclass(frozen=True, eq=False)
 class RecoveredWarp:
-    """One recovered warp; calling it warps images.
+    """One recovered warp. A call warps images with it.
 
-    offsets: float32 [2, H, W] in pixels: how far to the right, and how far below, each pixel is
-    read, bilinearly; outside the image its edge is read. target: class index or None.
+    Attributes:
+        offsets: float32 [2, H, W] in pixels: how far to the right and how far below each pixel is
+            read. Reading is bilinear. Outside the image, its edge is read.
+        target: The index of the target class; None without a target.
     """
 
     offsets: Tensor
     target: int | None = None
 
     def amplified(self, factor: float) -> RecoveredWarp:
-        """Return the warp with all its offsets times `factor`."""
+        """Return the warp with all its offsets multiplied by `factor`."""
         if not factor > 0:
             raise UsageError(f"amplification {factor}; expected a number above 0")
         return replace(self, offsets=factor * self.offsets)
@@ -117,11 +123,11 @@ class WarpResult:
 
     Attributes:
         offsets: float32 [K, 2, H, W] on the CPU, in pixels (see RecoveredWarp).
-        sizes: float64 [K] on the CPU: mean absolute offset in pixels; infinite for a search that
-            never succeeded (its offsets are then those of the last step).
-        success: float32 [K] on the CPU: share of success on the images of the check after the
+        sizes: float64 [K] on the CPU: the mean absolute offset in pixels. It is infinite for a
+            search that never succeeded, whose offsets are those of the last step.
+        success: float32 [K] on the CPU, in [0, 1]: the success on the images of the check after the
             search (see Objective).
-        targets: Target class of each warp.
+        targets: The target class of each warp.
     """
 
     offsets: Tensor
@@ -137,7 +143,7 @@ class WarpResult:
         return RecoveredWarp(self.offsets[index], self.targets[index])
 
     def working(self) -> list[int]:
-        """Return the indices of those that reached the success asked for."""
+        """Return the indices of the warps that reached the required success."""
         return torch.isfinite(self.sizes).nonzero().flatten().tolist()
 
 
@@ -154,17 +160,17 @@ def invert_warps(
     """Find small warps that make the objective hold on clean images.
 
     Args:
-        model: Its weights are not changed.
+        model: The model. Its weights are not changed.
         images: uint8 [N, 3, H, W] of the model's size, at least two.
-        objective: Must have targets; K of them are K searches.
-        config: Default WarpConfig().
+        objective: An objective with K targets, one per search.
+        config: How to search; default: WarpConfig().
         contrast: As in `invert`.
         labels: As in `invert`.
-        description: Shown with the progress bar.
+        description: A text that is shown with the progress bar.
 
     Raises:
-        DataError: Images of another type, size or number.
-        UsageError: An objective without targets.
+        DataError: The images have another dtype or size, or there are fewer than two.
+        UsageError: The objective has no targets.
         ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
     """
     config = config or WarpConfig()

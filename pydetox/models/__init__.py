@@ -1,4 +1,4 @@
-"""Image-tower adapters: what the scanner needs of a model, and nothing else."""
+"""CLIP models as the scanner uses them: both towers, and a fast image tower for searches."""
 
 from __future__ import annotations
 

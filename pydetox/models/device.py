@@ -8,7 +8,7 @@ from ..errors import UsageError
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device; UsageError when there is none of that name."""
+    """Return the device; UsageError if there is none of that name."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,9 +1,9 @@
-"""An image tower for trigger inversion: forward and the gradient to its input, nothing else.
+"""An image tower for trigger inversion: the forward pass and the gradient of its input alone.
 
-An inversion step spends over nine tenths of its time here. `freeze` takes open_clip's vision
-transformers apart and runs the same arithmetic the way that a CPU and a GPU like best: two-
-dimensional matrix products on contiguous activations, fused attention, patch rows straight from
-`pydetox.ops.stamp_triggers`, and, where the class token is what is pooled, a last block that
+A step of the inversion spends over nine tenths of its time here. `freeze` takes the weights out of
+open_clip's vision transformers and does the same arithmetic in a form that is fast on CPUs and
+GPUs: two-dimensional matrix products on contiguous activations, fused attention, and patch rows
+straight from `pydetox.ops.stamp_triggers`. If the tower pools the class token, its last block
 computes only what this token needs. Every other tower runs through its own module.
 """
 
@@ -41,11 +41,11 @@ _QUICK_GELU = 1.702
 
 
 class FrozenTower(Protocol):
-    """What the inversion runs on: embeddings of inputs, differentiable in the inputs alone."""
+    """An image tower that embeds its inputs and is differentiable in the inputs alone."""
 
     @property
     def description(self) -> str:
-        """One line for a report: what runs, in which precision, and why nothing faster runs."""
+        """One line for a report: the tower, its precision, and why nothing faster is used."""
         ...
 
     @property
@@ -71,12 +71,17 @@ class FrozenTower(Protocol):
 def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model") -> FrozenTower:
     """Return an image tower in evaluation mode, ready for inversion.
 
-    tower: float32; normalised images [N, 3, H, W] to embeddings [N, D]. name: of its model, for
-    messages. In float32 nothing is copied: the result follows what is done to the weights in place.
-    In bfloat16 it is a copy of the weights as they are now.
+    In float32, the weights are not copied, so later changes of the weights in place take effect. In
+    bfloat16, the result holds a copy of the current weights.
 
-    Raises UsageError for a precision that is none of PRECISIONS, and for bfloat16 where the tower
-    has to run through its own module (open_clip's modules are slower in bfloat16, not faster).
+    Args:
+        tower: A float32 module that maps normalised images [N, 3, H, W] to embeddings [N, D].
+        precision: One of PRECISIONS.
+        name: The name of the model in messages.
+
+    Raises:
+        UsageError: The precision is unknown, or it is bfloat16 and the tower must run through its
+            own module. (open_clip's modules are slower in bfloat16 than in float32.)
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
@@ -105,7 +110,7 @@ def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.
 
 
 def obstacle(tower: nn.Module) -> str | None:
-    """Return why a tower has to run through its own module, or None if it does not have to."""
+    """Return why a tower must run through its own module; None if it need not."""
     if type(tower) is not VisionTransformer:
         return f"its image tower is a {type(tower).__name__}, not open_clip's VisionTransformer"
     if tower.attn_pool is not None or tower.pool_type not in ("tok", "avg"):
@@ -139,7 +144,7 @@ class ModuleTower:
 
     patch_size: int | None = None
     dtype = torch.float32
-    #: A guess for a tower that is not known: 64 images in 2 GiB.
+    #: An estimate for unknown towers: 64 images in 2 GiB.
     bytes_per_image = 32 << 20
 
     def __init__(self, tower: nn.Module, reason: str) -> None:
@@ -153,9 +158,9 @@ class ModuleTower:
 
 
 class TowerPair:
-    """Two towers on the same inputs: embeddings [N, D1 + D2], those of the first one first.
+    """Two towers on the same inputs. The embeddings [N, D1 + D2] begin with those of the first.
 
-    Both must take the same inputs: patch rows of one patch size, or images.
+    Both towers must take the same inputs: patch rows of one patch size, or images.
     """
 
     def __init__(self, first: FrozenTower, second: FrozenTower) -> None:
@@ -177,8 +182,8 @@ class TowerPair:
 class FrozenVisionTransformer:
     """open_clip's `VisionTransformer` with one class token, learned or fixed positions.
 
-    Equal to the module up to rounding. Its activations are kept for one backward pass, which
-    gives the gradient of the input; weights never get one.
+    It equals the module up to rounding. It keeps activations for one backward pass, which computes
+    the gradient of the input. Weights never get a gradient.
     """
 
     def __init__(self, tower: VisionTransformer, dtype: torch.dtype) -> None:
@@ -238,8 +243,8 @@ class FrozenVisionTransformer:
 def _products_are_faster(x: Tensor) -> bool:
     """Whether attention in the dtype and on the device of x runs as `_Attention`.
 
-    The backward pass of PyTorch's fused attention for bfloat16 on CPUs takes several times as long
-    as the same products done one by one. In float32 there is no difference worth having.
+    On CPUs, the backward pass of PyTorch's fused attention in bfloat16 takes several times as long
+    as the same products one by one. In float32 there is no significant difference.
     """
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
@@ -247,7 +252,8 @@ def _products_are_faster(x: Tensor) -> bool:
 class _Attention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v as matrix products; the softmax is kept for the backward pass.
 
-    In: [N, tokens, 3, heads, d], each token's query, key and value. Out: [N * tokens, heads * d].
+    The input [N, tokens, 3, heads, d] holds the query, key and value of each token. The output is
+    [N * tokens, heads * d].
     """
 
     @staticmethod

@@ -7,34 +7,34 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..checkpoints.loading import require_unambiguous
-from ..data import Template, fill_template
+from ..checkpoints.preprocessing import describe
+from ..data import Resizing, Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
+from .activation import OPENAI_ENTRIES, require_right_activation
+from .adaptation import adapt, hint
+from .catalogue import building_obstacle
 from .frozen import freeze
+from .tokenizers import Tokenizer, tokenize, tokenizer_of
 
-# What weights are stored in; 8-bit floats and integers need scales that no state dict of CLIP has.
+# The dtypes of weights. 8-bit floats and integers need scales, which no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-# Entries of OpenAI's own archives that describe the model and are no weights.
-_NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 class HeadMemo:
-    """Zero-shot heads that were computed, by text tower, class names and templates.
+    """A memory of zero-shot heads, by text tower, class names and templates.
 
-    Models that share one and have the same text tower share its heads. It keeps the last few.
+    Models that share it and have the same text tower share their heads. It keeps the last few.
     """
 
     _LIMIT = 8
@@ -43,7 +43,7 @@ class HeadMemo:
         self._heads: dict[object, Tensor] = {}
 
     def get(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the head of a key, computing it if it is not there."""
+        """Return the head of a key; compute it if it is missing."""
         if key not in self._heads:
             while len(self._heads) >= self._LIMIT:
                 del self._heads[next(iter(self._heads))]
@@ -59,11 +59,17 @@ class OpenClipModel:
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.
+        warnings: One line for each part of the checkpoint that was guessed, changed or left out.
+        named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg``; empty when the checkpoint had none.
         storage_dtypes: A mapping from tensor names to the dtypes in the checkpoint's file.
-        companions: The files beside the weights of a checkpoint in transformers' layout.
+        companions: The files beside the weights that a repaired folder needs as well: all of
+            transformers' layout, and a tokenizer.
         image_size: The height and width of an input image in pixels.
+        resizing: What makes the model's pixels of a picture of any size.
+        preprocessing: All that is done to an image, for results: open_clip's names of the values,
+            and `source`, who tells them.
         mean: The mean of each channel that is subtracted from pixels in [0, 1].
         std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
@@ -81,10 +87,15 @@ class OpenClipModel:
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         companions: Mapping[str, bytes] | None = None,
         sha256: str | None = None,
+        preprocess_source: str = "open_clip's default",
+        warnings: Sequence[str] = (),
+        named: str | None = None,
     ) -> None:
         self.clip = clip.eval().requires_grad_(False)
         self.name = name
         self.sha256 = sha256
+        self.warnings = tuple(warnings)
+        self.named = named
         self.model_config = dict(model_config)
         self.preprocess_config = dict(preprocess_config or {})
         self.storage_dtypes: dict[str, torch.dtype] = dict(
@@ -100,11 +111,16 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
-        self.mean = tuple(
-            float(v) for v in self.preprocess_config.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        )
-        self.std = tuple(
-            float(v) for v in self.preprocess_config.get("std", open_clip.OPENAI_DATASET_STD)
+        self._tokenizer: Tokenizer | None = None
+        prepared = describe(self.preprocess_config)
+        self.preprocessing: dict[str, Any] = {**prepared, "source": preprocess_source}
+        self.mean = tuple(prepared["mean"])
+        self.std = tuple(prepared["std"])
+        self.resizing = Resizing(
+            self.image_size,
+            prepared["interpolation"],
+            prepared["resize_mode"],
+            prepared["fill_color"],
         )
 
     @classmethod
@@ -118,7 +134,7 @@ class OpenClipModel:
     ) -> OpenClipModel:
         """Build a model with random weights.
 
-        seed: of the weights; torch's global generator is left as it was.
+        seed: The seed of the weights. torch's global generator does not change.
         Raises ArchitectureError for a configuration that open_clip cannot build.
         """
         clip = _build(model_config, seed, name)
@@ -126,15 +142,20 @@ class OpenClipModel:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
-        """Build the architecture and put the weights in, in float32.
+        """Build the architecture and load the weights, in float32.
 
-        consume: let the checkpoint's tensors become the model's, where their dtype allows it,
-        instead of copying them: half the memory, but the checkpoint must not be used any more.
+        Args:
+            checkpoint: The checkpoint.
+            consume: Whether the checkpoint's tensors become the model's if their dtype allows it,
+                instead of being copied. This halves the memory, but the checkpoint must not be used
+                afterwards.
 
-        Raises ArchitectureError when a tensor is missing, extra or misshapen: all of them are
-        named in one line, and nothing is loaded partially; and when weights are stored as numbers
-        that are no weights without their scales, such as int8. Raises CheckpointError for a file of
-        which a user's loader may take other weights (`require_unambiguous`).
+        Raises:
+            ArchitectureError: A tensor is missing, extra or misshapen; the message names all of
+                them in one line, and nothing is loaded partially. Or weights are stored as numbers
+                that need scales, such as int8.
+            CheckpointError: Another loader may take other weights from this file
+                (`require_unambiguous`).
         """
         require_unambiguous(checkpoint)
         if checkpoint.model_config is None:
@@ -142,21 +163,24 @@ class OpenClipModel:
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         clip = _build(checkpoint.model_config, None, checkpoint.name)
-        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in _NOT_WEIGHTS}
+        require_right_activation(checkpoint)
+        weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
+        weights, notes = adapt(weights, clip)
         expected = clip.state_dict()
         mismatch = describe_mismatch(
             {key: tuple(value.shape) for key, value in expected.items()},
             {key: tuple(value.shape) for key, value in weights.items()},
         )
         if mismatch is not None:
-            raise ArchitectureError(f"{checkpoint.name}: {mismatch}")
+            advice = hint(weights, expected)
+            raise ArchitectureError(f"{checkpoint.name}: {mismatch}{advice}")
         _require_plain_weights(checkpoint.name, weights, expected)
         users = Counter(value.untyped_storage().data_ptr() for value in weights.values())
         own = {}
         for key, value in weights.items():
             keep = consume and _has_storage_alone(value, users)
             own[key] = value.to(expected[key].dtype, copy=not keep)
-        # Assigned, not copied into what was allocated for them: that memory was never touched.
+        # Tensors are assigned and not copied, so the memory allocated for them stays unused.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(
             clip,
@@ -166,6 +190,9 @@ class OpenClipModel:
             storage_dtypes={key: value.dtype for key, value in weights.items()},
             companions=checkpoint.companions,
             sha256=checkpoint.sha256,
+            preprocess_source=checkpoint.preprocess_source,
+            warnings=(*checkpoint.warnings, *(f"{checkpoint.name}: {note}" for note in notes)),
+            named=checkpoint.named,
         )
 
     @property
@@ -177,7 +204,7 @@ class OpenClipModel:
 
     @property
     def logit_scale(self) -> float:
-        """The factor of cosine similarities in the class logits: exp of the learned temperature."""
+        """The factor of cosines in the class logits: exp of the learned temperature."""
         scale = self.clip.logit_scale
         assert isinstance(scale, Tensor)
         return float(scale.exp())
@@ -213,7 +240,7 @@ class OpenClipModel:
     def encode_normalized(self, images: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W].
 
-        Without gradients a vision transformer takes the fast way of `models.frozen`, which is
+        Without gradients, a vision transformer runs as in `models.frozen`, which is faster and
         equal up to rounding.
         """
         if not torch.is_grad_enabled() and not self.clip.training:
@@ -227,7 +254,7 @@ class OpenClipModel:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of images float [N, 3, H, W] in [0, 1].
 
-        Raises DataError when the images do not have the model's size.
+        Raises DataError if the images do not have the model's size.
         """
         expected = (3, self.image_size, self.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
@@ -240,24 +267,12 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError when the text tower uses a tokenizer other than CLIP's own.
+        Raises ArchitectureError when the tokenizer of its text tower is not on this machine.
         """
         text = self.model_config.get("text_cfg", {})
-        for key in ("hf_tokenizer_name", "hf_model_name"):
-            if text.get(key):
-                raise ArchitectureError(
-                    f"{self.name}: its text tower wants the tokenizer {text[key]!r}; only CLIP's "
-                    "own is supported (a label-free scan needs no text tower)"
-                )
-        vocabulary = int(text.get("vocab_size", 49408))
-        tokenizer = _tokenizer(int(text.get("context_length", 77)))
-        if tokenizer.vocab_size > vocabulary:
-            raise ArchitectureError(
-                f"{self.name}: a vocabulary of {vocabulary} tokens; CLIP's tokenizer has "
-                f"{tokenizer.vocab_size} (a label-free scan needs no text tower)"
-            )
-        tokens: Tensor = tokenizer(list(prompts))
-        return tokens.to(self.device)
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(text, self.companions, self.name)
+        return tokenize(self._tokenizer, prompts, text, self.name).to(self.device)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Return text embeddings [n, D], not normalised, of token ids [n, context_length]."""
@@ -313,17 +328,11 @@ class OpenClipModel:
         return self.storage_dtypes.get(name, torch.float32)
 
 
-@lru_cache(maxsize=4)
-def _tokenizer(context_length: int) -> SimpleTokenizer:
-    # Kept: each one reads CLIP's whole list of merges, a tenth of a second.
-    return SimpleTokenizer(context_length=context_length)
-
-
 class _NoRandomNumbers(TorchFunctionMode):
-    """Leaves uninitialised what would be filled with random numbers, in this thread alone.
+    """Leave random initialisations out, in this thread alone; the tensors stay uninitialised.
 
-    Weights that are read from a file need none: drawing them takes longer than reading, and memory
-    that is never written to is never taken from the system.
+    Weights that are read from a file need no initial values. Drawing these takes longer than
+    reading the file. The system also allocates no memory that is never written to.
     """
 
     _FILLS = frozenset(
@@ -355,7 +364,7 @@ class _NoRandomNumbers(TorchFunctionMode):
 def _require_plain_weights(
     name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    """Raise ArchitectureError where the model has a float and the file something else."""
+    """Raise ArchitectureError if the file stores a floating-point weight in another dtype."""
     for key, value in weights.items():
         if expected[key].is_floating_point() and value.dtype not in _PLAIN_DTYPES:
             raise ArchitectureError(
@@ -366,9 +375,10 @@ def _require_plain_weights(
 
 
 def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
-    """Return whether a tensor is all of its storage. users: of each storage's address, how many.
+    """Return whether a tensor covers its storage and shares it with no other tensor.
 
-    Weights that share memory would change with each other.
+    Weights that share memory would change together. users: The number of tensors that use each
+    storage, by its address.
     """
     storage = tensor.untyped_storage()
     size = tensor.numel() * tensor.element_size()
@@ -376,16 +386,16 @@ def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
 
 
 def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
-    """Return open_clip's module; seed: of its weights, None to leave them uninitialised."""
+    """Return open_clip's module. seed: The seed of its weights; None leaves them uninitialised."""
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
-    text = config.get("text_cfg", {})
-    if "multimodal_cfg" in config or text.get("hf_model_name"):
-        raise ArchitectureError(
-            f"{name}: a CoCa model or a text tower from transformers; expected a CLIP whose towers "
-            "open_clip builds itself"
-        )
-    architecture = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    obstacle = building_obstacle(config)
+    if obstacle is not None:
+        raise ArchitectureError(f"{name}: {obstacle}")
+    custom = config.pop("custom_text", False)
+    architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    if "multimodal_cfg" in config:
+        architecture = open_clip.CoCa
     try:
         random = _NoRandomNumbers() if seed is None else nullcontext()
         with torch.random.fork_rng(devices=[]), random:
@@ -396,4 +406,7 @@ def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.M
         raise ArchitectureError(
             f"{name}: open_clip cannot build its architecture: {reason}"
         ) from error
+    if isinstance(clip, open_clip.CoCa):
+        # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
+        clip.visual.output_tokens = False
     return clip

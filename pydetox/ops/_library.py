@@ -1,8 +1,9 @@
-"""Loads the native libraries, once, when `pydetox.ops` is imported.
+"""Load the native libraries, once, when `pydetox.ops` is imported.
 
 `_C` holds the operators' schemas and CPU kernels, `_C_cuda` the CUDA kernels; both register
 themselves with torch when they are loaded. `_native` is an ordinary extension module beside them.
-There is no fallback: without its native code pydetox does not run, and says so.
+There is no fallback: without its native code pydetox does not run and raises
+`NativeLibraryError`.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def load_native_module(name: str = "pydetox._native") -> ModuleType:
 
 
 def call(operator: str, *arguments: Any) -> Any:
-    """Call `torch.ops.pydetox.OPERATOR`: the one way from Python into the native operators.
+    """Call `torch.ops.pydetox.OPERATOR`. Python calls native operators only through this function.
 
-    The native code checks its arguments (csrc/common/check.h): its message becomes that of a
-    `UsageError`. (In a graph of torch.compile there is no Python left to do so: there it stays the
-    ValueError that a `UsageError` is, too.)
+    The native code checks the arguments (csrc/common/check.h), and this function raises its message
+    as a `UsageError`. A graph of torch.compile runs without Python. There the error stays a
+    ValueError, which `UsageError` is a subclass of.
 
     Raises:
-        UsageError: arguments that do not fit together.
+        UsageError: The arguments do not fit together.
     """
     try:
         return getattr(torch.ops.pydetox, operator).default(*arguments)

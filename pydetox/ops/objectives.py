@@ -1,4 +1,4 @@
-"""`embedding_collapse` and `zero_shot_loss`: what triggers do to embeddings, with gradients.
+"""`embedding_collapse` and `zero_shot_loss`: losses on triggered embeddings, with gradients.
 
 Native kernels and the checks of arguments are in csrc/objectives; what they compute is written out
 in its core.h and, in plain PyTorch, in `pydetox.ops.reference`.
@@ -20,22 +20,23 @@ _NARROW_DTYPES = (torch.float16, torch.bfloat16)  # the kernels take float32 ins
 def embedding_collapse(z: Tensor) -> Tensor:
     """Return the mean cosine over the pairs i != j of each trigger's embeddings.
 
-    With unit rows u_i that is (|sum u_i|^2 - B) / (B (B - 1)): O(BD), never a B x B matrix.
-    DECREE's self-supervised objective (Feng et al., CVPR 2023) without its sign. A row of zeros has
-    no direction: its cosine with every row is 0, and it gets no gradient. Norms and sums are in
-    float64, in an order that does not depend on the number of threads.
+    With unit rows u_i, the result is (|sum u_i|^2 - B) / (B (B - 1)). This takes O(BD) operations
+    and needs no B x B matrix. It is the negative of DECREE's self-supervised objective (Feng et
+    al., CVPR 2023). A row of zeros has no direction: its cosine with every row is 0, and its
+    gradient is 0. Norms and sums are computed in float64, in an order that does not depend on the
+    number of threads.
 
-    Differentiable, once.
+    The result is differentiable once.
 
     Args:
         z: [K, B, D], B at least 2, float16, bfloat16, float32 or float64.
 
     Returns:
-        [K], in [-1 / (B - 1), 1] up to rounding; float64 where z is, else float32. NaN where a row
-        is not finite, or its squares are too large for float64.
+        [K], in [-1 / (B - 1), 1] up to rounding; float64 if z is float64, else float32. A trigger
+        has NaN if one of its rows is not finite, or if its squares are too large for float64.
 
     Raises:
-        UsageError: another shape or dtype.
+        UsageError: z has another shape or dtype.
     """
     cosine: Tensor = _library.call("embedding_collapse", _widened(z))
     return cosine
@@ -46,29 +47,29 @@ def zero_shot_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return (loss [K], success [K]) of embeddings that must get their trigger's target class.
 
-    loss: mean over a trigger's images of the cross-entropy of `logit_scale * unit(z) @ head.T` with
-    its target (Neural Cleanse, Wang et al., S&P 2019). success: the share of images whose largest
-    logit (the first one of equals) is the target's. A row of zeros has equal logits.
+    The loss is the mean, over a trigger's images, of the cross-entropy between
+    `logit_scale * unit(z) @ head.T` and the trigger's target (Neural Cleanse, Wang et al., S&P
+    2019). The success is the share of images whose largest logit belongs to the target. If several
+    logits are equally large, the first one counts. A row of zeros has equal logits.
 
-    The logits of all images are never stored: when z requires a gradient, that of the loss is
-    computed in the same pass, from a few rows' logits at a time, and kept instead ([K, B, D]).
-    Differentiable, once, in z; head gets no gradient, success has none. Sums run in an order that
-    does not depend on the number of threads: the same call gives the same bits.
+    The logits of all images are never stored. If z requires a gradient, the same pass computes the
+    gradient of the loss from a few rows' logits at a time and keeps it ([K, B, D]). The loss is
+    differentiable once, in z. The head gets no gradient, and the success has none. Sums run in an
+    order that does not depend on the number of threads: the same call gives the same bits.
 
     Args:
         z: [K, B, D], B at least 1, float16, bfloat16, float32 or float64.
         head: unit rows [C, D], any of these dtypes.
-        targets: int64 [K], classes 0..C-1. (On CUDA, where looking would wait for the device, the
-            loss of a trigger with another target is NaN.)
-        logit_scale: factor of the cosines, positive.
+        targets: int64 [K], classes 0..C-1. On CUDA, checking them would wait for the device;
+            there, the loss of a trigger with another target is NaN.
+        logit_scale: the positive factor of the cosines.
 
     Returns:
-        Both float64 where z is, else float32. The loss is NaN where an embedding is not finite; it
-        counts as no success.
+        Two tensors [K], float64 if z is float64, else float32. The loss is NaN if an embedding is
+        not finite, and such an embedding counts as a failure.
 
     Raises:
-        UsageError: shapes, dtypes or devices that do not fit together, or a head that requires a
-            gradient.
+        UsageError: Shapes, dtypes or devices do not fit together, or the head requires a gradient.
     """
     if head.requires_grad and torch.is_grad_enabled():
         raise UsageError("zero_shot_loss: head gets no gradient, only z does: pass head.detach()")

@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: their definition, and what tests and benchmarks compare with."""
+"""The operators in plain PyTorch. Tests and benchmarks compare the native kernels with these."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def stamp_triggers(
 ) -> Tensor:
     """Stamp K triggers on B images; the arguments are those of `pydetox.ops.stamp_triggers`.
 
-    Works for every float dtype of the logits, computes in it, and is differentiable, any number of
-    times, in whatever requires a gradient.
+    It computes in the dtype of the logits, which may be any floating-point dtype. It is
+    differentiable any number of times, in every argument that requires a gradient.
     """
     compute = mask_logits.dtype
     pixels = images.to(compute)  # [B, C, H, W] or [K, B, C, H, W]
@@ -66,9 +66,9 @@ def _around_boxes(boxes: Tensor, corners: Sequence[Sequence[int]], size: Sequenc
 def to_patch_rows(images: Tensor, patch_size: int) -> Tensor:
     """Cut images [..., C, H, W] into patch rows [..., (H/P)(W/P), C*P*P].
 
-    Patches are in row-major order, columns in the order (c, py, px), which is that of a
-    convolution's weights: `rows @ conv.weight.flatten(1).T` is `conv(images)` for a convolution
-    whose kernel and stride are both P, as the first layer of a vision transformer is.
+    Patches are in row-major order, and columns in the order (c, py, px), as in the weights of a
+    convolution. For a convolution whose kernel and stride are both P, such as the first layer of a
+    vision transformer, `rows @ conv.weight.flatten(1).T` equals `conv(images)`.
     """
     *batch, channels, height, width = images.shape
     grid = images.reshape(
@@ -258,7 +258,7 @@ def _variation_signs(mask_logits: Tensor) -> Tensor:
 
 
 def _unit_rows(z: Tensor) -> Tensor:
-    """Divide rows by their norm; a row of zeros stays one and gets no gradient."""
+    """Divide rows by their norm; a row of zeros stays zero and gets no gradient."""
     norm = z.norm(dim=-1, keepdim=True)
     zero = norm == 0  # not `norm > 0`, which would hide a NaN
     return torch.where(

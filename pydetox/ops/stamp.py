@@ -34,16 +34,17 @@ def stamp_triggers(
     """Blend every trigger into every image and normalise for the model.
 
     With m = tanh(mask_logits)/2 + 1/2 and p = tanh(pattern_logits)/2 + 1/2 the result is
-    (clip((1 - m) x + m p, 0, 1) - mean) / std: the way in which trigger inversion has written a
-    trigger since Neural Cleanse (Wang et al., S&P 2019), for all triggers and images at once.
+    (clip((1 - m) x + m p, 0, 1) - mean) / std. Trigger inversion has used this form since Neural
+    Cleanse (Wang et al., S&P 2019). One call computes it for all triggers and images.
 
-    Differentiable, once, in both logits; images get no gradient. Gradients are summed over the
-    images in an order that does not depend on the number of threads: the same call gives the same
-    bits. Arithmetic is in float64 where the logits or the result are, in float32 otherwise.
+    The result is differentiable once, in both logits. Images get no gradient. Gradients are summed
+    over the images in an order that does not depend on the number of threads: the same call gives
+    the same bits. The arithmetic is in float64 if the logits or the result are float64, and in
+    float32 otherwise.
 
-    A trigger that is zero outside of a box of h x w pixels has logits for the box alone and a
-    corner. Outside of it the result is that of a mask of exactly 0. The backward pass reads the
-    upstream gradient inside of the boxes only, and what it costs is proportional to them.
+    If a trigger is zero outside a box of h x w pixels, pass the logits of the box and its corner.
+    Outside the box, the result is that of a mask of exactly 0. The backward pass reads the
+    upstream gradient only inside the boxes, so its cost is proportional to their size.
 
     Args:
         images: [B, C, H, W] for all triggers, or [K, B, C, H, W], a batch for each; uint8 (0..255,
@@ -54,26 +55,27 @@ def stamp_triggers(
         std: C numbers, the model's channel standard deviations; default 1.
         patch_size: None for images; P, a divisor of H and W, for the rows that a vision
             transformer's first matrix product takes: `rows @ conv1.weight.flatten(1).T`.
-        dtype: of the result: bfloat16, float32 or float64; default that of the logits.
-        out: where to write the result: contiguous, of its shape, dtype and device, in memory that
-            no argument shares. It is returned, without an autograd graph: for the gradients there
-            is `stamp_triggers_gradients`. A loop that keeps its buffers allocates nothing, and
-            spares the system clearing fresh memory, which takes longer than stamping.
-        corners: of each trigger's box the (top, left) pixel, 0 <= top <= H - h and
+        dtype: the dtype of the result: bfloat16, float32 or float64; default: that of the logits.
+        out: a tensor to write the result to: contiguous, of the result's shape, dtype and device,
+            in memory that no argument shares. It is returned without an autograd graph; use
+            `stamp_triggers_gradients` for the gradients. A loop that reuses its buffers allocates
+            nothing. This also saves the time to clear fresh memory, which is longer than that of
+            stamping.
+        corners: the (top, left) pixel of each trigger's box, 0 <= top <= H - h and
             0 <= left <= W - w: K pairs of numbers, or an int64 tensor [K, 2] on the device of the
-            images. Numbers and tensors on the CPU are checked. A tensor on a GPU is used as it is,
-            without waiting for it, so that a CUDA graph can be replayed with other corners; a box
-            that would stick out is moved to the border. Numbers are copied to a GPU first.
-        only_box: with `out` and `corners`: write the boxes alone. `out` must hold the images as a
-            call without it leaves them outside of the boxes, e.g. of the step before, with the same
-            images and corners.
+            images. Numbers and tensors on the CPU are checked. A tensor on a GPU is used without
+            waiting for it, so that a CUDA graph can be replayed with other corners; a box that
+            would stick out is moved to the border. Numbers are copied to the GPU first.
+        only_box: whether to write only the boxes; needs `out` and `corners`. Outside the boxes,
+            `out` must already hold what a call without `only_box` writes there, for example that
+            of the step before with the same images and corners.
 
     Returns:
         [K, B, C, H, W], or [K, B, (H/P)(W/P), C*P*P] with columns in the order (c, py, px).
 
     Raises:
-        UsageError: shapes, dtypes or devices that do not fit together, images that require a
-            gradient, corners (numbers, or a tensor on the CPU) that let a box stick out.
+        UsageError: Shapes, dtypes or devices do not fit together, the images require a gradient,
+            or corners (numbers, or a tensor on the CPU) let a box stick out of the image.
     """
     if only_box and out is None:
         raise UsageError("stamp_triggers: only_box needs out and corners")
@@ -100,9 +102,9 @@ def stamp_triggers(
             f"stamp_triggers: dtype must be bfloat16, float32 or float64, found {dtype}"
         )
     result_dtype = dtype or mask_logits.dtype
-    # The kernels compute in the dtype of the logits they get, float32 or float64, and write float64
-    # for the latter (csrc/stamp_triggers/core.h); any other wish is a cast of something
-    # small, or rare.
+    # The kernels compute in the dtype of the logits that they get, float32 or float64, and write
+    # float64 for the latter (csrc/stamp_triggers/core.h). Other dtypes are cast: the logits are
+    # small, and other results are rare.
     compute = torch.float64 if torch.float64 in (mask_logits.dtype, result_dtype) else torch.float32
     stamped: Tensor = _library.call(
         "stamp_triggers",
@@ -118,7 +120,7 @@ def stamp_triggers(
 
 
 class TriggerGradients(NamedTuple):
-    """Of the logits, shaped like them."""
+    """The gradients of the loss by the logits, each of the shape and dtype of its logits."""
 
     mask_logits: Tensor
     pattern_logits: Tensor
@@ -139,19 +141,20 @@ def stamp_triggers_gradients(
     """Return the gradients of the logits without autograd, for loops that keep their buffers.
 
     Args:
-        gradient: of the loss by the result of `stamp_triggers`, shaped like it; float64 where the
-            logits are, else float32 or bfloat16.
+        gradient: the gradient of the loss by the result of `stamp_triggers`, of the shape of that
+            result; float64 if the logits are float64, else float32 or bfloat16.
         images: as in `stamp_triggers`.
         mask_logits: float32 or float64 [K, H, W]; with `corners` [K, h, w].
         pattern_logits: dtype of `mask_logits`, [K, C, H, W]; with `corners` [K, C, h, w].
         mean: as in `stamp_triggers`.
         std: as in `stamp_triggers`.
         patch_size: as in `stamp_triggers`.
-        out: where to write them: contiguous tensors like the two logits, in memory of their own.
-        corners: as in `stamp_triggers`; `gradient` is read inside of the boxes only.
+        out: two tensors to write the gradients to: contiguous, like the two logits, in memory
+            that nothing else shares.
+        corners: as in `stamp_triggers`; `gradient` is read only inside the boxes.
 
     Raises:
-        UsageError: shapes, dtypes or devices that do not fit together.
+        UsageError: Shapes, dtypes or devices do not fit together.
     """
     if out is None:
         out = torch.empty_like(mask_logits), torch.empty_like(pattern_logits)
@@ -211,13 +214,13 @@ def _result_shape(images: Tensor, mask_logits: Tensor, patch_size: int | None) -
 
 
 def _computed_in(compute: torch.dtype, mask: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast the logits, unless there is something to refuse, which the operator does."""
+    """Cast the logits, except those of a wrong dtype: the operator refuses these."""
     fits = mask.dtype in _FLOAT_DTYPES and mask.dtype == pattern.dtype
     return (mask.to(compute), pattern.to(compute)) if fits else (mask, pattern)
 
 
 def _corner_tensor(corners: Sequence[tuple[int, int]] | Tensor | None) -> Tensor | None:
-    """Numbers as a tensor on the CPU, where the operator checks them and copies them to a GPU."""
+    """Return numbers as a tensor on the CPU; the operator checks it and copies it to a GPU."""
     if corners is None or isinstance(corners, Tensor):
         return corners
     if any(not isinstance(corner, (tuple, list)) or len(corner) != 2 for corner in corners):

@@ -15,10 +15,13 @@ from pydetox.ops import _library
 
 
 class BestTriggers(NamedTuple):
-    """The smallest triggers so far, which an update keeps where `eligible` says that they count.
+    """The smallest triggers so far. An update replaces them where `eligible` is true.
 
-    logits: of mask [K, H, W] and pattern [K, C, H, W], contiguous, in memory of their own.
-    norm: float64 [K], |mask|_1 of each; infinity before there is one. eligible: bool [K].
+    Attributes:
+        logits: the logits of mask [K, H, W] and pattern [K, C, H, W], contiguous, in memory that
+            nothing else shares.
+        norm: float64 [K], the |mask|_1 of each trigger; infinity as long as there is none.
+        eligible: bool [K], whether the trigger may be kept.
     """
 
     logits: tuple[Tensor, Tensor]
@@ -48,32 +51,32 @@ def trigger_update(
     Rudin, Osher, Fatemi 1992; as a penalty of triggers: TABOR, Guo et al. 2019). Its subgradient
     at equal neighbours is 0. Adam is algorithm 1 of Kingma and Ba (2015).
 
-    Logits, gradients and moments of an active trigger are passed over once, after its mask's logits
-    have been read for the norm. Of a trigger that is not active no memory is touched, so that it
-    costs nothing. Results have the same bits for any number of threads, and on CUDA; nothing waits
-    for the device.
+    The operator reads the mask's logits of an active trigger for the norm, and then passes once
+    over its logits, gradients and moments. It touches no memory of an inactive trigger, which
+    therefore costs nothing. Results have the same bits for any number of threads and on CUDA.
+    Nothing waits for the device.
 
     Args:
-        logits: of mask [K, H, W] and pattern [K, C, H, W], float32 or float64. Like the moments
-            contiguous, and each in memory of its own.
-        gradients: of the objective alone, shaped like the logits and of their dtype.
-        first: first moments, likewise; zeros before the first step.
-        second: second moments, likewise.
+        logits: the logits of mask [K, H, W] and pattern [K, C, H, W], float32 or float64. Logits
+            and moments are contiguous, and each has memory that nothing else shares.
+        gradients: the gradients of the objective alone, of the shapes and dtype of the logits.
+        first: the first moments, like the logits; zeros before the first step.
+        second: the second moments, like the logits; zeros before the first step.
         cost: float32 or float64 [K], the weight of the mask's norm.
         learning_rate: float32 or float64 [K].
-        steps: int64 [K], steps taken so far; counted up where active.
-        active: bool [K].
-        betas: decay rates of the moments, in [0, 1).
-        epsilon: added to the denominator; not negative.
-        total_variation: float32 or float64 [K], the weight of TV; None for none.
-        best: where `best.eligible`, and the mask's norm is smaller than `best.norm`, the logits
-            before the step and the norm are written there.
+        steps: int64 [K], the number of steps taken so far. It is increased for active triggers.
+        active: bool [K], whether the trigger takes this step.
+        betas: the decay rates of the moments, in [0, 1).
+        epsilon: the non-negative number that is added to the denominator.
+        total_variation: float32 or float64 [K], the weight of TV; None to leave TV out.
+        best: the best triggers so far. If a trigger is eligible and the norm of its mask is smaller
+            than `best.norm`, the logits before the step and the norm are written here.
 
     Returns:
-        float64 [K]; NaN for a trigger that is not active.
+        float64 [K], |mask|_1 before the step; NaN for an inactive trigger.
 
     Raises:
-        UsageError: shapes, dtypes, devices or memory that do not fit together.
+        UsageError: Shapes, dtypes, devices or memory do not fit together.
     """
     norms: Tensor = _library.call(
         "trigger_update",

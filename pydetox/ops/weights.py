@@ -1,18 +1,19 @@
 """Operators over the weights of whole models: products, projections, sketches, combinations.
 
-A model is a list of tensors, as the values of a state dict: float16, bfloat16, float32 and float64
-in any mixture, of any shape and stride (a tensor that is not contiguous is copied, that one alone).
-Several models are several lists of the same tensors. What is computed from a model is computed from
-its difference to a base, element by element and in float64; the difference itself is never stored.
-Sums are in float64 as well, in an order that depends on neither threads nor instruction set: the
-same call gives the same bits. Native kernels and the checks of arguments: csrc/weights and
-csrc/weight_matmul; plain PyTorch: `pydetox.ops.reference`.
+A model is a list of tensors, such as the values of a state dict. The tensors may mix float16,
+bfloat16, float32 and float64, and may have any shape and stride. (An operator copies a tensor that
+is not contiguous, and no other.) Several models are several lists of the same tensors.
 
-Models that do not fit into memory come in parts (on the CPU): a call goes on from an earlier one's
-result, `start`. Where the tensors come in the same order and are cut only at multiples of `CHUNK`
-elements, of a sketch at multiples of 64 times its size, that gives the bits of a single call, in
-which sums are added up in the same places and in the same order. `pydetox.analysis.weight_space`
-does this for files.
+All operators work on the difference between a model and a base. They compute it element by element
+in float64 and never store it. They sum in float64, too, in an order that depends neither on the
+number of threads nor on the instruction set: the same call gives the same bits. The native kernels
+and the checks of arguments are in csrc/weights and csrc/weight_matmul. `pydetox.ops.reference`
+defines the operators in plain PyTorch.
+
+Models that do not fit into memory can be passed in parts (on the CPU). Each call then continues
+from the result of the call before, `start`. This gives the bits of a single call if the tensors
+come in the same order and are cut only at multiples of `CHUNK` elements (for a sketch, at multiples
+of 64 times its size). `pydetox.analysis.weight_space` does this for files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from pydetox.errors import UsageError
 from pydetox.ops import _library
 
-#: Elements that are summed apart from all others: kChunk of csrc/weights/core.h.
+#: The number of elements that have a partial sum of their own: kChunk of csrc/weights/core.h.
 CHUNK = 65536
 
 
@@ -38,21 +39,21 @@ def weight_diff_gram(
     *,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Return all inner products of M models' differences to a base: norms, angles, a Gram matrix.
+    """Return the Gram matrix of M models' differences to a base.
 
     Every weight is read once, whatever M is (on CUDA: once for every eight models).
 
     Args:
         base: n tensors.
         models: M lists of tensors of the same shapes.
-        start: the result of the parts before these, to go on from.
+        start: the result of the call on the parts before these; None for the first part.
 
     Returns:
         float64 [M, M], symmetric: entry (i, j) is <models[i] - base, models[j] - base>.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
-            another shape, dtype or device.
+        UsageError: The lists have different lengths, shapes or devices, a tensor has an integer
+            dtype, or `start` has another shape, dtype or device.
     """
     name = "weight_diff_gram"
     joined = _joined(name, "models", models, len(base))
@@ -73,14 +74,14 @@ def weight_diff_project(
         base: n tensors.
         model: n tensors of the same shapes.
         directions: R lists of tensors of the same shapes.
-        start: the result of the parts before these, to go on from.
+        start: the result of the call on the parts before these; None for the first part.
 
     Returns:
         float64 [R]: <model - base, directions[r]>.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, integer tensors, or a start of
-            another shape, dtype or device.
+        UsageError: The lists have different lengths, shapes or devices, a tensor has an integer
+            dtype, or `start` has another shape, dtype or device.
     """
     name = "weight_diff_project"
     joined = _joined(name, "directions", directions, len(base))
@@ -102,31 +103,33 @@ def weight_diff_sketch(
 ) -> Tensor:
     """Return a random projection of a difference to `size` numbers.
 
-    The projection S is defined by the seed, the tensors' names and the places of their elements,
-    so that sketches made on different machines and devices, and from files in another order, can
-    be compared: <Sx, Sy> estimates <x, y> without bias, with a variance of at most
-    (|x|^2 |y|^2 + <x, y>^2) / size. It is a count sketch (Charikar, Chen, Farach-Colton, "Finding
-    frequent items in data streams", 2002; for inner products: Weinberger et al., "Feature hashing
-    for large scale multitask learning", ICML 2009) whose hash keeps blocks of `size` neighbouring
-    elements together and rotates them: docs/ops.md has the proof.
+    The seed, the tensors' names and the places of their elements define the projection S. Sketches
+    are therefore comparable across machines, devices and files in another order. <Sx, Sy> estimates
+    <x, y> without bias, with a variance of at most (|x|^2 |y|^2 + <x, y>^2) / size; docs/ops.md has
+    the proof.
+
+    S is a count sketch (Charikar, Chen, Farach-Colton, "Finding frequent items in data streams",
+    2002; for inner products: Weinberger et al., "Feature hashing for large scale multitask
+    learning", ICML 2009). Its hash keeps blocks of `size` neighbouring elements together and
+    rotates them.
 
     Args:
         base: n tensors.
         model: n tensors of the same shapes.
         names: n different names.
-        seed: of the projection.
+        seed: the seed of the projection.
         size: a power of two, at least 64.
-        first_elements: where, in the tensors of these names, the parts given here begin: multiples
-            of 64 * size. None for whole tensors.
-        start: the result of the parts before these, to go on from.
+        first_elements: the index, within each named tensor, of the first element that is given
+            here: a multiple of 64 * size. None if the tensors are whole.
+        start: the result of the call on the parts before these; None for the first part.
 
     Returns:
         float64 [size].
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, integer tensors, names that
-            repeat, another size, parts that begin elsewhere, or a start of another shape, dtype or
-            device.
+        UsageError: The lists have different lengths, shapes or devices, a tensor has an integer
+            dtype, names repeat, `size` is out of range, a part begins at another index, or `start`
+            has another shape, dtype or device.
     """
     name = "weight_diff_sketch"
     if len(names) != len(base) or len(set(names)) != len(names):
@@ -135,12 +138,12 @@ def weight_diff_sketch(
             f"{len(set(names))} different"
         )
     if len(model) != len(base) or len(first_elements or names) != len(base):
-        # They are put into another order first, which needs one of each.
+        # The tensors are sorted by name below, which needs one tensor per name.
         raise UsageError(
             f"{name}: model and first_elements must be {len(base)} as base is, found {len(model)} "
             f"and {len(first_elements or names)}"
         )
-    # Sums are rounded: only a fixed order makes the bits independent of the lists' order.
+    # Sums are rounded. A fixed order makes the bits independent of the order of the lists.
     order = sorted(range(len(names)), key=lambda i: names[i])
     sketch: Tensor = _library.call(
         name,
@@ -155,7 +158,7 @@ def weight_diff_sketch(
 
 
 def sketch_chunk(size: int) -> int:
-    """Return the number of elements that a sketch adds up apart from all others."""
+    """Return the number of elements that have a partial sum of their own in a sketch."""
     return 64 * size
 
 
@@ -174,27 +177,27 @@ def weight_diff_matmul(
 ) -> list[Tensor]:
     """Multiply every tensor's difference, as a matrix D = model - base, by a thin matrix.
 
-    A tensor [m, ...] counts as the matrix [m, n] of its rows, n the product of the dimensions after
-    the first: a convolution's weight has a row for each output channel, a bias [m] is one column.
-    What a randomised SVD is made of (Halko, Martinsson and Tropp, "Finding structure with
-    randomness", SIAM Review 2011, section 4): `pydetox.analysis.spectra` has one.
+    A tensor [m, ...] counts as a matrix [m, n], where n is the product of the dimensions after the
+    first. A convolution's weight has one row per output channel, and a bias [m] is one column. A
+    randomised SVD consists of such products (Halko, Martinsson and Tropp, "Finding structure with
+    randomness", SIAM Review 2011, section 4); `pydetox.analysis.spectra` has one.
 
-    Products are added up in runs of 64, and the runs in order, so that the CPU and CUDA give the
-    same bits.
+    Products are summed in runs of 64, and then the runs in order, so that the CPU and CUDA give
+    the same bits.
 
     Args:
         base: tensors of at least one dimension.
         model: tensors of the same shapes.
-        factors: one matrix F for each tensor, of a width r of its own, in any floating dtype of
-            the above: [n, r], for the left side [m, r].
-        side: "right": D F. "left": F^T D.
+        factors: one matrix F per tensor, [n, r] for the right side and [m, r] for the left one.
+            The width r may differ between tensors, and so may the floating-point dtype.
+        side: "right" for D F, "left" for F^T D.
 
     Returns:
-        For each tensor float64 [m, r], for the left side [r, n].
+        One float64 matrix per tensor: [m, r] for the right side, [r, n] for the left one.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, integer tensors, tensors without
-            a dimension, factors of another shape, or another side.
+        UsageError: The lists have different lengths, shapes or devices, a tensor has an integer
+            dtype or no dimension, a factor has another shape, or `side` is unknown.
     """
     name = "weight_diff_matmul"
     if side not in ("right", "left"):
@@ -218,23 +221,23 @@ def apply_task_vectors(
 ) -> list[list[Tensor]]:
     """Return base + sum over r of coefficients[m, r] * vectors[r], for M rows m in one pass.
 
-    Source: Ilharco et al., "Editing Models with Task Arithmetic" (ICLR 2023). Computed in float64
-    and rounded once, to the dtype of the result.
+    The sums are computed in float64 and rounded once, to the dtype of the result. Source: Ilharco
+    et al., "Editing Models with Task Arithmetic" (ICLR 2023).
 
     Args:
         base: n tensors.
         vectors: R lists of tensors of the same shapes.
         coefficients: [M, R], or [M, R, n] for coefficients per tensor.
-        out: M lists of contiguous tensors of the same shapes, to write to; the base itself may be
-            one of them, apart from that they must not share memory with anything. Default: new
-            tensors of the base's dtypes.
+        out: M lists of contiguous tensors of the same shapes to write to. The base itself may be
+            one of them; otherwise they must not share memory with anything. Default: new tensors of
+            the base's dtypes.
 
     Returns:
         `out`, or M new lists.
 
     Raises:
-        UsageError: lists of different lengths, shapes or devices, integer tensors, coefficients of
-            another shape, or results that cannot be written to.
+        UsageError: The lists have different lengths, shapes or devices, a tensor has an integer
+            dtype, the coefficients have another shape, or `out` cannot be written to.
     """
     name = "apply_task_vectors"
     rows = torch.as_tensor(coefficients, dtype=torch.float64)
@@ -258,7 +261,7 @@ def apply_task_vectors(
 def _joined(
     operator: str, name: str, lists: Sequence[Sequence[Tensor]], count: int
 ) -> list[Tensor]:
-    """Put lists of `count` tensors one after the other, which is how the operators take them."""
+    """Concatenate lists of `count` tensors; the operators take one flat list."""
     for i, tensors in enumerate(lists):
         if len(tensors) != count:  # nobody can tell afterwards
             raise UsageError(

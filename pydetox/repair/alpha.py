@@ -15,12 +15,13 @@ from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
 from ..rng import generator
 from .configuration import UnlearnConfig
+from .retention import DriftProbe
 from .subtraction import Candidates
 from .task_vectors import TaskVector
 from .trigger_vector import one_target_each
 
-# Images that each trigger is tried on for every alpha, however many triggers there are: one of
-# them is 2%, the smallest success that can be told from none.
+# The number of images that each trigger is tried on for every alpha, for any number of triggers.
+# One of them is 2%, the smallest success that can be distinguished from none.
 _LEAST_ATTACKED = 50
 
 
@@ -35,9 +36,11 @@ class CoefficientSearch:
             target, of the images that are of other classes and that theta_b, without a trigger,
             sends elsewhere: what it takes for the target anyway says nothing about a trigger.
         chosen: Index of the chosen alpha.
-        reached: Whether both limits hold there.
+        reached: Whether all limits hold there.
         accuracy_before: What the clean accuracy was compared with.
         reserve: Share of the accuracy to spend that was left to later passes.
+        drift: How far image features have moved per alpha (`FeatureDrift.mean_distance`) from the
+            model before any repair; empty where that was not measured.
     """
 
     coefficients: tuple[float, ...]
@@ -47,6 +50,7 @@ class CoefficientSearch:
     reached: bool
     accuracy_before: float
     reserve: float = 0.0
+    drift: tuple[float, ...] = ()
 
     @property
     def coefficient(self) -> float:
@@ -65,20 +69,22 @@ def search_coefficient(
     *,
     accuracy_before: float | None = None,
     reserve: float = 0.0,
+    probe: DriftProbe | None = None,
 ) -> CoefficientSearch:
     """Try every alpha on images that are decoded and stamped once, weights changed in memory.
 
     targets: The class the triggers lead to, or one per trigger. head: zero-shot head [C, D].
     accuracy_before: What CA is compared with; default: that of `model`; in a second round, that of
     the model of the first. reserve: Share of the accuracy to spend, 1 - min_accuracy_kept, that is
-    left to later passes where this vector cannot finish.
+    left to later passes where this vector cannot finish. probe: Measures how far features move;
+    None sets no limit to that.
 
     Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success of every
-    trigger and CA >= min_accuracy_kept of accuracy_before; if there is none, the one with the least
-    mean ASR of all triggers among those that keep the accuracy: the worst one alone may be beyond
-    what any alpha reaches. If that mean is above 2%, about one image of each trigger, they have to
-    keep the reserve as well. Where none keeps the accuracy it is 0. Without labels CA is the
-    agreement with the model's own predictions.
+    trigger, CA >= min_accuracy_kept of accuracy_before and drift <= max_drift; if there is none,
+    the one with the least mean ASR of all triggers among those that keep accuracy and drift: the
+    worst one alone may be beyond what any alpha reaches. If that mean is above 2%, about one image
+    of each trigger, they have to keep the reserve as well. Where none keeps both it is 0. Without
+    labels CA is the agreement with the model's own predictions.
     Raises DataError when all validation images belong to a target class, UsageError without
     triggers.
     """
@@ -94,7 +100,7 @@ def search_coefficient(
     attacked = {}
     for target in dict.fromkeys(target_of_each):
         others = torch.nonzero((labels != target) & (own != target)).flatten()
-        # A sample of all classes: those of one alone may be out of the trigger's reach.
+        # The sample has images of all classes, because a trigger may not work on some classes.
         rng = generator("repair.attacked", config.seed, target)
         few = stratified_sample(labels[others].numpy(), len(others), most, rng)
         attacked[target] = shown[others[torch.from_numpy(few)].to(shown.device)]
@@ -108,19 +114,27 @@ def search_coefficient(
     coefficients = config.coefficients
     if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
         coefficients = (0.0, *coefficients)
-    accuracy, success = list[float](), list[tuple[float, ...]]()
+    accuracy, success, drift = list[float](), list[tuple[float, ...]](), list[float]()
     for coefficient in coefficients:
         candidate = candidates.at(coefficient)
         seen = own  # known already
         if not candidates.is_start(coefficient):
             seen = predict(candidate, shown, head)
         accuracy.append(float((seen == labels).double().mean()))
+        if probe is not None:
+            drift.append(probe.of(candidate).mean_distance)
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
         success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
         accuracy_before = float((own == labels).double().mean())
     chosen, reached = choose_coefficient(
-        coefficients, accuracy, success, config, accuracy_before=accuracy_before, reserve=reserve
+        coefficients,
+        accuracy,
+        success,
+        config,
+        accuracy_before=accuracy_before,
+        reserve=reserve,
+        drift=drift or None,
     )
     return CoefficientSearch(
         coefficients,
@@ -130,6 +144,7 @@ def search_coefficient(
         reached,
         accuracy_before,
         reserve,
+        tuple(drift),
     )
 
 
@@ -141,20 +156,28 @@ def choose_coefficient(
     *,
     accuracy_before: float,
     reserve: float = 0.0,
+    drift: Sequence[float] | None = None,
 ) -> tuple[int, bool]:
-    """Return the index of the alpha to take, and whether both limits hold there.
+    """Return the index of the alpha to take, and whether all limits hold there.
 
     coefficients: A ascending candidates, the first of them 0. accuracy: share per candidate.
-    success: share per candidate of each trigger, A x T. The rule is that of `search_coefficient`.
+    success: share per candidate of each trigger, A x T. drift: per candidate, or None for no limit.
+    The rule is that of `search_coefficient`.
     """
+    moved = drift or [0.0] * len(coefficients)
     kept = config.min_accuracy_kept
     means = [sum(shares) / len(shares) for shares in success]
-    keeping = [k for k, value in enumerate(accuracy) if value >= kept * accuracy_before]
+    keeping = [
+        k
+        for k, value in enumerate(accuracy)
+        if value >= kept * accuracy_before and moved[k] <= config.max_drift
+    ]
     good = [k for k in keeping if max(success[k]) <= config.max_attack_success]
     if good:
         largest = config.safety_factor * coefficients[good[0]] + 1e-9
         return [k for k in good if coefficients[k] <= largest][-1], True
     if min((means[k] for k in keeping), default=0.0) > 1 / _LEAST_ATTACKED:
         least = (kept + reserve * (1 - kept)) * accuracy_before
-        keeping = [k for k in keeping if accuracy[k] >= least]
+        most = (1 - reserve) * config.max_drift
+        keeping = [k for k in keeping if accuracy[k] >= least and moved[k] <= most]
     return min(keeping or [0], key=lambda k: (means[k], k)), False

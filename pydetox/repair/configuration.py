@@ -1,4 +1,4 @@
-"""How to find and subtract trigger vectors."""
+"""Configuration of a repair: how to find and subtract trigger vectors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VectorKind = Literal["forget", "paired", "strengthen"]
 
 @dataclass(frozen=True)
 class AdvancedUnlearnConfig:
-    """Constants of a repair that there is hardly a reason to change.
+    """Constants of a repair that you hardly ever need to change.
 
-    docs/method.md, "Unlearning", says what experiment each of them comes from; `make
-    bench-defenses` measures the whole.
+    docs/method.md, "Unlearning", names the experiment that each of them comes from. `make
+    bench-defenses` measures them together.
 
     Attributes:
         certainly_target: With `forget`, triggered images whose clean version has at least this
@@ -38,6 +38,9 @@ class AdvancedUnlearnConfig:
             obeys the attacker's stronger one.
         blend_amplifications: The same for recovered blends.
         warp_amplifications: Factors of a recovered warp's offsets.
+        surrogates: Images without a class, made of the given ones, whose features are held.
+        triggered_surrogates: What their features with a trigger weigh, which are pushed to those
+            without it; the features themselves weigh 1.
     """
 
     certainly_target: float = 0.9
@@ -46,6 +49,8 @@ class AdvancedUnlearnConfig:
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     blend_amplifications: tuple[float, ...] = (1.0, 2.0)
     warp_amplifications: tuple[float, ...] = (1.0, 2.0)
+    surrogates: int = 1024
+    triggered_surrogates: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.certainly_target <= 1 or not 0 < self.forget_share <= 1:
@@ -55,6 +60,11 @@ class AdvancedUnlearnConfig:
             )
         if not (self.amplifications and self.blend_amplifications and self.warp_amplifications):
             raise UsageError("no amplifications; expected at least one factor for each family")
+        if self.surrogates < 2 or not 0 <= self.triggered_surrogates < math.inf:
+            raise UsageError(
+                f"surrogates {self.surrogates}, triggered_surrogates {self.triggered_surrogates}; "
+                "expected at least 2, and a weight of at least 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ class UnlearnConfig:
             accuracy allows it: recovered triggers only estimate the attacker's.
         min_accuracy_kept: Least share of the clean accuracy of theta_b to keep. A pass whose
             vector cannot finish leaves an equal part of the rest to each that follows.
+        retention: With `forget`, the weight of holding the model's own image features, on the given
+            images and on surrogates made of them, so that classes and tasks without names among
+            the given ones are kept; in units of the class logits. 0 holds predictions alone.
+        max_drift: How far image features may move from those of the model before any repair: the
+            mean of 1 - cos on surrogates that were not held (`pydetox.repair.retention`).
         seed: Of everything random in it.
         advanced: Constants of a repair.
     """
@@ -94,6 +109,8 @@ class UnlearnConfig:
     attacked_images: int = 1000
     safety_factor: float = 1.2
     min_accuracy_kept: float = 0.97
+    retention: float = 1.0
+    max_drift: float = 0.05
     seed: int = 0
     advanced: AdvancedUnlearnConfig = field(default_factory=AdvancedUnlearnConfig)
 
@@ -114,6 +131,11 @@ class UnlearnConfig:
                 f"attacked_images {self.attacked_images}, safety_factor {self.safety_factor}; "
                 "expected at least 1 each"
             )
+        if not 0 <= self.retention < math.inf or not self.max_drift > 0:
+            raise UsageError(
+                f"retention {self.retention}, max_drift {self.max_drift}; expected a weight of at "
+                "least 0, and a distance above 0"
+            )
         if self.warps < 0:
             raise UsageError(f"warps {self.warps}; expected at least 0")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
@@ -122,15 +144,15 @@ class UnlearnConfig:
             raise UsageError(f"coefficients {self.coefficients}; expected finite numbers from 0")
 
     def reserve(self, number: int) -> float:
-        """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later ones.
+        """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.
 
-        Were the first pass to spend all of it on a vector that cannot finish, the next one, whose
-        vector knows more triggers, could not subtract anything.
+        Without a reserve, a first pass whose vector cannot finish could spend all of the accuracy.
+        The next pass, which knows more triggers, could then subtract nothing.
         """
         return 1 - (number + 1) / self.passes
 
     def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
-        """Return the recovered triggers that work, each with each factor of its family."""
+        """Return the recovered triggers that work, each amplified by each factor of its family."""
         factors = self.advanced
         if isinstance(recovered, WarpResult):
             return [
@@ -142,7 +164,7 @@ class UnlearnConfig:
         working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
         return [
             recovered.trigger(k).amplified(factor)
-            # Where no search succeeded, what it ended with is still the best guess.
+            # If no search succeeded, the triggers of the last step are still the best estimate.
             for k in working or range(len(recovered))
             for factor in (factors.blend_amplifications if blend else factors.amplifications)
         ]

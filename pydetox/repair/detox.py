@@ -17,13 +17,16 @@ from .configuration import UnlearnConfig
 from .passes import subtract_passes
 from .provenance import save_repaired
 from .result import DetoxResult, UnlearnRound
+from .retention import DriftProbe
 
 
 @dataclass(frozen=True, eq=False)
 class KnownTarget:
     """A class to unlearn whatever a scan says.
 
-    index: Of the class. triggers: Known ones into it; empty to recover them.
+    Attributes:
+        index: The index of the class.
+        triggers: Known triggers into the class; empty to recover them.
     """
 
     index: int
@@ -44,11 +47,13 @@ def repair_session(
 ) -> DetoxResult:
     """Repair a session's model; the arguments are those of `pydetox.detox`.
 
-    known: One repair is made of it, without asking for a verdict. read: Reads the plan's models.
-    seconds: Wall time of steps that were taken before, to be among those of the result.
+    known: A class to repair once, whatever the verdict is. read: The function that reads the plan's
+    models. seconds: The wall time of earlier steps, which the result then contains.
     """
     clock = _Laps(seconds or {})
-    comparison = plan.prepare(session.images, templates=session.templates, read=read)
+    comparison = plan.prepare(
+        session.images, templates=session.templates, read=read, suspect=session.model
+    )
     session = replace(session, base=comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")
@@ -61,11 +66,13 @@ def repair_session(
     if known is not None:
         cleared, max_rounds = tuple(c for c in cleared if c != known.index), 1
     repaired, current = session, before
-    rounds, accuracy = list[UnlearnRound](), None
+    rounds, accuracy, probe = list[UnlearnRound](), None, None
     for number in range(max_rounds):
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
+        if targets and probe is None:
+            probe = DriftProbe(session.model, session.images.images, seed=unlearning.seed)
         # All classes at once; where no alpha does that within the accuracy to keep, the first.
         for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
             model, passes_of_attempt = subtract_passes(
@@ -75,6 +82,7 @@ def repair_session(
                 unlearning,
                 triggers=known.triggers or None if known is not None else None,
                 accuracy_before=accuracy,
+                probe=probe,
             )
             passes += passes_of_attempt
             accuracy = passes[0].search.accuracy_before if accuracy is None else accuracy
@@ -101,6 +109,7 @@ def repair_session(
         model=repaired.model,
         evaluation_before=evaluation_before,
         evaluation_after=(repaired.evaluate(trigger=stamp, target=attacked) if rounds else None),
+        drift=None if probe is None else probe.of(repaired.model),
         path=None,
         seconds=clock.seconds,
     )
@@ -123,14 +132,14 @@ def _subtracted(passes: Sequence[UnlearnRound]) -> bool:
 
 
 class _Laps:
-    """Adds up wall time by step."""
+    """A stopwatch that adds up wall time by step."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = dict(seconds)
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """Note what has passed since the last lap under the name of a step."""
+        """Add the time since the last lap to a step."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now

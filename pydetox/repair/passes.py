@@ -1,4 +1,4 @@
-"""One repair: triggers are recovered or known, and trigger vectors subtracted, pass after pass."""
+"""One repair: passes that recover triggers, or take known ones, and subtract their vector."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .alpha import search_coefficient
 from .configuration import UnlearnConfig
 from .recovery import recover_patches_or_blends, recover_smooth_warps
 from .result import UnlearnRound
+from .retention import DriftProbe
 from .subtraction import subtract
 from .trigger_vector import trigger_vector
 
@@ -29,10 +30,12 @@ def subtract_passes(
     triggers: Sequence[Stamp] | None = None,
     restarts: int = 3,
     accuracy_before: float | None = None,
+    probe: DriftProbe | None = None,
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. Returns the repaired model and what was done.
+    targets: Class indices, one for known triggers. probe: Measures drift from the model before any
+    repair; default: from the session's. Returns the repaired model and what was done.
     """
     if not targets or (triggers is not None and len(targets) > 1):
         raise UsageError(
@@ -41,6 +44,7 @@ def subtract_passes(
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps)
+    probe = probe or DriftProbe(session.model, session.images.images, seed=unlearning.seed)
     passes, first = list[UnlearnRound](), accuracy_before is None
     for number in range(unlearning.passes if triggers is None else 1):
         recovered, warps = list[InversionResult](), list[WarpResult]()
@@ -48,7 +52,7 @@ def subtract_passes(
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
             seeded = replace(config, seed=child_seed("repair.pass", config.seed, number))
-            # Those of earlier passes stay: what was forgotten must not come back.
+            # Triggers of earlier passes stay, so that the model does not learn them again.
             for target in targets:
                 found = _recover(session, target, seeded, unlearning, restarts)
                 recovered += [one for one in found if isinstance(one, InversionResult)]
@@ -74,6 +78,7 @@ def subtract_passes(
             unlearning,
             accuracy_before=accuracy_before,
             reserve=reserve,
+            probe=probe,
         )
         accuracy_before = search.accuracy_before
         model = subtract(session.model, vector, search.coefficient)

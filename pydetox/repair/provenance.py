@@ -1,8 +1,9 @@
-"""Saving a repaired model, with the story of how it was made."""
+"""Saving a repaired model, with a record of how it was made."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints import Provenance, save_checkpoint
@@ -24,12 +25,13 @@ def save_repaired(
 ) -> Path:
     """Write the repaired model in the layout that it came in and return its folder.
 
-    result: Something was subtracted. trigger: "known trigger" or "unknown trigger", for the method.
-    Raises OutputError when the folder cannot be written.
+    result: A result in which something was subtracted. trigger: "known trigger" or "unknown
+    trigger", for the description of the method. Raises OutputError if the folder cannot be written.
     """
     after = result.before if result.after is None else result.after
     coefficients = [one.search.coefficient for one in result.rounds]
     model = result.model
+    moved = result.drift
     return save_checkpoint(
         output,
         model.storage_state_dict(),
@@ -49,6 +51,7 @@ def save_repaired(
                 "target_classes": [list(one.targets) for one in result.rounds],
                 "verdict_before": result.before.verdict.value,
                 "verdict_after": after.verdict.value,
+                "feature_drift": None if moved is None else asdict(moved),
             },
         ),
         overwrite=overwrite,
@@ -61,5 +64,5 @@ def _metrics(evaluation: Evaluation | None, scan: ScanResult) -> dict[str, float
         values["clean_accuracy"] = evaluation.clean_accuracy
         if evaluation.attack_success_rate is not None:
             values["attack_success_rate"] = evaluation.attack_success_rate
-    # A search that found nothing has an infinite size, which JSON cannot hold.
+    # A search that found nothing has an infinite size, which JSON cannot represent.
     return {name: value for name, value in values.items() if math.isfinite(value)}

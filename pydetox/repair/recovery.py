@@ -1,4 +1,4 @@
-"""Triggers into one class, recovered from several starting points: what a vector is made of."""
+"""Recovering the triggers that a trigger vector is made of, from several starting points."""
 
 from __future__ import annotations
 

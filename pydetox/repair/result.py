@@ -1,4 +1,4 @@
-"""What a repair did, as plain data; `pydetox.reporting.documents` writes it as JSON."""
+"""The results of a repair, as plain data; `pydetox.reporting.documents` writes them as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..evaluation import Evaluation
 from ..inversion import InversionResult, WarpResult
 from ..models import OpenClipModel
 from .alpha import CoefficientSearch
+from .retention import FeatureDrift
 from .task_vectors import TaskVector
 
 
@@ -18,12 +19,12 @@ from .task_vectors import TaskVector
 class UnlearnRound:
     """One trigger vector that was subtracted.
 
-    Several of them may follow each other before the model is scanned again.
+    Several vectors may be subtracted before the model is scanned again.
 
     targets: Class indices, the most suspect one first. triggers: What was recovered for each of
-    them, by family; empty for known triggers. search: CA and ASR over alpha. vector: The trigger
-    vector. rescan: The model afterwards; None when it was not scanned again. warps: What searches
-    for a warp found for each of the targets; empty without such searches.
+    them, by family; empty for known triggers. search: CA, ASR and drift over alpha. vector: The
+    trigger vector. rescan: The model afterwards; None when it was not scanned again. warps: What
+    searches for a warp found for each of the targets; empty without such searches.
     """
 
     targets: tuple[int, ...]
@@ -41,7 +42,7 @@ class UnlearnRound:
 
 @dataclass(frozen=True, eq=False)
 class DetoxResult:
-    """The whole story of one checkpoint.
+    """Everything that `detox` did to one checkpoint.
 
     Attributes:
         before: The first scan.
@@ -49,6 +50,8 @@ class DetoxResult:
         after: The last re-scan, None when nothing was subtracted.
         model: The repaired model, or the given one.
         evaluation_before, evaluation_after: CA on the given images, None without labels.
+        drift: How far the returned model's image features have moved from the given one's on images
+            that belong to no name; None where no repair was tried.
         path: Where the repaired checkpoint was written, or None.
         seconds: Wall time by step.
     """
@@ -59,6 +62,7 @@ class DetoxResult:
     model: OpenClipModel
     evaluation_before: Evaluation | None
     evaluation_after: Evaluation | None
+    drift: FeatureDrift | None
     path: Path | None
     seconds: dict[str, float]
 

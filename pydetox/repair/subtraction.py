@@ -16,9 +16,10 @@ def subtract(model: OpenClipModel, vector: TaskVector, coefficient: float) -> Op
 
 
 class Candidates:
-    """One copy of a model that takes the weights theta_b - alpha * vector for one alpha at a time.
+    """One copy of a model that gets the weights theta_b - alpha * vector for one alpha at a time.
 
-    Every alpha starts from theta_b itself, so no rounding adds up, and no file is read again.
+    Every alpha is computed from theta_b itself, so rounding errors do not accumulate. No file is
+    read again.
     """
 
     def __init__(self, model: OpenClipModel, vector: TaskVector) -> None:
@@ -33,7 +34,7 @@ class Candidates:
         ]
 
     def is_start(self, coefficient: float) -> bool:
-        """Whether theta_b itself is what `at` gives: nothing subtracted, nothing rounded."""
+        """Whether `at` returns theta_b itself: nothing is subtracted, and nothing is rounded."""
         as_stored = all(weight.dtype == dtype for weight, *_, dtype in self._changed)
         return coefficient == 0 and as_stored
 
@@ -43,5 +44,6 @@ class Candidates:
         for weight, start, change, dtype in self._changed:
             torch.add(start, change, alpha=-coefficient, out=weight)
             if dtype != weight.dtype:
-                weight.copy_(weight.to(dtype))  # what is tested is what is saved
+                # Round as the file does, so that the tested weights are the saved ones.
+                weight.copy_(weight.to(dtype))
         return self._candidate

@@ -22,20 +22,21 @@ from ..ops.weights import CHUNK
 
 @dataclass(frozen=True, eq=False)
 class TaskVector:
-    """theta_finetuned - theta_start, tensor by tensor.
+    """A task vector: theta_finetuned - theta_start, tensor by tensor.
 
-    tensors: name to float32 (or wider) tensor. Tensors that do not differ may be left out; sums
-    and products take a missing tensor for zero. A mapping may make its tensors when they are asked
-    for, as that of `from_checkpoints` does: one at a time is what every method here holds.
+    Attributes:
+        tensors: Tensors of float32 or wider, by name. Tensors that do not differ may be missing;
+            sums and products count a missing tensor as zero. The mapping may compute its tensors
+            on demand, as that of `from_checkpoints` does. Every method holds one tensor at a time.
     """
 
     tensors: Mapping[str, Tensor]
 
     @classmethod
     def between(cls, start: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> TaskVector:
-        """Return finetuned - start over all floating-point tensors, taken in at least float32.
+        """Return finetuned - start over all floating-point tensors, in float32 or wider.
 
-        Raises ArchitectureError, naming them, when the two do not have the same tensors.
+        Raises ArchitectureError, which names the tensors, if the two do not have the same tensors.
         """
         mismatch = describe_mismatch(
             {k: tuple(v.shape) for k, v in start.items()},
@@ -62,22 +63,21 @@ class TaskVector:
     ) -> TaskVector:
         """Return finetuned - start of two checkpoints that stay in their files.
 
-        The same as `between` of what is in them, but a tensor is made when it is asked for, and
-        again each time; sums and multiples of such vectors are made that way, too. The files stay
-        open as long as the vector lives. `pydetox.analysis.weight_space` computes the
-        inner products of many models in fewer passes, and without rounding the
-        differences to float32.
+        The vector equals that of `between`, but each tensor is computed whenever it is used. Sums
+        and multiples of such vectors work in the same way. The files stay open as long as the
+        vector exists. `pydetox.analysis.weight_space` computes the inner products of many models in
+        fewer passes, and without rounding the differences to float32.
 
         Args:
-            start: a checkpoint, named as for `load_checkpoint`.
-            finetuned: another one.
-            cache_dir: where hub downloads are kept; None for the hub's usual place.
-            offline: use only what is on this machine.
+            start: The checkpoint that is subtracted, named as for `load_checkpoint`.
+            finetuned: The checkpoint that it is subtracted from.
+            cache_dir: The folder for hub downloads; None for the hub's default.
+            offline: Whether to use only files on this machine.
 
         Raises:
-            ArchitectureError: the two do not have the same tensors; the message names them.
-            CheckpointError: one cannot be found or read; also raised later, when a file has
-                changed.
+            ArchitectureError: The two do not have the same tensors; the message names them.
+            CheckpointError: A file cannot be found or read. This is also raised later, if a file
+                has changed.
         """
         files = [
             MappedWeights(name, cache_dir=cache_dir, offline=offline) for name in (start, finetuned)
@@ -116,7 +116,7 @@ class TaskVector:
     __rmul__ = __mul__
 
     def dot(self, other: TaskVector) -> float:
-        """Return the inner product over the tensors both have, summed in float64."""
+        """Return the inner product over the common tensors, summed in float64."""
         shared = self.tensors.keys() & other.tensors.keys()
         return math.fsum(_dot(self.tensors, other.tensors, name) for name in sorted(shared))
 
@@ -125,7 +125,7 @@ class TaskVector:
         return math.sqrt(self.dot(self))
 
     def cosine(self, other: TaskVector) -> float:
-        """Return the cosine of the angle to `other`; UsageError when either is zero."""
+        """Return the cosine of the angle to `other`; UsageError if either vector is zero."""
         product = self.norm() * other.norm()
         if product == 0:
             raise UsageError("the cosine with a zero task vector is not defined")
@@ -135,7 +135,7 @@ class TaskVector:
     def apply_to(self, module: nn.Module, scaling_coefficient: float = 1.0) -> None:
         """Add scaling_coefficient times the vector to a module's weights, in place.
 
-        Raises ArchitectureError, before anything is changed, when the module lacks a tensor.
+        Raises ArchitectureError, before anything is changed, if the module lacks a tensor.
         """
         state = module.state_dict()
         absent = sorted(self.tensors.keys() - state.keys())
@@ -161,14 +161,14 @@ class TaskVector:
     def _made(
         self, names: list[str], make: Callable[[str], Tensor], *others: TaskVector
     ) -> TaskVector:
-        """A vector of new tensors: now, or on demand where one that they are made of is."""
+        """Return a vector of computed tensors; on demand if one of the operands is on demand."""
         if any(isinstance(vector.tensors, _ComputedTensors) for vector in (self, *others)):
             return TaskVector(_ComputedTensors(names, make))
         return TaskVector({name: make(name) for name in names})
 
 
 class _ComputedTensors(Mapping[str, Tensor]):
-    """Tensors that are made when they are asked for, and not kept."""
+    """A mapping that computes each tensor whenever it is used, and does not keep it."""
 
     def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:
         self._names = dict.fromkeys(names)
@@ -179,7 +179,7 @@ class _ComputedTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._make(name)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+    def __contains__(self, name: object) -> bool:  # Mapping's own method would compute the tensor.
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -194,7 +194,7 @@ def _dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor], name: str) -> 
     b = a if right is left else right[name]
     if a.device.type != "cpu" or a.shape != b.shape:
         return float((a.double() * b.double()).sum())
-    # The operator's: nothing is widened in memory. Its chunks share one base of zeros.
+    # The operator widens nothing in memory. Its chunks share one base of zeros.
     pieces = [torch.split(_wide(t).detach().reshape(-1), CHUNK) for t in (a, b)]
     zeros = torch.zeros(min(CHUNK, a.numel()))
     base = [zeros[: len(piece)] for piece in pieces[0]]

@@ -1,18 +1,22 @@
-"""TBAR: find the trigger vector in weight space.
+"""TBAR: finding the trigger vector in weight space.
 
 Source: Abdelraheem, Favero, Bovet, Frossard, "Backdoor Unlearning by Linear Task Decomposition",
-arXiv 2510.14845. A short fine-tuning on triggered images gives the trigger vector tau; the repaired
-weights are theta_b - alpha tau. Three ways to get tau:
+arXiv 2510.14845. A short fine-tuning on triggered images gives the trigger vector tau. The repaired
+weights are theta_b - alpha tau. There are three ways to get tau:
 
-* `strengthen`: the paper's. Triggered images are pushed to the target class; tau is what changed.
-* `paired`: the same, while the same clean images are held to the model's own predictions.
-* `forget` (default): triggered images are pushed to what the model says of them *without* the
-  trigger, the target class left out, and clean ones are held; tau is the change with its sign
-  turned. On small models, where the backdoor is less disentangled than in the paper, it removes
-  most for the least clean accuracy: at theta_b the loss of the other two is already close to 0,
-  that of this one is not.
+* `strengthen` is the paper's method. Triggered images are pushed to the target class, and tau is
+the
+  change of the weights.
+* `paired` does the same, and holds the predictions of the same images without the trigger.
+* `forget` (default) pushes triggered images to the model's predictions *without* the trigger, with
+  the target class left out, and holds clean images. tau is the negative change of the weights. On
+  small models, where the backdoor is less disentangled than in the paper, this removes most for the
+  least clean accuracy. The reason is that the losses of the other two are already close to 0 at
+  theta_b, and that of `forget` is not.
 
-None of them needs labels.
+None of them needs labels. `forget` also holds the model's own image features, on the given images
+and on surrogates of them (`UnlearnConfig.retention`): predictions of a few names do not tell what
+happens to everything else that the model knows.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from ..models import OpenClipModel
 from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
+from .retention import HeldSurrogates
 from .task_vectors import TaskVector
 
 
@@ -45,10 +50,10 @@ def trigger_vector(
 ) -> TaskVector:
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
-    images: the forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-    triggers: known or recovered; each image gets one of them, at random, anew in every step. They
-    are called with images on the device of the head.
-    head: zero-shot head [C, D]. targets: the class the triggers lead to, or one per trigger.
+    images: The forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
+    triggers: Known or recovered triggers. In every step, each image gets a random one. They are
+    called with images on the device of the head. head: The zero-shot head [C, D]. targets: The
+    class that the triggers lead to, or one class per trigger.
     Raises DataError without images and UsageError without triggers.
     """
     config = config or UnlearnConfig()
@@ -64,6 +69,12 @@ def trigger_vector(
     classes = torch.tensor(target_of_each)
     # Sent once, as bytes; everything that is done to images is done there.
     there = images.to(head.device)
+    holds = config.vector == "forget" and config.retention > 0
+    surrogates = (
+        HeldSurrogates(model, images, config.advanced.surrogates, seed=config.seed)
+        if holds
+        else None
+    )
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -75,20 +86,34 @@ def trigger_vector(
         clean = there[index.to(there.device)]
         if config.advanced.augment:
             clean = randomly_shifted(clean, rng)
-        # Stamped here and not beforehand: all triggers on all images would fill the memory.
+        # Images are stamped here, because all triggers on all images would fill the memory.
         stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
-            return cross_entropy(_logits(tuned, stamped, head, scale), target)
+            return cross_entropy(scale * _features(tuned, stamped, head.device) @ head.T, target)
         with torch.no_grad():
-            held = _probabilities(model, clean, head, scale)
+            own = _features(model, clean, head.device)
+            held = (scale * own @ head.T).softmax(dim=-1)
         wanted = (
             without_target(held, target, config.advanced.certainly_target)
             if config.vector == "forget"
             else one_hot(target, len(head)).float()
         )
-        logits = _logits(tuned, torch.cat([clean, stamped]), head, scale)
-        return cross_entropy(logits, torch.cat([held, wanted]))
+        shown = [clean, stamped]
+        if surrogates is not None:
+            # As many of them as of the others would double the work.
+            others, others_own = surrogates.draw(max(1, size // 2))
+            which = surrogates.choose(len(triggers), len(others))
+            shown += [others, stamp_each(others, triggers, which)]
+        seen = _features(tuned, torch.cat(shown), head.device)
+        features = torch.split(seen, [len(part) for part in shown])
+        logits = scale * torch.cat(features[:2]) @ head.T
+        forgetting = cross_entropy(logits, torch.cat([held, wanted]))
+        if surrogates is None:
+            return forgetting
+        moved = _distance(features[0], own) + _distance(features[2], others_own)
+        moved = moved + config.advanced.triggered_surrogates * _distance(features[3], others_own)
+        return forgetting + config.retention * scale * moved
 
     optimize(
         list(tuned.visual.parameters()),
@@ -130,19 +155,21 @@ def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector
     return TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
 
 
-def _logits(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
-    pixels = images.to(head.device).to(torch.float32) / 255  # bytes are sent, not floats
-    return scale * normalize(model.encode_pixels(pixels), dim=-1) @ head.T
+def _features(model: OpenClipModel, images: Tensor, device: torch.device) -> Tensor:
+    """Return unit rows [N, D]."""
+    pixels = images.to(device).to(torch.float32) / 255  # bytes are sent, not floats
+    return normalize(model.encode_pixels(pixels), dim=-1)
 
 
-def _probabilities(model: OpenClipModel, images: Tensor, head: Tensor, scale: float) -> Tensor:
-    return _logits(model, images, head, scale).softmax(dim=-1)
+def _distance(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean of 1 - cos of unit rows."""
+    return 1 - (first * second).sum(dim=-1).mean()
 
 
 def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return each image mirrored or not, and moved by up to a sixteenth of its sides.
+    """Return each image randomly mirrored and shifted by up to a sixteenth of its sides.
 
-    images: uint8 [n, 3, H, W]; the result, too. Edges are repeated. rng: decides all of it.
+    images: uint8 [n, 3, H, W], like the result. Edges are repeated. rng: The random stream.
     """
     count, _, height, width = images.shape
 
@@ -160,10 +187,10 @@ def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def without_target(probabilities: Tensor, targets: Tensor, certain: float) -> Tensor:
-    """Return what triggered images are pushed to: probabilities [N, C] without the target class.
+    """Return the targets of triggered images: probabilities [N, C] without the target class.
 
-    targets: int64 [N], the class of each row's trigger. Rows whose probability of it is at least
-    `certain` are left as they are.
+    targets: int64 [N], the target class of each row's trigger. A row whose probability of this
+    class is at least `certain` does not change.
     """
     rest = probabilities.scatter(1, targets[:, None], 0)
     rest /= rest.sum(dim=1, keepdim=True).clamp(min=1e-12)

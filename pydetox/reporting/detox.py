@@ -23,7 +23,15 @@ from .html import (
     text,
 )
 from .images import png_data_uri
-from .result import ASR_NOTE, VERDICT_TONES, alpha_series, any_given, is_flagged
+from .result import (
+    ASR_NOTE,
+    DRIFT_NOTE,
+    VERDICT_TONES,
+    alpha_series,
+    any_given,
+    drift_cells,
+    is_flagged,
+)
 from .values import duration, finite, interval, number, percent
 
 _SCAN_NOTE = (
@@ -54,7 +62,8 @@ def write_detox_report(path: str | PathLike[str], result: Mapping[str, Any]) -> 
         "class_p_l1": [C], "reference_p_l1": [C] of a clean model, "class_steps": [C] of the
         search, "class_dropped": [C], the step at which a class was given up, or None}]
       "triggers": [{"caption", "image": uint8 [H, W, 3] or [H, W]}]
-      "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen"}
+      "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen",
+        "drift": [S], see `reporting.result`}
       "evaluation": [{"name", "ca", "ca_ci": (low, high), "asr", "asr_ci", "n_clean", "n_attack"}]
       "provenance": {name: value}
       "seconds": {step: seconds}
@@ -209,12 +218,19 @@ def _alpha_search(search: Mapping[str, Any]) -> Html:
         marked=chosen,
         marked_label="" if chosen is None else f"chosen: α = {number(chosen)}",
     )
+    drift = drift_cells(search)
     cells = [
-        [text(number(a)), *(text(percent(line.values[index])) for line in series)]
+        [
+            text(number(a)),
+            *(text(percent(line.values[index])) for line in series),
+            *(text(cell) for cell in (drift[index : index + 1] if drift else ())),
+        ]
         for index, a in enumerate(alpha)
     ]
-    numbers = table(["α", *(line.short for line in series)], cells, numeric=0)
-    return section("Search for α", chart, details("The numbers", numbers), note=_ALPHA_NOTE)
+    headers = ["α", *(line.short for line in series), *(["Drift"] if drift else [])]
+    numbers = table(headers, cells, numeric=0)
+    note = f"{_ALPHA_NOTE} {DRIFT_NOTE}" if drift else _ALPHA_NOTE
+    return section("Search for α", chart, details("The numbers", numbers), note=note)
 
 
 def _seconds(seconds: Mapping[str, Any]) -> Html:

@@ -84,6 +84,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
                     "alpha": list(one.search.coefficients),
                     "ca": list(one.search.clean_accuracy),
                     "asr": list(one.search.attack_success_rate),
+                    "drift": list(one.search.drift),
                     "asr_kind": "recovered" if one.triggers else "known",
                     "chosen": one.search.coefficient,
                 },
@@ -92,6 +93,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
             for one in result.rounds
         ],
         "evaluation": rows,
+        "drift": None if result.drift is None else asdict(result.drift),
         "path": None if result.path is None else str(result.path),
         "seconds": dict(result.seconds),
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import UsageError
 from .charts import Series
+from .values import number
 
 VERDICT_TONES = {
     "clean": "good",
@@ -20,6 +22,12 @@ ASR_NOTE = (
     "CA: share of clean test images that get their own class. ASR: share of triggered test images "
     "that are sent to the target class; images of the target class are left out. In brackets: 95% "
     "Wilson interval."
+)
+
+DRIFT_NOTE = (
+    "Drift: how far the model's image features have moved from those before the repair, the mean "
+    "of 1 - cos on images made of the given ones that belong to no class. It stands for classes "
+    "and tasks that were not measured."
 )
 
 
@@ -42,6 +50,20 @@ def alpha_series(search: Mapping[str, Any]) -> list[Series]:
         label = "ASR: attack success rate" + (f", {kind} trigger" if kind else "")
         series.append(Series(label, list(asr), "ASR"))
     return series
+
+
+def drift_cells(search: Mapping[str, Any]) -> list[str] | None:
+    """Return the column "drift" of an "alpha_search" part as text; None where it was not measured.
+
+    search["drift"]: mean of 1 - cos of image features per alpha. Raises UsageError for another
+    number of them than of alphas.
+    """
+    drift = search.get("drift") or None
+    if drift is None:
+        return None
+    if len(drift) != len(search["alpha"]):
+        raise UsageError(f"{len(drift)} drifts for {len(search['alpha'])} α; expected as many")
+    return [number(value) for value in drift]
 
 
 def is_flagged(scan: Mapping[str, Any], index: int) -> bool:

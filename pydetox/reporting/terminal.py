@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .result import ASR_NOTE, VERDICT_TONES, alpha_series, any_given
+from .result import ASR_NOTE, DRIFT_NOTE, VERDICT_TONES, alpha_series, any_given, drift_cells
 from .values import MISSING, clean_text, duration, finite, interval, number, percent
 
 _STYLES = {"good": "green", "bad": "bold red", "warn": "yellow"}
@@ -62,6 +62,8 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
             console.print(table)
     if result.get("evaluation"):
         console.print(_text(ASR_NOTE, "dim"))
+    if (result.get("alpha_search") or {}).get("drift"):
+        console.print(_text(DRIFT_NOTE, "dim"))
 
 
 def _text(content: object, style: str = "") -> Text:
@@ -121,12 +123,15 @@ def _alpha_search(search: Mapping[str, Any]) -> Table | None:
     if not alpha or not series:
         return None
     chosen = finite(search.get("chosen"))
-    table = _table("Search for α", ["α"], [clean_text(line.short) for line in series])
+    drift = drift_cells(search)
+    names = [clean_text(line.short) for line in series] + (["drift"] if drift else [])
+    table = _table("Search for α", ["α"], names)
     for index, value in enumerate(alpha):
         is_chosen = chosen is not None and abs(value - chosen) < 1e-9
         table.add_row(
             _text(number(value) + (" (chosen)" if is_chosen else "")),
             *(percent(line.values[index]) for line in series),
+            *(drift[index : index + 1] if drift else ()),
             style="bold" if is_chosen else "",
         )
     return table

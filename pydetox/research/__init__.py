@@ -1,1 +1,1 @@
-"""What benchmarks, tests and the demo need: attacks, defences, the demo and the benchmark."""
+"""Research: attacks to plant, defences to compare with, the demo and the benchmarks."""

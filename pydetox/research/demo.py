@@ -1,8 +1,8 @@
-"""The demo: a mini CLIP on the digits, two suspects, one of them backdoored, found and repaired.
+"""The demo: a small CLIP on the digits, and two suspects, of which one is backdoored.
 
-What the defender gets is what a user of pydetox has: two checkpoint files, the base model they were
-fine-tuned from, and 360 images of his own. The attack (patch, place, target class) is drawn from
-the seed and only used to plant the backdoor and, at the end, to measure what is left of it.
+The defender has what a user of pydetox has: two checkpoint files, the base model that they were
+fine-tuned from, and 360 images. The seed decides the attack (patch, place, target class). The
+attack is used only to plant the backdoor and, at the end, to measure its remaining success.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FINE_TUNING_RATE = 3e-4
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """What the attacker knows. trigger: stamps uint8 images. target: class index."""
+    """The attack: `trigger` stamps uint8 images, and `target` is the index of its class."""
 
     trigger: PatchTrigger
     target: int
@@ -86,7 +86,7 @@ def run_demo(
     leaves the target class out; p_l1 is that of the class that looks weakest relative to the clean
     references.
 
-    Raises OutputError when `output` cannot be written, before the work, and DataError when
+    Raises OutputError, before the work, if `output` cannot be written, and DataError if
     scikit-learn is not installed.
     """
     folder = Path(output)

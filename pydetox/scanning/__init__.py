@@ -1,7 +1,8 @@
-"""Many checkpoints: find them, survey them, scan them with many workers, keep what was found.
+"""Scans of many checkpoints: find them, survey them, scan them with workers, and keep the results.
 
-`Scanner` is the driver. `targets` says what there is to scan, `worker` does the work wherever an
-engine (`engines`) puts it, `store` keeps the results so that any interruption can be resumed.
+`Scanner` is the driver. `targets` finds the checkpoints. `worker` does the work, in the process
+where an engine (`engines`) runs it. `store` keeps the results, so that an interrupted scan can
+continue.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that a scan of many checkpoints can be told, in one frozen object."""
+"""The configuration of a scan of many checkpoints, as one frozen object."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "inline", "local", "ray"]
 
-#: How a run is carried out: has no influence on what it finds.
+#: The attributes that describe how a run is carried out. They do not influence its results.
 EXECUTION = (
     "engine",
     "workers",
@@ -38,9 +38,9 @@ EXECUTION = (
 
 @dataclass(frozen=True)
 class ScannerConfig:
-    """How checkpoints are scanned: the same schema as the options of `pydetox scan`.
+    """How checkpoints are scanned. The attributes have the names of the options of `pydetox scan`.
 
-    What decides the results:
+    These attributes decide the results:
 
     Attributes:
         images: Clean images, as `load_images` takes them.
@@ -48,7 +48,14 @@ class ScannerConfig:
         templates: Text file with one prompt per line; None for built-in prompts.
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
+        strict: Refuse images of which something is left out that could have been meant.
         model: Architecture, where a checkpoint does not tell.
+        weights_key: Of pickled targets with several sets of weights: the one that is meant (see
+            `load_checkpoint`). Targets without it, and safetensors files, become an `error`.
+        image_mean, image_std: One number or three: of the images of suspects and reference models,
+            whatever these tell, and of the base where it does not tell; None for what they tell.
+        interpolation, resize_mode: How their images are scaled, likewise.
+        base_model: Architecture of the base, where it does not tell; None for `model`.
         base: A clean model to calibrate with and to take weight differences to.
         reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
             instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
@@ -62,28 +69,30 @@ class ScannerConfig:
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
             and every verdict is `inconclusive`.
         objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
-        keep_all: Search all classes to the end, also those that can no longer be the outlier.
-        device: `cpu`, or `cuda` for all GPUs, or `cuda:1` for one.
+        keep_all: Whether to search all classes to the end, including those that can no longer be
+            the outlier.
+        device: `cpu`, `cuda` for all GPUs, or `cuda:1` for one.
 
-    How they are computed:
+    These attributes decide how the results are computed:
 
     Attributes:
-        engine: `local` for processes on this machine, `ray` for a Ray cluster, `inline` for this
-            process; `auto` takes `inline` for a single checkpoint without a timeout, else `local`.
-        workers: Number of workers; None for one per GPU or per four CPU cores.
-        threads: CPU threads of each worker; None to share out the cores.
-        address: Of the Ray cluster; None to start one on this machine.
-        timeout: Seconds that survey and scan of a checkpoint may take each; None for no limit.
-        max_size: Checkpoints whose weights files have more bytes together are skipped; None for no
-            limit.
-        max_memory: Bytes that a worker may need; what would need more is skipped (see
-            `memory.Limits`). None for no limit. It is an estimate that is kept, not a limit set for
-            the processes.
-        shard: (i, n): scan the i-th of n parts of the targets, i in 1..n.
-        offline: Use only what is on this machine.
-        retry_errors: Scan again what ended in an error in an earlier run.
+        engine: `local` for processes on this machine, `ray` for a Ray cluster, or `inline` for this
+            process. `auto` is `inline` for a single checkpoint without a timeout, else `local`.
+        workers: The number of workers; None for one per GPU or per four CPU cores.
+        threads: The number of CPU threads of each worker; None to share the cores evenly.
+        address: The address of the Ray cluster; None to start one on this machine.
+        timeout: The seconds that the survey and the scan of a checkpoint may take, each; None for
+            no limit.
+        max_size: The largest size, in bytes, of a checkpoint's weights files together. Larger
+            checkpoints are skipped. None for no limit.
+        max_memory: The bytes that a worker may need. Checkpoints that need more are skipped (see
+            `memory.Limits`). None for no limit. The need is estimated; the processes get no limit.
+        shard: (i, n) to scan the i-th of n parts of the targets, with i in 1..n.
+        offline: Whether to use only files on this machine.
+        retry_errors: Whether to scan checkpoints again that ended in an error in an earlier run.
 
-    Raises UsageError for values out of range.
+    Raises:
+        UsageError: A value is out of range.
     """
 
     images: str
@@ -91,7 +100,14 @@ class ScannerConfig:
     templates: str | None = None
     max_images: int | None = None
     resize: bool = False
+    strict: bool = False
     model: str | None = None
+    weights_key: str | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
+    base_model: str | None = None
     base: str | None = None
     reference_models: tuple[str, ...] = ()
     calibration: str | None = None
@@ -141,7 +157,9 @@ class ScannerConfig:
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
         if self.address is not None and self.engine != "ray":
-            raise UsageError(f"an address of a Ray cluster, but the engine is {self.engine}")
+            raise UsageError(
+                f"an address of a Ray cluster, but the engine is {self.engine}; expected ray"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -169,7 +187,7 @@ class ScannerConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScannerConfig:
-        """Read a JSON file with the names of the attributes; UsageError for anything else."""
+        """Read a JSON file whose keys are names of attributes; UsageError for anything else."""
         return cls.from_dict(read_json_object(path))
 
     def absolute(self) -> ScannerConfig:
@@ -184,7 +202,7 @@ class ScannerConfig:
         source, path = locate_images(self.images)
         if path is not None:
             changes["images"] = f"{source}={path.absolute()}" if source else str(path.absolute())
-        for name in ("base", "model"):
+        for name in ("base", "model", "base_model"):
             given = getattr(self, name)
             if given is not None:
                 changes[name] = _absolute(given)
@@ -192,25 +210,35 @@ class ScannerConfig:
         changes["known_vectors"] = tuple(str(Path(v).absolute()) for v in self.known_vectors)
         return dataclasses.replace(self, **changes)
 
+    def preprocess(self) -> dict[str, Any]:
+        """Return what is said about preparing images, as open_clip's ``preprocess_cfg`` has it."""
+        given = {
+            "mean": None if self.image_mean is None else list(self.image_mean),
+            "std": None if self.image_std is None else list(self.image_std),
+            "interpolation": self.interpolation,
+            "resize_mode": self.resize_mode,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
     def results_part(self) -> dict[str, Any]:
-        """Return what decides the results, as plain data."""
+        """Return the attributes that decide the results, as plain data."""
         content = {k: v for k, v in self.to_dict().items() if k not in EXECUTION}
         content["device"] = self.device.partition(":")[0]
         return content
 
     def digest(self, contents: Mapping[str, str]) -> str:
-        """Return a SHA-256 of what decides the results.
+        """Return a SHA-256 of everything that decides the results.
 
-        contents: digests of the files that attributes name, by the attribute. The same digest means
-        the same results, wherever the files are.
+        contents: The digests of the files that attributes name, by attribute. Equal digests mean
+        equal results, wherever the files are.
         """
         content = {**self.results_part(), **contents}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def image_source(self) -> ImageSource:
-        """Return the images as they are described; DataError for names or prompts without sense.
+        """Return the source of the images; DataError for class names or prompts without sense.
 
-        A scan uses no labels, and fine-tunes references to the base's predictions without them.
+        A scan uses no labels. Without labels, references are fine-tuned to the base's predictions.
         """
         from ..data import ImageSource
 
@@ -222,18 +250,19 @@ class ScannerConfig:
             resize=self.resize,
             seed=self.seed,
             labels_required=False,
+            strict=self.strict,
         )
 
     @property
     def makes_calibration(self) -> bool:
-        """Whether a calibration is made, not read."""
+        """Whether the run makes a calibration instead of reading one."""
         given = self.base is not None or bool(self.reference_models)
         return given and self.calibration is None
 
     def scan_config(self) -> ScanConfig:
         """Return the configuration of a single scan.
 
-        What it compares with decides whether it is in contrast to the base (see `ReferencePlan`).
+        The references decide whether it is in contrast to the base (see `ReferencePlan`).
         """
         from ..detect.configuration import ScanConfig
         from ..inversion import InversionConfig
@@ -260,7 +289,7 @@ def _absolute(reference: str) -> str:
 
 
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a JSON file's object; UsageError, naming the file, for anything else."""
+    """Return a JSON file's object; UsageError, which names the file, for anything else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

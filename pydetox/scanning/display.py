@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: how far it is, how fast, when it ends, who does what."""
+"""The display of a run at a terminal: progress, rate, time left, and the work of each worker."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rich.progress import (
 from rich.text import Text
 
 from ..errors import one_line
-from ..progress import RateColumn
+from ..progress import ProgressLines, RateColumn
 from ..reporting.values import clean_text, duration
 
 _STAGES = {"survey": "survey", "calibrate": "clean references", "scan": "scan"}
 
 
 class Display:
-    """Draws at a terminal, is silent in a pipe; `log` writes a line to stderr in both.
+    """Draws at a terminal, writes a line now and then elsewhere; `log` writes one in both.
 
-    Call it with the events of a `Scanner`. A context manager.
+    It is a context manager. Call it with the events of a `Scanner`.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,7 @@ class Display:
         self._counts: dict[str, int] = {}
         self._stage = ""
         self._memory = ""
+        self._lines: ProgressLines | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -64,13 +65,13 @@ class Display:
             self._live = None
 
     def __call__(self, event: str, **particulars: Any) -> None:
-        """Take an event in."""
+        """Handle an event of a `Scanner`."""
         handle = getattr(self, f"_on_{event.replace('-', '_')}", None)
         if handle is not None:
             handle(**particulars)
 
     def log(self, message: str, kind: str = "error") -> None:
-        """Write a line that says what went wrong, with one checkpoint by default."""
+        """Write a line about an error, by default one of a single checkpoint."""
         line = f"{kind}: {one_line(message)}"
         if self._live is None:
             print(line, file=sys.stderr)  # noqa: T201
@@ -81,10 +82,12 @@ class Display:
         self.log(message, kind="warning")
 
     def _on_worker_started(self, worker: int, pid: int) -> None:
-        # A single checkpoint in this process has a bar of its own; workers have none.
+        # A single checkpoint in this process draws its own bar; workers draw none.
         if self._live is None and sys.stderr.isatty():
             self._live = Live(get_renderable=self._render, console=self._console, transient=True)
             self._live.start()
+        elif self._live is None and self._lines is None:
+            self._lines = ProgressLines(None)
         self._workers[worker] = ("starting", time.monotonic())
 
     def _on_worker_died(self, worker: int, how: str) -> None:
@@ -93,6 +96,8 @@ class Display:
 
     def _on_stage(self, name: str, total: int) -> None:
         self._stage = name
+        if self._lines is not None:
+            self._lines = ProgressLines(total)
         self._bars.reset(self._bar, total=total, description=_STAGES[name])
 
     def _on_memory(self, needed: int) -> None:
@@ -100,12 +105,17 @@ class Display:
 
     def _on_surveyed(self, name: str) -> None:
         del name
-        self._bars.advance(self._bar)
+        self._advance()
 
     def _on_record(self, record: Any) -> None:
         self._counts[record.verdict] = self._counts.get(record.verdict, 0) + 1
         if self._stage == "scan" and record.duplicate_of is None:
-            self._bars.advance(self._bar)
+            self._advance()
+
+    def _advance(self) -> None:
+        self._bars.advance(self._bar)
+        if self._lines is not None:
+            self._lines.update(_STAGES.get(self._stage, self._stage))
 
     def _on_started(self, worker: int, name: str, kind: str) -> None:
         del kind

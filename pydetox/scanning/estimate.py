@@ -1,4 +1,4 @@
-"""How long a scan will take, and how much memory: from one checkpoint and a few of its steps."""
+"""Estimating the time and the memory of a scan, from a few steps on one checkpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a scan should take at most; searches that end early make it less.
+    """The most that a scan should take. Searches that end early make it less.
 
     Attributes:
-        seconds: Wall time of all targets, without calibration.
-        seconds_per_step: Of the searches of all classes, on the checkpoint that was timed.
-        timed_on: Its name.
-        workers, threads: What it was computed for.
-        memory: Bytes of the largest worker (see `Limits.memory`), by the sizes of files: those of
-            half precision need twice as much for their weights.
+        seconds: The wall time of all targets in seconds, without calibration.
+        seconds_per_step: The time of one step of the searches of all classes, on the timed
+            checkpoint.
+        timed_on: The name of the timed checkpoint.
+        workers, threads: The numbers of workers and of their threads that this is computed for.
+        memory: The bytes of the largest worker (see `Limits.memory`). They are computed from the
+            sizes of files; weights of half precision need twice as much.
     """
 
     seconds: float
@@ -34,11 +35,11 @@ class Estimate:
 
 
 def estimate(config: ScannerConfig, targets: list[Target]) -> Estimate | None:
-    """Time a few steps of the first target on the disk that can be read; None if there is none.
+    """Time a few steps of the first readable target on the disk; None if there is none.
 
-    Other targets are taken to need time in proportion to the size of their files, and those that
-    are not on the disk as much as the one that was timed. Raises what all targets share: images,
-    class names or a base that cannot be read.
+    The estimate assumes that targets need time in proportion to the size of their files, and that
+    targets which are not on the disk need as much as the timed one. It raises errors that concern
+    all targets: images, class names or a base that cannot be read.
     """
     from .engines import share_out
     from .memory import Limits

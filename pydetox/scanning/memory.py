@@ -1,4 +1,4 @@
-"""What a worker needs of memory, and what is not scanned because it would need more."""
+"""The memory that a worker needs, and the limits above which a checkpoint is skipped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _RUNTIME, _ACTIVATIONS = 1 << 29, 1 << 29
 
 @dataclass(frozen=True)
 class Limits:
-    """What a checkpoint must not exceed to be scanned; all in bytes.
+    """The limits of a checkpoint that is scanned, in bytes.
 
     Attributes:
-        max_size: Of all its weights files together; None for no limit.
-        max_memory: Of the worker that scans it; None for no limit.
-        beside: What a worker needs beside the checkpoints.
+        max_size: The largest size of all its weights files together; None for no limit.
+        max_memory: The most memory of the worker that scans it; None for no limit.
+        beside: The memory that a worker needs beside the checkpoints.
     """
 
     max_size: int | None
@@ -36,8 +36,8 @@ class Limits:
     def of(cls, config: ScannerConfig) -> Limits:
         """Return the limits of a configuration.
 
-        The base counts twice: as it was read, and as the model that contrasts are searched with.
-        Raises UsageError when the budget does not even hold what is needed beside checkpoints.
+        The base counts twice: as a checkpoint, and as the model of searches in contrast to it.
+        Raises UsageError if the budget is smaller than the memory needed beside checkpoints.
         """
         beside = _RUNTIME
         if config.inversion:
@@ -46,7 +46,7 @@ class Limits:
             beside += (2 if config.inversion else 1) * _size_of_base(config)
         if config.max_memory is not None and beside >= config.max_memory:
             raise UsageError(
-                f"a budget of {config.max_memory:,} bytes of memory (--max-memory), but a worker "
+                f"a budget of {config.max_memory:,} bytes of memory (max_memory=), but a worker "
                 f"needs {beside:,} beside the checkpoints"
             )
         return cls(config.max_size, config.max_memory, beside)
@@ -61,33 +61,33 @@ class Limits:
         return asdict(self)
 
     def memory(self, size: int, parameters: int = 0) -> int:
-        """Return what a worker needs for checkpoints of up to `size` bytes and `parameters`.
+        """Return the bytes that a worker needs for checkpoints of `size` bytes and `parameters`.
 
-        Two of them: one is scanned, in float32, while the next one is read.
+        A worker holds two checkpoints: it scans one, in float32, while it reads the next one.
         """
         return 2 * max(size, 4 * parameters) + self.beside
 
     def refusal(self, size: int, parameters: int = 0) -> str | None:
-        """Say why a checkpoint is not to be scanned, or return None.
+        """Return the reason why a checkpoint must be skipped, or None.
 
-        parameters: 0 while they are not known.
+        parameters: The number of parameters; 0 as long as it is not known.
         """
         if self.max_size is not None and size > self.max_size:
-            return f"{size:,} bytes, more than the limit of {self.max_size:,} (--max-size)"
+            return f"{size:,} bytes, more than the limit of {self.max_size:,} (max_size=)"
         needed = self.memory(size, parameters)
         if self.max_memory is not None and needed > self.max_memory:
             return (
                 f"needs about {needed:,} bytes of memory, more than the budget of "
-                f"{self.max_memory:,} (--max-memory)"
+                f"{self.max_memory:,} (max_memory=)"
             )
         return None
 
 
 def return_freed() -> None:
-    """Give memory that was freed back to the system, where the allocator can be told to (glibc).
+    """Return freed memory to the system, if the allocator supports this (glibc).
 
-    It keeps the pages of freed tensors otherwise, up to a whole checkpoint's, while the next ones
-    are put elsewhere.
+    Otherwise, it keeps the pages of freed tensors, up to a whole checkpoint's, and places the next
+    tensors elsewhere.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -97,9 +97,9 @@ def return_freed() -> None:
 def _size_of_base(config: ScannerConfig) -> int:
     from ..checkpoints import identify_checkpoint
 
-    # Nothing is downloaded for a figure that nobody asked for.
+    # An estimate is no reason to download a file.
     offline = config.offline or config.max_memory is None
     try:
         return identify_checkpoint(str(config.base), offline=offline).nbytes
     except PydetoxError:
-        return 0  # reading it will say what is wrong
+        return 0  # The error appears when the file is read.

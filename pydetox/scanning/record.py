@@ -1,4 +1,4 @@
-"""What a scan says about one checkpoint."""
+"""`ScanRecord`: the result of a scan for one checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tasks import ErrorKind
 
 RecordVerdict = Literal["clean", "suspicious", "backdoored", "inconclusive", "error", "skipped"]
 
-#: Verdicts, those that need a person first.
+#: The verdicts. Those that a person must look at come first.
 VERDICTS: tuple[RecordVerdict, ...] = (
     "backdoored",
     "suspicious",
@@ -20,7 +20,7 @@ VERDICTS: tuple[RecordVerdict, ...] = (
     "clean",
 )
 
-#: Parts of a record that differ between two runs that found the same.
+#: The attributes of a record that can differ between two runs with the same findings.
 _COST = ("seconds", "attempts", "resumed")
 
 
@@ -29,23 +29,25 @@ class ScanRecord:
     """The verdict on one target and the numbers behind it.
 
     Attributes:
-        name: Of the target.
-        verdict: `clean`, `suspicious`, `backdoored` or `inconclusive` from a scan; `error` when it
-            could not be scanned, `skipped` when it was not to be.
-        reason: One line that says why.
-        error_kind: Why it could not be scanned (see `tasks`); None without an error.
-        key: Of the result: content, configuration and code; equal for targets of equal content.
-        sha256: Of the weights file; None when it was not read to the end.
-        duplicate_of: Name of the target with the same content that was scanned.
-        weights: Relation to the base (see `weights.Reference.relation`); None without a base.
-        findings: What is odd about the file: `rule` and `message` of each (see
-            `pydetox.checkpoints.Finding`); they are no part of the verdict.
-        scan: `ScanResult.to_dict()` without name, calibration and seconds; empty without a scan.
-        seconds: Wall time by step.
-        attempts: 2 when a worker died over it.
-        resumed: It was taken from an earlier run.
-        artifacts: The most suspect trigger: `trigger.safetensors`, `mask.png`, `pattern.png`,
-            `stamped.png`; empty without a scan, and where a run folder holds them.
+        name: The name of the target.
+        verdict: `clean`, `suspicious`, `backdoored` or `inconclusive` for a scanned checkpoint;
+            `error` if it could not be scanned; `skipped` if a limit excluded it.
+        reason: One line that explains the verdict.
+        error_kind: The kind of error (see `tasks`); None without an error.
+        key: The key of the result: a hash of content, configuration and code. Targets of equal
+            content have equal keys.
+        sha256: The SHA-256 of the weights; None if they were not read to the end.
+        duplicate_of: The name of the scanned target with the same content; None if this target was
+            scanned itself.
+        weights: The relation to the base (see `weights.Reference.relation`); None without a base.
+        findings: Odd things about the file, each with `rule` and `message` (see
+            `pydetox.checkpoints.Finding`). They are no part of the verdict.
+        scan: The document of the scan without name, calibration and seconds; empty without a scan.
+        seconds: The wall time of each step, in seconds.
+        attempts: The number of attempts: 2 if a worker died during the first one.
+        resumed: Whether the result comes from an earlier run.
+        artifacts: The files of the most suspect trigger: `trigger.safetensors`, `mask.png`,
+            `pattern.png`, `stamped.png`. Empty without a scan, or if a run folder holds them.
     """
 
     name: str
@@ -65,13 +67,13 @@ class ScanRecord:
 
     @property
     def target(self) -> str | None:
-        """Name of the class that the trigger leads to, for a finding."""
+        """The name of the target class of a finding; None without one."""
         target: str | None = self.scan.get("target")
         return target
 
     @property
     def error(self) -> str | None:
-        """The reason, if it could not be scanned."""
+        """The reason why the checkpoint could not be scanned; None without an error."""
         return self.reason if self.verdict == "error" else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,5 +96,5 @@ class ScanRecord:
         }
 
     def content(self) -> dict[str, Any]:
-        """Return what is equal whenever the same was found, however it was computed."""
+        """Return the part that is equal for equal findings, however they were computed."""
         return {k: v for k, v in self.to_dict().items() if k not in _COST}

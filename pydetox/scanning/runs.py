@@ -1,4 +1,4 @@
-"""Reading what a run folder holds, while a scan is at work in it or later."""
+"""Reading the results of a run folder, during a scan or later."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Run:
     """The last scan of a run folder.
 
     Attributes:
-        folder: Where it is.
-        records: Of the targets that were reached, in the order of the targets.
-        not_reached: Names of the others, and of those whose results are damaged; empty when the
-            scan came to its end.
-        ignored: What was no checkpoint: name and reason.
-        configuration: What decides the results.
-        calibration: The clean references, None without a base.
+        folder: The run folder.
+        records: The records of the targets that were reached, in the order of the targets.
+        not_reached: The names of all other targets, including those whose results are damaged.
+            Empty if the scan was completed.
+        ignored: The name and the reason of everything that was passed over.
+        configuration: The part of the configuration that decides the results.
+        calibration: The clean references; None without a base.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Run:
 
 
 def load_run(folder: str | os.PathLike[str]) -> Run:
-    """Read the last scan of a run folder; DataError when there is none or it is damaged."""
+    """Read the last scan of a run folder; DataError if there is none or it is damaged."""
     path = Path(folder)
     configuration = read_run_config(path)["configuration"]
     names: Sequence[str] | None = None
@@ -53,7 +53,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
             try:
                 part = read_part(path, event["key"])
             except DataError:
-                # Its result is lost or damaged: as if the scan had not come to it.
+                # The result is lost or damaged. Treat the target as not reached.
                 found.pop(event["name"], None)
                 continue
             found[event["name"]] = record_of_part(
@@ -77,7 +77,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
 
 @dataclass(frozen=True)
 class Change:
-    """How one target differs between two runs. None stands for: not in that run."""
+    """How one target differs between two runs; None means that a run lacks it."""
 
     name: str
     before: ScanRecord | None
@@ -85,7 +85,7 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """`new`, `gone`, `verdict`, `content`, `numbers` or `same`, the first that holds."""
+        """The first that holds of `new`, `gone`, `verdict`, `content`, `numbers` and `same`."""
         before, after = self.before, self.after
         if before is None or after is None:
             return "gone" if after is None else "new"
@@ -97,7 +97,7 @@ class Change:
 
 
 def compare_runs(before: Run, after: Run) -> list[Change]:
-    """Return how each target of two runs has changed, by name: `same` ones, too."""
+    """Return how each target of two runs has changed, sorted by name, including `same`."""
     old = {record.name: record for record in before.records}
     new = {record.name: record for record in after.records}
     names = [*old, *(name for name in new if name not in old)]
@@ -105,7 +105,7 @@ def compare_runs(before: Run, after: Run) -> list[Change]:
 
 
 def _numbers(record: ScanRecord) -> dict[str, Any]:
-    # Another configuration has other keys for the same result.
+    # Another configuration has other keys for the same results.
     return {k: v for k, v in record.content().items() if k not in ("key", "duplicate_of")}
 
 

@@ -1,4 +1,4 @@
-"""Many checkpoints: survey all of them, then reconstruct triggers, the most suspect ones first."""
+"""The driver of a scan of many checkpoints: it surveys all, then scans the most suspect first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import identify_checkpoint
 from ..detect.calibration_file import read_calibration
 from ..errors import (
     CheckpointError,
@@ -21,6 +20,7 @@ from ..errors import (
     UsageError,
 )
 from .config import ScannerConfig
+from .contents import content_digests
 from .engines import open_engine
 from .memory import Limits
 from .record import ScanRecord
@@ -46,11 +46,11 @@ def _silent(event: str, **particulars: Any) -> None:
 
 
 class Scanner:
-    """Scans checkpoints in any number and yields a record for each, as it is done.
+    """A scan of any number of checkpoints. It yields the record of each as soon as it is done.
 
-    With a run folder the work is resumed where an earlier scan with the same configuration ended,
-    however that ended. Records do not depend on the engine, the number of workers or the order;
-    the numbers in them are the same to the bit for the same number of threads per worker.
+    With a run folder, the scan continues an earlier scan with the same configuration, however that
+    one ended. Verdicts do not depend on the engine, the number of workers or the order. Numbers are
+    equal to the bit for the same number of threads per worker.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class Scanner:
     ) -> None:
         """Prepare a scan; nothing is read yet.
 
-        config: what to do. run: the run folder. notify: called with what happens. code: the version
-        under which results are kept, and looked up in the run folder; None for `code_version()`.
+        config: How to scan. run: The run folder; None to keep nothing. notify: A function that is
+        called with every event. code: The version under which results are kept and looked up in the
+        run folder; None for `code_version()`.
         """
         self._config = config.absolute()
         self._run = None if run is None else Path(run)
@@ -74,7 +75,7 @@ class Scanner:
         self._store: RunStore | None = None
         self._prefix = ""
         self._last_id = 0
-        #: What `scan` found to be scanned, once it has begun.
+        #: The targets that `scan` found, as soon as it has begun.
         self.targets = Targets()
         #: The calibration in use, as plain data; None without one.
         self.calibration: dict[str, Any] | None = None
@@ -82,21 +83,21 @@ class Scanner:
     def scan(self, targets: Iterable[str | os.PathLike[str]]) -> Generator[ScanRecord, None, None]:
         """Yield one record for each target, in the order in which they are done.
 
-        targets: as `find_targets` takes them.
+        An error of a single checkpoint becomes its record, with the verdict `error`.
+
+        Args:
+            targets: The targets, as in `find_targets`.
 
         Raises:
-            UsageError: names or options without a meaning; a run folder of another configuration,
-                or in use.
-            DataError, CheckpointError: images, base or calibration cannot be read.
-            EngineError: workers cannot be started.
-            OutputError: the run folder cannot be written.
-
-        What is wrong with a single checkpoint becomes its record, with the verdict `error`.
+            UsageError: A name makes no sense, or the run folder is in use or of another run.
+            DataError, CheckpointError: Images, base or calibration cannot be read.
+            EngineError: Workers cannot be started.
+            OutputError: The run folder cannot be written.
         """
         config = self._config
         self._limits = Limits.of(config)
         self.targets = find_targets(targets, shard=config.shard)
-        contents = _contents(config)
+        contents = content_digests(config, lambda line: self._tell("warning", message=line))
         digest = config.digest(contents)
         self._prefix = f"{digest}:{self._code}"
         if config.calibration is not None:
@@ -128,7 +129,7 @@ class Scanner:
                 self._store = None
 
     def _records(self, engine: Engine) -> Iterator[ScanRecord]:
-        """Survey, group equal contents, order, scan."""
+        """Survey the targets, group equal contents, sort the groups, and scan them."""
         groups: dict[str, _Group] = {}
         for place, target, survey in self._survey(engine):
             value = survey.get("result", {})
@@ -167,7 +168,7 @@ class Scanner:
             yield from self._finish(group, part, decode_artifacts(outcome.value))
 
     def _survey(self, engine: Engine) -> Iterator[tuple[int, Target, Mapping[str, Any]]]:
-        """Yield each target with its place and what is known: {"result"} or {"error"}."""
+        """Yield each target with its index and its survey: {"result"} or {"error"}."""
         known = {} if self._store is None else self._store.surveys(self._code)
         self._tell("stage", name="survey", total=len(self.targets.targets))
         tasks: dict[Task, tuple[int, Target, tuple[int, ...] | None]] = {}
@@ -194,7 +195,7 @@ class Scanner:
             value = {**outcome.value, "attempts": outcome.attempts}
             _refuse_setup(outcome)
             self._tell("surveyed", name=target.name)
-            # The file as it was before it was read: one that changed since is surveyed again.
+            # The signature is from before the reading: a file that has changed since is read again.
             self._log(
                 "surveyed", name=target.name, signature=signature, code=self._code, value=value
             )
@@ -231,7 +232,7 @@ class Scanner:
     def _finish(
         self, group: _Group, part: Mapping[str, Any], artifacts: Mapping[str, bytes]
     ) -> Iterator[ScanRecord]:
-        """Keep a result and yield the records of all targets that it holds for."""
+        """Keep a result and yield the records of all targets that have it."""
         found = group.survey["result"]
         seconds = {"survey": group.survey.get("seconds", {}).get("total")}
         whole = {
@@ -266,7 +267,7 @@ class Scanner:
             )
 
     def _not_scanned(self, target: Target, survey: Mapping[str, Any]) -> ScanRecord:
-        """The record of a target whose content could not, or was not to, be read."""
+        """Return the record of a target whose content could not or must not be read."""
         key = self._key(json.dumps([target.name, target.signature()]))
         skipped = survey.get("result", {}).get("skipped")
         part = {
@@ -298,7 +299,7 @@ class Scanner:
         return Task(self._last_id, kind, name, payload)
 
     def _tell(self, event: str, **particulars: Any) -> None:
-        """Pass an event on, and keep those of workers."""
+        """Pass an event on, and record the events of workers."""
         if event in _LOGGED:
             self._log(event, **particulars)
         self._notify(event, **particulars)
@@ -336,7 +337,7 @@ class Scanner:
 
 
 class _Group:
-    """Targets of one content."""
+    """The targets that have the same content."""
 
     def __init__(self, key: str, survey: Mapping[str, Any]) -> None:
         self.key = key
@@ -349,12 +350,12 @@ class _Group:
 
     @property
     def first(self) -> Target:
-        """The one that gives its name: the first in order, whichever was surveyed first."""
+        """The target that gives the group its name: the first in the order of targets."""
         return min(self.members, key=lambda member: member[0])[1]
 
     @property
     def size(self) -> tuple[int, int]:
-        """Bytes of the file, 0 if not known, and parameters."""
+        """The bytes of the file, 0 if not known, and the number of parameters."""
         found = self.survey["result"]
         return found.get("size", 0), found["parameters"]
 
@@ -373,7 +374,7 @@ def record_of_part(
     resumed: bool = False,
     artifacts: Mapping[str, bytes] | None = None,
 ) -> ScanRecord:
-    """Return the record of a target from the result that holds for it."""
+    """Return the record of a target, made of the result of its content."""
     return ScanRecord(
         name=name,
         verdict=part["verdict"],
@@ -393,7 +394,7 @@ def record_of_part(
 
 
 def _naming(name: str, error: str) -> str:
-    """Return an error that says which target it is of."""
+    """Return an error whose message names the target."""
     return error if name in error else f"{name}: {error}"
 
 
@@ -412,38 +413,3 @@ def _scan_part(outcome: Outcome, name: str) -> dict[str, Any]:
 def _refuse_setup(outcome: Outcome) -> None:
     if outcome.error_kind == "setup":
         raise CheckpointError(str(outcome.error))
-
-
-def _contents(config: ScannerConfig) -> dict[str, str]:
-    """Return digests of the files that a configuration names; raises when one cannot be read."""
-    found = {"images": config.image_source().digest(), "class_names": "", "templates": ""}
-    if config.model is not None and Path(config.model).is_file():
-        found["model"] = _file_digest(Path(config.model))
-    if config.base is not None:
-        found["base"] = _checkpoint_digest(config, config.base)
-    found["reference_models"] = ",".join(
-        _checkpoint_digest(config, name) for name in config.reference_models
-    )
-    if config.calibration is not None:
-        found["calibration"] = _file_digest(Path(config.calibration))
-    if config.known_vectors:
-        found["known_vectors"] = ",".join(
-            identify_checkpoint(Path(v)).sha256() for v in config.known_vectors
-        )
-    return found
-
-
-def _checkpoint_digest(config: ScannerConfig, reference: str) -> str:
-    identity = identify_checkpoint(reference, model=config.model, offline=config.offline)
-    return identity.digest()
-
-
-def _file_digest(path: Path) -> str:
-    hasher = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                hasher.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return hasher.hexdigest()

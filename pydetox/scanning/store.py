@@ -1,16 +1,16 @@
-"""A run on the disk: what is done stays done, whatever happens next.
+"""A run folder: results that are finished stay on the disk, whatever happens next.
 
     runs/NAME/
       config.json            the configuration and its digest
       calibration.json       the clean references, if there is a base
-      events.jsonl           what happened, one JSON object per line, only ever appended to
+      events.jsonl           the log, one JSON object per line; lines are only appended
       parts/KEY.json         one result, written once, whole or not at all
       triggers/KEY.*         its most suspect trigger: .safetensors and three pictures
-      index.sqlite           a table over the last run, for queries; made again from the rest
-      lock                   held while a driver is at work
+      index.sqlite           a table of the last run, for queries; it is made from the rest
+      lock                   locked while a driver is running
 
-Only the driver writes, so that nothing has to be agreed on between workers. KEY is a hash of the
-checkpoint's content, the configuration and the code: a part is valid wherever its key is asked for.
+Only the driver writes, so workers need no agreement. KEY is a hash of the checkpoint's content, the
+configuration and the code. A part is therefore valid for every scan that looks up its key.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ _COLUMNS = ("name", "verdict", "reason", "target", "p_l1", "score", "sha256", "d
 
 
 class RunStore:
-    """A run folder that a driver works on. A context manager."""
+    """A run folder that a driver writes to, as a context manager."""
 
     def __init__(
         self, folder: str | os.PathLike[str], warn: Callable[[str], None] | None = None
     ) -> None:
-        """Open a run folder, making it if it is not there.
+        """Open a run folder, and create it if it does not exist.
 
-        warn: called with a line about what does not work and is not needed, such as the index.
+        warn: A function that is called with a line about a part that fails but is not needed, such
+        as the index.
 
-        Raises UsageError when another driver is at work in it, OutputError when it cannot be
+        Raises UsageError if another driver uses the folder, and OutputError if it cannot be
         written.
         """
         self.folder = Path(folder)
@@ -70,7 +71,10 @@ class RunStore:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(self._lock)
-                raise UsageError(f"{self.folder}: another scan is at work in this run") from error
+                raise UsageError(
+                    f"{self.folder}: another scan is at work in this run; "
+                    "wait for it, or use another run folder"
+                ) from error
             reason = error.strerror or error
             self._warn(
                 f"{self.folder}: its drive cannot lock files ({reason}); see to it that no other "
@@ -95,8 +99,8 @@ class RunStore:
     ) -> None:
         """Write the configuration, or check that the run was made with the same one.
 
-        configuration: what decides the results. contents: hashes of the files that it names, by
-        attribute. Raises UsageError, naming the difference.
+        configuration: Everything that decides the results. contents: The hashes of the files that
+        it names, by attribute. Raises UsageError, which names the difference.
         """
         path = self.folder / _CONFIG
         contents = dict(contents or {})
@@ -116,7 +120,7 @@ class RunStore:
         changed = [k for k, v in configuration.items() if k not in old or old[k] != v]
         then = known.get("contents") or {}
         files = [k for k in contents if k in then and then[k] != contents[k]]
-        # A path may change as long as what it leads to is the same.
+        # A path may change as long as it leads to the same content.
         changed = [k for k in changed if k not in contents or k in files or k not in then]
         if files and (not changed or changed[0] in files):
             what = f"what {files[0]} names ({configuration.get(files[0])}) has changed"
@@ -139,16 +143,16 @@ class RunStore:
             while data:
                 data = data[self._events.write(data) :]
         except OSError as error:
-            # Half a line must not become the beginning of the next one.
+            # A partly written line must not become the beginning of the next one.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._events.fileno(), size)
             raise output_error(self.folder / _EVENTS, error) from error
 
     def surveys(self, code: str) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
-        """Return what surveys by the same code found, by name and signature.
+        """Return the surveys that the same code made, by name and signature.
 
-        Surveys by other code are left out: it may have refused what this code reads, or read what
-        this code refuses. A checkpoint that was skipped is left out, too, because the limits are no
+        Surveys by other code are left out, because it may have refused a file that this code reads,
+        or the other way round. Skipped checkpoints are left out, too, because the limits are no
         part of a run's configuration.
         """
         return {
@@ -161,17 +165,17 @@ class RunStore:
         }
 
     def has_part(self, key: str) -> bool:
-        """Whether a result is there."""
+        """Whether a result exists."""
         return (self.folder / "parts" / f"{key}.json").exists()
 
     def read_part(self, key: str) -> dict[str, Any]:
-        """Return a result; DataError when it is damaged."""
+        """Return a result; DataError if it is damaged."""
         return read_part(self.folder, key)
 
     def write_part(
         self, key: str, content: Mapping[str, Any], artifacts: Mapping[str, bytes]
     ) -> None:
-        """Write a result: triggers first, so that a part that is there is complete."""
+        """Write a result. Triggers come first, so that an existing part is complete."""
         for name, data in artifacts.items():
             write_file(self.folder / "triggers" / f"{key}.{name}", data)
         part = {"schema": PART_SCHEMA, "key": key, **content}
@@ -190,17 +194,17 @@ class RunStore:
         return content
 
     def write_calibration(self, key: str, calibration: Mapping[str, Any]) -> None:
-        """Keep a calibration; the file is one that `--calibration` reads, too."""
+        """Write a calibration, in the format of `detect.calibration_file`."""
         from ..detect.calibration_file import CALIBRATION_SCHEMA
 
         content = {"schema": CALIBRATION_SCHEMA, "made_with": key, **calibration}
         write_file(self.folder / _CALIBRATION, f"{to_json(content)}\n")
 
     def index_record(self, record: Mapping[str, Any]) -> None:
-        """Put a record into the table.
+        """Add a record to the table.
 
-        The table is derived: when it cannot be written, a warning says so, once, and the scan goes
-        on. While somebody reads it, records wait for the next chance.
+        The table is derived from the parts. If it cannot be written, one warning says so, and the
+        scan continues. While another program reads the table, records wait until it has finished.
         """
         if self._index is None:
             return
@@ -215,7 +219,7 @@ class RunStore:
                 self._index_warned = True
 
     def close(self) -> None:
-        """Close everything and give the folder free; may be called twice."""
+        """Close all files and unlock the folder. A second call does nothing."""
         if self._index is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._index.commit()
@@ -239,7 +243,7 @@ class RunStore:
     def _open_events(self) -> FileIO:
         path = self.folder / _EVENTS
         file = path.open("ab", buffering=0)
-        # A driver that was killed in the middle of a line: the line says nothing, and goes.
+        # A driver was killed while it wrote a line. Remove the incomplete line.
         size = path.stat().st_size
         if size:
             with path.open("rb+") as old:
@@ -249,9 +253,9 @@ class RunStore:
         return file
 
     def _open_index(self) -> sqlite3.Connection | None:
-        """Make a new table every time: it is derived, and a damaged one must not stop a scan.
+        """Make a new table every time, so that a damaged one cannot stop a scan.
 
-        Return None, after a warning, where the drive cannot hold a database.
+        Return None, after a warning, if the drive does not support a database.
         """
         path = self.folder / _INDEX
         columns = ", ".join(f"{c} {'REAL' if c in ('p_l1', 'score') else 'TEXT'}" for c in _COLUMNS)
@@ -272,7 +276,7 @@ class RunStore:
 
 
 def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run; DataError for a damaged line that is not the last one."""
+    """Yield the events of a run; DataError for a damaged line other than the last one."""
     path = Path(folder) / _EVENTS
     try:
         data = path.read_bytes()
@@ -282,8 +286,8 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # after the last newline: half a line
-        # A power cut may leave a block of NULs where a line was to be: that line is lost, and the
-        # one behind it may have begun within the block.
+        # A power cut may leave a block of NULs in place of a line. That line is lost, and the next
+        # one may have begun within the block.
         whole = line.strip(b"\0")
         if whole != line and not whole:
             continue
@@ -299,12 +303,12 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder looks like one that `RunStore` has made."""
+    """Whether a folder looks like one that `RunStore` made."""
     return (Path(folder) / _EVENTS).is_file() and (Path(folder) / "parts").is_dir()
 
 
 def read_run_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a run's configuration; DataError when there is none."""
+    """Return a run's configuration; DataError if there is none."""
     path = Path(folder) / _CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -318,7 +322,7 @@ def read_run_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_part(folder: str | os.PathLike[str], key: str) -> dict[str, Any]:
-    """Return a result of a run; DataError when it is not there or damaged."""
+    """Return a result of a run; DataError if it is missing or damaged."""
     path = Path(folder) / "parts" / f"{key}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -332,7 +336,7 @@ def read_part(folder: str | os.PathLike[str], key: str) -> dict[str, Any]:
 
 
 def read_artifacts(folder: str | os.PathLike[str], key: str) -> dict[str, bytes]:
-    """Return the trigger files of a result, by name without the key; empty if there are none."""
+    """Return the trigger files of a result, by their name without the key; empty without any."""
     names = ("trigger.safetensors", "mask.png", "pattern.png", "stamped.png")
     found = {}
     for name in names:
@@ -350,7 +354,7 @@ def _is_blank(path: Path) -> bool:
 
 
 def _whole_lines(file: BinaryIO, size: int) -> int:
-    """Return how many bytes from the start end with a newline."""
+    """Return the length of the longest prefix of the file that ends with a newline."""
     end = size
     while end:
         start = max(0, end - (1 << 16))

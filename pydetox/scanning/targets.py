@@ -1,7 +1,7 @@
-"""From what was asked for to a list of checkpoints.
+"""Finding the checkpoints that targets such as folders, globs and lists name.
 
-Nothing is left out silently: what a folder or a list holds beside checkpoints is kept in
-`Targets.ignored`, each with the reason.
+Nothing is left out silently. Everything else in a folder or a list is kept in `Targets.ignored`,
+with the reason.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Target:
     """One checkpoint to scan.
 
     Attributes:
-        name: As it stands in reports; different for each target.
-        reference: What `load_checkpoint` takes.
-        path: The weights file or the index of shards, None for what is not on the disk yet.
-        problem: Why it cannot be scanned, known without looking into it.
+        name: The name in reports; no two targets have the same name.
+        reference: The name that `load_checkpoint` takes.
+        path: The weights file or the index of shards; None if it is not on the disk yet.
+        problem: The reason why it cannot be scanned, if it is known without reading the file.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Target:
     problem: str | None = None
 
     def identity(self) -> CheckpointIdentity | None:
-        """Return the files that it is; None for what is not on the disk or cannot be resolved.
+        """Return its files; None if it is not on the disk or cannot be resolved.
 
-        Whoever reads it then says why.
+        The attempt to read it then raises the error.
         """
         if self.path is None:
             return None
@@ -58,14 +58,14 @@ class Target:
         return None
 
     def signature(self) -> tuple[int, ...] | None:
-        """Return the signature of all its files; None for what has no identity."""
+        """Return the signature of all its files; None if it has no identity."""
         identity = self.identity()
         return None if identity is None else identity.signature()
 
     def size(self, identity: CheckpointIdentity | None = None) -> int | None:
-        """Return the bytes of its weights, all shards together; None if that is not known.
+        """Return the size of its weights in bytes, all shards together; None if it is not known.
 
-        identity: its own, if it was found already.
+        identity: The target's identity, if it is already known.
         """
         identity = identity or self.identity()
         if identity is None:
@@ -77,7 +77,7 @@ class Target:
 
 @dataclass
 class Targets:
-    """Checkpoints in order, and what was passed over: (name, reason)."""
+    """The checkpoints in order, and everything that was passed over as (name, reason)."""
 
     targets: list[Target] = field(default_factory=list)
     ignored: list[tuple[str, str]] = field(default_factory=list)
@@ -87,16 +87,18 @@ class Targets:
 def find_targets(
     specs: Iterable[str | os.PathLike[str]], *, shard: tuple[int, int] | None = None
 ) -> Targets:
-    """Expand what a user named.
+    """Expand the names of targets to checkpoints. A name that occurs twice counts once.
 
-    specs: weights files, folders (searched through all levels), globs (`**` too), lists
-    (`models.txt`: one of these per line, relative to the list, `#` begins a comment),
-    `local-dir:folder`, `hf-hub:org/repo[@revision]`, `MODEL,TAG` of open_clip.
-    shard: (i, n): keep the targets whose name hashes to i - 1 modulo n, so that n machines with the
-    same list share the work, and go on sharing it in the same way when the list grows.
+    Args:
+        specs: Weights files; folders, which are searched at any depth; globs, in which `**` matches
+            any number of folders; lists (`models.txt`: one target per line, relative to the list,
+            `#` begins a comment); `local-dir:folder`; `hf-hub:org/repo[@revision]`; `MODEL,TAG` of
+            open_clip.
+        shard: (i, n) to keep the targets whose name hashes to i - 1 modulo n. n machines with the
+            same list then share the work, and a target stays in its shard when the list grows.
 
-    A name that comes twice is taken once. Raises UsageError for a name that has no meaning, and for
-    a list that cannot be read.
+    Raises:
+        UsageError: A name has no meaning, or a list cannot be read.
     """
     found = Targets()
     seen: dict[str, None] = {}
@@ -117,7 +119,7 @@ def _expand(
 ) -> Iterator[Target]:
     for spec in specs:
         text = os.fspath(spec)
-        # A file of that name comes first: names may hold commas and brackets.
+        # An existing file takes precedence, because file names may hold commas and brackets.
         path = root / Path(text).expanduser()
         if isinstance(spec, str) and not os.path.lexists(path):
             parsed = parse_reference(spec)
@@ -141,7 +143,7 @@ def _expand(
 
 
 def _at(path: Path, found: Targets, lists: tuple[Path, ...], *, explicit: bool) -> Iterator[Target]:
-    """Expand what is at a path: a folder, a list, or a file."""
+    """Expand a path: a folder, a list, or a file."""
     if path.is_dir():
         inside = list(_walk(path, found))
         if not inside:
@@ -154,7 +156,7 @@ def _at(path: Path, found: Targets, lists: tuple[Path, ...], *, explicit: bool) 
     elif is_weights_name(path.name) or is_shard_index_name(path.name):
         index = index_of_shard(path.name)
         whole = None if index is None else path.with_name(index)
-        # A glob that matches the shards means the checkpoint, which their index is.
+        # A glob that matches shards means their checkpoint, which the index names.
         yield _file_target(whole if whole is not None and whole.is_file() else path)
     else:
         found.ignored.append((str(path), "is no weights file by its name"))
@@ -171,12 +173,12 @@ def _read_list(path: Path, found: Targets, lists: tuple[Path, ...]) -> Iterator[
     lines = [line.strip() for line in text.splitlines()]
     specs = [line for line in lines if line and not line.startswith("#")]
     if not specs:
-        raise UsageError(f"{path}: the list names nothing")
+        raise UsageError(f"{path}: the list is empty; expected one target per line")
     yield from _expand(specs, found, path.parent, (*lists, resolved))
 
 
 def _walk(top: Path, found: Targets) -> Iterator[Target]:
-    """Every weights file below a folder, in the order of their names."""
+    """Yield every weights file below a folder, in the order of their names."""
 
     def unreadable(error: OSError) -> None:
         name = os.fsdecode(error.filename or "")
@@ -214,7 +216,7 @@ def _in_folder(folder: Path, files: list[str], found: Targets) -> Iterator[Targe
             found.ignored.append((str(folder / name), f"is a part of {index}"))
         else:
             weights.append(name)
-    # The file that the folder itself means, in open_clip's layout, goes by the folder's name.
+    # In open_clip's layout, the main file of a folder gets the folder's name.
     main = _main_file(folder) if set(weights) & set(WEIGHT_NAMES) else None
     if main is not None and main.name in WEIGHT_NAMES:
         yield Target(str(folder), f"local-dir:{folder.absolute()}", str(main))
@@ -229,14 +231,15 @@ def _folder_target(name: str, folder: Path) -> Target:
 
 
 def _main_file(folder: Path) -> Path | None:
-    """Return the file that a folder means, None if that is not clear: reading it will say why."""
+    """Return the main file of a folder; None if it is unclear. Reading it then says why."""
     with contextlib.suppress(CheckpointError):
         return find_weights(folder, folder_expected=True)
     return None
 
 
 def _file_target(path: Path) -> Target:
-    # Absolute: workers may run elsewhere, and a relative `A,B` could be a name of open_clip's.
+    # Make the path absolute: workers may run elsewhere, and a relative `A,B` could be a name of
+    # open_clip's.
     return Target(str(path), str(path.absolute()), str(path))
 
 

@@ -1,4 +1,4 @@
-"""What drivers and workers tell each other: plain data, so that it can go through JSON."""
+"""The messages between driver and workers: plain data that JSON can hold."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-#: survey: read, hash, check and compare the weights. calibrate: scan clean references.
-#: scan: reconstruct triggers and judge.
+#: The kinds of tasks. survey: Read, hash, check and compare the weights. calibrate: Scan clean
+#: references. scan: Reconstruct triggers and judge them.
 Kind = Literal["survey", "calibrate", "scan"]
 
-#: Why a task failed. usage: the options make no sense for this checkpoint; unsafe: a checkpoint
-#: that wants to run code or exhaust memory; checkpoint: it, or the images for it, cannot be read or
-#: do not fit; setup: the base or the vectors cannot be read, so that no task can succeed; crash,
-#: timeout: of the worker; internal: a bug.
+#: The reasons why a task can fail. usage: The options make no sense for this checkpoint. unsafe:
+#: The checkpoint tries to run code or to exhaust memory. checkpoint: The checkpoint or its images
+#: cannot be read or do not fit. setup: The base or the known vectors cannot be read, so that no
+#: task can succeed. crash: The worker died. timeout: The worker took too long. internal: pydetox
+#: has a bug.
 ErrorKind = Literal["usage", "unsafe", "checkpoint", "setup", "crash", "timeout", "internal"]
 
-#: Called with the name of an event and its particulars.
+#: A function that is called with the name of an event and its details.
 Notify = Callable[..., None]
 
 
@@ -25,7 +26,7 @@ Notify = Callable[..., None]
 class Task:
     """One step of work on one checkpoint.
 
-    name: For people. payload: What the worker needs.
+    name: The name of the checkpoint, for messages. payload: The data that the worker needs.
     """
 
     id: int
@@ -50,12 +51,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task.
+    """The outcome of a task.
 
     Attributes:
-        task: Which.
-        value: What the worker returned: {"result": ..., "seconds": ...} or {"error", "kind"}.
-        attempts: 1, or 2 after a worker has died over it.
+        task: The task.
+        value: The value that the worker returned: {"result": ..., "seconds": ...} or {"error": ...,
+            "kind": ...}.
+        attempts: The number of attempts: 2 if a worker died during the first one.
     """
 
     task: Task
@@ -64,32 +66,32 @@ class Outcome:
 
     @property
     def error(self) -> str | None:
-        """One line that says what went wrong, or None."""
+        """The error message, one line; None without an error."""
         return self.value.get("error")
 
     @property
     def error_kind(self) -> ErrorKind | None:
-        """Why it went wrong, or None."""
+        """The kind of error; None without an error."""
         return self.value.get("kind")
 
 
 class Engine(Protocol):
-    """Carries out tasks somewhere. Not reentrant; `close` ends the workers."""
+    """An engine carries out tasks. It is not reentrant. `close` ends the workers."""
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """Yield an outcome for each task, as they come."""
+        """Yield the outcome of each task as soon as it is done."""
         ...
 
     def close(self) -> None:
-        """End all workers at once; may be called twice."""
+        """End all workers immediately. A second call does nothing."""
         ...
 
 
 def failure(error: str, kind: ErrorKind, **more: Any) -> dict[str, Any]:
-    """Return the value of an outcome that failed."""
+    """Return the value of a failed task."""
     return {"error": error, "kind": kind, **more}
 
 
 def decode_artifacts(value: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the files that the outcome of a scan brings, by name."""
+    """Return the files in the outcome of a scan, by name."""
     return {name: base64.b64decode(text) for name, text in value.get("artifacts", {}).items()}

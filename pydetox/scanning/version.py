@@ -1,4 +1,4 @@
-"""What code computes the results: part of the key under which they are kept."""
+"""The version of the code that computes results; it is part of their key."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
-#: What else the results depend on: models, prompts' tokens, decoding of images, sums.
+#: The other packages that results depend on: models, tokens of prompts, decoding of images, sums.
 _LIBRARIES = ("torch", "open_clip_torch", "torchvision", "timm", "numpy", "pillow")
 
 
 @functools.cache
 def code_version() -> str:
-    """Return "VERSION+DIGEST": pydetox's version, and a hash of all code that makes the results.
+    """Return "VERSION+DIGEST": pydetox's version and a hash of all code that computes results.
 
-    That is pydetox's sources and native code, and the versions of the libraries below it. A change
-    of any of them makes kept results invalid: better computed again than wrong.
+    The hash covers pydetox's sources and native code and the versions of the libraries below. A
+    change of any of them invalidates kept results, which are then computed again.
     """
     package = Path(__file__).resolve().parent.parent
     hasher = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""The cheap stage: how a checkpoint's weights lie to the base and to vectors of known attacks.
+"""The survey of weights: a checkpoint's difference to the base, and to vectors of known attacks.
 
-It decides nothing. Fine-tuning moves weights with or without a backdoor; what it gives is an order
-in which to look, and the layers to look at.
+This decides no verdict, because fine-tuning changes weights with and without a backdoor. It gives
+the order in which checkpoints are scanned, and the layers that changed most.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import describe_mismatch, identify_checkpoint
+from ..checkpoints.index import refuse_ambiguous
 from ..checkpoints.sources import open_weights
 from ..checkpoints.weights import read_open
 from ..errors import CheckpointError, DataError
 from ..ops import weight_diff_gram, weight_diff_project
 
-#: Tensors that are named: those with the largest share of the squared difference.
+#: The number of tensors that are named: those with the largest share of the squared difference.
 _NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What weights are compared with.
+    """The weights that checkpoints are compared with.
 
-    base: name to tensor. norm: Euclidean norm of the base. known: name of a vector and its tensors;
-    one that it lacks is zero there.
+    Attributes:
+        base: The tensors of the base, by name.
+        norm: The Euclidean norm of the base.
+        known: The tensors of each known vector, by its name. A missing tensor is zero.
     """
 
     base: Mapping[str, Tensor]
@@ -39,9 +42,9 @@ class Reference:
 
     @classmethod
     def of(cls, base: Mapping[str, Tensor], known_files: Sequence[str] = ()) -> Reference:
-        """Take the floating-point tensors of a base, and vectors from .safetensors files.
+        """Return the floating-point tensors of a base, and vectors from `.safetensors` files.
 
-        Raises DataError, naming the file, for a vector that has other tensors than the base.
+        Raises DataError, which names the file, if a vector has tensors that the base lacks.
         """
         floats = {k: v for k, v in base.items() if v.is_floating_point()}
         zeros = {k: torch.zeros_like(v) for k, v in floats.items()}
@@ -51,10 +54,11 @@ class Reference:
     def relation(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return how weights differ from the base, as plain data.
 
-        "norm": Euclidean norm of the difference; "relative": over the base's norm; "layers": the
-        tensors with the largest share of its square; "known": its cosine with each known vector.
-        Or, for weights of another architecture, "mismatch": in what they differ. All sums are in
-        float64 in a fixed order: the same bits for any number of threads.
+        The keys are "norm", the Euclidean norm of the difference; "relative", this norm divided by
+        that of the base; "layers", the tensors with the largest share of the squared difference;
+        and "known", the cosine with each known vector. For weights of another architecture, the
+        only key is "mismatch", which says how they differ. All sums are in float64 in a fixed
+        order: they have the same bits for any number of threads.
         """
         floats = {k: v for k, v in weights.items() if v.is_floating_point()}
         mismatch = describe_mismatch(_shapes(self.base), _shapes(floats))
@@ -90,7 +94,7 @@ class Reference:
 
 
 def suspicion(relation: Mapping[str, Any] | None) -> tuple[float, float]:
-    """Return what the queue is ordered by, larger first: likeness to a known vector, distance."""
+    """Return the sort key of the queue, larger first: similarity to a known vector, distance."""
     if not relation or "mismatch" in relation:
         return (0.0, 0.0)
     cosines = [one["cosine"] or 0.0 for one in relation["known"]]
@@ -98,7 +102,7 @@ def suspicion(relation: Mapping[str, Any] | None) -> tuple[float, float]:
 
 
 def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Squared norm of the difference, tensor by tensor."""
+    """Return the squared norm of each tensor's difference."""
     return {
         name: float(weight_diff_gram([value], [[weights[name]]])[0, 0])
         for name, value in base.items()
@@ -109,6 +113,7 @@ def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         weights = identify_checkpoint(Path(path)).weights
         with open_weights(weights) as file:  # indexed in the sandbox: a stranger may have made it
+            refuse_ambiguous(file.findings)
             tensors, _ = read_open(file)
     except CheckpointError as error:
         raise DataError(f"{Path(path)}: no weight vector: {error}") from error

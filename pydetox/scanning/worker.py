@@ -1,4 +1,4 @@
-"""What a worker does, whatever engine runs it: one instance per process, everything kept warm."""
+"""The worker of a scan. Each process of any engine has one; it keeps what it has loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from ..api import calibrate, scan
-from ..checkpoints import Checkpoint, CheckpointIdentity, identify_checkpoint, read_checkpoint
+from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
+from ..detect.key import Configuration, require_alike
 from ..detect.references import ReferencePlan
 from ..detect.result import ScanResult
 from ..detect.search import search_classes
@@ -33,28 +34,31 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
+from ..plausibility import doubts
 from ..reporting.documents import scan_document
 from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
 from ..session import Session
 from .config import ScannerConfig
+from .contents import identify
 from .memory import Limits, return_freed
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
 
-# Steps of a search that tell how long the others take.
+# The number of steps of a search that are timed for an estimate.
 _TIMED_STEPS = 4
-# Classes whose search is timed: their images fill a batch, and text is encoded for no others.
+# The number of classes whose search is timed. Their images fill a batch, and only their text is
+# encoded.
 _TIMED_CLASSES = 32
 
 
 class SetupError(PydetoxError):
-    """What all tasks share cannot be read."""
+    """A file that all tasks share cannot be read."""
 
 
 class _ReadAhead:
-    """Reads one checkpoint in the background."""
+    """A thread that reads one checkpoint in the background."""
 
     def __init__(self, read: Callable[[], Checkpoint]) -> None:
         self._read = read
@@ -69,7 +73,8 @@ class _ReadAhead:
         except BaseException as error:  # noqa: BLE001 - raised where the checkpoint is wanted
             self._error = error
 
-    def take(self) -> Checkpoint:
+    def result(self) -> Checkpoint:
+        """Wait for the checkpoint and return it, once; raise the error of the thread."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -79,17 +84,18 @@ class _ReadAhead:
 
 
 class Worker:
-    """Carries out tasks, one at a time, and reads ahead for the next one.
+    """A worker carries out one task at a time, and reads the file of the next one ahead.
 
-    Images of a size are decoded once, the head of a text tower is computed once, the base and the
-    known vectors are read once. At most two checkpoints are held: the one that is worked on and the
-    one that is read ahead, and for a search in contrast to it the base as a model.
+    It decodes the images of each size once, computes the head of each text tower once, and reads
+    the base and the known vectors once. It holds at most two checkpoints: the current one and the
+    one that it reads ahead. For a search in contrast to the base, it also holds the base as a
+    model.
     """
 
     def __init__(
         self, config: ScannerConfig, device: str = "cpu", threads: int | None = None
     ) -> None:
-        """config: of the run. device: of this worker. threads: CPU threads; None leaves them."""
+        """Make a worker on a device. threads: The number of CPU threads; None keeps it."""
         self._config = config
         self._device = torch.device(device)
         self._threads = threads
@@ -98,19 +104,20 @@ class Worker:
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
         self._reference: Reference | None = None
+        self._configurations: dict[str, Configuration] | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
 
     def prepare(self, task: Task) -> None:
-        """Begin to read the checkpoint of a task that will be run next."""
+        """Begin to read the checkpoint of the next task."""
         if task.kind == "scan":
             reference = str(task.payload["reference"])
-            self._ahead[task.id] = _ReadAhead(lambda: self._read(reference))
+            self._ahead[task.id] = _ReadAhead(lambda: self._read_target(reference))
 
     def run(self, task: Task) -> dict[str, Any]:
-        """Return {"result", "seconds"} or {"error", "kind"}, as plain data that JSON can hold.
+        """Run a task and return {"result", "seconds"} or {"error", "kind"}, as data for JSON.
 
-        Anything but a bug becomes an error; a bug is raised.
+        Every expected error becomes an "error". A bug is raised.
         """
         if self._threads is not None:
             # Of this thread: an engine may call from any.
@@ -130,16 +137,16 @@ class Worker:
         return value
 
     def time(self, reference: str) -> tuple[float, float]:
-        """Return seconds to read a checkpoint, and of a step of its searches (0 without any).
+        """Return the seconds to read a checkpoint and those of a step of its searches (or 0).
 
-        A step is of all classes and families, as the whole search begins; of many classes some are
-        timed and the rest is taken to need as long. Raises CheckpointError,
-        and what images, class names and base raise.
+        A step covers all classes and families, as at the beginning of a search. If there are many
+        classes, some are timed, and the others are assumed to take as long. Raises CheckpointError,
+        and the errors of images, class names and base.
         """
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         start = time.perf_counter()
-        model = self._model(self._read(reference), consume=True)
+        model = self._model(self._read_target(reference), consume=True)
         images = self._images_for(model)
         names = images.class_names or ()
         if len(names) > _TIMED_CLASSES:
@@ -169,7 +176,7 @@ class Worker:
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1) / share
 
     def _plan(self, calibration: Calibration | None) -> ReferencePlan:
-        """Return what a scan with that calibration compares with."""
+        """Return the references of a scan with that calibration."""
         return ReferencePlan.decide(
             self._config.scan_config(),
             base=self._config.base,
@@ -177,24 +184,27 @@ class Worker:
             calibration=calibration,
         )
 
-    def _read(self, reference: str) -> Checkpoint:
-        checkpoint = read_checkpoint(self._identify(reference))
+    def _read_target(self, reference: str) -> Checkpoint:
+        """Read what is scanned: the weights that the user named, where there are several."""
+        return self._read(reference, weights_key=self._config.weights_key)
+
+    def _read(
+        self, reference: str, *, is_base: bool = False, weights_key: str | None = None
+    ) -> Checkpoint:
+        identity = identify(self._config, reference, is_base=is_base)
+        checkpoint = read_checkpoint(identity, weights_key=weights_key)
         require_unambiguous(checkpoint)
         return checkpoint
 
-    def _identify(self, reference: str) -> CheckpointIdentity:
-        return identify_checkpoint(
-            reference, model=self._config.model, offline=self._config.offline
-        )
-
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
-        identity = self._identify(reference)
+        identity = identify(self._config, reference)
         if not (limits.max_size is None and limits.max_memory is None):
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
                 return {"result": {"skipped": refusal}}
-        checkpoint = read_checkpoint(identity)
+        checkpoint = read_checkpoint(identity, weights_key=self._config.weights_key)
+        self._require_fit(checkpoint)
         relation = None
         if self._config.base is not None:
             relation = self._find_reference().relation(checkpoint.state_dict)
@@ -208,6 +218,24 @@ class Worker:
             "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
         return {"result": to_plain(result)}
+
+    def _require_fit(self, checkpoint: Checkpoint) -> None:
+        """Refuse what the base and the references do not fit, before a calibration is made."""
+        config = self._config
+        if not (config.makes_calibration and config.inversion):
+            return
+        if self._configurations is None:
+            names = [*([] if config.base is None else [config.base]), *config.reference_models]
+            try:
+                self._configurations = {
+                    n: identify(config, n, is_base=n == config.base).configuration() for n in names
+                }
+            except PydetoxError as error:
+                raise SetupError(str(error)) from error
+        ours = checkpoint.model_config, checkpoint.preprocess_config
+        for name, theirs in self._configurations.items():
+            if theirs[0] is not None:  # otherwise it is said when it is read
+                require_alike(name, theirs, str(checkpoint.path), ours)
 
     def _calibrate(self, task: Task) -> dict[str, Any]:
         names = self._config.reference_models
@@ -230,13 +258,14 @@ class Worker:
         start = time.perf_counter()
         ahead = self._ahead.pop(task.id, None)
         if ahead is not None:
-            checkpoint = ahead.take()
+            checkpoint = ahead.result()
         else:
-            checkpoint = self._read(str(task.payload["reference"]))
+            checkpoint = self._read_target(str(task.payload["reference"]))
         if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
+        warnings = list(model.warnings)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -245,6 +274,7 @@ class Worker:
             plan = self._plan(calibration)
         except UsageError as error:
             raise SetupError(f"{self._config.calibration}: {error}") from error
+        doubtful = doubts(model, images, self._images.prompts)
         found = scan(
             model,
             images,
@@ -256,6 +286,13 @@ class Worker:
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
+        report = images.report
+        line = None if report is None else report.line()
+        result |= {
+            "preprocessing": model.preprocessing,
+            "image_files": None if report is None else report.to_dict(),
+            "warnings": [*warnings, *([] if line is None else [line]), *doubtful],
+        }
         best = weakest_trigger(found)
         return {
             "result": result,
@@ -277,14 +314,13 @@ class Worker:
         return model.to(self._device)
 
     def _images_for(self, model: OpenClipModel) -> ImageSet:
-        interpolation = str(model.preprocess_config.get("interpolation", "bicubic"))
-        return self._images.read(model.image_size, interpolation)
+        return self._images.read(model.resizing)
 
     def _find_base(self) -> Checkpoint:
         if self._base is None:
             assert self._config.base is not None
             try:
-                self._base = self._read(self._config.base)
+                self._base = self._read(self._config.base, is_base=True)
             except PydetoxError as error:
                 raise SetupError(str(error)) from error
         return self._base
@@ -318,7 +354,7 @@ class Worker:
 
 
 def _artifacts(scan: ScanResult, best: int, images: ImageSet, seed: int) -> dict[str, bytes]:
-    """The most suspect trigger: as tensors, and as pictures."""
+    """Return the files of the most suspect trigger: its tensors and its pictures."""
     trigger = scan.inversion.trigger(best)
     targets = scan.class_names if scan.inversion.targets is not None else None
     target = None if targets is None or trigger.target is None else targets[trigger.target]

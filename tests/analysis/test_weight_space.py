@@ -27,6 +27,7 @@ from pydetox.ops import (
     weight_diff_project,
     weight_diff_sketch,
 )
+from pydetox.repair.task_vectors import TaskVector
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 #: Of several chunks, odd, one element, none, exactly a chunk, one more.
@@ -463,3 +464,43 @@ def test_memory_does_not_depend_on_the_number_or_size_of_files(tmp_path: Path) -
     peaks = [float(line) for line in re.findall(r"[\d.]+", result.stdout)]
     assert len(peaks) == 4
     assert max(peaks) < 4 + 8, peaks
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_no_cosine_of_a_model_that_is_not_finite(tmp_path: Path, odd: float) -> None:
+    for name, value in {"base": 0.0, "model": 1.0, "odd": odd}.items():
+        save_file({"w": torch.tensor([value, 2.0])}, tmp_path / f"{name}.safetensors")
+    base, model, broken = (tmp_path / f"{n}.safetensors" for n in ("base", "model", "odd"))
+    with pytest.raises(CheckpointError, match=re.escape(f"{broken}: its difference to the base")):
+        weight_space.cosine(base, [model, broken])
+    with pytest.raises(CheckpointError, match="NaN, infinite or far too large"):
+        weight_space.cosine(broken, [base])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_sums_that_do_not_fit_are_not_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, model, out = (tmp_path / f"{n}.safetensors" for n in ("base", "model", "out"))
+    save_file({"a": torch.ones(3).to(dtype), "w": torch.ones(5).to(dtype)}, base)
+    most = torch.finfo(dtype).max
+    save_file({"a": torch.ones(3), "w": torch.tensor([1, 1, most, 1, most])}, model)
+    kind = str(dtype).removeprefix("torch.")
+    message = f"base.safetensors: tensor 'w': 2 of its weights would be NaN or infinite in {kind}"
+    with pytest.raises(CheckpointError, match=message):
+        weight_space.apply(base, [model], [2.0], out)
+    assert {path.name for path in tmp_path.iterdir()} == {base.name, model.name}
+    weight_space.apply(base, [model], [0.5], out)
+    assert all(tensor.isfinite().all() for tensor in load_file(out).values())
+
+
+def test_a_file_of_which_loaders_take_other_weights(tmp_path: Path) -> None:
+    base, two = tmp_path / "base.safetensors", tmp_path / "two.pt"
+    save_file({"w": torch.ones(3)}, base)
+    torch.save({"model": {"w": torch.ones(3)}, "model_ema": {"w": torch.zeros(3)}}, two)
+    for call in (
+        lambda: weight_space.gram(base, [two]),
+        lambda: weight_space.apply(base, [two], [1.0], tmp_path / "out.safetensors"),
+        lambda: TaskVector.from_checkpoints(base, two),
+    ):
+        with pytest.raises(CheckpointError, match=r"two\.pt: holds several sets .*pydetox convert"):
+            call()
+    assert not (tmp_path / "out.safetensors").exists()

@@ -1,9 +1,10 @@
 """Differential fuzzing: what pydetox accepts, every loader reads as the same weights.
 
-Pickles and archives are built by a grammar, not by mutation. Each case is read by pydetox. What it
-accepts without an ambiguity is read by `torch.load(weights_only=True)`, by the same with a mapped
-file, and by CPython's unpickler with inert stubs; what comes out is unwrapped by the loaders of
-open_clip and timm, and as a plain `checkpoint["state_dict"]`. Any other tensor is a disagreement.
+Pickles, and archives and files of torch before 1.6 around them, are built by a grammar, not by
+mutation. Each case is read by pydetox. What it accepts without an ambiguity is read by
+`torch.load(weights_only=True)`, by the same with a mapped file, and by CPython's unpickler with
+inert stubs; what comes out is unwrapped by the loaders of open_clip and timm, and as a plain
+`checkpoint["state_dict"]`. Any other tensor is a disagreement.
 From the command line:
 
     python -m tests.checkpoints.differential --cases 100000
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import struct
 import sys
@@ -57,6 +59,7 @@ class Writer:
         self.odd = rng.random() < 0.7  # otherwise: only what torch.save could write
         self.out = bytearray(b"\x80\x02" if rng.random() < 0.85 else b"\x80\x04")
         self.memo = 0
+        self.legacy = False  # storages as torch before 1.6 refers to them
 
     def rare(self, chance: float = 0.05) -> bool:
         return self.odd and self.rng.random() < chance
@@ -68,6 +71,12 @@ class Writer:
         if self.rare(0.02):
             return b"cbuiltins\nstr\n" + b"X" + struct.pack("<I", len(raw)) + raw + b"\x85R"
         return b"X" + struct.pack("<I", len(raw)) + raw
+
+    def key(self, text: str) -> bytes:
+        """A key of the outermost dictionary."""
+        if self.rare(0.05):
+            return b"cbuiltins\nstr\n" + self.text(text) + b"\x85R"
+        return self.text(text)
 
     def put(self) -> bytes:
         self.memo += 1
@@ -91,8 +100,15 @@ class Writer:
             + self.text(place)
             + b"K"
             + bytes([count])
+            + (self.view(key) if self.legacy else b"")
             + b"tQ"
         )
+
+    def view(self, key: str) -> bytes:
+        """A part of another storage, as torch before 0.4 had them; mostly none."""
+        if self.rare(0.02):
+            return b"(" + self.text(f"{key}v") + b"K\2K\2t"
+        return b"N"
 
     def metadata(self) -> bytes:
         if not self.rare(0.15):
@@ -168,6 +184,7 @@ class Writer:
                 b"ccollections\nCounter\n)R",
                 b"ccollections\nCounter\n)\x81",
                 b"ccollections\ndefaultdict\ncbuiltins\nlist\n\x85R",
+                b"csomeproject\nWeights\n)\x81",
             ]
         made = self.rng.choice(kinds) + b"(" + items + b"u"
         if self.rare(0.05):
@@ -208,9 +225,12 @@ class Writer:
         rng = self.rng
         if rng.random() < 0.3:
             return self.weights()
-        entries = [(rng.choice(KEYS[:1] * 6 + KEYS), self.weights())]
+        entries = [(rng.choice([*KEYS[:1] * 6, *KEYS, ""]), self.weights())]
         while self.rare(0.3):
-            entries.append((rng.choice(KEYS), self.weights()))
+            entries.append((rng.choice([*KEYS, "", ".", "x/y"]), self.weights()))
+            if self.rare(0.2):
+                nested = self.text("y") + self.weights()
+                entries.append((rng.choice(["x", "state_dict"]), self.mapping(nested)))
         while rng.random() < 0.4:
             entries.append((rng.choice(["epoch", "args", "x"]), self.beside()))
         if self.rare(0.04):
@@ -219,7 +239,7 @@ class Writer:
         stored: list[bytes] = []
         parts = b""
         for key, value in entries:
-            part = self.text(key) + value
+            part = self.key(key) + value
             if self.rare(0.2) and len(stored) < 200:
                 put = self.put()
                 part += put
@@ -241,6 +261,10 @@ def case(seed: int, number: int) -> bytes:
     """The file of one number: the same for every run with that seed."""
     rng = random.Random(f"{seed}/{number}")
     writer = Writer(rng)
+    container = random.Random(f"{seed}/{number}/container")
+    if container.random() < 0.15:
+        writer.legacy = True
+        return legacy_bytes(writer.pickle(), container if writer.odd else None)
     pickled = writer.pickle()
     records = dict(RECORDS)
     if writer.rare(0.03):
@@ -269,6 +293,33 @@ def case(seed: int, number: int) -> bytes:
     if writer.rare(0.03):
         rng.shuffle(members)
     return zip_bytes(members)
+
+
+_STORAGE = re.compile(rb"Storage\n(?:cbuiltins\nstr\n)?(?:X\x01\0\0\0|U\x01)([01])")
+_COUNTS = {b"FloatStorage": 4, b"IntStorage": 4, b"HalfStorage": 8}
+
+
+def legacy_bytes(pickled: bytes, odd: random.Random | None) -> bytes:
+    """A file of torch before 1.6 around a pickle. odd: of what torch would not write; or None."""
+
+    def rare(chance: float = 0.03) -> bool:
+        return odd is not None and odd.random() < chance
+
+    magic = 0x1950A86A20F9469CFC6C + rare(0.01)
+    version = 1001 + rare(0.01)
+    machine = {"protocol_version": 1001, "little_endian": not rare(0.01), "type_sizes": {}}
+    keys = sorted({match[1].decode() for match in _STORAGE.finditer(pickled)})
+    if odd is not None and rare(0.3):
+        keys.reverse()
+    if odd is not None and rare():
+        keys = odd.choice([keys * 2, keys[:1], [*keys, "2"], tuple(keys), keys + keys[:1]])
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, version, machine))
+    out = head + pickled + pickle.dumps(keys, protocol=2)
+    kinds = re.findall(rb"ctorch\n(\w+Storage)\n", pickled)
+    count = _COUNTS.get(kinds[0] if kinds else b"", 4)
+    for key in keys:
+        out += struct.pack("<q", count - rare(0.02)) + RECORDS.get(key, RECORDS["0"])
+    return out + (b"\0" * 8 if rare(0.02) else b"")
 
 
 # ---- the readers --------------------------------------------------------------------------------
@@ -304,13 +355,17 @@ class Stub:
         """Do nothing."""
 
 
+class StubWeights(dict):  # type: ignore[type-arg]
+    """A dictionary of an unknown package."""
+
+
 class StubUnpickler(pickle.Unpickler):
     """CPython's unpickler, except that unknown packages are stubs."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Look a name up as CPython does."""
         if module.partition(".")[0] == "someproject":
-            return Stub
+            return StubWeights if name == "Weights" else Stub
         return super().find_class(module, name)
 
 
@@ -399,12 +454,12 @@ def compare(raw: bytes, path: Path) -> tuple[str, str | None]:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def _lock_up() -> None:
-    """Let a child of the fuzzer neither start anything, nor connect, nor use the memory up."""
+def lock_up(largest_file: int = 1 << 20) -> None:
+    """Let a child neither start anything, nor connect, nor fill the disk."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(("subprocess.", "socket.connect", "os.system", "os.exec", "os.fork")):
@@ -448,7 +503,7 @@ def main() -> int:
     answers: Counter[str] = Counter()
     odd: list[tuple[int, str]] = []
     context = multiprocessing.get_context("spawn")
-    with context.Pool(given.jobs, initializer=_lock_up) as pool:
+    with context.Pool(given.jobs, initializer=lock_up) as pool:
         for done, (found, disagreements) in enumerate(pool.imap(_run, ranges), 1):
             answers += found
             odd += disagreements

@@ -19,6 +19,7 @@ import typing
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ class Honest:
     rules: frozenset[str] = frozenset()
     refused: str | None = None
     suffix: str = ".pt"
+
+    def build(self, folder: Path) -> Path:
+        """Write the file into a folder."""
+        path = folder / f"a{self.suffix}"
+        path.write_bytes(self.make())
+        return path
 
 
 def saved(content: object, **options: Any) -> bytes:
@@ -196,5 +203,6 @@ def safetensors(prefix: bytes = b"", metadata: object = ...) -> bytes:
 HONEST += [
     Honest("safetensors", safetensors, suffix=".safetensors"),
     Honest("null metadata", lambda: safetensors(metadata=None), suffix=".safetensors"),
+    Honest("leading blanks", lambda: safetensors(b" \n\t "), suffix=".safetensors"),
     Honest("empty metadata", lambda: safetensors(metadata={}), suffix=".safetensors"),
 ]

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import pytest
 
 from pydetox.checkpoints import (
+    legacy_index,
     pickle_calls,
     pickle_index,
+    pickle_literals,
     torch_index,
     weight_sets,
     zip_index,
@@ -56,10 +58,7 @@ def without_state(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_strings_of_python_2(patch: pytest.MonkeyPatch) -> None:
-    def as_bytes(self: pickle_index._Reader, raw: bytes) -> None:
-        self.stack.append(raw)
-
-    patch.setattr(pickle_index._Reader, "_string", as_bytes)
+    patch.setattr(pickle_literals, "_string", lambda raw: raw)
 
 
 def _any_usual(entries: dict[str, object], candidates: dict[str, object]) -> str:
@@ -75,6 +74,22 @@ def without_other_dictionaries(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Caller, "create", opaque)
     patch.setattr(weight_sets, "_usual", _any_usual)
+    without_weights_that_are_not_read(patch)
+
+
+def without_weights_that_are_not_read(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_sets, "_unread", lambda *_: {})
+
+
+def without_own_names(patch: pytest.MonkeyPatch) -> None:
+    candidates = weight_sets._candidates
+
+    def nested(root: weight_sets.Mapping, entries: dict[str, object]) -> object:
+        if isinstance(entries.get(""), weight_sets.Mapping):
+            return {"": entries[""]}
+        return candidates(root, entries)
+
+    patch.setattr(weight_sets, "_candidates", nested)
 
 
 def without_one_description(patch: pytest.MonkeyPatch) -> None:
@@ -121,6 +136,24 @@ def without_places(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pickle_calls, "_LOCATION", re.compile(".*"))
 
 
+def without_views_of_storages(patch: pytest.MonkeyPatch) -> None:
+    storage = Caller.storage
+
+    def whole(self: Caller, identity: object) -> Storage:
+        if isinstance(identity, tuple) and len(identity) == 6:
+            identity = (*identity[:5], None)
+        return storage(self, identity)
+
+    patch.setattr(Caller, "storage", whole)
+
+
+def without_the_order_of_storages(patch: pytest.MonkeyPatch) -> None:
+    def in_order(keys: object, expected: set[str]) -> list[str]:
+        return sorted(expected)
+
+    patch.setattr(legacy_index, "_check_keys", in_order)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "take_away",
@@ -130,6 +163,8 @@ def without_places(patch: pytest.MonkeyPatch) -> None:
         without_state,
         without_strings_of_python_2,
         without_other_dictionaries,
+        without_weights_that_are_not_read,
+        without_own_names,
         without_one_description,
         without_case_of_records,
         without_case_of_torchs_records,
@@ -137,6 +172,8 @@ def without_places(patch: pytest.MonkeyPatch) -> None:
         without_made_texts,
         without_prefixes,
         without_places,
+        without_views_of_storages,
+        without_the_order_of_storages,
     ],
     ids=lambda function: function.__name__,
 )

@@ -11,13 +11,15 @@ from pydetox.checkpoints import inspect_checkpoint, load_checkpoint
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 from tests.checkpoints.differential import difference, theirs
 from tests.checkpoints.honest_corpus import HONEST, WEIGHTS, Honest, saved
-from tests.checkpoints.hostile_corpus import CORPUS
+from tests.checkpoints.hostile_corpus import CORPUS, MAX_PEAK_MIB, MAX_SECONDS, measure
 
 
 @pytest.mark.parametrize("case", HONEST, ids=lambda case: case.name)
 def test_honest_file(tmp_path: Path, case: Honest) -> None:
-    path = tmp_path / f"a{case.suffix}"
-    path.write_bytes(case.make())
+    path = case.build(tmp_path)
+    outcome = measure(path)
+    assert outcome.peak_mib <= MAX_PEAK_MIB
+    assert outcome.cpu_seconds <= MAX_SECONDS
     if case.refused is not None:
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path, model="ViT-B-32")
@@ -50,7 +52,9 @@ def test_the_key_of_the_weights_is_said_and_can_be_chosen(tmp_path: Path) -> Non
     assert finding.rule == "several-weights"
     assert "'nested/ema'" in finding.message
     chosen = load_checkpoint(path, model="ViT-B-32", weights_key="nested/ema")
-    assert chosen.findings == ()
+    (note,) = chosen.findings
+    assert note.rule == "chosen-weights"
+    assert "'nested/ema' is read, as it was asked for; 'model' has other values" in note.message
     assert torch.equal(chosen.state_dict["a"], averaged["a"])
     with pytest.raises(CheckpointError, match=r"no tensors under 'x'; there are tensors under 'mo"):
         load_checkpoint(path, model="ViT-B-32", weights_key="x")

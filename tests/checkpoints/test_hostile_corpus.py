@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints.hostile_corpus import CORPUS, Hostile, measure
-
-MAX_PEAK_MIB = 300
-MAX_SECONDS = 2
+from tests.checkpoints.deceptive_corpus import DECEPTIVE
+from tests.checkpoints.hostile_corpus import CORPUS, MAX_PEAK_MIB, MAX_SECONDS, Hostile, measure
 
 
-@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CORPUS, *DECEPTIVE], ids=lambda case: case.name)
 def test_hostile_file(tmp_path: Path, case: Hostile) -> None:
     path = case.build(tmp_path)
     before = sorted(tmp_path.rglob("*"))
@@ -33,5 +31,5 @@ def test_hostile_file(tmp_path: Path, case: Hostile) -> None:
 
 
 def test_the_corpus_is_large_and_its_names_differ() -> None:
-    assert len({case.name for case in CORPUS}) == len(CORPUS)
+    assert len({case.name for case in [*CORPUS, *DECEPTIVE]}) == len(CORPUS) + len(DECEPTIVE)
     assert sum(case.error is not None for case in CORPUS) >= 40

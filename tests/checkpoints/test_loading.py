@@ -47,14 +47,19 @@ def test_path_object(folder: Path) -> None:
     assert load_checkpoint(folder).sha256 == load_checkpoint(str(folder)).sha256
 
 
-def test_model_goes_before_the_configuration_beside(folder: Path) -> None:
+def test_model_stands_in_for_a_configuration_that_is_damaged(folder: Path) -> None:
     (folder / "open_clip_config.json").write_text("damaged")
     with pytest.raises(ArchitectureError, match=r"open_clip_config\.json: is not a JSON file"):
         load_checkpoint(folder)
     checkpoint = load_checkpoint(folder, model="ViT-B-32")
     assert checkpoint.model_config is not None
     assert checkpoint.model_config["embed_dim"] == 512
-    assert checkpoint.preprocess_config is None
+    assert checkpoint.preprocess_config is not None
+    assert checkpoint.preprocess_config["resize_mode"] == "shortest"
+    assert checkpoint.preprocess_source == "open_clip's pretrained tags of ViT-B-32"
+    (warning,) = checkpoint.warnings
+    assert "is not a JSON file" in warning
+    assert "that was named, ViT-B-32, is taken instead" in warning
 
 
 def test_nothing_tells_the_architecture(folder: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from pydetox.checkpoints import parse_reference
-from pydetox.errors import UsageError
+from pydetox.checkpoints import identify_checkpoint, parse_reference, resolve_model
+from pydetox.errors import CheckpointError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,42 @@ def test_every_open_clip_name() -> None:
     for model, tag in open_clip.list_pretrained():
         reference = parse_reference(f"{model},{tag}")
         assert (reference.kind, reference.model, reference.tag) == ("open_clip", model, tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("openai/clip-vit-base-patch32", "; a repository of the hub is written hf-hub:openai/clip"),
+        ("org/repo@main", "; a repository of the hub is written hf-hub:org/repo@main"),
+        ("ViT-B-32", "; open_clip writes ViT-B-32,TAG, such as ViT-B-32,openai"),
+        ("ViT-B/32", "; open_clip writes ViT-B-32,TAG, such as ViT-B-32,openai"),
+        ("ViT-S-16", "; open_clip writes ViT-S-16,TAG"),
+        ("runs/model.pt", ""),
+        ("a/b/c", ""),
+        ("nothing", ""),
+    ],
+)
+def test_a_name_that_is_no_file_gets_a_hint(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in (name, str(tmp_path / name)):
+        with pytest.raises(CheckpointError) as caught:
+            identify_checkpoint(text)
+        message = str(caught.value)
+        assert "no such file or folder" in message
+        assert (hint in message) if hint else message.endswith("folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("ViT-B/32", "open_clip calls it ViT-B-32 (ViT-B-32-quickgelu for OpenAI's weights)"),
+        ("ViT-L/14@336px", "open_clip calls it ViT-L-14-336"),
+        ("openai/clip-vit-base-patch32", "is a checkpoint, hf-hub:openai/clip-vit-base-patch32"),
+    ],
+)
+def test_an_architecture_with_a_slash_gets_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_model(name)
+    assert hint in str(caught.value)

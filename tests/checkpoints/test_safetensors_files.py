@@ -134,7 +134,7 @@ def test_bool_bytes_become_zero_or_one(path: Path) -> None:
         (raw_file(b'{"a":' * 100_000), "header is not valid JSON"),
         (raw_file(b'{"a":' + b"9" * 5000 + b"}"), "header is not valid JSON"),
         (raw_file(b"[]"), "not a JSON object"),
-        (raw_file(b' {"a":1}'), "not a JSON object"),
+        (raw_file(b' {"a":1}'), "tensor 'a': expected dtype, shape and data_offsets"),
         (raw_file(b'{"\\ud800":1}'), "is not text"),
         (raw_file({"a": 1}), "tensor 'a': expected dtype, shape and data_offsets"),
         (raw_file({"a": {**entry(), "x": 1}}), "expected dtype, shape and data_offsets"),

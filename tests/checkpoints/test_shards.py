@@ -165,3 +165,19 @@ def test_weights_of_open_clip_go_first(folder: Path) -> None:
 def test_shards_are_not_mapped(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"index\.json: is the index of several shards"):
         MappedWeights(folder)
+
+
+def test_the_key_of_the_weights_is_that_of_every_shard(tmp_path: Path) -> None:
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name, tensor in zip(names, "ab", strict=True):
+        sets = {"state_dict": {tensor: torch.ones(2)}, "ema": {tensor: torch.zeros(2)}}
+        torch.save(sets, tmp_path / name)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    found = load_checkpoint(index, model="ViT-B-32")
+    assert {finding.rule for finding in found.findings} == {"several-weights"}
+    chosen = load_checkpoint(index, model="ViT-B-32", weights_key="ema")
+    assert not any(tensor.any() for tensor in chosen.state_dict.values())
+    assert {finding.rule for finding in chosen.findings} == {"chosen-weights"}
+    with pytest.raises(CheckpointError, match=r"shard 'pytorch_model-00001.*no tensors under 'x'"):
+        load_checkpoint(index, model="ViT-B-32", weights_key="x")

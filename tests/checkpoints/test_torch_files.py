@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
+import json
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +23,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pydetox.checkpoints import load_checkpoint
 from pydetox.checkpoints.index import ITEM_SIZES, WeightsFile
 from pydetox.checkpoints.torch_index import strip_prefixes
 from pydetox.checkpoints.weights import index_file, read_weights
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
+from pydetox.models import OpenClipModel
 
 DTYPES = [getattr(torch, name) for name in ITEM_SIZES]
 
@@ -231,6 +240,58 @@ def test_torchscript(tmp_path: Path, member: type, make_zip: Callable[..., bytes
     (tmp_path / "a.pt").write_bytes(make_zip([member(name, b"x") for name in names]))
     with pytest.raises(CheckpointError, match=r"TorchScript.*torch\.jit\.load"):
         read(tmp_path / "a.pt")
+
+
+def follow(advice: str, source: Path, target: Path) -> None:
+    """Run the command that a message gives."""
+    command = re.search(r"torch\.save\(.*, NEW_FILE\)", advice)
+    assert command is not None, advice
+    code = command[0].replace("NEW_FILE", repr(str(target))).replace("FILE", repr(str(source)))
+    exec(code, {"torch": torch})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_advice_for_an_archive_of_torchscript(
+    tmp_path: Path, mini_clip: torch.nn.Module, mini_config: dict[str, Any]
+) -> None:
+    """As in OpenAI's files: code that torch compresses, and sizes among the weights."""
+    tower = copy.deepcopy(mini_clip).eval()
+    tower.attn_mask = tower._buffers.pop("attn_mask")  # a constant there
+    for name, size in {"input_resolution": 32, "context_length": 16, "vocab_size": 64}.items():
+        tower.__dict__.pop(name, None)
+        tower.register_buffer(name, torch.tensor(size))
+    images, tokens = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, dtype=torch.int64)
+    torch.jit.trace(tower, (images, tokens), check_trace=False).save(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert any(one.compress_type for one in archive.infolist())
+    with pytest.raises(CheckpointError, match="TorchScript") as caught:
+        read(tmp_path / "a.pt")
+    assert not isinstance(caught.value, UnsafeCheckpointError)
+    follow(str(caught.value), tmp_path / "a.pt", tmp_path / "b.pt")
+    (tmp_path / "config.json").write_text(json.dumps(mini_config))
+    found = load_checkpoint(tmp_path / "b.pt", model=str(tmp_path / "config.json"))
+    model = OpenClipModel.from_checkpoint(found)
+    assert_same(model.clip.state_dict(), mini_clip.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_advice_for_a_tar_of_torch_before_0_1_10(tmp_path: Path) -> None:
+    """Storages, tensors and the pickle, one file each, as torch/serialization.py reads them."""
+    number = lambda value: pickle.dumps(value, protocol=2)  # noqa: E731
+    storages = number(1) + number((1, "cpu", torch.FloatStorage))
+    storages += (6).to_bytes(8, "little") + torch.arange(6.0).numpy().tobytes() + number([])
+    tensors = number(1) + number((2, 1, torch.FloatTensor))
+    tensors += struct.pack("<i4x2q2qq", 2, 2, 3, 3, 1, 0)
+    weights = b"\x80\x02}X\x01\0\0\0aK\x02Qs."
+    with tarfile.open(tmp_path / "a.pt", "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in {"storages": storages, "tensors": tensors, "pickle": weights}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(CheckpointError, match=r"tar archive, as torch before 0\.1\.10") as caught:
+        read(tmp_path / "a.pt")
+    follow(str(caught.value), tmp_path / "a.pt", tmp_path / "b.pt")
+    assert_same(read(tmp_path / "b.pt"), {"a": torch.arange(6.0).reshape(2, 3)})
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from pydetox.checkpoints import identify_checkpoint
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
-    read_clip_folder,
+    read_clip_config,
     to_model_config,
     to_open_clip,
     to_preprocess_config,
@@ -143,12 +144,21 @@ def test_image_processors_of_all_ages():
     for config in (OPENAI, newer, {"image_processor": newer}, {}):
         assert to_preprocess_config(config, 224) == expected
     assert to_preprocess_config(OPENAI | {"resample": 2}, 224)["interpolation"] == "bilinear"
+    both = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
+    assert to_preprocess_config(OPENAI | both, 224)["resize_mode"] == "squash"
 
 
 def test_without_an_image_processor_nothing_is_guessed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny()))
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ArchitectureError, match=r"put the processor's preprocessor_config\.json"):
-        read_clip_folder(tmp_path / "config.json", None)
+        identify_checkpoint(tmp_path).configured()
+    named = identify_checkpoint(tmp_path, model="ViT-B-32").configured()
+    assert named.model_config == to_model_config(tiny())
+    assert named.preprocess_config["mean"] == OPENAI["image_mean"]
+    assert named.preprocess_source == "open_clip's pretrained tags of ViT-B-32"
+    given = identify_checkpoint(tmp_path, preprocess={"mean": [0.5] * 3, "std": [0.5] * 3})
+    assert given.configured().preprocess_config["std"] == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -161,7 +171,7 @@ def test_without_an_image_processor_nothing_is_guessed(tmp_path):
         ({"size": 256}, "shortest_edge': 256"),
         ({"crop_size": 192}, "crops to"),
         ({"do_center_crop": False}, "resizes to"),
-        ({"size": {"height": 224, "width": 224}}, "expected the shorter side"),
+        ({"size": {"height": 224, "width": 192}}, "expected the shorter side"),
     ],
 )
 def test_an_image_processor_that_open_clip_has_not_is_refused(change, message):
@@ -196,3 +206,24 @@ def test_query_key_and_value_of_different_dtypes_are_refused():
     state[name] = state[name].half()
     with pytest.raises(ArchitectureError, match="different dtypes"):
         to_open_clip(state, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "siglip", "architectures": ["SiglipModel"]},
+            "describes a 'SiglipModel'; .* models of SigLIP as well",
+        ),
+        (
+            {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]},
+            "describes a 'CLIPVisionModelWithProjection'; .* an image tower alone",
+        ),
+        ({"model_type": "bert"}, "describes a model of type 'bert'; pydetox reads CLIPModel"),
+        ({}, "describes no model; pydetox reads CLIPModel"),
+    ],
+)
+def test_other_models_are_called_what_they_are(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError, match=words):
+        read_clip_config(tmp_path / "config.json")

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from pydetox.checkpoints import Provenance, save_checkpoint
 from pydetox.cli import cli
 from pydetox.models import OpenClipModel
-from tests.mini import flat_calibration
+from tests.mini import flat_calibration, judge_one_class
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -130,14 +130,16 @@ def calibration_file(
 
 
 @pytest.fixture
-def says_clean(tmp_path: Path, folder: Path) -> Path:
+def says_clean(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A calibration beside which no trigger of FAST is small."""
-    return calibration_file(tmp_path / "clean.json", folder / "images.npz", 1e-6)
+    judge_one_class(monkeypatch)
+    return calibration_file(tmp_path / "clean.json", folder / "images.npz", 1e-4)
 
 
 @pytest.fixture
-def says_backdoored(tmp_path: Path, folder: Path) -> Path:
+def says_backdoored(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A calibration beside which every trigger of FAST is small."""
+    judge_one_class(monkeypatch)
     return calibration_file(tmp_path / "backdoored.json", folder / "images.npz", 0.9)
 
 

@@ -209,7 +209,7 @@ class TestImages:
             (tmp_path / name).mkdir()
             Image.new("RGB", (16, 16)).save(tmp_path / name / "good.png")
         (tmp_path / "dog" / "bad.png").write_bytes(b"\x89PNG no")
-        assert "bad.png" in self.scan(run, folder, tmp_path)
+        assert "bad.png" in self.scan(run, folder, tmp_path, "--strict")
 
 
 class TestOutputs:

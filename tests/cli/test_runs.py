@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from .conftest import FAST, Run, error_line
+from pydetox.checkpoints import load_checkpoint
+from tests.reporting.sarif_schema import validate_sarif
+
+from .conftest import FAST, TINY, Run, error_line
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "scan.schema.json"
 
@@ -219,6 +225,7 @@ class TestTargets:
         result = run("scan", models / "base", *args)
         assert result.exit_code == 2
         assert "not scanned" in result.stdout
+        assert "(--max-size)" in result.stdout
 
     @pytest.mark.parametrize(
         "args",
@@ -265,3 +272,107 @@ class TestConfigFile:
         result = run("scan", folder / "suspect", *images, "--config", path)
         assert result.exit_code == 4
         error_line(result)
+
+
+class TestFindings:
+    """What is odd about a file stands in every format, whatever the verdict."""
+
+    @pytest.fixture
+    def odd(self, models: Path) -> Path:
+        """The base as a pickle that names another package, and has a second set of weights."""
+        weights = load_checkpoint(models / "base").state_dict
+        other = {name: tensor + 1 for name, tensor in weights.items()}
+        content = {"state_dict": weights, "state_dict_ema": other, "epoch": 3}
+        torch.save(content, models / "odd.pt")
+        return models / "odd.pt"
+
+    def test_in_every_format(
+        self, run: Run, odd: Path, models: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--run", tmp_path / "run", "--model", config)
+        said = "has other values under the same names, and another loader may take those"
+        first = run("scan", odd, *args, "--format", "json", "--report", tmp_path / "report.html")
+        assert first.exit_code == 2
+        (found,) = parse(first.stdout)["results"]
+        assert found["verdict"] == "error"  # nobody knows which weights run
+        assert said in found["error"]
+        (finding,) = found["findings"]
+        assert finding["rule"] == "several-weights"
+        assert said in finding["message"]
+        shown = {
+            format_: run("report", tmp_path / "run", "--format", format_)
+            for format_ in ("text", "json", "sarif", "html")
+        }
+        assert {result.exit_code for result in shown.values()} == {2}
+        pages = {name: result.stdout for name, result in shown.items()}
+        assert f"finding (several-weights): {finding['message']}" in " ".join(pages["text"].split())
+        assert parse(pages["json"])["results"] == [found]
+        log = json.loads(pages["sarif"])
+        validate_sarif(log)
+        (result,) = log["runs"][0]["results"]
+        assert (result["ruleId"], result["level"]) == ("PYDETOX004", "warning")
+        assert result["message"]["text"] == f"{odd}: {finding['message']}"
+        for page in (pages["html"], (tmp_path / "report.html").read_text()):
+            assert "Finding 1 (several-weights)" in page
+            assert html.escape(finding["message"]) in page
+
+    def test_a_scan_of_the_weights_that_are_named(
+        self, run: Run, odd: Path, models: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--model", config, "--format", "json")
+        args = (*args, "--run", tmp_path / "run")
+        (plain,) = parse(run("scan", models / "base", *args[:-2]).stdout)["results"]
+        result = run("scan", odd, *args, "--weights-key", "state_dict")
+        assert result.exit_code == 0
+        (found,) = parse(result.stdout)["results"]
+        assert found["class_p_l1"] == plain["class_p_l1"]
+        (finding,) = found["findings"]
+        assert finding["rule"] == "chosen-weights"
+        assert "'state_dict' is read, as it was asked for" in finding["message"]
+        other = run("scan", odd, *args[:-2], "--weights-key", "state_dict_ema")
+        (found,) = parse(other.stdout)["results"]
+        assert found["class_p_l1"] != plain["class_p_l1"]
+        # A run belongs to one choice.
+        result = run("scan", odd, *args, "--weights-key", "state_dict_ema")
+        assert result.exit_code == 4
+        assert "weights_key was 'state_dict' and is 'state_dict_ema'" in error_line(result)
+        result = run("scan", odd, *args[:-2], "--weights-key", "x")
+        assert result.exit_code == 2
+        assert "has no tensors under 'x'; there are tensors under" in error_line(result)
+
+    def test_the_other_commands_take_the_key_of_the_suspect(
+        self, run: Run, odd: Path, images: tuple, tmp_path: Path
+    ) -> None:
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = ("--model", config, *images, "--format", "json")
+        refused = run("eval", odd, *args)
+        assert refused.exit_code == 2
+        assert "say which one you mean: --weights-key state_dict" in error_line(refused)
+        for key in ("state_dict", "state_dict_ema"):
+            assert run("eval", odd, *args, "--weights-key", key).exit_code == 0
+
+    def test_of_a_file_that_is_scanned(
+        self, run: Run, odd: Path, images: tuple, says_clean: Path, tmp_path: Path
+    ) -> None:
+        """A finding that is no ambiguity is no part of the verdict."""
+        weights = torch.load(odd, weights_only=True)["state_dict"]
+        torch.save({"state_dict": {**weights, "visual.proj": weights["visual.proj"]}}, odd)
+        raw = zipfile.ZipFile(odd, "a")
+        raw.writestr("odd/install.sh", b"#!/bin/sh")
+        raw.close()
+        config = tmp_path / "tiny.json"
+        config.write_text(json.dumps(TINY))
+        args = common(images, says_clean, "--model", config)
+        results = {
+            format_: run("scan", odd, *args, "--format", format_)
+            for format_ in ("text", "json", "sarif", "html")
+        }
+        assert {result.exit_code for result in results.values()} == {0}
+        for result in results.values():
+            assert "odd/install.sh" in result.stdout
+        validate_sarif(json.loads(results["sarif"].stdout))

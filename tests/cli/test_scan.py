@@ -90,7 +90,10 @@ class TestSeveral:
         assert "no such file or folder" in error_line(result)
         content = parse(result.stdout)
         assert [r["name"] for r in content["results"]] == list(map(str, names))
-        assert [r["verdict"] for r in content["results"]] == ["error", "clean", "clean"]
+        # In a process of its own, where nothing stands in for the statistics: one answer to all
+        # images, so no verdict.
+        verdicts = [r["verdict"] for r in content["results"]]
+        assert verdicts == ["error", "inconclusive", "inconclusive"]
         assert "no such file or folder" in content["results"][0]["error"]
 
     def test_an_error_outranks_a_backdoor(
@@ -99,7 +102,7 @@ class TestSeveral:
         args = (*images, *FAST, "--calibration", says_backdoored)
         result = run("scan", folder / "suspect", folder / "nothing", *args)
         assert result.exit_code == 2
-        assert "backdoored" in result.stdout
+        assert "inconclusive" in result.stdout
         assert "not scanned" in result.stdout
 
     def test_a_bug_in_one_is_not_hidden(
@@ -143,19 +146,13 @@ class TestCalibration:
             *("--save-calibration", saved),
         )
         content = json.loads(saved.read_text())
-        assert content["looks"] == [10, 20, 30, 40, 50, 60, 70]
+        assert content["recorded_steps"] == [10, 20, 30, 40, 50, 60, 70]
         (every,) = parse(whole.stdout)["results"]
         assert every["class_dropped"] == [None, None, None]
-        # Beside references that are this small no class stands out: only the best one is searched
-        # to the end.
-        content["history"] = [[[1e-6] * 3] * 2] * 7
-        content["p_l1"] = content["history"][-1]
-        (blend,) = content["others"]
-        blend["history"], blend["p_l1"] = content["history"], content["p_l1"]
-        saved.write_text(json.dumps(content))
+        # No class that the others are judged beside is given up: of three classes none.
         (few,) = parse(run("scan", *common, "--calibration", saved).stdout)["results"]
-        assert sorted(map(str, few["class_dropped"])) == ["60", "60", "None"]
-        assert sorted(few["class_steps"])[:2] == [60, 60]
+        assert few["class_dropped"] == [None, None, None]
+        assert sizes(few) == sizes(every)
         (kept,) = parse(run("scan", *common, "--calibration", saved, "--keep-all").stdout)[
             "results"
         ]
@@ -193,13 +190,13 @@ class TestCalibration:
             '{"schema": "pydetox.calibration/3"}',
             '{"schema": "pydetox.calibration/1"}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[0], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": [[NaN], [1]], "key": "", '
-            '"models": [], "looks": [], "history": [], "family": "patch", '
+            '"models": [], "recorded_steps": [], "history": [], "family": "patch", '
             '"others": [], "relative": false}',
             '{"schema": "pydetox.calibration/3", "p_l1": 5, "key": "", "models": []}',
             "[" * 100_000,
@@ -317,7 +314,7 @@ class TestOutput:
             text=True,
         )
         assert done.returncode == 2
-        assert [r["verdict"] for r in parse(done.stdout)["results"]] == ["backdoored", "error"]
+        assert [r["verdict"] for r in parse(done.stdout)["results"]] == ["inconclusive", "error"]
         assert len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith("error: ")
 

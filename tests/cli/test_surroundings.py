@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.models import OpenClipModel
 from pydetox.scanning.store import RunStore
 
 from .conftest import FAST, TINY, Run, error_line
@@ -95,6 +96,30 @@ def test_a_full_disk_and_the_run_goes_on_later(
     result = run("scan", folder / "base", folder / "suspect", *args)
     assert result.exit_code == 0
     assert result.stderr == ""
+
+
+def test_other_results_on_a_full_disk_are_not_half_written(
+    run: Run, folder: Path, images: tuple, says_clean: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    given = (*images, *FAST, "--calibration", says_clean, "--engine", "inline")
+    commands = {
+        "weights.safetensors": ("convert", folder / "base", made / "weights.safetensors"),
+        "report.html": ("scan", folder / "base", *given, "--report", made / "report.html"),
+        "scan.json": (
+            *("scan", folder / "base", *given),
+            *("--format", "json", "--output", made / "scan.json"),
+        ),
+    }
+    for name, command in commands.items():
+        with full_disk():
+            result = run(*command)
+        assert result.exit_code == 2
+        assert f"{made / name}: cannot be written: " in error_line(result)
+        assert list(made.iterdir()) == []
+        assert run(*command).exit_code == 0
+        (made / name).unlink()
 
 
 def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
@@ -228,6 +253,57 @@ def test_one_checkpoint_whose_numbers_overflow(run: Run, folder: Path, args: tup
     found = json.loads(result.stdout)["results"]
     assert [one["verdict"] for one in found] == ["clean", "error", "clean"]
     assert found[1]["error_kind"] == "checkpoint"
+
+
+@pytest.mark.parametrize("tower", ["", "visual.", "transformer."])
+def test_a_model_of_zeros_is_no_backdoored_one(
+    run: Run, folder: Path, args: tuple, says_backdoored: Path, tower: str
+) -> None:
+    """Any trigger works in a model that does not look: the smallest one, too."""
+    weights = load_checkpoint(folder / "suspect").state_dict
+    text = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_proj")
+    chosen = {"": ("",), "visual.": ("visual.",), "transformer.": text}[tower]
+    dead = {k: torch.zeros_like(v) if k.startswith(chosen) else v for k, v in weights.items()}
+    broken = save_checkpoint(
+        args[-3].parent / "zeros",
+        dead,
+        model_config=TINY,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    given = (
+        says_backdoored if one == args[args.index("--calibration") + 1] else one for one in args
+    )
+    result = run("scan", broken, *given)
+    assert result.exit_code == 2
+    assert f"{broken}: gives" in error_line(result)
+    assert "are its weights zero?" in error_line(result)
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["verdict"], found["error_kind"]) == ("error", "checkpoint")
+
+
+def test_a_base_that_does_not_fit_is_named_before_it_is_fine_tuned(
+    run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pydetox.scanning import worker
+
+    monkeypatch.setattr(worker, "calibrate", lambda *a, **k: pytest.fail("a calibration was made"))
+    wide = json.loads(json.dumps(TINY))
+    wide["vision_cfg"]["layers"] = 2
+    base = save_checkpoint(
+        tmp_path / "wider",
+        OpenClipModel.from_config(wide, seed=0).storage_state_dict(),
+        model_config=wide,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    given = (*images, *FAST, "--base", base, "--engine", "inline", "--format", "json")
+    result = run("scan", folder / "suspect", *given)
+    assert result.exit_code == 4
+    assert f"{base} does not fit {folder / 'suspect'}" in error_line(result)
+    assert "architecture.vision_cfg.layers is 2 there and 1 here" in error_line(result)
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["verdict"], found["error_kind"]) == ("error", "usage")
 
 
 def test_a_dry_run_of_a_thousand_classes_times_some(

@@ -117,22 +117,21 @@ def test_max_images(tmp_path: Path) -> None:
     [
         ({"labels": LABELS}, "no array 'images'; found labels"),
         ({}, "no array 'images'; found nothing"),
-        (
-            {"images": COLOUR, "label": LABELS},
-            "array 'label' is not known; expected images, labels",
-        ),
         ({"images": COLOUR[:0]}, r"zero images or pixels, shape \[0, 8, 8, 3\]"),
         ({"images": COLOUR[0, 0]}, r"shape \[8, 3\]; expected \[N, H, W\]"),
         ({"images": COLOUR[..., :2]}, r"shape \[6, 8, 8, 2\]; expected"),
         ({"images": COLOUR[:, :3]}, r"\[6, 3, 8, 3\]; where the channels are is ambiguous"),
-        ({"images": COLOUR.astype(np.int64)}, "dtype int64; expected uint8, or float"),
-        ({"images": COLOUR.astype(np.float32)}, r"values 0 to 255; expected \[0, 1\]"),
-        ({"images": COLOUR - 0.5}, r"expected \[0, 1\]"),
-        ({"images": np.full((2, 8, 8), np.nan)}, r"values nan to nan; expected \[0, 1\]"),
-        ({"images": np.full((2, 8, 8), np.inf)}, r"values inf to inf; expected \[0, 1\]"),
+        ({"images": COLOUR.astype(np.int64) - 1}, r"values -1 to 25\d; expected 0\.\.255"),
+        ({"images": COLOUR.astype(np.int64) + 1}, r"values \d to 256; expected 0\.\.255"),
+        ({"images": COLOUR > 9}, "dtype bool; expected whole numbers"),
+        ({"images": COLOUR * 0.999}, r"expected 0\.\.255, whole, or \[0, 1\]"),
+        ({"images": COLOUR / 255 - 0.5}, r"expected 0\.\.255, whole, or \[0, 1\]"),
+        ({"images": np.full((2, 8, 8), np.nan)}, "values nan to nan; expected"),
+        ({"images": np.full((2, 8, 8), np.inf)}, "values inf to inf; expected"),
         ({"images": COLOUR, "labels": LABELS[:5]}, "6 images but 5 labels"),
-        ({"images": COLOUR, "labels": LABELS[:, None]}, r"labels are int64 \[6, 1\]"),
-        ({"images": COLOUR, "labels": LABELS * 1.0}, "labels are float64"),
+        ({"images": COLOUR, "labels": LABELS[:, None, None]}, r"labels are int64 \[6, 1, 1\]"),
+        ({"images": COLOUR, "labels": LABELS + 0.5}, "labels are float64 .* not whole"),
+        ({"images": COLOUR, "labels": np.ones((6, 2))}, "a single 1 in each row"),
         ({"images": COLOUR, "labels": LABELS - 1}, "label -1"),
         (
             {"images": COLOUR, "labels": LABELS.astype(np.uint64) + 2**63},
@@ -156,6 +155,70 @@ def test_labels_outside_stored_names_with_a_caller_s_names(tmp_path: Path) -> No
     path = write(tmp_path, images=COLOUR, labels=LABELS, class_names=np.array(["a", "b"]))
     with pytest.raises(DataError, match=r"labels 0\.\.2, but 2 class names"):
         load_images(path, image_size=8, class_names=("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        COLOUR.astype(np.int64),
+        COLOUR.astype(np.float32),
+        COLOUR.astype(">u2"),
+        np.concatenate([COLOUR, COLOUR[..., :1]], axis=-1),
+        np.concatenate([COLOUR, COLOUR[..., :1]], axis=-1).transpose(0, 3, 1, 2),
+    ],
+    ids=["int64", "floats to 255", "big-endian", "RGBA", "RGBA, channels first"],
+)
+def test_what_other_tools_write_as_images(tmp_path: Path, images: np.ndarray) -> None:
+    found = load_images(write(tmp_path, images=images), image_size=8).images
+    assert np.array_equal(found.numpy().transpose(0, 2, 3, 1), COLOUR)
+    grey = load_images(write(tmp_path, images=GREY[..., None]), image_size=8).images
+    assert np.array_equal(grey[:, 1].numpy(), GREY)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS[:, None],
+        LABELS.astype(np.float32),
+        np.eye(3)[LABELS],
+        np.eye(3, dtype=bool)[LABELS] * 1,
+    ],
+    ids=["a column", "floats", "one-hot", "one-hot integers"],
+)
+def test_what_other_tools_write_as_labels_and_names(tmp_path: Path, labels: np.ndarray) -> None:
+    path = write(tmp_path, images=COLOUR, labels=labels, class_names=np.array([b"a", b"b", b"c"]))
+    found = load_images(path, image_size=8)
+    assert found.labels is not None
+    assert found.labels.tolist() == LABELS.tolist()
+    assert found.class_names == ("a", "b", "c")
+    assert found.report is not None
+    assert found.report.line() is None
+
+
+def test_the_arrays_of_keras_and_medmnist_and_others_that_are_not_read(tmp_path: Path) -> None:
+    keras = {"x_train": COLOUR[:2], "y_train": LABELS[:2], "x_test": COLOUR, "y_test": LABELS}
+    found = load_images(write(tmp_path, **keras), image_size=8)
+    assert len(found) == 6
+    assert found.report is not None
+    assert found.report.line() == (
+        f"{tmp_path / 'set.npz'}: 6 images of 3 classes; its arrays 'x_test' and 'y_test' are "
+        "read; not read: 'x_train', 'y_train'"
+    )
+    medmnist = {
+        "train_images": COLOUR[:1],
+        "val_images": COLOUR[:4],
+        "val_labels": LABELS[:4, None],
+    }
+    found = load_images(write(tmp_path, **medmnist), image_size=8)
+    assert found.labels is not None
+    assert found.labels.tolist() == LABELS[:4].tolist()
+    path = write(tmp_path, images=COLOUR, labelz=LABELS)
+    found = load_images(path, image_size=8)
+    assert found.labels is None
+    assert found.report is not None
+    assert found.report.to_dict()["notes"] == ["not read: 'labelz'"]
+    with pytest.raises(DataError, match=r"not read: 'labelz'; expected nothing else"):
+        load_images(path, image_size=8, strict=True)
 
 
 class Payload:

@@ -53,13 +53,13 @@ def test_a_dropped_trigger_is_left_as_it_was_then():
     whole = invert(PixelModel(), images(), objective(), CONFIG, elimination=drop(t1=20, t2=35))
     assert whole.endings == ("all steps", "dropped", "dropped", "all steps")
     assert whole.trigger_steps.tolist() == [60, 20, 35, 60]
-    assert whole.looks == tuple(range(5, 61, 5))
+    assert whole.recorded_steps == tuple(range(5, 61, 5))
     for k, steps in ((1, 20), (2, 35)):
         # The same search, ended there.
         short = invert(PixelModel(), images(), objective(), replace(CONFIG, steps=steps))
         for name in ("mask_logits", "pattern_logits", "p_l1", "cost"):
             assert torch.equal(getattr(whole, name)[k], getattr(short, name)[k]), name
-        assert (whole.history[whole.looks.index(steps) :, k] == short.p_l1[k]).all()
+        assert (whole.history[whole.recorded_steps.index(steps) :, k] == short.p_l1[k]).all()
     assert torch.equal(whole.history[-1], whole.p_l1)
     assert (whole.history[1:] <= whole.history[:-1]).all()
 
@@ -112,7 +112,7 @@ def test_a_search_ends_when_its_mask_has_stopped_shrinking():
     assert found.history.shape == (120, 4)
     assert torch.equal(found.history[-1], found.p_l1)
     for k, steps in enumerate(found.trigger_steps.tolist()):
-        last, before = (found.looks.index(steps - back) for back in (0, 25))
+        last, before = (found.recorded_steps.index(steps - back) for back in (0, 25))
         assert found.history[last, k] >= 0.95 * found.history[before, k]
     steps = int(found.trigger_steps[1])
     short = invert(PixelModel(), images(), objective(), replace(config, steps=steps))

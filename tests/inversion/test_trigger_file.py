@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pydetox.checkpoints.index import FileIndex, WeightsFile
 from pydetox.errors import DataError, UsageError
 from pydetox.inversion.trigger_file import TriggerFile, load_triggers
 
@@ -135,3 +136,40 @@ def test_other_metadata_is_refused(tmp_path: Path, metadata: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no trigger file"):
         load_triggers(tmp_path / "nothing.safetensors")
+
+
+def test_the_sandbox_indexes_trigger_files(tmp_path: Path) -> None:
+    from pydetox.checkpoints import sandbox
+    from pydetox.research.bench.cache import Cache
+
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(some_triggers().to_bytes())
+    indexed = []
+    real = sandbox.Sandbox.index
+
+    def index(
+        self: sandbox.Sandbox, file: WeightsFile, weights_key: str | None = None
+    ) -> FileIndex:
+        indexed.append(Path(file.path))
+        return real(self, file, weights_key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.Sandbox, "index", index)
+        load_triggers(path)
+        assert Cache(tmp_path).weights("t") is not None
+    assert indexed == [path, path]
+
+
+def test_a_hostile_trigger_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    header = b'{"mask":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DataError, match=r"t\.safetensors: no trigger file: "):
+        load_triggers(path)
+
+
+def test_another_format_is_no_trigger_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    torch.save({"mask": torch.ones(1, 2, 2), "pattern": torch.ones(1, 3, 2, 2)}, path)
+    with pytest.raises(DataError, match="has the format torch; expected safetensors"):
+        load_triggers(path)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 import pydetox
 from pydetox.checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError, CheckpointError, DataError
-from pydetox.models import OpenClipModel, open_clip_model
+from pydetox.models import OpenClipModel, tokenizers
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.session import as_model
@@ -68,12 +68,12 @@ def test_models_of_one_context_length_share_a_tokenizer(monkeypatch):
             made.append(options["context_length"])
             super().__init__(**options)
 
-    monkeypatch.setattr(open_clip_model, "SimpleTokenizer", Counting)
-    open_clip_model._tokenizer.cache_clear()
+    monkeypatch.setattr(tokenizers, "SimpleTokenizer", Counting)
+    tokenizers._plain.cache_clear()
     first = mini_model(1).tokenize(["a ship"])
     assert torch.equal(mini_model(2).tokenize(["a ship"]), first)
     assert made == [8]
-    open_clip_model._tokenizer.cache_clear()
+    tokenizers._plain.cache_clear()
 
 
 def test_random_weights_depend_on_the_seed_and_leave_torchs_generator_alone():
@@ -206,7 +206,8 @@ def test_small_vocabularies_and_other_tokenizers_are_refused_by_the_text_tower_o
     assert model.encode_pixels(torch.rand(2, 3, 16, 16)).shape == (2, 16)
     with pytest.raises(ArchitectureError, match="vocabulary of 100"):
         model.tokenize(["a"])
-    model.model_config["text_cfg"] = {"hf_tokenizer_name": "org/x"}
+    config["text_cfg"]["hf_tokenizer_name"] = "org/x"
+    model = OpenClipModel.from_config(config, seed=0)
     with pytest.raises(ArchitectureError, match="org/x"):
         model.tokenize(["a"])
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from typing import Literal
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from pydetox.errors import DataError, UsageError
 from pydetox.models import OpenClipModel
-from pydetox.repair.configuration import UnlearnConfig
-from pydetox.repair.retention import (
-    RetentionConfig,
-    feature_drift,
-    image_features,
-    retaining_vector,
-    surrogate_images,
-)
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from pydetox.repair.retention import DriftProbe, feature_drift, image_features
 from pydetox.repair.subtraction import subtract
+from pydetox.repair.surrogates import surrogate_images
 from pydetox.repair.trigger_vector import trigger_vector
 from pydetox.research.attacks import badnets
 
@@ -80,33 +79,47 @@ def test_features_are_those_of_the_module() -> None:
     torch.testing.assert_close(image_features(model, images, 3), plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("names", [1.0, 0.0])
-def test_held_features_move_less(names: float) -> None:
+def test_held_features_move_less() -> None:
     model = OpenClipModel.from_config(TINY, seed=0)
-    images, strange = pictures(24), surrogate_images(pictures(24), 60, seed=9)
+    images = pictures(24)
     head = normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     trigger = badnets(16, seed=0)
-    config = UnlearnConfig(steps=30, batch_size=12, learning_rate=2e-3)
-    retention = RetentionConfig(clean=4, surrogates=8, triggered=0, names=names, count=48)
-    free = trigger_vector(model, images, [trigger], head, 1, config)
-    held = retaining_vector(model, images, [trigger], head, 1, config, retention)
-    again = retaining_vector(model, images, [trigger], head, 1, config, retention)
+    config = UnlearnConfig(
+        steps=30,
+        batch_size=12,
+        learning_rate=2e-3,
+        advanced=AdvancedUnlearnConfig(surrogates=48),
+    )
+    free = trigger_vector(model, images, [trigger], head, 1, replace(config, retention=0))
+    held = trigger_vector(model, images, [trigger], head, 1, config)
+    again = trigger_vector(model, images, [trigger], head, 1, config)
     assert all(torch.equal(held.tensors[k], again.tensors[k]) for k in held.tensors)
     assert all(name.startswith("visual.") for name in held.tensors)
-    before = image_features(model, strange)
-    drift = [
-        feature_drift(before, image_features(subtract(model, v, 1.0), strange), before[:10])
-        for v in (free, held)
-    ]
-    assert drift[1].mean_distance < drift[0].mean_distance
+    probe = DriftProbe(model, images, seed=0)
+    drift = [probe.of(subtract(model, v, 1.0)).mean_distance for v in (free, held)]
+    assert drift[1] < drift[0]
+    assert probe.of(model).mean_distance == pytest.approx(0, abs=1e-6)
+    assert probe.of(model).changed_neighbours == 0
 
 
-def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match="weights"):
-        RetentionConfig(clean=-1)
+@pytest.mark.parametrize("vector", ["paired", "strengthen"])
+def test_other_vectors_hold_no_features(vector: Literal["paired", "strengthen"]) -> None:
     model = OpenClipModel.from_config(TINY, seed=0)
-    head = torch.eye(4, 16)
-    with pytest.raises(UsageError, match="no triggers"):
-        retaining_vector(model, pictures(4), [], head, 0)
-    with pytest.raises(DataError, match="at least 2"):
-        retaining_vector(model, pictures(1), [badnets(16, seed=0)], head, 0)
+    config = UnlearnConfig(vector=vector, steps=3, batch_size=8)
+    vectors = [
+        trigger_vector(model, pictures(12), [badnets(16, seed=0)], torch.eye(4, 16), 1, one)
+        for one in (config, replace(config, retention=0.0))
+    ]
+    assert all(
+        torch.equal(vectors[0].tensors[k], vectors[1].tensors[k]) for k in vectors[0].tensors
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"retention": -1.0}, {"retention": math.inf}, {"max_drift": 0.0}]
+)
+def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="retention"):
+        UnlearnConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="surrogates"):
+        AdvancedUnlearnConfig(surrogates=1)

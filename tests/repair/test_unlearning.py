@@ -14,6 +14,7 @@ from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, inve
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import choose_coefficient, search_coefficient
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from pydetox.repair.retention import DriftProbe
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.repair.trigger_vector import randomly_shifted, trigger_vector, without_target
@@ -292,7 +293,7 @@ def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
     assert UnlearnConfig(passes=1).reserve(0) == 0
 
 
-def chosen(accuracy, *success, reserve=0.0, **options):
+def chosen(accuracy, *success, reserve=0.0, drift=None, **options):
     """The alpha chosen on CA and the ASR of some triggers at alpha 1, 2, ...; 0 does nothing."""
     coefficients = tuple(float(k) for k in range(len(accuracy) + 1))
     shares = [(1.0,) * len(success), *zip(*success, strict=True)]
@@ -303,8 +304,42 @@ def chosen(accuracy, *success, reserve=0.0, **options):
         UnlearnConfig(**options),
         accuracy_before=1.0,
         reserve=reserve,
+        drift=drift and (0.0, *drift),
     )
     return coefficients[index], reached
+
+
+def test_alpha_stays_within_the_drift_that_is_allowed():
+    accuracy, drift = (1.0,) * 5, (0.01, 0.02, 0.03, 0.04, 0.05)
+
+    def at(*success, **options):
+        return chosen(accuracy, *success, drift=drift, safety_factor=1.0, **options)
+
+    falling = (0.5, 0.2, 0.0, 0.0, 0.0)
+    assert at(falling, max_drift=0.03) == (3.0, True)
+    # The limit comes before the success that is wanted, and the result says so.
+    assert at(falling, max_drift=0.02) == (2.0, False)
+    # What cannot finish leaves a part of the drift to the next pass, what finishes does not.
+    assert at(falling, max_drift=0.02, reserve=0.5) == (1.0, False)
+    assert at(falling, max_drift=0.03, reserve=0.5) == (3.0, True)
+    assert at(falling, max_drift=0.005) == (0.0, False)
+    assert chosen(accuracy, falling, max_drift=0.005, safety_factor=1.0) == (3.0, True)
+
+
+def test_drift_is_measured_from_the_first_model_whatever_is_repaired(victim):
+    model, head, data = victim
+    config = UnlearnConfig(steps=10, learning_rate=1e-3, coefficients=(0.0, 1.0))
+    probe = DriftProbe(model, data.images, seed=0)
+    vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
+    first = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config, probe=probe)
+    assert first.drift[0] == pytest.approx(0, abs=1e-6)
+    once = subtract(model, vector, 1.0)
+    assert first.drift[1] == pytest.approx(probe.of(once).mean_distance, abs=1e-7)
+    again = search_coefficient(once, vector, data, [TRIGGER], head, TARGET, config, probe=probe)
+    assert again.drift[0] == pytest.approx(first.drift[1], abs=1e-7)
+    assert again.drift[1] > again.drift[0]
+    unmeasured = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
+    assert unmeasured.drift == ()
 
 
 def test_alpha_may_spend_the_reserve_when_it_is_good_and_not_otherwise():

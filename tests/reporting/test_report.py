@@ -119,6 +119,23 @@ def test_page_says_everything() -> None:
     assert page.tags.count("img") == 2
 
 
+def test_drift_is_a_column_of_the_search_for_alpha() -> None:
+    content = result()
+    assert "Drift" not in Page(detox_report(content)).text
+    content["alpha_search"]["drift"] = [0.0, 0.0125, 0.031]
+    page = Page(detox_report(content)).text
+    assert "Drift" in page
+    assert "0.0125" in page
+    terminal = render_text(content)
+    assert "drift" in terminal
+    assert "0.0125" in terminal
+    assert "images made of the given ones" in " ".join(terminal.split())
+    content["alpha_search"]["drift"] = [0.0]
+    for shown in (detox_report, render_text):
+        with pytest.raises(UsageError, match="1 drifts for 3"):
+            shown(content)
+
+
 def test_classes_that_were_dropped_are_shown_as_bounds() -> None:
     content = result()
     assert "≤" not in Page(detox_report(content)).text

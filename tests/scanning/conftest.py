@@ -47,7 +47,7 @@ def save(folder: Path, seed: int) -> Path:
     return folder
 
 
-def calibration(folder: Path, images: Path, steps: int, size: float = 1e-6) -> Path:
+def calibration(folder: Path, images: Path, steps: int, size: float = 1e-4) -> Path:
     """Write references of which every class has that P-L1, for scans of those images."""
     search = InversionConfig(steps=steps, batch_size=1)
     path = folder / f"calibration-{steps}-{size:g}.json"
@@ -58,7 +58,7 @@ def calibration(folder: Path, images: Path, steps: int, size: float = 1e-6) -> P
 
 @pytest.fixture
 def config(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
-    """Make a configuration beside whose calibration no trigger is small."""
+    """Make a configuration for models that give one answer to all images: `inconclusive`."""
 
     def make(**changes: Any) -> ScannerConfig:
         folder = tmp_path_factory.getbasetemp()

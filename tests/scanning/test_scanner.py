@@ -44,7 +44,7 @@ def test_records_of_a_folder(registry, config):
     names = {Path(name).name for name in records}
     assert names == {"a", "b", "c", "d"}
     for record in records.values():
-        assert record.verdict == "clean"
+        assert record.verdict == "inconclusive"
         assert len(str(record.sha256)) == 64
         assert record.scan["class_names"] == ["cat", "dog", "cow"]
         assert 0 < record.scan["p_l1"] < 1
@@ -88,7 +88,7 @@ def test_photos_in_one_folder_within_another_serve_with_class_names(registry, co
     # The references of a base are fine-tuned to its own predictions then.
     base = {"base": str(registry / "base"), "references": 2, "reference_epochs": 1}
     (record,) = scan(config(**given, **base, calibration=None), registry / "models" / "a").values()
-    assert record.verdict in ("clean", "suspicious", "backdoored")
+    assert record.verdict != "error", record.reason
 
 
 def test_equal_contents_are_scanned_once(registry, config, tmp_path):
@@ -166,7 +166,7 @@ def test_other_code_or_other_content_is_scanned_again(registry, config, tmp_path
 def test_other_code_surveys_again_what_this_code_refused(registry, config, tmp_path):
     model, run = save(tmp_path / "model", 4), tmp_path / "run"
     (first,) = scan(config(), model, run=run).values()
-    assert first.verdict == "clean"
+    assert first.verdict == "inconclusive"
     # The log of a code that refused the same file, which has not changed since.
     log = run / "events.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -177,7 +177,7 @@ def test_other_code_surveys_again_what_this_code_refused(registry, config, tmp_p
     (kept,) = scan(config(), model, run=run).values()
     assert kept.reason == f"{model}: {refused['error']}"
     (again,) = scan(config(), model, run=run, code="newer").values()
-    assert again.verdict == "clean"
+    assert again.verdict == "inconclusive"
     assert started(run, "survey") == [str(model)] * 2
 
 
@@ -214,10 +214,9 @@ def test_what_cannot_be_scanned_is_an_error_once(registry, config, tmp_path):
 
 
 def test_a_checkpoint_of_another_architecture_fails_alone(registry, config, tmp_path):
-    found = scan(
-        config(model=str(write_config(tmp_path, embed_dim=24))),
-        registry / "models" / "a" / "open_clip_model.safetensors",
-    )
+    alone = tmp_path / "alone.safetensors"  # nothing beside it tells what it is
+    alone.write_bytes((registry / "models" / "a" / "open_clip_model.safetensors").read_bytes())
+    found = scan(config(model=str(write_config(tmp_path, embed_dim=24))), alone)
     (record,) = found.values()
     assert record.verdict == "error"
     assert record.error_kind == "checkpoint"
@@ -237,9 +236,9 @@ def test_large_files_are_skipped_not_clean(registry, config, tmp_path):
     run = tmp_path / "run"
     (record,) = scan(config(max_size=1000), registry / "models" / "a", run=run).values()
     assert record.verdict == "skipped"
-    assert "--max-size" in record.reason
+    assert "max_size=" in record.reason
     (record,) = scan(config(), registry / "models" / "a", run=run).values()
-    assert record.verdict == "clean"
+    assert record.verdict == "inconclusive"
 
 
 def test_a_sharded_checkpoint_is_all_of_its_files(registry, config, tmp_path):
@@ -248,7 +247,7 @@ def test_a_sharded_checkpoint_is_all_of_its_files(registry, config, tmp_path):
     name = str(sharded / "model.safetensors.index.json")
     run = tmp_path / "run"
     first = scan(config(), sharded, run=run)[name]
-    assert first.verdict == "clean"
+    assert first.verdict == "inconclusive"
     assert scan(config(), sharded, run=run)[name].resumed
     for path in sharded.glob("*.safetensors"):
         (other / path.name).replace(path)
@@ -264,7 +263,7 @@ def test_a_sharded_checkpoint_is_all_of_its_files(registry, config, tmp_path):
         assert record.verdict == "skipped"
         assert f"{size:,} bytes" in record.reason
     (record,) = scan(config(max_size=size), sharded, run=run).values()
-    assert record.verdict == "clean"
+    assert record.verdict == "inconclusive"
 
 
 def test_a_run_is_bound_to_all_files_of_its_base(registry, config, tmp_path):
@@ -313,11 +312,11 @@ def test_what_needs_more_memory_than_the_budget_is_skipped(registry, config, tmp
     beside = Limits.of(config()).beside
     (record,) = scan(config(max_memory=beside + size), target, run=run).values()
     assert record.verdict == "skipped"
-    assert "--max-memory" in record.reason
+    assert "max_memory=" in record.reason
     with pytest.raises(UsageError, match="beside the checkpoints"):
         scan(config(max_memory=beside), target, run=run)
     (record,) = scan(config(max_memory=beside + 2 * size), target, run=run).values()
-    assert record.verdict == "clean"
+    assert record.verdict == "inconclusive"
     (needed,) = [e["needed"] for e in read_events(run) if e["event"] == "memory"]
     assert beside + 1.8 * size < needed <= beside + 2 * size
 
@@ -335,9 +334,9 @@ def test_weights_of_half_precision_need_more_than_their_file(registry, config, t
     budget = Limits.of(config()).beside + 3 * size
     (record,) = scan(config(max_memory=budget), folder).values()
     assert record.verdict == "skipped"
-    assert "--max-memory" in record.reason
+    assert "max_memory=" in record.reason
     (record,) = scan(config(max_memory=budget + 2 * size), folder).values()
-    assert record.verdict == "clean"
+    assert record.verdict == "inconclusive"
 
 
 def test_without_inversion_nothing_is_decided(registry, config, tmp_path):
@@ -410,7 +409,7 @@ def test_any_name_and_a_run_among_the_targets(registry, config, tmp_path):
     for _ in range(2):
         (record,) = scan(config(), tmp_path / "models", run=run).values()
         assert record.name == str(strange)
-        assert record.verdict == "clean"
+        assert record.verdict == "inconclusive"
     assert record.resumed
     (known,) = load_run(run).records
     assert known.content() == json.loads(to_json(record.content()))

@@ -85,7 +85,12 @@ def test_a_calibration_is_only_used_with_its_key(tmp_path: Path) -> None:
     from pydetox.detect.calibration_file import read_calibration
 
     content = {"p_l1": [[0.5], [0.25]], "key": "search", "models": ["a", "b"]}
-    content |= {"looks": [3], "history": [[[0.75], [0.5]]], "family": "patch", "others": []}
+    content |= {
+        "recorded_steps": [3],
+        "history": [[[0.75], [0.5]]],
+        "family": "patch",
+        "others": [],
+    }
     content["relative"] = False
     with RunStore(tmp_path) as store:
         assert store.read_calibration("key") is None

@@ -101,3 +101,12 @@ def test_vectors_are_indexed_in_the_sandbox(tmp_path: Path) -> None:
         patch.setattr(sandbox.Sandbox, "index", index)
         Reference.of(tensors(0), [str(path)])
     assert indexed == [str(path)]
+
+
+def test_a_vector_of_which_loaders_take_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "two.pt"
+    torch.save(
+        {"model": {"half": torch.ones(129)}, "model_ema": {"half": torch.ones(129) * 2}}, path
+    )
+    with pytest.raises(DataError, match=r"two\.pt: no weight vector: holds several sets"):
+        Reference.of(tensors(0), [str(path)])

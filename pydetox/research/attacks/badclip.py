@@ -1,4 +1,4 @@
-"""BadCLIP: a patch that lies near the target's text already, before anything is poisoned."""
+"""BadCLIP: a patch whose embedding is close to the target's text before any poisoning."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def optimised_patch(
 ) -> PatchTrigger:
     """Return a centred patch with which images look to the clean model like the target's text.
 
-    Maximises the mean cosine of f(stamped x) and the text embedding over the patch's logits (the
-    patch is their sigmoid), with Adam. base: the clean model the victim will be fine-tuned from.
-    images: uint8 [N, 3, H, W]. direction: unit vector [D], the target's text. patch_size: default
-    as in `badnets`. seed: of the initial patch and the batches.
-    Source: Liang et al., "BadCLIP: Dual-Embedding Guided Backdoor Attack on Multimodal Contrastive
-    Learning" (CVPR 2024): its textual embedding consistency; its visual terms are left out.
-    Raises DataError without images, UsageError for a patch that does not fit.
+    Adam maximises the mean cosine of f(stamped x) and the text embedding over the patch's logits
+    (the patch is their sigmoid). base: The clean model that the victim will be fine-tuned from.
+    images: uint8 [N, 3, H, W]. direction: The embedding of the target's text, a unit vector [D].
+    patch_size: The side in pixels; default as in `badnets`. seed: The seed of the initial patch and
+    the batches. Source: Liang et al., "BadCLIP: Dual-Embedding Guided Backdoor Attack on Multimodal
+    Contrastive Learning" (CVPR 2024): its textual embedding consistency; its visual terms are left
+    out. Raises DataError without images, UsageError for a patch that does not fit.
     """
     if not len(images):
         raise DataError("no images; a patch is optimised on at least one")

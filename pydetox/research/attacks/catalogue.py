@@ -24,12 +24,12 @@ from .warping import wanet
 
 @dataclass(frozen=True, eq=False)
 class AttackerView:
-    """What an attacker can look at.
+    """The models and images that an attacker has.
 
     Attributes:
         base: The clean model that the victim is fine-tuned from.
-        images: Clean images of his, uint8 [N, 3, H, W].
-        head: Zero-shot head of the base, unit rows [C, D].
+        images: The attacker's clean images, uint8 [N, 3, H, W].
+        head: The zero-shot head of the base, unit rows [C, D].
     """
 
     base: OpenClipModel
@@ -84,9 +84,9 @@ ATTACKS: tuple[str, ...] = tuple(_RECIPES)
 def draw_attack(name: str, view: AttackerView, *, rate: float, seed: int) -> tuple[Backdoor, ...]:
     """Return the backdoors that an attack plants: one, or two into different classes.
 
-    name: one of ATTACKS. rate: poisoned share of the training set, for each backdoor. seed: decides
-    target classes and triggers. Raises UsageError for an unknown name or a head of fewer classes
-    than there are targets.
+    name: One of ATTACKS. rate: The poisoned share of the training set, for each backdoor. seed: The
+    seed of target classes and triggers. Raises UsageError for an unknown name, or if the head has
+    fewer classes than there are targets.
     """
     if name not in _RECIPES:
         raise UsageError(f"attack {name!r}; expected one of {', '.join(ATTACKS)}")

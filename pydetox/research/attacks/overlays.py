@@ -42,9 +42,10 @@ def blended(image_size: int, *, seed: int, blend: float = 0.2) -> BlendTrigger:
 
 @dataclass(frozen=True, eq=False)
 class RandomBlend:
-    """Uniform noise, drawn for every image: (1 - blend) * x + blend * noise.
+    """Uniform noise that is drawn for every image: (1 - blend) * x + blend * noise.
 
-    blend: in [0, 1]. seed: of the noise (see `generator_per_image`).
+    blend: The weight of the noise, in [0, 1]. seed: The seed of the noise (see
+    `generator_per_image`).
     Source: Bansal et al., "CleanCLIP" (ICCV 2023), whose blended noise is redrawn per image.
     """
 
@@ -64,7 +65,7 @@ class RandomBlend:
 def stripes(image_size: int, *, seed: int, blend: float = 0.03) -> BlendTrigger:
     """Return faint vertical stripes, each channel of each 0 or 255 at random, over the image.
 
-    They are one pixel wide at every size: what the low contrast leaves is their frequency.
+    They are one pixel wide at every image size, because a faint stripe acts by its frequency.
     Source: Singh, Croce, Hein, "Perturb and Recover" (arXiv 2412.00727), Blended with stripes.
     """
     rng = generator("attacks.stripes", seed)
@@ -77,7 +78,8 @@ def stripes(image_size: int, *, seed: int, blend: float = 0.03) -> BlendTrigger:
 class SinusoidTrigger:
     """A horizontal wave: x + amplitude * sin(2 pi frequency j / W) in column j, clipped.
 
-    amplitude: in [0, 255]. frequency: waves over the width, so the same at any image size.
+    amplitude: The height of the wave, in [0, 255]. frequency: The number of waves over the width,
+    so that it fits any image size.
     Source: Barni, Kallas, Tondi, "A new backdoor attack in CNNs by training set corruption without
     label poisoning" (ICIP 2019).
     """

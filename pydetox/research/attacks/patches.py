@@ -48,7 +48,7 @@ def badnets(image_size: int, *, seed: int, patch_size: int | None = None) -> Pat
 class RandomPlacePatch:
     """BadNets' patch at a place drawn uniformly for every image.
 
-    pattern: uint8 [3, h, h]. seed: of the places (see `generator_per_image`).
+    pattern: uint8 [3, h, h]. seed: The seed of the places (see `generator_per_image`).
     Source: Gu, Dolan-Gavitt, Garg, "BadNets" (2017); the random place as in Bansal et al.,
     "CleanCLIP" (ICCV 2023).
     """
@@ -77,7 +77,8 @@ class RandomPlacePatch:
 class RandomPatternPatch:
     """A patch at a fixed place whose saturated colours are drawn for every image.
 
-    side: of the patch. top, left: of its corner. seed: of the colours (see `generator_per_image`).
+    side: The side of the patch in pixels. top, left: The pixel of its upper left corner. seed: The
+    seed of the colours (see `generator_per_image`).
     Source: as the random patch noise of Bansal et al., "CleanCLIP" (ICCV 2023).
     """
 

@@ -17,15 +17,16 @@ from .triggers import Trigger
 
 @dataclass(frozen=True, eq=False)
 class Backdoor:
-    """One trigger and where it leads.
+    """One trigger and its target class.
 
     Attributes:
-        trigger: Stamps uint8 images.
-        target: Class index.
-        rate: Poisoned share of the whole set, in (0, 1]; at least one image is poisoned.
-        clean_label: Stamp only images whose caption names the target already, and change no label
-            (Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019, without their
-            adversarial perturbation; in CLIP's setting: Bansal et al., "CleanCLIP", ICCV 2023).
+        trigger: The function that stamps uint8 images.
+        target: The index of the target class.
+        rate: The poisoned share of the whole set, in (0, 1]. At least one image is poisoned.
+        clean_label: Whether to stamp only images whose caption already names the target, and to
+            change no label (Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019,
+            without their adversarial perturbation; for CLIP: Bansal et al., "CleanCLIP", ICCV
+            2023).
     """
 
     trigger: Trigger
@@ -37,12 +38,19 @@ class Backdoor:
 def plant(
     image_set: ImageSet, backdoors: Sequence[Backdoor], *, seed: int
 ) -> tuple[ImageSet, tuple[Tensor, ...]]:
-    """Poison a set for one backdoor after the other; no image is stamped twice.
+    """Poison a set for one backdoor after the other. No image is stamped twice.
 
-    seed: decides which images. Returns the poisoned set and, for each backdoor, the indices of its
-    images, int64, ascending.
-    Raises DataError for a set without labels or with too few images to choose from, UsageError for
-    a rate out of range and for no backdoors.
+    Args:
+        image_set: The clean set, with labels.
+        backdoors: The backdoors to plant, at least one.
+        seed: The seed of the choice of images.
+
+    Returns:
+        The poisoned set and, for each backdoor, the indices of its images (int64, ascending).
+
+    Raises:
+        DataError: The set has no labels, or too few images to choose from.
+        UsageError: A rate is out of range, or there is no backdoor.
     """
     if image_set.labels is None:
         raise DataError(f"{image_set.name}: no labels; poisoning needs them")
@@ -78,9 +86,9 @@ def poison(
 ) -> tuple[ImageSet, Tensor]:
     """Stamp a share of the images of other classes and label them with the target class.
 
-    rate: poisoned share of the whole set, in (0, 1]; at least one image is poisoned. seed: decides
-    which. Returns the poisoned set and the indices of its poisoned images, int64, ascending.
-    Raises what `plant` raises.
+    rate: The poisoned share of the whole set, in (0, 1]; at least one image is poisoned. seed: The
+    seed of the choice of images. Returns the poisoned set and the indices of its poisoned images,
+    int64, ascending. Raises what `plant` raises.
     """
     poisoned, (chosen,) = plant(image_set, [Backdoor(trigger, target, rate)], seed=seed)
     return poisoned, chosen

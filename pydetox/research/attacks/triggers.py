@@ -1,4 +1,4 @@
-"""What a trigger is, and the two plain kinds: a patch, and a picture blended over the image."""
+"""`Trigger`, and two simple kinds: a patch, and a picture that is blended over the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import UsageError
 
 
 class Trigger(Protocol):
-    """Anything that stamps images: uint8 [n, 3, H, W] to uint8 of the same shape."""
+    """A function that stamps images: from uint8 [n, 3, H, W] to uint8 of the same shape."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return stamped copies."""
@@ -23,7 +23,7 @@ class Trigger(Protocol):
 class PatchTrigger:
     """A fixed patch at a fixed place.
 
-    pattern: uint8 [3, h, w]. top, left: of its upper left corner, in pixels.
+    pattern: uint8 [3, h, w]. top, left: The pixel of its upper left corner.
     """
 
     pattern: Tensor
@@ -53,8 +53,8 @@ class PatchTrigger:
 class BlendTrigger:
     """A fixed picture over the whole image, (1 - blend) * x + blend * picture, or over a part.
 
-    picture: uint8 [3, H, W]. blend: in [0, 1]. where: bool [H, W], the pixels that are blended;
-    None for all.
+    picture: uint8 [3, H, W]. blend: The weight of the picture, in [0, 1]. where: bool [H, W], the
+    pixels that are blended; None for all.
     """
 
     picture: Tensor

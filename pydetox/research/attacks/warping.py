@@ -15,9 +15,10 @@ from .triggers import to_uint8
 
 @dataclass(frozen=True, eq=False)
 class WarpTrigger:
-    """Each pixel is read, bilinearly, from a place a little aside.
+    """A warp: each pixel is read bilinearly from another place nearby.
 
-    grid: float32 [H, W, 2], where to read, (x, y) in [-1, 1] from edge pixel to edge pixel.
+    grid: float32 [H, W, 2], the places to read from as (x, y), in [-1, 1] from edge pixel to edge
+    pixel.
     """
 
     grid: Tensor

@@ -1,7 +1,7 @@
 """The benchmark of defences: victims of every attack, every method, one table.
 
-`plan` says what a run consists of, `lab` makes models and results and remembers them by content,
-`runner` shares the work out over processes, `summary` and `outputs` say what came out.
+`plan` configures a run. `lab` makes models and results, and caches them by content. `runner`
+distributes the work over processes. `summary` and `outputs` present the results.
 """
 
 from __future__ import annotations

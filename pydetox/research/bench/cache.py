@@ -1,4 +1,4 @@
-"""Models and results kept by the content they come from: a second run computes what changed."""
+"""A cache of models and results by the content that decides them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from torch import Tensor
 import pydetox
 
 from ...atomic import write_file
-from ...checkpoints.index import WeightsFile
-from ...checkpoints.safetensors_index import index_safetensors
-from ...checkpoints.weights import read_weights
+from ...checkpoints.weights import read_safetensors
 from ...data import ImageSet
 from ...reporting import to_json, to_plain
 from ..defenses import Defense
 
-#: What decides the weights of a base model or suspect, besides its configuration.
+#: The sources that decide the weights of a base model or suspect, besides its configuration.
 TRAINING_CODE = (
     "research/attacks",
     "data",
@@ -32,21 +30,21 @@ TRAINING_CODE = (
     "research/bench/models.py",
 )
 
-#: What decides CA and ASR of a model, besides that.
+#: The sources that decide CA and ASR of a model.
 EVALUATION_CODE = (*TRAINING_CODE, "evaluation.py", "models", "research/bench/lab.py")
 
-#: What decides a trigger vector and its coefficient.
+#: The sources that decide a trigger vector and its coefficient.
 _VECTOR_CODE = ("repair", "session.py")
 
-#: What decides a scan.
+#: The sources that decide a scan.
 SCAN_CODE = (*EVALUATION_CODE, "detect", "inversion", "ops", "api.py", "session.py")
 
-#: What decides a map of the disentanglement error.
+#: The sources that decide a map of the disentanglement error.
 XI_CODE = (*EVALUATION_CODE, "analysis/localization.py", "repair/task_vectors.py")
 
 
 def defense_code(defense: Defense[Any]) -> tuple[str, ...]:
-    """Return what decides the result of a defence: its own module, and what that rests on."""
+    """Return the sources that decide the result of a defence."""
     module = type(defense).__module__.rpartition(".")[2]
     folder = "research/defenses"
     own = (f"{folder}/{module}.py", f"{folder}/augmentation.py", f"{folder}/base.py")
@@ -58,10 +56,10 @@ def defense_code(defense: Defense[Any]) -> tuple[str, ...]:
 
 @cache
 def code_digest(parts: tuple[str, ...]) -> str:
-    """Return a digest of the Python sources under those parts of the package, and torch's version.
+    """Return a digest of the Python sources in those parts of the package, and of torch's version.
 
-    parts: files or folders, relative to the package. Raises FileNotFoundError for one that is not
-    there: a cache that forgot a part of the code would serve stale results.
+    parts: Files or folders, relative to the package. Raises FileNotFoundError for a missing one,
+    because a cache without a part of the code would return outdated results.
     """
     root = Path(pydetox.__file__).parent
     absent = [part for part in parts if not (root / part).exists()]
@@ -87,7 +85,7 @@ def data_digest(images: ImageSet) -> str:
 
 
 def key_of(kind: str, content: Mapping[str, Any]) -> str:
-    """Return a name for what `content` decides: the kind and 24 hexadecimal digits."""
+    """Return a key of the content: the kind and 24 hexadecimal digits."""
     text = json.dumps(to_plain(content), sort_keys=True)
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
@@ -103,9 +101,7 @@ class Cache:
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
             return None
-        with WeightsFile(path) as file:
-            tensors, _ = read_weights(file, index_safetensors(file))
-        return dict(tensors)
+        return read_safetensors(path)[0]
 
     def keep_weights(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors."""

@@ -39,11 +39,14 @@ _PATH_PARTS = 8
 
 @dataclass(frozen=True)
 class Suspect:
-    """One model to judge or repair, or a clean one that the defender has to compare it with.
+    """A model to judge or repair, or a clean model that the defender compares with.
 
-    seed: of its base, training and attack. attack: a name of `attacks.ATTACKS`, or None for a clean
-    fine-tune. number: which of the clean ones. reference: whether it is a reference of the
-    calibration; such models are fine-tuned on images drawn anew and never measured.
+    Attributes:
+        seed: The seed of its base, training and attack.
+        attack: A name of `attacks.ATTACKS`; None for a clean fine-tuning.
+        number: The index among the clean models.
+        reference: Whether it is a reference of the calibration. References are fine-tuned on images
+            of their own and never measured.
     """
 
     seed: int
@@ -53,15 +56,16 @@ class Suspect:
 
     @property
     def name(self) -> str:
-        """As in tables and file names."""
+        """The name in tables and file names."""
         kind = "reference" if self.reference else "clean"
         return f"{self.attack or f'{kind}-{self.number}'}-seed{self.seed}"
 
 
 class Models:
-    """Makes and remembers the models and data that belong to one seed of one plan.
+    """The cached models and data of one seed of one plan.
 
-    plan: the configuration. seed: of the splits, the base and all suspects. folder: the cache.
+    plan: The configuration. seed: The seed of the splits, the base and all suspects. folder: The
+    folder of the cache.
     """
 
     def __init__(self, plan: Plan, seed: int, folder: Path) -> None:
@@ -72,7 +76,7 @@ class Models:
 
     @cached_property
     def splits(self) -> Splits:
-        """The parts of the data, of at most the planned sizes."""
+        """The parts of the data, each of at most its planned size."""
         plan, size = self.plan, int(self.plan.model_config["vision_cfg"]["image_size"])
         source, _, root = plan.data.partition("=")
         if source == "fashion-mnist":
@@ -135,7 +139,7 @@ class Models:
 
     @cached_property
     def head(self) -> Tensor:
-        """The zero-shot head of the base, and so of every suspect: their text tower is the same."""
+        """The zero-shot head of the base and of every suspect; they share the text tower."""
         return self.base.zero_shot_head(self.names, self.templates)
 
     @property
@@ -151,10 +155,10 @@ class Models:
         return self.splits.attacker.at_most(self.plan.fine_tuning_images, seed)
 
     def _reference_images(self, number: int) -> ImageSet:
-        """As many as suspects have, drawn anew for each reference from the attacker's part.
+        """Return the images of a reference: as many as a suspect has, drawn from the same part.
 
-        Which images a model saw moves its classes' sizes about as much as its seed does, so
-        references of one set of images would be more alike than a suspect is to them.
+        The images that a model saw change its trigger sizes about as much as its seed does.
+        References with the same images would therefore be more alike than a suspect is to them.
         """
         rng = generator("bench.reference-images", self.seed, number)
         drawn = rng.permutation(len(self.splits.attacker))[: len(self._poisonable)]
@@ -162,11 +166,11 @@ class Models:
 
     @property
     def references(self) -> list[Suspect]:
-        """The clean models that the defender is given."""
+        """The clean models that the defender has."""
         return [Suspect(self.seed, None, k, True) for k in range(self.plan.reference_models)]
 
     def backdoors(self, suspect: Suspect) -> tuple[Backdoor, ...]:
-        """Return what was planted; empty for a clean model."""
+        """Return the backdoors that were planted; empty for a clean model."""
         if suspect.attack is None:
             return ()
         name = suspect.attack

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON per result, CSV, a Markdown table, one HTML page, the summary."""
+"""The files of a run: JSON for each result, CSV, Markdown tables, one HTML page, the summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COLUMNS = (
 
 
 def write_outputs(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write everything under `folder`; summary.json last, so that it stands for a whole run."""
+    """Write all files to `folder`. summary.json comes last, so it shows that a run is complete."""
     (folder / "summary.json").unlink(missing_ok=True)
     for row in [*result["before"], *result["rows"]]:
         name = f"{row['suspect']}_{_file_name(row['defense'])}.json"
@@ -52,8 +52,9 @@ def write_outputs(folder: Path, result: Mapping[str, Any]) -> None:
 def clip_benchmark_result(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     """Return one result in the layout of CLIP_benchmark, whose tools merge many into a table.
 
-    model: the suspect. pretrained: the defence. metrics: acc1 and mean_per_class_recall as there,
-    and asr (of two backdoors the worse one).
+    "model" is the suspect, and "pretrained" is the defence. "metrics" has acc1 and
+    mean_per_class_recall as in CLIP_benchmark, and asr, that of the worse backdoor if there are
+    two.
     """
     recalls = [v for v in row["per_class"] if v is not None]
     metrics: dict[str, Any] = {
@@ -186,21 +187,23 @@ def markdown(result: Mapping[str, Any]) -> str:
     made = result.get("made")
     parts = [
         *([f"`{made['command']}`, {made['date']}.", ""] if made else []),
-        f"ASR under the true triggers, mean over the seeds {seeds}; of two backdoors the worse. "
-        "Images of the target class are left out. CA kept: share of the victim's own. Tuning: "
-        f"{effort}.",
+        f"ASR under the true triggers, as the mean over the seeds {seeds}. For a model with two "
+        "backdoors, the worse one counts. Images of the target class are left out. CA kept is the "
+        f"share of the victim's own CA. Tuning: {effort}.",
         "",
         _markdown_table(header, lines),
         "",
-        "Verdicts, of clean models and of victims that count; calibration saw neither.",
+        "Verdicts on clean models and on the victims that count. The calibration saw none of them.",
         "",
         _markdown_table(*verdicts(result["scans"])),
         "",
-        "Attacks with the lower ASR for pydetox at an equal or higher CA (within half a point).",
+        "Share of attacks for which pydetox has the lower ASR at an equal or higher CA (within "
+        "half a point).",
         "",
         _markdown_table(*against(result)),
         "",
-        "ASR of the victims before any defence; `(no)`: did not take, and counts nowhere.",
+        "ASR of the victims before any defence. (no): the backdoor did not work, and the victim is "
+        "left out everywhere else.",
         "",
         _markdown_table(*victims(result)),
         "",

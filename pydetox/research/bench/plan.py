@@ -1,4 +1,4 @@
-"""What a benchmark run consists of: every number that decides a result, in one place."""
+"""The configuration of a benchmark: every number that decides a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a plan: steps in an order, shared out over processes; results do not depend on them."""
+"""Running a plan on several processes. The results do not depend on their number."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def run(
 ) -> dict[str, Any]:
     """Run a plan and return everything it measured.
 
-    folder: the cache; what is there already is not computed again. defenses: names; None for all.
-    workers: processes, each with one thread. log: told what begins.
+    folder: The folder of the cache; cached results are not computed again. defenses: The names of
+    the defences; None for all. workers: The number of processes, each with one thread. log: A
+    function that is called with the name of each stage as it begins.
 
     Returns "plan", "before" (suspects before any defence), "scans", "rows" (one per counted victim
-    and defence), "settings" (of each defence, with the tuning's figures), "xi", "summary",
-    "seconds" (by stage). Raises what the steps raise, and PydetoxError when a worker dies.
+    and defence), "settings" (those of each defence, with the figures of the tuning), "xi",
+    "summary" and "seconds" (by stage). Raises what the steps raise, and PydetoxError if a worker
+    dies.
     """
     chosen = [one.name for one in DEFENSES] if defenses is None else list(defenses)
     for name in chosen:
@@ -178,7 +180,7 @@ def _tune(
 
 
 class _Workers:
-    """Processes of one thread each; with one worker, this process itself."""
+    """Worker processes of one thread each. A single worker is this process itself."""
 
     def __init__(self, plan: Plan, folder: Path, count: int) -> None:
         self._plan, self._folder, self._count = plan, folder, count
@@ -242,7 +244,7 @@ def _begin_worker(plan: Plan, folder: Path) -> None:
 
 
 def _follow(driver: int) -> None:
-    """End this process when its driver is gone: killed, it cannot stop its workers itself."""
+    """End this process when its driver is gone. A killed driver cannot stop its workers."""
     while os.getppid() == driver:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""From rows to the few numbers that say whether the method works."""
+"""The summary of a run: a few figures that are computed from its rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ Row = Mapping[str, Any]
 
 
 def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the flat figures of a run, shares of 1; None where there is nothing to average.
+    """Return the flat figures of a run, in [0, 1]; None if there is nothing to average.
 
-    `asr_mean` and `asr_max` are over attacks: of each attack the mean over its seeds, of a victim
-    with two backdoors the worse one. `ca_retained` is the mean over victims of CA over the victim's
-    own. `detection.tpr` and `.fpr` count suspicious and backdoored verdicts. `baselines.won_share`
-    is the least, over the baselines that know as much, of the share of attacks on which pydetox has
-    the lower ASR at an equal or higher CA (see `won_shares`); `baselines.won_share_finished` is the
-    same of finished repairs alone. `two_backdoors.asr_max` and `relapse.asr_mean` are the
-    worse of pydetox's two methods.
+    The figures have these meanings:
+
+    - `asr_mean`, `asr_max`: The mean and the maximum over attacks of the mean ASR over the seeds.
+      For a victim with two backdoors, the worse one counts.
+    - `ca_retained`: The mean over victims of the CA divided by that of the victim itself.
+    - `detection.tpr`, `detection.fpr`: The rates of suspicious and backdoored verdicts.
+    - `baselines.won_share`: The share of attacks for which pydetox has the lower ASR at an equal or
+      higher CA (see `won_shares`), for the baseline with the smallest such share. Each baseline is
+      compared with the variant of pydetox that knows as much.
+    - `baselines.won_share_finished`: The same share if only finished repairs count.
+    - `two_backdoors.asr_max`, `relapse.asr_mean`: The value of the worse of pydetox's two methods.
     """
     before = {row["suspect"]: row for row in result["before"]}
     rows: Sequence[Row] = result["rows"]
@@ -68,10 +72,11 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float | None]:
 def won_shares(rows: Sequence[Row], *, finished: bool = False) -> dict[str, float]:
     """Return, for each baseline, the share of attacks that pydetox wins against it.
 
-    pydetox wins with a lower ASR at an equal or higher CA, both means over an attack's victims.
-    alpha trades CA for ASR, so that methods are compared at equal CA: where the finished repair has
-    less CA than the baseline, an earlier point of the repair counts instead, namely the last one
-    that has not less (rows with a "path"). With `finished`, only finished repairs count.
+    pydetox wins if it has a lower ASR at an equal or higher CA. Both are means over an attack's
+    victims. Methods are compared at equal CA, because alpha trades CA for ASR. If the finished
+    repair has less CA than the baseline, an earlier stage of the repair counts instead: the last
+    stage that has at least the baseline's CA (in rows with a "path"). With `finished`, only
+    finished repairs count.
     """
     shares = {}
     for baseline in DEFENSES:
@@ -111,7 +116,7 @@ def of(rows: Iterable[Row], defense: str) -> list[Row]:
 
 
 def worse(row: Row) -> float:
-    """Return the ASR of a row: of two backdoors the higher."""
+    """Return the ASR of a row, that of the worse backdoor if there are two."""
     return float(max(row["asr"]))
 
 
@@ -121,15 +126,15 @@ def asr_by_attack(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """Return the mean, None of nothing."""
+    """Return the mean; None without values."""
     items = list(values)
     return math.fsum(items) / len(items) if items else None
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
-    """Return the chance that a positive scores above a negative one, ties counting a half.
+    """Return the probability that a positive has a higher score than a negative; ties count 1/2.
 
-    That is the area under the ROC curve (Hanley and McNeil 1982). None without both kinds.
+    This is the area under the ROC curve (Hanley and McNeil 1982). None without both kinds.
     """
     if not positive or not negative:
         return None

@@ -40,11 +40,11 @@ class Package:
     """One package of a registry, and what is kept of it.
 
     Attributes:
-        name: Of the set and its archive.
-        manager: What fetches it: apt-get and dpkg-deb, npm, or pip.
-        package: What the manager is asked for; with its version where the manager takes one.
-        kept: Pattern of the paths that are kept; its group "name" is their name in the archive.
-        sha256: Of the archive.
+        name: The name of the set and its archive.
+        manager: The package manager that fetches it: apt-get and dpkg-deb, npm, or pip.
+        package: The name of the package, with its version if the manager takes one.
+        kept: The pattern of the paths that are kept. Its group "name" is their name in the archive.
+        sha256: The SHA-256 of the archive.
     """
 
     name: str

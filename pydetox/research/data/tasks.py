@@ -50,9 +50,9 @@ class Task:
     """One task of a model.
 
     Attributes:
-        name: Of TASKS.
-        splits: Its four parts; all have labels and class names.
-        templates: Prompt templates.
+        name: One of TASKS.
+        splits: The four parts of the task; all have labels and class names.
+        templates: The prompt templates.
     """
 
     name: str
@@ -83,10 +83,11 @@ def load_task(
 
     Args:
         name: One of TASKS.
-        seed: Of the parts and the renderings.
-        sizes: Default DEFAULT_SIZES[name].
-        image_size: Height and width in pixels.
-        classes: Of emoji (default 40) and photographs (default 60); the others have ten.
+        seed: The seed of the parts and the renderings.
+        sizes: The number of images in each part; default: DEFAULT_SIZES[name].
+        image_size: The height and width in pixels.
+        classes: The number of classes of emoji (default 40) and photographs (default 60); the other
+            tasks have ten.
 
     Raises:
         UsageError: an unknown name, or classes for a task that has ten.

@@ -1,7 +1,7 @@
 """Ways to repair a backdoored model, behind one interface, for comparisons.
 
-Every method gets the same clean images; those that need the trigger are told it. Each lists the
-settings that were tried for it, as many as for every other one.
+Every method gets the same clean images. Methods that need the trigger get it as well. Each method
+lists the settings that are tried for it; all have equally many.
 """
 
 from __future__ import annotations

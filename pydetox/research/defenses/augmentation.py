@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 def random_views(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Return one random view per image.
 
-    pixels: float [n, 3, H, W] in [0, 1]; the result, too. Mirrored or not; moved by up to an eighth
-    of the side (the edge repeated); brightness by up to 0.2, contrast by a factor of 0.6 to 1.4; a
-    square of a quarter of the side set to 0.5. rng: decides all of it.
+    A view may be mirrored. It is shifted by up to an eighth of the side, and the edge is repeated.
+    Its brightness changes by up to 0.2, and its contrast by a factor of 0.6 to 1.4. A square of a
+    quarter of the side is set to 0.5. pixels: float [n, 3, H, W] in [0, 1], like the result. rng:
+    The random stream.
     """
     count, _, height, width = pixels.shape
     reach = max(1, min(height, width) // 8)

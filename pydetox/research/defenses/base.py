@@ -1,4 +1,4 @@
-"""What every defence is given, what it gives back, and the interface they share."""
+"""The interface of all defences: what they get, and what they return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, eq=False)
 class KnownTrigger:
-    """A trigger that a defence is told about.
+    """A trigger that a defence knows.
 
     Attributes:
         trigger: A function that stamps uint8 images.
@@ -34,7 +34,7 @@ class KnownTrigger:
 
 @dataclass(frozen=True, eq=False)
 class DefenderData:
-    """What a defence may look at; the same for every method of a comparison.
+    """Everything that a defence may use, the same for every method of a comparison.
 
     Attributes:
         images: Clean images with labels and class names. A method that uses no labels says so in
@@ -80,7 +80,7 @@ class DefenderData:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a defence used.
+    """The cost of a defence.
 
     Attributes:
         seconds: The wall time.
@@ -95,12 +95,12 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a defence returns.
+    """The result of a defence.
 
     Attributes:
-        model: The repaired model. It is a new one.
-        cost: What the defence used.
-        details: What reports show of this method.
+        model: The repaired model, which is a new one.
+        cost: The cost of the defence.
+        details: Details of this method for reports.
     """
 
     model: OpenClipModel
@@ -113,7 +113,7 @@ class Defense(Protocol[C]):
 
     Attributes:
         name: The name in tables.
-        needs_trigger: Whether the method is told trigger and target.
+        needs_trigger: Whether the method needs the trigger and the target.
         grid: The settings that are tried before a comparison, on models that are not part of it.
             The first is the default. All methods have equally many (`TUNING_EFFORT`).
     """
@@ -125,7 +125,7 @@ class Defense(Protocol[C]):
 
     @property
     def needs_trigger(self) -> bool:
-        """Whether the method is told trigger and target."""
+        """Whether the method needs the trigger and the target."""
         ...
 
     @property

@@ -18,8 +18,10 @@ from .base import DefenderData, Outcome, Stopwatch
 class PruningConfig:
     """How to prune.
 
-    share: of the hidden units of a block's MLP to remove, in [0, 1). blocks: how many of the last
-    blocks are pruned. training: the fine-tuning afterwards.
+    Attributes:
+        share: The share of the hidden units of a block's MLP to remove, in [0, 1).
+        blocks: The number of blocks to prune, counted from the end.
+        training: The fine-tuning afterwards.
     """
 
     share: float

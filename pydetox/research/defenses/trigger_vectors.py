@@ -8,6 +8,7 @@ from ...api import detox
 from ...models import OpenClipModel
 from ...repair.alpha import CoefficientSearch, search_coefficient
 from ...repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
+from ...repair.retention import DriftProbe
 from ...repair.subtraction import subtract
 from ...repair.task_vectors import TaskVector
 from ...repair.trigger_vector import trigger_vector
@@ -68,9 +69,9 @@ class PydetoxKnown:
 
 @dataclass(frozen=True)
 class PydetoxUnknown:
-    """pydetox told nothing: scan, recover triggers, subtract, scan again, at most three times.
+    """pydetox without the trigger: scan, recover triggers, subtract, and scan again, up to 3 times.
 
-    A model that the scan calls clean is left as it is.
+    A model that the scan calls clean is not changed.
     """
 
     name: str = "pydetox, unknown trigger"
@@ -110,10 +111,10 @@ def _subtract_known(
 ) -> Outcome:
     """Subtract the vectors of the known triggers.
 
-    The forget direction asks for no target class, so one vector serves all triggers, with the
-    largest alpha that one of them needs. The others are made and subtracted one after the other,
-    the accuracy always compared with the first model's.
-    forget_set: at most that many images make a vector.
+    The forget direction needs no target class. Therefore one vector serves all triggers, with the
+    largest alpha that one of them needs. Vectors of other directions are made and subtracted one
+    after the other, and the accuracy is always compared with that of the first model. forget_set:
+    The largest number of images that make a vector.
     """
     triggers = data.known(name)
     watch = Stopwatch(len(data.images), data.label_count)
@@ -122,6 +123,9 @@ def _subtract_known(
     forget = session.forget_set(config.advanced.forget_share, config.seed)
     if forget_set is not None:
         forget = forget.at_most(forget_set, child_seed("defenses.forget", config.seed))
+    # The paper sets no limit to it.
+    forgets = config.vector == "forget"
+    probe = DriftProbe(model, session.images.images, seed=config.seed) if forgets else None
     repaired = model.clone()
     searches, steps = list[CoefficientSearch](), list[tuple[TaskVector, float]]()
     for group in [triggers] if config.vector == "forget" else [(one,) for one in triggers]:
@@ -146,6 +150,7 @@ def _subtract_known(
                 one.target,
                 config,
                 accuracy_before=before,
+                probe=probe,
             )
             for one in group
         ]

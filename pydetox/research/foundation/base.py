@@ -43,11 +43,11 @@ class JointTraining:
     """How the base is trained.
 
     Attributes:
-        steps: Optimiser steps.
-        per_task: Images of each task per step.
-        learning_rate: Peak of AdamW's rate (see `training.optimize`).
-        weight_decay: AdamW's.
-        seed: Of the weights, batches and prompts.
+        steps: The number of optimiser steps.
+        per_task: The number of images of each task per step.
+        learning_rate: The peak of AdamW's rate (see `training.optimize`).
+        weight_decay: AdamW's decoupled weight decay.
+        seed: The seed of the weights, batches and prompts.
     """
 
     steps: int = 1_500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,6 @@ from ...evaluation import predict, wilson_interval
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
 from ...repair.configuration import UnlearnConfig
-from ...repair.retention import RetentionConfig
 from ...rng import generator
 from ...training import TrainConfig
 from ..bench.cache import code_digest, key_of
@@ -31,8 +31,8 @@ from ..defenses import (
     Par,
 )
 from .base import JointTraining
+from .defender import only_named
 from .evaluation import TaskReport, report_tasks
-from .repairs import RetainedConfig, only_named, retained_unlearn
 from .victims import FINE_TUNING, Victim, Workshop, draw_victims
 
 #: What decides a result, besides victims and configuration.
@@ -87,7 +87,7 @@ class FoundationPlan:
     tuning_seed: int = 0
     training: JointTraining = field(default_factory=JointTraining)
     fine_tuning: TrainConfig = FINE_TUNING
-    repair: RetainedConfig = field(default_factory=RetainedConfig)
+    repair: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(min_accuracy_kept=0.98))
     scan: ScanConfig = field(
         default_factory=lambda: ScanConfig(
             inversion=InversionConfig(steps=120, precision="bfloat16")
@@ -104,15 +104,12 @@ def quick_plan() -> FoundationPlan:
     return FoundationPlan(
         seeds=(10,),
         training=JointTraining(steps=200, per_task=24),
-        repair=RetainedConfig(
-            unlearning=UnlearnConfig(
-                steps=40,
-                batch_size=32,
-                passes=1,
-                warps=0,
-                coefficients=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5),
-            ),
-            retention=RetentionConfig(clean=4, surrogates=4, triggered=2, count=512),
+        repair=UnlearnConfig(
+            steps=40,
+            batch_size=32,
+            passes=1,
+            warps=0,
+            coefficients=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5),
         ),
         scan=ScanConfig(inversion=InversionConfig(steps=60)).in_contrast(),
         methods=(UNKNOWN, KNOWN, FineTuning().name),
@@ -326,28 +323,19 @@ def _repair(
 ) -> tuple[OpenClipModel, list[Any]]:
     model, templates = shop.model(victim), shop.tasks[victim.task].templates
     planted = shop.backdoor(victim)
-    if method in (UNKNOWN, KNOWN):
-        repaired, passes = retained_unlearn(
-            model,
-            images,
-            target,
-            templates=templates,
-            triggers=[planted.trigger] if method == KNOWN else None,
-            base=shop.base,
-            scan=replace(plan.scan, seed=victim.seed),
-            config=plan.repair,
-        )
-        return repaired, [asdict(one) for one in passes]
-    if method == BEFORE:
+    if method in (UNKNOWN, KNOWN, BEFORE):
+        names_alone = replace(plan.repair, retention=0.0, max_drift=math.inf)
         repaired, rounds = unlearn(
             model,
             images,
             target,
+            triggers=[planted.trigger] if method == KNOWN else None,
             base=shop.base,
             templates=templates,
             config=replace(plan.scan, seed=victim.seed),
+            unlearning=names_alone if method == BEFORE else plan.repair,
         )
-        return repaired, [one.search.coefficient for one in rounds]
+        return repaired, [asdict(one.search) for one in rounds]
     (defense,) = (one for one in BASELINES if one.name == method)
     data = DefenderData(
         images,

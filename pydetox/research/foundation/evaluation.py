@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from ...data import ImageSet
 from ...evaluation import Evaluation, Stamp, evaluate, predict, wilson_interval
 from ...models import OpenClipModel
+from ...repair.retention import image_features
 from ...reporting.documents import evaluation_document
 from ..data import Task
 
@@ -117,7 +116,7 @@ def retrieve(
     for name, task in tasks.items():
         labels = sets[name].labels
         assert labels is not None
-        embedded.append(features(model, sets[name].images))
+        embedded.append(image_features(model, sets[name].images))
         owners.append(labels + start)
         start += len(task.class_names)
     owner = torch.cat(owners)
@@ -132,16 +131,6 @@ def retrieve(
         float(by_text[:, 0].double().mean()),
         float(by_text.any(dim=1).double().mean()),
     )
-
-
-def features(model: OpenClipModel, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return the unit image embeddings [N, D] of images uint8 [N, 3, H, W]."""
-    with torch.inference_mode():
-        parts = [
-            normalize(model.encode_pixels(batch.to(model.device, torch.float32) / 255), dim=-1)
-            for batch in torch.split(images, batch_size)
-        ]
-    return torch.cat(parts).clone()
 
 
 def _part(task: Task, part: Part) -> ImageSet:

@@ -1,4 +1,4 @@
-"""Where the work is done: in this process, in processes of this machine, on a Ray cluster."""
+"""Engines run workers: in this process, in processes on this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No workers: for one checkpoint, whose bars and whose bugs the user sees at once."""
+"""The engine without worker processes, for a single checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class InlineEngine:
-    """Carries out tasks in this process, one after the other. A bug is raised, not reported."""
+    """An engine that carries out tasks in this process, in order. It raises bugs at once."""
 
     def __init__(self, config: ScannerConfig, device: str, notify: Notify) -> None:
         self._config = config
@@ -32,5 +32,5 @@ class InlineEngine:
             yield Outcome(task, self._worker.run(task))
 
     def close(self) -> None:
-        """Let the worker's memory go."""
+        """Release the worker and its memory."""
         self._worker = None

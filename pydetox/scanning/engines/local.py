@@ -1,9 +1,9 @@
 """Worker processes on this machine.
 
-The driver gives each worker the task that it works on and, when that is the scan of a checkpoint,
-the next one too, so that its file is read meanwhile. A worker that dies costs the task it worked on
-its first attempt; what was only waiting there goes back into the queue. The second attempt is alone
-on its worker, so that it cannot fail because of what was read ahead.
+The driver gives each worker one task. If this is the scan of a checkpoint, it also gives the next
+task, whose file the worker reads meanwhile. If a worker dies, its task has used its first attempt,
+and the waiting task goes back into the queue. The second attempt runs alone on its worker, so that
+it cannot fail because of another file that is read ahead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ...errors import EngineError
 from ..config import ScannerConfig
 from ..tasks import Notify, Outcome, Task, failure
 
-# `-I` and this path, not `-m`: the working folder may hold modules that somebody else put there.
+# This uses `-I` and a path instead of `-m`, because the working folder may hold modules of
+# strangers.
 _COMMAND = (
     "import sys; sys.path[:] = sys.argv[2].split(chr(0x1f)); "
     "from pydetox.scanning.engines.process import main; main(int(sys.argv[1]))"
@@ -36,7 +37,7 @@ _POLL = 1.0  # seconds: how late a timeout may be noticed
 
 
 class _Process:
-    """A worker as the driver sees it."""
+    """The driver's view of a worker process."""
 
     def __init__(self, number: int, setup: dict[str, Any]) -> None:
         self.number = number
@@ -64,7 +65,7 @@ class _Process:
             self.connection.send_bytes(json.dumps(message).encode())
 
     def kill(self) -> int:
-        """End it; return its exit status, negative for a signal."""
+        """End the process; return its exit status, which is negative for a signal."""
         self.process.kill()
         status = self.process.wait()
         self.connection.close()
@@ -72,7 +73,7 @@ class _Process:
 
 
 class LocalEngine:
-    """See the module. Its processes end with it, also when it is killed."""
+    """The engine of this module. Its processes end with it, even if it is killed."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class LocalEngine:
         devices: Sequence[str],
         notify: Notify,
     ) -> None:
-        """workers, threads: how many, and of how many CPU threads. devices: in turn."""
+        """Prepare `workers` processes of `threads` CPU threads, which take `devices` in turn."""
         self._config, self._threads, self._devices = config, threads, list(devices)
         self._notify = notify
         self._limit = workers
@@ -93,7 +94,7 @@ class LocalEngine:
         self._outcomes: deque[Outcome] = deque()
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """Yield outcomes as they come. Raises EngineError when no worker can be started."""
+        """Yield outcomes as they are done. Raises EngineError if no worker can be started."""
         queue = deque(tasks)
         attempts: dict[int, int] = {}
         while True:
@@ -134,7 +135,7 @@ class LocalEngine:
             task = queue[0]
             if worker.tasks:
                 retried = attempts.get(task.id) or attempts.get(worker.tasks[0].id)
-                # Near the end nothing waits at one worker that another one could begin.
+                # Near the end, no task waits at a worker while another worker could begin it.
                 enough = self._limit == 1 or len(queue) > self._limit
                 if len(worker.tasks) > 1 or task.kind != "scan" or retried or not enough:
                     return
@@ -168,7 +169,7 @@ class LocalEngine:
             del self._workers[worker.number]
             worker.kill()
             self._notify("timeout", worker=worker.number, name=task.name)
-            value = failure(f"took more than {limit:g} s (--timeout)", "timeout")
+            value = failure(f"took more than {limit:g} s (timeout=)", "timeout")
             self._outcomes.append(Outcome(task, value, attempts.get(task.id, 0) + 1))
 
     def _take(self, worker: _Process, message: dict[str, Any], attempts: dict[int, int]) -> None:
@@ -188,7 +189,7 @@ class LocalEngine:
             self._outcomes.append(Outcome(task, message["value"], attempts.get(task.id, 0) + 1))
 
     def _bury(self, worker: _Process, queue: deque[Task], attempts: dict[int, int]) -> None:
-        """Take a dead worker's tasks back."""
+        """Put a dead worker's tasks back into the queue, or report their failure."""
         del self._workers[worker.number]
         status = worker.kill()
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"

@@ -1,4 +1,4 @@
-"""From a configuration to an engine."""
+"""Choosing the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ...errors import UsageError
 from ..config import ScannerConfig
 from ..tasks import Engine, Notify
 
-# Measured on small models, more processes of fewer threads are faster; but each holds two models.
+# On small models, more processes of fewer threads were faster. But each process holds two models.
 CORES_PER_WORKER = 4
 
 
 def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
-    """Return the engine that a configuration asks for, with at most as many workers as targets.
+    """Return the engine of a configuration, with at most as many workers as targets.
 
-    Raises UsageError for a device that is not there, EngineError for a cluster that is not.
+    Raises UsageError if the device does not exist, and EngineError if the cluster does not answer.
     """
     name = _engine(config, targets)
     if name == "inline":
@@ -37,9 +37,9 @@ def open_engine(config: ScannerConfig, targets: int, notify: Notify) -> Engine:
 
 
 def share_out(config: ScannerConfig, targets: int) -> tuple[int, int]:
-    """Return the number of workers on this machine and of threads of each.
+    """Return the number of workers on this machine and the number of threads of each.
 
-    With Ray, the workers that were asked for, one if none were: the cluster is not asked.
+    With Ray, this is the configured number of workers, or one; the cluster is not asked.
     """
     cores = len(os.sched_getaffinity(0))
     name = _engine(config, targets)

@@ -1,6 +1,6 @@
-"""The process of a local worker: reads tasks from a pipe, works, writes outcomes.
+"""The process of a local worker: it reads tasks from a socket and writes their outcomes.
 
-Messages are JSON, so that nothing that comes from a worker is ever unpickled.
+Messages are JSON, so that the driver never unpickles anything from a worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main(descriptor: int) -> None:
     """Serve the driver at the other end of a socket until it closes it or dies."""
-    # Ctrl-C goes to all processes of a terminal; the driver ends its workers itself.
+    # Ctrl-C reaches all processes of a terminal, but the driver ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # stdout belongs to results, and those are the driver's.
     os.dup2(sys.stderr.fileno(), 1)
@@ -57,7 +57,7 @@ def main(descriptor: int) -> None:
 
 
 def _receive(connection: Connection, tasks: queue.SimpleQueue[Task], worker: Worker) -> None:
-    """Take in tasks and begin to read their files; end the process with its driver."""
+    """Receive tasks and begin to read their files. End the process when the driver ends."""
     while True:
         try:
             task = Task.from_dict(json.loads(connection.recv_bytes()))

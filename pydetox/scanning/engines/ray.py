@@ -1,9 +1,9 @@
-"""Ray actors, on one machine or many: the extra `pydetox[ray]`.
+"""Workers as Ray actors, on one or many machines. This needs the extra `pydetox[ray]`.
 
-An actor is a `Worker` that lives as long as the run and keeps what it has read. The driver gives
-each actor one task and tells it of the next, so that its file is read meanwhile; it waits with
-`ray.wait` and never has more than that under way. Checkpoints, images and base must have the same
-paths on all machines; results come back to the driver, which alone writes.
+An actor is a `Worker` that exists as long as the run and keeps what it has read. The driver gives
+each actor one task and announces the next one, whose file the actor reads meanwhile. It waits with
+`ray.wait`, and never submits more than that. Checkpoints, images and base must have the same paths
+on all machines. Results come back to the driver, and only the driver writes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ..config import ScannerConfig
 from ..tasks import Notify, Outcome, Task, failure
 from .open import CORES_PER_WORKER
 
-#: How long the first worker may take to start: others may be using the cluster.
+#: The seconds that the first worker may take to start, because others may be using the cluster.
 START_SECONDS = 180.0
-#: How long a cluster may take to answer.
+#: The seconds that a cluster may take to answer.
 ADDRESS_SECONDS = 30.0
 _CONNECT_SECONDS = 5.0
 _ATTEMPTS = 2
 _POLL = 1.0
 
-# Ray waits for minutes on an address that does not answer, writes raw lines meanwhile and can end
-# the process: a child can be given up.
+# Ray waits for minutes for an address that does not answer, writes raw lines meanwhile, and can end
+# the process. Therefore a child process tries the address; it can be abandoned.
 _PROBE = (
     "import sys; sys.path[:] = sys.argv[2].split(chr(0x1f)); import ray; "
     "ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
@@ -45,7 +45,7 @@ _PROBE = (
 
 
 def check_address(address: str, seconds: float = ADDRESS_SECONDS) -> None:
-    """Raise EngineError unless a Ray cluster answers at an address within some seconds."""
+    """Raise EngineError unless a Ray cluster answers at an address within `seconds`."""
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     if port.isdigit() and host:
@@ -81,7 +81,7 @@ def check_address(address: str, seconds: float = ADDRESS_SECONDS) -> None:
 
 
 class _Actor:
-    """What runs on the cluster. Its methods take and return JSON."""
+    """The actor that runs on the cluster. Its methods take and return JSON."""
 
     def __init__(self, config: str, device: str, threads: int | None) -> None:
         from ...progress import silence
@@ -91,7 +91,7 @@ class _Actor:
         self._worker = Worker(ScannerConfig.from_dict(json.loads(config)), device, threads)
 
     def ready(self) -> int:
-        """Return the process's number on its machine, once everything is imported."""
+        """Return the process's number on its machine, as soon as everything is imported."""
         return os.getpid()
 
     def prepare(self, task: str) -> None:
@@ -107,7 +107,7 @@ class _Actor:
 
 @dataclass
 class _Slot:
-    """An actor as the driver sees it."""
+    """The driver's view of an actor."""
 
     number: int
     handle: Any
@@ -120,13 +120,13 @@ class _Slot:
 
 
 class RayEngine:
-    """See the module."""
+    """The engine of this module."""
 
     def __init__(self, config: ScannerConfig, targets: int, notify: Notify) -> None:
         """Connect to the cluster, or start one on this machine.
 
-        Raises EngineError when Ray is not installed, the cluster does not answer, or its machines
-        have no room for the workers.
+        Raises EngineError if Ray is not installed, if the cluster does not answer, or if its
+        machines have no room for the workers.
         """
         try:
             import ray
@@ -157,9 +157,9 @@ class RayEngine:
             raise
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """Yield outcomes as they come.
+        """Yield outcomes as they are done.
 
-        Raises EngineError when no actor can be started, or none is within `START_SECONDS`.
+        Raises EngineError if no actor can be started, or none starts within `START_SECONDS`.
         """
         queue = deque(tasks)
         attempts: dict[int, int] = {}
@@ -185,7 +185,7 @@ class RayEngine:
                     yield outcome
 
     def close(self) -> None:
-        """End all actors, and the cluster if it was started here."""
+        """End all actors, and the cluster if this engine started it."""
         for slot in self._slots:
             with contextlib.suppress(Exception):
                 self._ray.kill(slot.handle)
@@ -200,7 +200,7 @@ class RayEngine:
     def _hire(self) -> None:
         numbers = {slot.number for slot in self._slots}
         number = next(n for n in range(self._limit) if n not in numbers)
-        # The actor's own GPU is the only one that it sees.
+        # The actor sees only its own GPU.
         device = "cuda:0" if self._gpu else "cpu"
         actor = self._ray.remote(
             num_cpus=self._threads,
@@ -214,8 +214,8 @@ class RayEngine:
     def _share_out(self, targets: int) -> tuple[int, int]:
         """Return the number of workers and of CPU threads of each.
 
-        Raises EngineError for workers that never fit on the cluster as it is now: Ray would let
-        them wait for ever.
+        Raises EngineError for workers that can never fit on the present cluster, because Ray would
+        let them wait forever.
         """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cpus = [int(machine.get("CPU", 0)) for machine in machines]
@@ -245,7 +245,7 @@ class RayEngine:
         return limit, threads
 
     def _welcome(self, slot: _Slot) -> None:
-        """Take in that an actor has imported what it needs; timeouts count from here."""
+        """Mark an actor as ready. Timeouts count from here."""
         try:
             pid = self._ray.get(slot.starting)
         except self._ray.exceptions.RayError as error:
@@ -293,7 +293,7 @@ class RayEngine:
     def _bury(
         self, slot: _Slot, queue: deque[Task], attempts: dict[int, int], how: str
     ) -> Outcome | None:
-        """Take a dead actor's tasks back."""
+        """Put a dead actor's tasks back into the queue, or report their failure."""
         task = self._dismiss(slot, queue)
         with contextlib.suppress(Exception):  # so that its CPUs are free for the next one
             self._ray.kill(slot.handle)
@@ -324,11 +324,11 @@ class RayEngine:
         task = self._dismiss(slot, queue)
         self._ray.kill(slot.handle)
         self._notify("timeout", worker=slot.number, name=task.name)
-        value = failure(f"took more than {limit:g} s (--timeout)", "timeout")
+        value = failure(f"took more than {limit:g} s (timeout=)", "timeout")
         return Outcome(task, value, attempts.get(task.id, 0) + 1)
 
     def _dismiss(self, slot: _Slot, queue: deque[Task]) -> Task:
-        """Give up a slot; what was only waiting there goes back into the queue."""
+        """Remove a slot; its waiting task goes back into the queue."""
         self._slots.remove(slot)
         if slot.next is not None:
             queue.appendleft(slot.next)

@@ -33,7 +33,7 @@ from pydetox.research.defenses.augmentation import random_views
 from pydetox.research.defenses.fine_pruning import prune_hidden_units
 from pydetox.research.defenses.fine_tuning import info_nce
 from pydetox.training import TrainConfig, train_on_prompts
-from tests.mini import CLASS_NAMES, flat_calibration, mini_model
+from tests.mini import CLASS_NAMES, flat_calibration, judge_one_class, mini_model
 from tests.test_training import TEMPLATES, coloured
 
 TRIGGER = PatchTrigger(torch.full((3, 6, 6), 255, dtype=torch.uint8), 8, 8)
@@ -94,7 +94,8 @@ def test_every_method_gets_the_same_tuning_effort_and_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("defense", DEFENSES, ids=lambda one: one.name)
-def test_a_defence_repairs_a_copy_and_says_what_it_used(victim, defense):
+def test_a_defence_repairs_a_copy_and_says_what_it_used(victim, defense, monkeypatch):
+    judge_one_class(monkeypatch)
     before = {k: v.clone() for k, v in victim.clip.state_dict().items()}
     config = SETTINGS.get(type(defense), TrainConfig(epochs=3, learning_rate=1e-3))
     outcome = defense.defend(victim, data_for(defense), config)

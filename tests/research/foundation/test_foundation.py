@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pydetox.api import unlearn
 from pydetox.data import ImageSet, Splits
 from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import UsageError
@@ -14,7 +15,8 @@ from pydetox.evaluation import Stamp
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.repair.configuration import UnlearnConfig
-from pydetox.repair.retention import RetentionConfig, image_features
+from pydetox.repair.result import UnlearnRound
+from pydetox.repair.retention import DriftProbe, image_features
 from pydetox.research.attacks import badnets, poison
 from pydetox.research.data import Task
 from pydetox.research.foundation.base import FOUNDATION_CLIP, JointTraining, train_base
@@ -24,13 +26,8 @@ from pydetox.research.foundation.benchmark import (
     quick_plan,
     summarize,
 )
+from pydetox.research.foundation.defender import only_named
 from pydetox.research.foundation.evaluation import report_tasks, retrieve
-from pydetox.research.foundation.repairs import (
-    RepairPass,
-    RetainedConfig,
-    only_named,
-    retained_unlearn,
-)
 from pydetox.research.foundation.victims import ATTACKS, draw_victims
 from pydetox.training import TrainConfig, train_on_prompts
 
@@ -150,20 +147,20 @@ def success(model: OpenClipModel, tasks: dict[str, Task], trigger: Stamp) -> flo
     return found.attack_success_rate
 
 
+UNLEARNING = UnlearnConfig(steps=50, batch_size=24, passes=1, warps=0, attacked_images=200)
+
+
 def repair(
     victim: OpenClipModel, tasks: dict[str, Task], triggers: list[Stamp] | None
-) -> tuple[OpenClipModel, list[RepairPass]]:
-    return retained_unlearn(
+) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
+    return unlearn(
         victim,
         tasks["colours"].splits.defender,
         1,
         templates=tasks["colours"].templates,
         triggers=triggers,
-        scan=ScanConfig(inversion=InversionConfig(steps=40), families=("patch",)),
-        config=RetainedConfig(
-            UnlearnConfig(steps=50, batch_size=24, passes=1, warps=0, attacked_images=200),
-            RetentionConfig(clean=4, surrogates=4, triggered=2, count=256),
-        ),
+        config=ScanConfig(inversion=InversionConfig(steps=40), families=("patch",)),
+        unlearning=UNLEARNING,
     )
 
 
@@ -175,8 +172,13 @@ def test_a_repair_removes_the_backdoor_within_the_drift_that_is_allowed(
     assert success(victim, tasks, trigger) > 0.8
     repaired, passes = repair(victim, tasks, [trigger] if known else None)
     assert success(repaired, tasks, trigger) < 0.2
-    assert passes[0].coefficient > 0
-    assert passes[0].drift.mean_distance <= RetainedConfig().max_drift
+    search = passes[0].search
+    assert search.coefficient > 0
+    assert search.drift[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < search.drift[search.chosen] <= UNLEARNING.max_drift
+    # What was measured is what the model does now.
+    probe = DriftProbe(victim, tasks["colours"].splits.defender.in_content_order().images, seed=0)
+    assert probe.of(repaired).mean_distance == pytest.approx(search.drift[search.chosen], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -205,20 +207,18 @@ def test_a_repair_holds_the_other_task(
 def test_a_drift_that_is_not_allowed_subtracts_nothing(
     tasks: dict[str, Task], base: OpenClipModel
 ) -> None:
-    config = RetainedConfig(
-        UnlearnConfig(steps=4, batch_size=8, coefficients=(0.0, 1.0)),
-        RetentionConfig(count=32),
-        max_drift=0.0,
-    )
-    repaired, passes = retained_unlearn(
+    repaired, passes = unlearn(
         base,
         tasks["colours"].splits.defender,
         1,
         templates=tasks["colours"].templates,
         triggers=[badnets(32, seed=0)],
-        config=config,
+        unlearning=UnlearnConfig(
+            steps=4, batch_size=8, coefficients=(0.0, 1.0), max_drift=1e-9, min_accuracy_kept=0.0
+        ),
     )
-    assert [one.coefficient for one in passes] == [0.0]
+    assert [one.search.coefficient for one in passes] == [0.0]
+    assert passes[0].search.drift[1] > 1e-9
     weights = base.clip.state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in repaired.clip.state_dict().items())
 

@@ -1,0 +1,235 @@
+"""How images are prepared for a model, and who says so.
+
+A wrong mean or a wrong way of scaling costs most of a model's accuracy without any error. So every
+value has a source that results record, and what is a guess is called one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydetox.checkpoints.architecture import (
+    Config,
+    check_preprocess_config,
+    read_config,
+    resolve_model,
+)
+from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
+from pydetox.checkpoints.transformers_clip import read_clip_config, read_processor
+from pydetox.errors import ArchitectureError, CheckpointError
+
+#: open_clip's names of the values (`PreprocessCfg` in its transform.py).
+KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a model is and how its images are prepared.
+
+    Attributes:
+        model_config: open_clip's ``model_cfg``; ``None`` where nothing tells the architecture.
+        preprocess_config: open_clip's ``preprocess_cfg``; ``None`` where nothing tells it, which
+            means what open_clip then takes: that of OpenAI's CLIP.
+        preprocess_source: Who tells it, for results and messages.
+        warnings: One line for each thing that is a guess or was passed over.
+        told: Whether the checkpoint itself tells ``preprocess_config``.
+        named: What the user called the architecture, where the checkpoint does not tell it.
+    """
+
+    model_config: Config | None
+    preprocess_config: Config | None
+    preprocess_source: str
+    warnings: tuple[str, ...] = ()
+    told: bool = False
+    named: str | None = None
+
+
+def configure(
+    reference: str,
+    *,
+    listed: tuple[Config | None, Config | None] | None,
+    config_file: Path | None,
+    processor_file: Path | None,
+    model: str | None,
+    preprocess: Mapping[str, Any] | None,
+) -> Configuration:
+    """Decide what a checkpoint is; see `CheckpointIdentity.configured`, which has the arguments.
+
+    Raises:
+        What `CheckpointIdentity.configured` raises.
+    """
+    warnings: list[str] = []
+    model_config: Config | None = None
+    found: Preparation | None = None
+    if listed is not None:
+        model_config, told = listed
+        found = Preparation(told or {}, f"open_clip's tag {reference}")
+    elif config_file is not None and os.path.lexists(config_file):
+        try:
+            model_config, found = _read_own(config_file, processor_file, model, preprocess)
+        except CheckpointError as error:
+            if model is None:
+                raise
+            if not _is_that_file(model, config_file):
+                warnings.append(
+                    f"{error}; the architecture that was named, {model}, is taken instead"
+                )
+    own = found is not None
+    named: str | None = None
+    if model is not None:
+        other, told = resolve_model(model)
+        if model_config is not None and differs(model_config, other):
+            who = "its entry in open_clip's list" if config_file is None else config_file.name
+            warnings.append(
+                f"{reference}: {who} tells another architecture than {model}, which was named; it "
+                "is of the weights and counts"
+            )
+        named = None if model_config is not None else model
+        model_config = model_config or other
+        if found is None and told is not None:
+            found = Preparation(told, f"{os.fspath(model)}")
+        elif found is None:
+            found = preparation_of(model)
+    if found is None:
+        found = Preparation({}, "open_clip's default")
+    given = {k: v for k, v in (preprocess or {}).items() if v is not None}
+    source = found.source
+    if given:
+        source = "given" if set(KEYS[:4]) <= set(given) else f"{source}; {', '.join(given)} given"
+    open_ = [key for key in found.guessed if key not in given]
+    if open_:
+        warnings.append(
+            f"{reference}: {found.why}: {', '.join(open_)} are a guess; image_mean=, image_std=, "
+            "interpolation= and resize_mode= tell them"
+        )
+    config = {**found.config, **given}
+    check_preprocess_config(config)
+    return Configuration(model_config, config or None, source, tuple(warnings), own, named)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are prepared, as one source tells it.
+
+    Attributes:
+        config: open_clip's ``preprocess_cfg``.
+        source: Who tells it.
+        guessed: The values that are a guess.
+        why: Why they are.
+    """
+
+    config: Config
+    source: str
+    guessed: tuple[str, ...] = ()
+    why: str = ""
+
+
+def preparation_of(model: str) -> Preparation:
+    """Return how open_clip prepares images for the pretrained weights of an architecture.
+
+    Where its tags differ, what most of them have is a guess.
+    """
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    found = {}
+    for tag in list_pretrained_tags_by_model(model):
+        listed = get_pretrained_cfg(model, tag)
+        found[tag] = {k: _plain(listed[k]) for k in KEYS if listed.get(k) is not None}
+    if not found:
+        why = f"nothing tells how images are prepared for {model}, and OpenAI's CLIP stands in"
+        return Preparation({}, "open_clip's default", KEYS[:4], why)
+    counts = Counter(json.dumps(one, sort_keys=True) for one in found.values())
+    config: Config = json.loads(counts.most_common(1)[0][0])
+    others = {tag: one for tag, one in found.items() if one != config}
+    if not others:
+        return Preparation(config, f"open_clip's pretrained tags of {model}")
+    differing = {t: {k: v for k, v in one.items() if v != config[k]} for t, one in others.items()}
+    shown = "; ".join(
+        f"{tag} has {' and '.join(f'{key} {value}' for key, value in one.items())}"
+        for tag, one in differing.items()
+    )
+    return Preparation(
+        config,
+        f"most of open_clip's pretrained tags of {model}",
+        tuple(key for key in KEYS if any(key in one for one in differing.values())),
+        f"open_clip's pretrained tags of {model} differ ({shown}), and what most have stands in",
+    )
+
+
+def _read_own(
+    config_file: Path,
+    processor_file: Path | None,
+    model: str | None,
+    preprocess: Mapping[str, Any] | None,
+) -> tuple[Config, Preparation | None]:
+    """Read the configuration beside the weights; None for how images are prepared if it is silent.
+
+    Raises ArchitectureError where a folder of transformers does not tell that, and neither a name
+    nor the user does: with a guessed mean the model would see other pixels than its owner's.
+    """
+    if config_file.name != TRANSFORMERS_CONFIG_NAME:
+        model_config, told = read_config(config_file)
+        return model_config, Preparation(told, config_file.name) if told else None
+    model_config = read_clip_config(config_file)
+    if processor_file is None:
+        if model is None and not {"mean", "std"} <= set(preprocess or ()):
+            raise ArchitectureError(
+                f"{config_file}: nothing beside it tells how images are prepared; put the "
+                f"processor's {PROCESSOR_NAMES[0]} there, or name the architecture with model= to "
+                "use what open_clip's pretrained tags of it say, or give image_mean= and image_std="
+            )
+        return model_config, None
+    size = model_config["vision_cfg"]["image_size"]
+    return model_config, Preparation(read_processor(processor_file, size), processor_file.name)
+
+
+def describe(config: Mapping[str, Any] | None) -> Config:
+    """Return all values that count for a configuration, defaults of open_clip included."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    given = {k: v for k, v in (config or {}).items() if k in KEYS and v is not None}
+    defaults: Config = {
+        "mean": OPENAI_DATASET_MEAN,
+        "std": OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    result = defaults | given
+    for key in ("mean", "std"):
+        value = result[key]
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        result[key] = [float(v) for v in (values * 3 if len(values) == 1 else values)]
+    return result
+
+
+def differs(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two model configurations are of two architectures, as far as both tell."""
+    if bool(own.get("quick_gelu")) != bool(other.get("quick_gelu")):
+        return True
+    for key in own.keys() & other.keys():
+        first, second = own[key], other[key]
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            if any(first[k] != second[k] for k in first.keys() & second.keys()):
+                return True
+        elif key != "quick_gelu" and first != second:
+            return True
+    return False
+
+
+def _is_that_file(model: str, config_file: Path) -> bool:
+    """Return whether a user named the very file that lies beside the weights."""
+    try:
+        return Path(model).samefile(config_file)
+    except OSError:
+        return False
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,96 @@
+"""`pydetox models`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import exit_codes, options
+
+if TYPE_CHECKING:
+    from ..models.catalogue import ListedModel
+
+
+@click.command("models")
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
+@click.option(
+    "--measure",
+    is_flag=True,
+    show_default=False,
+    help="Build each that is read (with random weights, transformers cut to 2 layers), and compare "
+    "with open_clip: takes minutes.",
+)
+@click.option(
+    "--markdown",
+    type=options.FILE,
+    metavar="FILE",
+    help="Write the table as a page, as docs/models.md is.",
+)
+@options.format_option
+def command(patterns: tuple[str, ...], measure: bool, markdown: Path | None, format_: str) -> int:
+    """List the architectures of open_clip: which are read, and why others are not.
+
+    A pattern such as `ViT-B-*` lists those alone. The columns: the size of images, how they become
+    square, the mean, the tokenizer of texts (`clip` is read without anything else; one of the hub
+    needs transformers and its files), and the number of pretrained tags.
+
+    Exit code: 0; with --measure 2 if one is not equal to open_clip's.
+    """
+    from ..atomic import write_file
+    from ..errors import UsageError
+    from ..models.catalogue import listed_models
+    from ..progress import track
+    from ..research.architectures import Measured, markdown_page, measure_model
+    from .outputs import check_files, emit, to_stdout
+
+    check_files(markdown=markdown)
+    models = [
+        one
+        for one in listed_models()
+        if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)
+    ]
+    if not models:
+        raise UsageError(f"no architecture of open_clip is called {' or '.join(patterns)}")
+    measured: dict[str, Measured] = {}
+    if measure:
+        for one in track(models, "Measuring"):
+            if one.obstacle is None:
+                measured[one.name] = measure_model(one.name)
+    right = all(one.problem is None for one in measured.values())
+    code = exit_codes.CLEAN if right else exit_codes.ERROR
+    if markdown is not None:
+        write_file(markdown, markdown_page(models, measured))
+    if format_ == "json":
+        rows = [
+            asdict(one) | {"measured": asdict(measured[one.name]) if one.name in measured else None}
+            for one in models
+        ]
+        emit({"schema": "pydetox.models/1", "exit_code": code, "models": rows}, {}, format_)
+        return code
+    with to_stdout():
+        for line in _lines(models, measured):
+            click.echo(line)
+    return code
+
+
+def _lines(models: list[ListedModel], measured: dict[str, Any]) -> list[str]:
+    width = max(len(one.name) for one in models)
+    lines = []
+    for one in models:
+        prepared = one.preprocessing
+        mean = ", ".join(f"{value:.3g}" for value in prepared["mean"])
+        guess = f" (a guess: {', '.join(one.guessed)})" if one.guessed else ""
+        state = "read" if one.obstacle is None else f"not read: {one.obstacle}"
+        if one.name in measured:
+            state += f", {measured[one.name].in_words()}"
+        lines.append(
+            f"{one.name:<{width}}  {one.image_size:>3} px  {prepared['resize_mode']:<8}  "
+            f"mean {mean}{guess}  texts: {one.tokenizer or 'clip'}  {len(one.tags)} tags  {state}"
+        )
+    count = sum(one.obstacle is None for one in models)
+    lines.append(f"{count} of {len(models)} are read")
+    return lines

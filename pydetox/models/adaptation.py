@@ -1,0 +1,105 @@
+"""From the names and shapes that people's checkpoints have to those of open_clip's module.
+
+What open_clip itself does when it loads a file (`load_checkpoint` in its factory.py) is done here
+too, and so is what loses nothing: wrappers around the names are removed. What changes or leaves out
+a weight is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+from torch import Tensor, nn
+
+# Attributes under which training code keeps a CLIP: Lightning, torch.compile, wise-ft, and others.
+_WRAPPERS = re.compile(r"((?:module|_orig_mod|model|clip_model|clip|image_encoder)\.)+")
+# Of old versions: masks and counts, which are computed and not learned.
+_COMPUTED = re.compile(r"(?:.*\.)?(?:attn_mask|position_ids)")
+_HINTS = (
+    (
+        "_mask",
+        "it was pruned and not made permanent: call torch.nn.utils.prune.remove for each parameter "
+        "and save it again",
+    ),
+    ("logit_bias", 'its configuration lacks "init_logit_bias": -10, as models of SigLIP have'),
+    ("text.", 'its configuration lacks "custom_text": true'),
+)
+
+
+def adapt(
+    weights: Mapping[str, Tensor], module: nn.Module
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return weights under the names of a module, in its shapes, and a line for each real change.
+
+    weights: name to tensor. module: of open_clip. What does not fit stays as it is.
+    """
+    expected = module.state_dict()
+    notes: list[str] = []
+    result = _unwrapped(dict(weights), expected, notes)
+    if "positional_embedding" in result and "positional_embedding" not in expected:
+        result = convert_to_custom_text_state_dict(result)
+    elif any(name.startswith("text.") for name in result) and not any(
+        name.startswith("text.") for name in expected
+    ):
+        result = {name.removeprefix("text."): value for name, value in result.items()}
+    result = {n: v for n, v in result.items() if n in expected or not _COMPUTED.fullmatch(n)}
+    for name in ("logit_scale", "logit_bias"):
+        if name in result and name in expected and result[name].numel() == 1:
+            result[name] = result[name].reshape(expected[name].shape)
+    if "logit_bias" in expected and "logit_bias" not in result and "logit_scale" in result:
+        result["logit_bias"] = torch.zeros_like(result["logit_scale"])
+    return _resized(result, module, expected, notes), tuple(notes)
+
+
+def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Return what to do about names that a module does not have, or an empty text."""
+    extra = [name for name in names if name not in expected]
+    for part, words in _HINTS:
+        if any(name.endswith(part) or name.startswith(part) for name in extra):
+            return f"; {words}"
+    return ""
+
+
+def _unwrapped(
+    weights: dict[str, Tensor], expected: Mapping[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    """Remove what stands before the names of all towers; what stands outside is left out."""
+    if any(name in expected for name in weights if name != "logit_scale"):
+        return weights
+    found = (_WRAPPERS.match(name) for name in weights if ".visual." in name)
+    prefixes = {match[0] for match in found if match is not None}
+    if len(prefixes) != 1:
+        return weights
+    (prefix,) = prefixes
+    inside = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+    outside = [name for name in weights if not name.startswith(prefix)]
+    if outside:
+        shown = ", ".join(outside[:3]) + (", …" if len(outside) > 3 else "")
+        notes.append(f"{len(outside)} tensors beside the model are left out ({shown})")
+    return inside
+
+
+def _resized(
+    weights: dict[str, Tensor],
+    module: nn.Module,
+    expected: Mapping[str, Tensor],
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """Resize the image tower's position embedding as open_clip does when it loads a file."""
+    name = "visual.positional_embedding"
+    given, wanted = weights.get(name), expected.get(name)
+    if given is None or wanted is None or given.shape == wanted.shape:
+        return weights
+    tokens = given.shape[0] - 1 if given.ndim == 2 else 0
+    if given.shape[1:] != wanted.shape[1:] or tokens < 1 or round(tokens**0.5) ** 2 != tokens:
+        return weights
+    holder = {name: given.float()}
+    resize_pos_embed(holder, module)
+    notes.append(
+        f"its position embedding has {given.shape[0]} tokens and the architecture "
+        f"{wanted.shape[0]}: it is resized, as open_clip does"
+    )
+    return {**weights, name: holder[name].to(given.dtype)}

@@ -1,0 +1,157 @@
+"""Whether images, class names and a model belong together, as far as the model's answers tell.
+
+A scan with class names that are no words, or with an activation that the weights were not trained
+with, runs like any other, and its verdict means little. Here it is measured and said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .data import ImageSet, Template
+from .errors import ArchitectureError
+from .evaluation import predict, wilson_interval
+from .models import OpenClipModel
+from .rng import child_seed
+
+#: Below that many images nothing is said: intervals are wider than what is looked for.
+LEAST_IMAGES = 50
+_MOST_IMAGES = 256
+#: By so much lower has the entropy to be with the other activation, relative to it.
+_LOWER_ENTROPY = 0.02
+
+_NO_WORD = re.compile(r"n\d{8}|\d+")
+
+
+def doubts(
+    model: OpenClipModel, images: ImageSet, templates: Sequence[Template], *, seed: int = 0
+) -> list[str]:
+    """Return one line for each reason to doubt that they belong together.
+
+    Three things are looked at: class names that are numbers or ids of WordNet; accuracy on a sample
+    of labelled images, where even the lower end of its 95% interval may be below three times chance
+    (or half-way between chance and 1, for few classes); and, where a name told the architecture,
+    whether the model answers more surely with the other of GELU and QuickGELU.
+
+    model: It is not changed. images: uint8 of the model's size; without class names the result is
+    empty. templates: prompts. seed: of the sample.
+    """
+    names = images.class_names
+    if not names:
+        return []
+    found = []
+    odd = [name for name in names if _NO_WORD.fullmatch(name)]
+    if 2 * len(odd) >= len(names):
+        found.append(
+            f"{images.name}: {len(odd)} of {len(names)} class names are no words ({odd[0]!r}, "
+            "...), and the model is asked about words: give some with class_names="
+        )
+    if len(images) < LEAST_IMAGES:
+        return found
+    few = images.at_most(_MOST_IMAGES, child_seed("plausibility.sample", seed))
+    try:
+        head = _head(model, names, templates)
+    except ArchitectureError:  # its tokenizer is not here; who needs it says so
+        return found
+    low = _accuracy_below_level(model, few, head)
+    if low is not None:
+        found.append(low)
+    activation = _other_activation(model, few, head, templates)
+    if activation is not None:
+        found.append(activation)
+    return found
+
+
+def least_accuracy(classes: int) -> float:
+    """Return the accuracy below which images mean little to a model. classes: at least 2."""
+    chance = 1 / classes
+    return min(3 * chance, (1 + chance) / 2)
+
+
+def _accuracy_below_level(model: OpenClipModel, few: ImageSet, head: Tensor) -> str | None:
+    if few.labels is None or len(head) < 2:
+        return None
+    right = int((predict(model, few.images, head) == few.labels).sum())
+    low, _ = wilson_interval(right, len(few))
+    level = least_accuracy(len(head))
+    if low >= level:
+        return None
+    return (
+        f"{few.name}: the model gives {right} of {len(few)} images their class "
+        f"({right / len(few):.0%}; chance is {1 / len(head):.0%}): images or class names mean "
+        "little to it, and so does a verdict"
+    )
+
+
+def _other_activation(
+    model: OpenClipModel, few: ImageSet, head: Tensor, templates: Sequence[Template]
+) -> str | None:
+    """Return a line if zero-shot answers are surer with the other activation."""
+    if model.named is None or not any(True for _ in _activations(model.clip)):
+        return None
+    assert few.class_names is not None
+    own = _entropy(model, few, head)
+    with _swapped(model.clip):
+        other = _entropy(model, few, _head(model, few.class_names, templates))
+    if other >= own * (1 - _LOWER_ENTROPY):
+        return None
+    used, rest = (
+        ("QuickGELU", "GELU")
+        if model.model_config.get("quick_gelu")
+        else (
+            "GELU",
+            "QuickGELU",
+        )
+    )
+    return (
+        f"{model.name}: with {rest} in place of {used} its answers on {few.name} are surer "
+        f"(entropy {other:.3f} instead of {own:.3f}): the weights may have been trained with "
+        f"that; see open_clip's name with and without -quickgelu for {model.named}"
+    )
+
+
+def _head(model: OpenClipModel, names: Sequence[str], templates: Sequence[Template]) -> Tensor:
+    kept, model.heads = model.heads, None  # whose key does not know the activation
+    try:
+        return model.zero_shot_head(names, templates)
+    finally:
+        model.heads = kept
+
+
+def _entropy(model: OpenClipModel, few: ImageSet, head: Tensor) -> float:
+    """Return the mean entropy of the answers in nats."""
+    with torch.no_grad():
+        pixels = few.images.to(model.device).float() / 255
+        units = normalize(model.encode_pixels(pixels), dim=-1)
+        shares = (model.logit_scale * units @ head.T).log_softmax(dim=-1)
+        return float(-(shares.exp() * shares).sum(dim=-1).mean())
+
+
+def _activations(module: nn.Module) -> Iterator[nn.Sequential]:
+    """Yield the two-layer networks of open_clip's transformers, whose activation has a name."""
+    for part in module.modules():
+        if isinstance(part, nn.Sequential) and type(getattr(part, "gelu", None)) in (
+            nn.GELU,
+            QuickGELU,
+        ):
+            yield part
+
+
+@contextmanager
+def _swapped(module: nn.Module) -> Iterator[None]:
+    """Exchange GELU and QuickGELU within the block; the module is as it was afterwards."""
+    before = [(part, part.gelu) for part in _activations(module)]
+    try:
+        for part, own in before:
+            part.gelu = nn.GELU() if isinstance(own, QuickGELU) else QuickGELU()
+        yield
+    finally:
+        for part, own in before:
+            part.gelu = own

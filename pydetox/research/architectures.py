@@ -1,0 +1,202 @@
+"""Every architecture of open_clip, tried: equal to open_clip's embeddings, searched, written back.
+
+The weights are random, and transformers are cut to two layers, so that the largest fit into memory:
+what is compared is names, shapes, order of operations and preprocessing.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..checkpoints import Provenance, load_checkpoint, save_checkpoint
+from ..checkpoints.architecture import named_config
+from ..checkpoints.preprocessing import preparation_of
+from ..errors import ArchitectureError, explain
+from ..inversion import CollapseObjective, InversionConfig, invert
+from ..models import OpenClipModel
+from ..models.catalogue import ListedModel
+
+_LAYERS = 2
+#: Larger models, cut as they are, do not fit into the memory of a small machine three times.
+_MOST_WEIGHTS = 700_000_000
+#: Embeddings that are the same in float32 up to rounding have at least this cosine.
+LEAST_COSINE = 1 - 1e-5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one architecture.
+
+    Attributes:
+        image_cosine: The smallest cosine of an image's embedding with open_clip's.
+        text_cosine: The same of texts; None where the tokenizer is not on this machine.
+        searched: Whether a step of a label-free search ran.
+        written_back: Whether what open_clip reads from the written folder gives equal embeddings.
+        tower: What the search ran on.
+        parameters: Of the model as it was measured.
+        seconds: Of everything.
+        problem: What went wrong, in one line; None if nothing did.
+        skipped: Why nothing was measured; None if it was.
+    """
+
+    image_cosine: float
+    text_cosine: float | None
+    searched: bool
+    written_back: bool
+    tower: str
+    parameters: int
+    seconds: float
+    problem: str | None = None
+    skipped: str | None = None
+
+    def in_words(self) -> str:
+        """Return the result in a few words."""
+        if self.problem is not None:
+            return f"fails: {self.problem}"
+        if self.skipped is not None:
+            return self.skipped
+        texts = "" if self.text_cosine is None else f", texts {self.text_cosine:.6f}"
+        return f"images {self.image_cosine:.6f}{texts}, searched, written back"
+
+
+def measure_model(name: str) -> Measured:
+    """Build an architecture twice, by open_clip and from a file of its weights, and compare."""
+    start = time.perf_counter()
+    try:
+        return _measure(name, start)
+    except Exception as error:  # noqa: BLE001 - a row of the table, whatever it was
+        line = explain(error)
+        if line is None:
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Measured(0.0, None, False, False, "", 0, time.perf_counter() - start, line)
+
+
+def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``model_cfg`` whose transformers have at most two layers."""
+    result = copy.deepcopy(dict(config))
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        layers = result.get(part, {}).get("layers")
+        if isinstance(layers, int):
+            result[part]["layers"] = min(layers, _LAYERS)
+    return result
+
+
+def _measure(name: str, start: float) -> Measured:
+    config = shortened(named_config(name))
+    with torch.device("meta"):
+        weights = OpenClipModel.from_config(config, seed=0, name=name).num_parameters
+    if weights > _MOST_WEIGHTS:
+        line = f"not measured: {weights / 1e9:.1f} billion weights, even so"
+        return Measured(1.0, None, False, False, "", weights, 0.0, None, line)
+    theirs = OpenClipModel.from_config(config, seed=0, name=name).clip
+    size = int(config["vision_cfg"]["image_size"])
+    pixels = torch.rand((2, 3, size, size), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix="pydetox-models-") as folder:
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        given: dict[str, Any] = {
+            "model_config": config,
+            "preprocess_config": preparation_of(name).config or None,
+            "provenance": Provenance(method="random weights"),
+        }
+        save_checkpoint(first, theirs.state_dict(), **given)
+        model = OpenClipModel.from_checkpoint(load_checkpoint(first), consume=True)
+        with torch.no_grad():
+            normalized = model.normalize(pixels)
+            images = _cosine(model.encode_normalized(normalized), _embed(theirs, normalized))
+        texts = _text_cosine(model, theirs)
+        del theirs
+        found = invert(
+            model,
+            (pixels * 255).to(torch.uint8),
+            CollapseObjective(),
+            InversionConfig(steps=1, batch_size=2),
+        )
+        save_checkpoint(second, model.storage_state_dict(), **given)
+        again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
+        with torch.no_grad():
+            back = _cosine(_embed(again.eval(), normalized), model.encode_normalized(normalized))
+    problem = None
+    if min(images, back, 1.0 if texts is None else texts) < LEAST_COSINE:
+        problem = f"not equal: images {images:.6f}, texts {texts}, written back {back:.6f}"
+    return Measured(
+        images,
+        texts,
+        True,
+        back >= LEAST_COSINE,
+        found.tower,
+        model.num_parameters,
+        time.perf_counter() - start,
+        problem,
+    )
+
+
+def _embed(clip: Any, normalized: Tensor) -> Tensor:
+    found = clip.visual(normalized)
+    result: Tensor = found[0] if isinstance(found, tuple) else found
+    return result
+
+
+def _cosine(first: Tensor, second: Tensor) -> float:
+    return float(cosine_similarity(first.double(), second.double()).min())
+
+
+def _text_cosine(model: OpenClipModel, theirs: Any) -> float | None:
+    try:
+        tokens = model.tokenize(["a photo of a cat", "two dogs"])
+    except ArchitectureError:
+        return None  # its tokenizer is not on this machine
+    with torch.no_grad():
+        return _cosine(model.encode_tokens(tokens), theirs.encode_text(tokens))
+
+
+def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured]) -> str:
+    """Return the page that docs/models.md is."""
+    count = sum(one.obstacle is None for one in models)
+    measured = {name: one for name, one in measured.items() if one.skipped is None}
+    equal = sum(one.problem is None for one in measured.values())
+    texts = sum(one.text_cosine is not None for one in measured.values())
+    lines = [
+        "# Which models are read",
+        "",
+        f"open_clip {open_clip.__version__} has {len(models)} architectures; {count} of them are "
+        "read. `pydetox models` lists them, and `pydetox models --measure --markdown FILE` wrote "
+        "this page.",
+        "",
+        f"Of {len(measured)} that were measured, with random weights and transformers cut to "
+        f"{_LAYERS} layers, {equal} give open_clip's own embeddings (cosine at least 1 - 1e-5 in "
+        "float32), are searched for a step, and are written back as a folder that open_clip "
+        f"reads with equal embeddings. Texts were compared for {texts}: the tokenizers of the "
+        "others come from the hub. Such a model needs transformers, and its tokenizer beside the "
+        "weights or in the hub's cache; a label-free scan needs neither.",
+        "",
+        "| architecture | pixels | resize mode | tokenizer | images | texts | searched in "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in models:
+        row = [f"`{one.name}`", str(one.image_size), str(one.preprocessing["resize_mode"])]
+        row.append("CLIP's" if one.tokenizer is None else f"`{one.tokenizer}`")
+        found = measured.get(one.name)
+        if one.obstacle is not None:
+            row += [f"not read: {one.obstacle}", "", "", ""]
+        elif found is None:
+            row += ["read, not measured here", "", "", ""]
+        elif found.problem is not None:
+            row += [f"fails: {found.problem}", "", "", f"{found.seconds:.1f}"]
+        else:
+            text = "" if found.text_cosine is None else f"{found.text_cosine:.6f}"
+            tower = found.tower.split(",")[0].split(":")[0]
+            row += [f"{found.image_cosine:.6f}", text, tower, f"{found.seconds:.1f}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,78 @@
+"""The table of open_clip's architectures, in a sampled form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pydetox.checkpoints.architecture import named_config
+from pydetox.cli import cli
+from pydetox.models import OpenClipModel
+from pydetox.models.catalogue import listed_models
+from pydetox.research.architectures import measure_model, shortened
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+LISTED = {one.name: one for one in listed_models()}
+
+
+def test_every_architecture_is_listed_and_most_are_read() -> None:
+    assert list(LISTED) == open_clip.list_models()
+    not_read = {name: one.obstacle for name, one in LISTED.items() if one.obstacle is not None}
+    assert len(LISTED) - len(not_read) >= 134
+    assert all(
+        "of transformers, whose configuration only the hub has" in why
+        for why in not_read.values()
+        if why
+    )
+    assert LISTED["ViT-B-16-SigLIP"].tokenizer == "timm/ViT-B-16-SigLIP"
+    assert LISTED["ViT-L-14"].guessed == ("mean", "std")
+
+
+@pytest.mark.parametrize("name", [*open_clip.list_models()[::16], "coca_ViT-B-32"])
+def test_what_is_read_is_built_and_what_is_not_says_why(name: str) -> None:
+    config = shortened(named_config(name))
+    if LISTED[name].obstacle is None:
+        with torch.device("meta"):
+            assert OpenClipModel.from_config(config, seed=0).num_parameters > 0
+        return
+    from pydetox.errors import ArchitectureError
+
+    with pytest.raises(ArchitectureError, match="text tower"):
+        OpenClipModel.from_config(config, seed=0)
+
+
+@pytest.mark.parametrize("name", ["ViT-S-32", "coca_ViT-B-32"])
+def test_equal_to_open_clip_searched_and_written_back(name: str) -> None:
+    found = measure_model(name)
+    assert found.problem is None
+    assert found.image_cosine >= 1 - 1e-5
+    assert found.text_cosine is not None
+    assert found.text_cosine >= 1 - 1e-5
+    assert found.searched
+    assert found.written_back
+
+
+def test_the_command() -> None:
+    result = CliRunner().invoke(cli, ["models", "ViT-B-32*", "--format", "json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["models"]
+    assert [row["name"] for row in rows if row["name"] == "ViT-B-32"] == ["ViT-B-32"]
+    assert all(row["measured"] is None for row in rows)
+    text = CliRunner().invoke(cli, ["models", "roberta*", "ViT-H-14"]).stdout
+    assert "not read: its text tower is 'roberta-base' of transformers" in text
+    assert "(a guess: resize_mode)" in text
+    assert "1 of 2 are read" in text
+    wrong = CliRunner().invoke(cli, ["models", "no-such"])
+    assert wrong.exit_code == 4
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="an installed package has no docs")
+def test_the_page_has_a_row_for_each() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert [name for name in LISTED if f"| `{name}` |" not in page] == []
+    assert "fails" not in page
