@@ -79,7 +79,6 @@ class DriftProbe:
         measured = surrogate_images(
             images, _MEASURED + _ANCHORS, seed=child_seed("repair.measured", seed)
         )
-        measured = measured.to(start.device)  # once, as bytes, and not again for every model
         features = image_features(start, measured)
         self._images = measured[_ANCHORS:].to(start.device)  # sent once, as bytes
         self._anchors, self._before = features[:_ANCHORS], features[_ANCHORS:]
@@ -97,28 +96,16 @@ class HeldSurrogates:
     """
 
     def __init__(self, model: OpenClipModel, images: Tensor, count: int, *, seed: int) -> None:
-<<<<<<< HEAD
-        held = surrogate_images(images, count, seed=child_seed("repair.held", seed))
-        self._images = held.to(model.device)  # once, as bytes
-=======
         surrogates = surrogate_images(images, count, seed=child_seed("repair.held", seed))
         self._images = surrogates.to(model.device)  # sent once, as bytes
->>>>>>> gpu2
         self._features = image_features(model, self._images)
         self._rng = generator("repair.retaining", seed)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D].
-
-        Both are on the device of the model.
-        """
+        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D]."""
         number = min(count, len(self._images))
         chosen = torch.from_numpy(self._rng.choice(len(self._images), number, replace=False))
-<<<<<<< HEAD
-        chosen = chosen.to(self._images.device)
-=======
         chosen = chosen.to(self._features.device)
->>>>>>> gpu2
         return self._images[chosen], self._features[chosen]
 
     def choose(self, choices: int, count: int) -> Tensor:

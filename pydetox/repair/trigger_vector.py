@@ -51,15 +51,9 @@ def trigger_vector(
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
 
     images: The forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
-<<<<<<< HEAD
-    triggers: Known or recovered triggers. In every step, each image gets a random one. They
-    are called with images on the device of the head. head: The
-    zero-shot head [C, D]. targets: The class that the triggers lead to, or one class per trigger.
-=======
     triggers: Known or recovered triggers. In every step, each image gets a random one. They are
     called with images on the device of the head. head: The zero-shot head [C, D]. targets: The
     class that the triggers lead to, or one class per trigger.
->>>>>>> gpu2
     Raises DataError without images and UsageError without triggers.
     """
     config = config or UnlearnConfig()
@@ -73,22 +67,14 @@ def trigger_vector(
     rng = generator("repair.vector", config.seed)
     size = min(config.batch_size, len(images))
     classes = torch.tensor(target_of_each)
-<<<<<<< HEAD
-=======
     # Sent once, as bytes; everything that is done to images is done there.
     there = images.to(head.device)
->>>>>>> gpu2
     holds = config.vector == "forget" and config.retention > 0
     surrogates = (
         HeldSurrogates(model, images, config.advanced.surrogates, seed=config.seed)
         if holds
         else None
     )
-<<<<<<< HEAD
-    # Sent once, as bytes; everything that is done to images is done there.
-    there = images.to(head.device)
-=======
->>>>>>> gpu2
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -152,14 +138,9 @@ def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> 
 
 
 def stamp_each(images: Tensor, triggers: Sequence[Stamp], which: Tensor) -> Tensor:
-<<<<<<< HEAD
-    """Return images uint8 [n, 3, H, W], each with one trigger.
-=======
     """Return images with one trigger each, uint8 [n, 3, H, W] as given.
->>>>>>> gpu2
 
-    which: int64 [n], the index of each image's trigger, on the CPU, so that nothing waits for a GPU
-    that has the images.
+    which: int64 [n] on the CPU, so that nothing waits for a GPU that has the images.
     """
     stamped = images.clone()
     for k in torch.unique(which).tolist():
@@ -176,12 +157,8 @@ def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector
 
 def _features(model: OpenClipModel, images: Tensor, device: torch.device) -> Tensor:
     """Return unit rows [N, D]."""
-<<<<<<< HEAD
-    return normalize(model.encode_pixels(images.to(device, torch.float32) / 255), dim=-1)
-=======
     pixels = images.to(device).to(torch.float32) / 255  # bytes are sent, not floats
     return normalize(model.encode_pixels(pixels), dim=-1)
->>>>>>> gpu2
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:
