@@ -131,12 +131,8 @@ def optimize(
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
-        parameters: The tensors to train. They require gradients during this call only. Gradients are
-    <<<<<<< HEAD
-        clipped to norm 1. On a GPU, products are in TF32.
-    =======
-        clipped to norm 1. On a GPU, matrix products are in TF32.
-    >>>>>>> gpu2
+    parameters: The tensors to train. They require gradients during this call only. Gradients are
+    clipped to norm 1. On a GPU, matrix products are in TF32.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
