@@ -34,27 +34,22 @@ from .tower import batching_of, check_images, check_sample, tower_of
 class WarpConfig:
     """How to search for warps.
 
-        Attributes:
-            steps: The number of Adam's steps.
-            batch_size: The number of clean images per step. All warps share them.
-            control_points: G, the side of the G x G grid that a field is enlarged from bicubically.
-            learning_rate: Adam's rate on the control points, in pixels.
-            betas: Adam's decay rates.
-            initial_offset: The standard deviation of the initial control points, in pixels.
-            schedule: The schedule of the weight of the field's size. The size is half the sum of the
-                absolute offsets in pixels, over both coordinates of all pixels.
-            success_threshold: The success, smoothed over about three steps, at which a warp works. An
-                attacker's own warp hardly ever works on all images.
-    <<<<<<< HEAD
-            precision: The precision of the image tower, as in InversionConfig.
-    =======
-            precision: The precision of the image tower, as in
-                InversionConfig.
-    >>>>>>> gpu2
-            max_batch: The number of warped images that pass through the tower at once; None as in
-                InversionConfig.
-            check_images: The size of the random sample of images for the check after the search.
-            seed: The seed of the initial control points and the order of the images.
+    Attributes:
+        steps: The number of Adam's steps.
+        batch_size: The number of clean images per step. All warps share them.
+        control_points: G, the side of the G x G grid that a field is enlarged from bicubically.
+        learning_rate: Adam's rate on the control points, in pixels.
+        betas: Adam's decay rates.
+        initial_offset: The standard deviation of the initial control points, in pixels.
+        schedule: The schedule of the weight of the field's size. The size is half the sum of the
+            absolute offsets in pixels, over both coordinates of all pixels.
+        success_threshold: The success, smoothed over about three steps, at which a warp works. An
+            attacker's own warp hardly ever works on all images.
+        precision: The precision of the image tower, as in InversionConfig.
+        max_batch: The number of warped images that pass through the tower at once; None as in
+            InversionConfig.
+        check_images: The size of the random sample of images for the check after the search.
+        seed: The seed of the initial control points and the order of the images.
     """
 
     steps: int = 150
