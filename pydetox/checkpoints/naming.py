@@ -1,13 +1,9 @@
 """The names that users give checkpoints, and what they mean.
 
-=================================
-===================================================================================
-``runs/model.safetensors``         a weights file, or a folder in open_clip's layout
-``local-dir:runs/model``           such a folder, said explicitly (open_clip's spelling)
-``hf-hub:org/repo@revision``       a repository on the Hugging Face hub; the revision is optional
-``ViT-B-32,laion2b_s34b_b79k``     an architecture and a pretrained tag of open_clip
-=================================
-===================================================================================
+* ``runs/model.safetensors``: a weights file, or a folder in open_clip's layout.
+* ``local-dir:runs/model``: such a folder, named as open_clip does.
+* ``hf-hub:org/repo@revision``: a repository on the Hugging Face hub. The revision is optional.
+* ``ViT-B-32,laion2b_s34b_b79k``: an architecture and a pretrained tag of open_clip.
 """
 
 from __future__ import annotations

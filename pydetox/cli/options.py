@@ -82,8 +82,8 @@ image_options = _all(
 weights_key = click.option(
     "--weights-key",
     metavar="KEY",
-    help="Of a pickled file with several sets of weights: the one that is meant, such as "
-    "state_dict or ema/model; . for the outermost dictionary.",
+    help="The set of weights that is meant, if a pickled file holds several: a key such as "
+    "state_dict or ema/model, or . for the outermost dictionary.",
 )
 
 
@@ -110,31 +110,32 @@ model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="Architecture, where a checkpoint does not tell: open_clip's name or a JSON file. "
+        help="The architecture, if a checkpoint does not name it: open_clip's name or a JSON file. "
         "Images are then prepared as for open_clip's pretrained weights of that name.",
     ),
     click.option(
         "--image-mean",
         callback=_channels,
         metavar="R,G,B",
-        help="Mean of the images' channels, whatever else tells it; one number or three.",
+        help="The mean of the images' channels, as one number or three. It overrides all other "
+        "sources.",
     ),
     click.option(
         "--image-std",
         callback=_channels,
         metavar="R,G,B",
-        help="Standard deviation of the images' channels, whatever else tells it.",
+        help="The standard deviation of the images' channels. It overrides all other sources.",
     ),
     click.option(
         "--interpolation",
         type=click.Choice(["bicubic", "bilinear", "nearest", "lanczos"]),
-        help="How images are scaled, whatever else tells it.",
+        help="The filter that scales images. It overrides all other sources.",
     ),
     click.option(
         "--resize-mode",
         type=click.Choice(["shortest", "longest", "squash"]),
-        help="How images become square, whatever else tells it: scale the shorter side and crop, "
-        "the longer side and pad, or both sides.",
+        help="How images become square: scale the shorter side and crop, scale the longer side and "
+        "pad, or scale both sides. It overrides all other sources.",
     ),
     weights_key,
     click.option(
@@ -188,7 +189,7 @@ def restarts(text: str) -> Callable[[F], F]:
 base_model = click.option(
     "--base-model",
     metavar="NAME|JSON",
-    help="Architecture of --base, where that does not tell and --model is another.",
+    help="The architecture of --base, if it does not name its own and --model is another one.",
 )
 
 calibration_options = _all(

@@ -74,23 +74,24 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0),
     default=1.0,
     metavar="X",
-    help="Weight of holding the model's own image features, for what it knows beyond the named "
-    "classes; 0: hold predictions of the named classes alone.",
+    help="The weight of holding the model's own image features, which keeps what it knows beyond "
+    "the named classes. 0 holds only the predictions of the named classes.",
 )
 @click.option(
     "--max-drift",
     type=click.FloatRange(min=0, min_open=True),
     default=0.02,
     metavar="X",
-    help="Mean distance, 1 - cos, that image features may move on images outside those classes.",
+    help="The largest mean distance, 1 - cos, that image features may move on surrogates: images "
+    "that are made of the given ones and belong to no class.",
 )
 @click.option(
     "--min-accuracy-kept",
     type=click.FloatRange(min=0, max=1),
     default=0.97,
     metavar="X",
-    help="Least share of the clean accuracy on the given images to keep; without labels, of the "
-    "agreement with the model before the repair.",
+    help="The least share of the clean accuracy on the given images to keep. Without labels, the "
+    "agreement with the model before the repair counts instead.",
 )
 @click.option(
     "--warps",

@@ -55,7 +55,7 @@ class OpenClipModel:
     """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
 
     Attributes:
-        clip: open_clip's module (`CLIP` or `CustomTextCLIP`).
+        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`).
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.

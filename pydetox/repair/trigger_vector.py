@@ -5,8 +5,7 @@ arXiv 2510.14845. A short fine-tuning on triggered images gives the trigger vect
 weights are theta_b - alpha tau. There are three ways to get tau:
 
 * `strengthen` is the paper's method. Triggered images are pushed to the target class, and tau is
-the
-  change of the weights.
+  the change of the weights.
 * `paired` does the same, and holds the predictions of the same images without the trigger.
 * `forget` (default) pushes triggered images to the model's predictions *without* the trigger, with
   the target class left out, and holds clean images. tau is the negative change of the weights. On

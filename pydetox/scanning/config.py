@@ -49,13 +49,14 @@ class ScannerConfig:
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
         strict: Refuse images of which something is left out that could have been meant.
-        model: Architecture, where a checkpoint does not tell.
-        weights_key: Of pickled targets with several sets of weights: the one that is meant (see
+        model: The architecture of checkpoints that do not name it.
+        weights_key: The set of weights that is meant in pickled targets with several (see
             `load_checkpoint`). Targets without it, and safetensors files, become an `error`.
-        image_mean, image_std: One number or three: of the images of suspects and reference models,
-            whatever these tell, and of the base where it does not tell; None for what they tell.
-        interpolation, resize_mode: How their images are scaled, likewise.
-        base_model: Architecture of the base, where it does not tell; None for `model`.
+        image_mean, image_std: The mean and the standard deviation of the images' channels, one
+            number or three. They override what suspects and reference models say, and count for
+            the base if it says nothing. None takes what the checkpoints say.
+        interpolation, resize_mode: How images are scaled. The same rule holds.
+        base_model: The architecture of the base if it does not name its own; None for `model`.
         base: A clean model to calibrate with and to take weight differences to.
         reference_models: Clean models to calibrate with, made as the suspects were, at least 2,
             instead of copies of `base`. With `base`, triggers are searched in contrast to it (see
