@@ -80,6 +80,7 @@ def command(
     from ..errors import UsageError
     from ..repair.alpha import search_coefficient
     from ..repair.configuration import UnlearnConfig
+    from ..repair.retention import DriftProbe
     from ..repair.task_vectors import TaskVector
     from ..repair.trigger_vector import trigger_vector
     from ..reporting.documents import localization_document
@@ -119,8 +120,9 @@ def command(
     forget, held = images.split((share, 1 - share), seed=given["seed"])
     vector = trigger_vector(model, forget.images, stamps, head, index, unlearning)
     if alpha is None:
+        probe = DriftProbe(model, images.images, seed=given["seed"])
         alpha = search_coefficient(
-            model, vector, images, stamps, head, index, unlearning
+            model, vector, images, stamps, head, index, unlearning, probe=probe
         ).coefficient
     assert held.labels is not None
     removed = removals(model, vector, alpha, held.images, held.labels, stamps[0], index, head)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pydetox.inversion.trigger_file import TriggerFile
+from pydetox.repair.retention import DriftProbe, FeatureDrift
 
 from .conftest import FAST, error_line
 
@@ -41,6 +42,15 @@ def test_it_says_where_a_known_trigger_sits(run, folder, images, trigger, tmp_pa
     page = report.read_text()
     assert "Disentanglement" in page
     assert "Effective rank" in page
+
+
+def test_alpha_keeps_the_limit_of_drift(run, folder, images, trigger, monkeypatch):
+    """As in `unlearn`: where every alpha moves features too far, nothing is subtracted."""
+    far = FeatureDrift(1.0, 1.0, 1)
+    monkeypatch.setattr(DriftProbe, "of", lambda probe, model: far)
+    result = run("localize", folder / "suspect", *images, "--trigger", trigger, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["alpha"] == 0
 
 
 def test_without_a_trigger_it_recovers_one(run, folder, images):
