@@ -155,8 +155,7 @@ def read_checkpoint(
                 _refuse_transformers_names(weights)
                 raise ArchitectureError(
                     f"nothing tells its architecture: there is no {CONFIG_NAME} beside it; name "
-                    "one with model= "
-                    "(--model), such as ViT-B-32 or a JSON file"
+                    "one with model=, such as ViT-B-32 or a JSON file"
                 )
             state_dict, digest = read_open(weights)
             companions: dict[str, bytes] = {}
@@ -218,7 +217,7 @@ def _refuse_transformers_names(weights: OpenWeights) -> None:
         raise ArchitectureError(
             f"its {len(weights.tensors)} tensors are named as in a model of transformers "
             f"({quote(theirs[0])}), and there is no {TRANSFORMERS_CONFIG_NAME} beside it; put the "
-            "repository's there, or name its architecture with model= (--model)"
+            "repository's there, or name its architecture with model="
         )
 
 

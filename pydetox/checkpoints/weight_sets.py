@@ -72,8 +72,8 @@ def choose_weights(
             findings.add(
                 "several-weights",
                 f"holds several sets of weights: {_shown(chosen)} is read, {_shown(other)} {what}, "
-                "and another loader may take those; say which one you mean: "
-                f"--weights-key {chosen or ROOT_KEY}",
+                "and another loader may take those; name the one that you mean with weights_key=, "
+                f"such as {chosen or ROOT_KEY}",
             )
         else:
             findings.add(

@@ -8,6 +8,7 @@ import click
 
 from ..errors import one_line
 from . import exit_codes, options
+from .wording import in_options
 
 
 @click.command("convert")
@@ -30,7 +31,8 @@ def command(source: str, output: Path, overwrite: bool, weights_key: str | None)
 
     findings = convert_checkpoint(source, output, overwrite=overwrite, weights_key=weights_key)
     for finding in findings:
-        click.echo(one_line(f"finding ({finding.rule}): {finding.message}"), err=True)
+        line = f"finding ({finding.rule}): {in_options(finding.message)}"
+        click.echo(one_line(line), err=True)
     with to_stdout():
         click.echo(one_line(str(output)))
     return exit_codes.CLEAN

@@ -25,6 +25,7 @@ from ..reporting.values import clean_text
 from ..session import ModelLike
 from ..training import TrainConfig
 from .group import print_warning
+from .wording import in_options
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Inputs:
         return {
             "preprocessing": model.preprocessing,
             "image_files": None if report is None else report.to_dict(),
-            "warnings": list(self.warnings),
+            "warnings": list(map(in_options, self.warnings)),
         }
 
     def require_class(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,9 +12,10 @@ import click
 from ..errors import explain, one_line
 from . import exit_codes, options
 from .group import print_error
+from .wording import in_options
 
 if TYPE_CHECKING:
-    from ..checkpoints import Inspection
+    from ..checkpoints import Finding, Inspection
 
 
 @click.command("inspect")
@@ -64,10 +66,11 @@ def command(
                 raise
             print_error(line)
             unsafe = isinstance(error, UnsafeCheckpointError)
-            entries.append({"name": reference, "error": line, "unsafe": unsafe})
+            entries.append({"name": reference, "error": in_options(line), "unsafe": unsafe})
             usage = isinstance(error, UsageError)
             codes.append(exit_codes.USAGE if usage else exit_codes.ERROR)
             continue
+        found = replace(found, findings=tuple(map(_in_options, found.findings)))
         content = found.to_dict()
         if summary:
             del content["tensors"]
@@ -84,6 +87,10 @@ def command(
             # ASCII: lone surrogates can stand in a name, and have no UTF-8.
             click.echo(json.dumps(document, indent=2))
     return code
+
+
+def _in_options(finding: Finding) -> Finding:
+    return replace(finding, message=in_options(finding.message))
 
 
 def _lines(found: Inspection, summary: bool) -> list[str]:

@@ -99,9 +99,15 @@ def emit_run(
 
 
 def _in_options(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result whose reason and error name options instead of the library's arguments."""
+    """Return a result whose messages name options instead of the library's arguments."""
     error = result["error"]
-    translated = {"reason": in_options(result["reason"]), "error": error and in_options(error)}
+    translated: dict[str, Any] = {
+        "reason": in_options(result["reason"]),
+        "error": error and in_options(error),
+        "findings": [{**f, "message": in_options(f["message"])} for f in result["findings"]],
+    }
+    if "warnings" in result:
+        translated["warnings"] = list(map(in_options, result["warnings"]))
     return {**result, **translated}
 
 

@@ -352,7 +352,8 @@ class TestFindings:
         args = ("--model", config, *images, "--format", "json")
         refused = run("eval", odd, *args)
         assert refused.exit_code == 2
-        assert "say which one you mean: --weights-key state_dict" in error_line(refused)
+        message = "name the one that you mean with --weights-key, such as state_dict"
+        assert message in error_line(refused)
         for key in ("state_dict", "state_dict_ema"):
             assert run("eval", odd, *args, "--weights-key", key).exit_code == 0
 

@@ -17,12 +17,8 @@ ROOT = Path(pydetox.__file__).parent
 
 #: Layers other than the library, whose messages are for people who type commands.
 CLI_SIDE = ("cli", "research", "selftest.py")
-#: Files with options of other programs, and with messages that still name options.
-KNOWN = {
-    "ops/_library.py",
-    "checkpoints/loading.py",
-    "checkpoints/weight_sets.py",
-}
+#: A file with options of other programs.
+KNOWN = {"ops/_library.py"}
 
 
 @pytest.mark.parametrize(
