@@ -116,7 +116,8 @@ format: $(dev)
 
 # Reads the sources and imports the command line alone: neither torch nor the native build.
 docs: $(site)
-	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+	@# Not --quiet: it hides warnings from --strict, too.
+	@NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 	echo "the site: build/site/index.html"
 
 wheel-check: $(ready)

@@ -126,16 +126,14 @@ class CheckpointIdentity:
     def tells_preprocessing(self) -> bool:
         """Return whether the checkpoint itself tells how images are prepared.
 
-        Raises:
-            What `configured` raises.
+        Raises what `configured` raises.
         """
         return self.configured().told
 
     def configuration(self) -> Told:
         """Return the model and preprocessing configurations; ``None`` for an unknown one.
 
-        Raises:
-            What `configured` raises.
+        Raises what `configured` raises.
         """
         found = self.configured()
         return found.model_config, found.preprocess_config

@@ -61,8 +61,7 @@ def configure(
 ) -> Configuration:
     """Decide what a checkpoint is; see `CheckpointIdentity.configured`, which has the arguments.
 
-    Raises:
-        What `CheckpointIdentity.configured` raises.
+    Raises what `CheckpointIdentity.configured` raises.
     """
     warnings: list[str] = []
     model_config: Config | None = None
