@@ -30,8 +30,11 @@ _LEAST_ATTACKED = 50
 class Compromise:
     """The alpha that removes the given triggers at the least cost, where the limits forbid it.
 
-    index: Of the alpha. min_accuracy_kept, max_drift: The limits of `UnlearnConfig` that allow it;
-    each is the one that was asked for where that is wide enough.
+    Attributes:
+        index: The index of the alpha.
+        min_accuracy_kept: The limit of `UnlearnConfig` that allows this alpha. It is the one that
+            was asked for if that is wide enough.
+        max_drift: The same for this limit.
     """
 
     index: int
@@ -45,19 +48,20 @@ class CoefficientSearch:
 
     Attributes:
         coefficients: alpha, ascending.
-        clean_accuracy: Share per alpha; agreement with theta_b where there are no labels, each
-            image weighed by how sure theta_b was of it (see `certainty`).
-        attack_success_rate: Share per alpha that the worst of the given triggers sends to the
-            target, of the images that are of other classes and that theta_b, without a trigger,
-            sends elsewhere: what it takes for the target anyway says nothing about a trigger.
-        chosen: Index of the chosen alpha.
+        clean_accuracy: The share, in [0, 1], per alpha. Without labels, this is the agreement with
+            theta_b, and each image is weighted by how certain theta_b was of it (see `certainty`).
+        attack_success_rate: The share, in [0, 1], per alpha that the worst of the given triggers
+            sends to the target. It counts only images of other classes that theta_b, without a
+            trigger, sends elsewhere. An image that theta_b takes for the target anyway says nothing
+            about a trigger.
+        chosen: The index of the chosen alpha.
         reached: Whether all limits hold there.
-        accuracy_before: What the clean accuracy was compared with.
-        reserve: Share of the accuracy to spend that was left to later passes.
-        drift: How far image features have moved per alpha (`FeatureDrift.mean_distance`) from the
-            model before any repair; empty where that was not measured.
-        compromise: What removes the triggers, where no alpha does so within the limits; None where
-            one does, or where none does at all.
+        accuracy_before: The accuracy that the clean accuracy was compared with.
+        reserve: The share of the accuracy to spend that was left to later passes.
+        drift: The distance per alpha that image features have moved from the model before any
+            repair (`FeatureDrift.mean_distance`); empty if it was not measured.
+        compromise: The alpha that removes the triggers if no alpha does so within the limits. None
+            if one does, or if none removes them at all.
     """
 
     coefficients: tuple[float, ...]
@@ -114,22 +118,35 @@ def search_coefficient(
     reserve: float = 0.0,
     probe: DriftProbe | None = None,
 ) -> CoefficientSearch:
-    """Try every alpha on images that are decoded and stamped once, weights changed in memory.
+    """Try every alpha and choose one.
 
-    targets: The class the triggers lead to, or one per trigger. head: zero-shot head [C, D].
-    accuracy_before: What CA is compared with; default: that of `model`; in a second round, that of
-    the model of the first. reserve: Share of the accuracy to spend, 1 - min_accuracy_kept, that is
-    left to later passes where this vector cannot finish. probe: Measures how far features move;
-    None sets no limit to that.
+    The images are decoded and stamped once. The weights change in memory.
 
-    Chosen is the smallest alpha, times safety_factor, with ASR <= max_attack_success of every
-    trigger, CA >= min_accuracy_kept of accuracy_before and drift <= max_drift; if there is none,
-    the one with the least mean ASR of all triggers among those that keep accuracy and drift: the
-    worst one alone may be beyond what any alpha reaches. If that mean is above 2%, about one image
-    of each trigger, they have to keep the reserve as well. Where none keeps both it is 0. Without
-    labels CA is the agreement with the model's own predictions, weighed by `certainty`.
-    Raises DataError when all validation images belong to a target class, UsageError without
-    triggers.
+    The chosen alpha is the smallest that satisfies three limits, raised by up to `safety_factor`:
+    ASR <= max_attack_success for every trigger, CA >= min_accuracy_kept of accuracy_before, and
+    drift <= max_drift. If there is none, it is the one with the least mean ASR of all triggers
+    among those that keep accuracy and drift, because the worst trigger alone may be beyond what any
+    alpha reaches. If this mean is above 2%, which is about one image of each trigger, the alpha has
+    to keep the reserve as well. If none keeps accuracy and drift, it is 0.
+
+    Args:
+        model: The model to repair.
+        vector: The trigger vector.
+        validation: The images. Without labels, CA is the agreement with the model's own
+            predictions, weighted by `certainty`.
+        triggers: Known or recovered triggers, at least one.
+        head: The zero-shot head, [C, D].
+        targets: The class that the triggers lead to, or one class per trigger.
+        config: The candidates and the limits; default: UnlearnConfig().
+        accuracy_before: The CA to compare with; default: that of `model`. In a second round, this
+            is the CA of the first round's model.
+        reserve: The share of the accuracy to spend (1 - min_accuracy_kept) that is left to later
+            passes if this vector cannot finish.
+        probe: Measures how far features move. None sets no limit to this.
+
+    Raises:
+        DataError: All validation images belong to a target class.
+        UsageError: There are no triggers.
     """
     config = config or UnlearnConfig()
     if not triggers:
@@ -196,11 +213,12 @@ def search_coefficient(
 
 
 def certainty(model: OpenClipModel, images: Tensor, head: Tensor) -> Tensor:
-    """Return how sure a model is of each image, float64 [N] in [0, 1], on the CPU.
+    """Return how certain a model is of each image, float64 [N] in [0, 1], on the CPU.
 
-    It is the probability of the likeliest class less that of the next. An image that belongs to
-    none of the names lies between them and changes sides at a touch: it must not count like one
-    that the model knows. Where the model is sure of none, or knows one class alone, all count 1.
+    This is the probability of the likeliest class minus that of the next. An image that belongs to
+    none of the names lies between them, and a small change of the weights changes its class. It
+    must not count as much as an image that the model knows. If the model is certain of no image, or
+    knows only one class, all images count 1.
     """
     if len(head) < 2:
         return torch.ones(len(images), dtype=torch.float64)
@@ -211,7 +229,7 @@ def certainty(model: OpenClipModel, images: Tensor, head: Tensor) -> Tensor:
 
 
 def _share(right: Tensor, weights: Tensor) -> float:
-    """Return the weighed share of images that are right: bool [N], float64 [N]."""
+    """Return the weighted share of images that are right: bool [N], float64 [N]."""
     return float((right.double() * weights).sum() / weights.sum())
 
 
@@ -224,7 +242,8 @@ def find_compromise(
 ) -> Compromise | None:
     """Return the smallest alpha that removes every trigger, whatever it costs; None without one.
 
-    The arguments are those of `choose_coefficient`. Limits are rounded to what allows this alpha.
+    The arguments are those of `choose_coefficient`. The limits are rounded so that they allow this
+    alpha.
     """
     removing = [k for k, one in enumerate(success) if max(one) <= config.max_attack_success]
     if not removing or accuracy_before <= 0:
@@ -247,9 +266,9 @@ def choose_coefficient(
 ) -> tuple[int, bool]:
     """Return the index of the alpha to take, and whether all limits hold there.
 
-    coefficients: A ascending candidates, the first of them 0. accuracy: share per candidate.
-    success: share per candidate of each trigger, A x T. drift: per candidate, or None for no limit.
-    The rule is that of `search_coefficient`.
+    coefficients: A candidates, ascending, the first of them 0. accuracy: The share per candidate.
+    success: The share per candidate and trigger, A x T. drift: The drift per candidate, or None for
+    no limit. The rule is that of `search_coefficient`.
     """
     moved = drift or [0.0] * len(coefficients)
     kept = config.min_accuracy_kept

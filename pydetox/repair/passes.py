@@ -37,8 +37,8 @@ def subtract_passes(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. probe: Measures drift from the model before any
-    repair; default: from the session's. Returns the repaired model and what was done.
+    targets: Class indices, one for known triggers. probe: Measures the drift from the model before
+    any repair; default: from the session's. Returns the repaired model and what each pass did.
     """
     if not targets or (triggers is not None and len(targets) > 1):
         raise UsageError(

@@ -1,10 +1,10 @@
-"""What the defender does not measure: features held, and how far they have moved.
+"""Image features: how a repair holds them, and how it measures how far they have moved.
 
-A trigger vector that is held to the zero-shot predictions of a few names on a few images may change
-everything else: other classes and tasks are destroyed unseen. What is held here is the model's own
-image features, on the given images and on surrogates made of them (`surrogates`), which needs
-neither labels nor names. `DriftProbe` says how far features have moved on surrogates that were
-not held: what a repair reports beside CA.
+A trigger vector that is held only to the zero-shot predictions of a few names on a few images may
+destroy other classes and tasks, and the defender does not see it. Therefore a repair also holds the
+model's own image features, on the given images and on surrogates made of them (`surrogates`). This
+needs neither labels nor names. `DriftProbe` measures how far features have moved on surrogates that
+were not held. A repair reports this drift beside CA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..models import OpenClipModel
 from ..rng import child_seed, generator
 from .surrogates import surrogate_images
 
-# Surrogates that drift is measured on, and further ones whose features are the anchors.
+# The number of surrogates that drift is measured on, and of others whose features are the anchors.
 _MEASURED, _ANCHORS = 256, 128
 
 
@@ -28,9 +28,10 @@ _MEASURED, _ANCHORS = 256, 128
 class FeatureDrift:
     """How far a model's image features have moved.
 
-    mean_distance: mean of 1 - cos between an image's features before and after, in [0, 2].
-    changed_neighbours: share of images whose nearest of the anchors' features is another one.
-    images: how many.
+    Attributes:
+        mean_distance: The mean of 1 - cos between an image's features before and after, in [0, 2].
+        changed_neighbours: The share of images, in [0, 1], whose nearest anchor has changed.
+        images: The number of images.
     """
 
     mean_distance: float
@@ -53,8 +54,9 @@ def feature_drift(
 ) -> FeatureDrift:
     """Return how far features moved from `before` to `after`, unit rows [N, D] of the same images.
 
-    anchors_before: unit rows [A, D], features of other images before; they stay where they were,
-    as text features do, unless anchors_after is given.
+    anchors_before: The features of other images before, unit rows [A, D]. They stay where they
+    were, as text features do, unless anchors_after is given.
+    Raises DataError for features of different images, and without images or anchors.
     """
     if before.shape != after.shape or not len(before) or not len(anchors_before):
         raise DataError(
@@ -71,8 +73,8 @@ def feature_drift(
 class DriftProbe:
     """Measures how far models have moved from one of them, on surrogates that no repair holds.
 
-    start: the model before any repair. images: those that surrogates are made of, uint8
-    [N, 3, H, W]. seed: of the surrogates.
+    start: The model before any repair. images: The images that surrogates are made of, uint8
+    [N, 3, H, W]. seed: The seed of the surrogates.
     """
 
     def __init__(self, start: OpenClipModel, images: Tensor, *, seed: int) -> None:
@@ -84,15 +86,15 @@ class DriftProbe:
         self._anchors, self._before = features[:_ANCHORS], features[_ANCHORS:]
 
     def of(self, model: OpenClipModel) -> FeatureDrift:
-        """Return the drift of a model from the start, whose classes and size it has."""
+        """Return the drift of a model that started as `start`."""
         return feature_drift(self._before, image_features(model, self._images), self._anchors)
 
 
 class HeldSurrogates:
     """Surrogates in random order, with the features that a model has of them.
 
-    model: whose features are held. images: as for DriftProbe. count: how many surrogates. seed: of
-    the surrogates and their order.
+    model: The model whose features are held. images: As for DriftProbe. count: The number of
+    surrogates. seed: The seed of the surrogates and their order.
     """
 
     def __init__(self, model: OpenClipModel, images: Tensor, count: int, *, seed: int) -> None:

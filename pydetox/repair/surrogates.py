@@ -1,6 +1,7 @@
 """Surrogates: images made of the given ones and of nothing, which belong to no class in particular.
 
-They stand for what nobody gave: a repair holds and measures the model's features on them.
+They stand for the images that the defender does not have. A repair holds and measures the model's
+features on them.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from ..rng import generator
 def surrogate_images(images: Tensor, count: int, *, seed: int) -> Tensor:
     """Return images that belong to no class in particular, uint8 [count, 3, H, W].
 
-    A sixth each: mixes of two images; images whose 4 x 4 cells are shuffled; enlarged crops in
-    other colours; two images side by side, in other colours; noise with a 1/f spectrum (Field,
-    "Relations between the statistics of natural images", JOSA A 4, 1987); dead leaves, discs and
-    boxes of random size and colour over each other (Lee, Mumford, Huang, "Occlusion models for
-    natural images", IJCV 41, 2001; for training features: Baradad et al., "Learning to See by
-    Looking at Noise", NeurIPS 2021).
+    There are six kinds, equally many of each, in random order:
 
-    images: uint8 [N, 3, H, W], at least one. seed: decides all of it. In random order.
+    * mixes of two images;
+    * images whose 4 x 4 cells are shuffled;
+    * enlarged crops in other colours;
+    * two images side by side, in other colours;
+    * noise with a 1/f spectrum (Field, "Relations between the statistics of natural images", JOSA A
+      4, 1987);
+    * dead leaves: discs and boxes of random size and colour over each other (Lee, Mumford, Huang,
+      "Occlusion models for natural images", IJCV 41, 2001; for training features: Baradad et al.,
+      "Learning to See by Looking at Noise", NeurIPS 2021).
+
+    images: uint8 [N, 3, H, W], at least one. seed: The seed of everything random.
+    Raises DataError without images, and for a count below 1.
     """
     if not len(images) or count < 1:
         raise DataError(f"{len(images)} images, {count} surrogates; expected at least one of each")
