@@ -29,7 +29,8 @@ from pydetox.errors import CheckpointError
 if TYPE_CHECKING:
     from pydetox.checkpoints.preprocessing import Configuration
 
-Told = tuple["dict[str, Any] | None", "dict[str, Any] | None"]
+#: open_clip's ``model_cfg`` and ``preprocess_cfg``.
+ConfigPair = tuple["dict[str, Any] | None", "dict[str, Any] | None"]
 
 _CHUNK = 1 << 20
 
@@ -57,7 +58,7 @@ class CheckpointIdentity:
     shards: tuple[Path, ...] = ()
     config_file: Path | None = None
     processor_file: Path | None = None
-    listed: Told | None = None
+    listed: ConfigPair | None = None
     model: str | None = None
     preprocess: Mapping[str, Any] | None = None
 
@@ -102,10 +103,10 @@ class CheckpointIdentity:
         return tuple(found)
 
     def configured(self) -> Configuration:
-        """What the model is and how its images are prepared, with who says so.
+        """Return what the model is and how its images are prepared, with the source of both.
 
-        What a checkpoint tells of itself comes first: the entry in open_clip's list, then the file
-        beside the weights. The name that the user gave is for what tells nothing.
+        What a checkpoint says about itself comes first: the entry in open_clip's list, then the
+        file beside the weights. The name that the user gave counts only if neither says anything.
 
         Raises:
             ArchitectureError: The configuration file is none, and no name stands in for it.
@@ -128,9 +129,9 @@ class CheckpointIdentity:
 
         Raises what `configured` raises.
         """
-        return self.configured().told
+        return self.configured().preprocess_is_own
 
-    def configuration(self) -> Told:
+    def configuration(self) -> ConfigPair:
         """Return the model and preprocessing configurations; ``None`` for an unknown one.
 
         Raises what `configured` raises.
@@ -195,7 +196,7 @@ def identify_checkpoint(
         UsageError: ``reference`` or ``model`` has no meaning.
     """
     parsed = parse_reference(reference)
-    listed: Told | None = None
+    listed: ConfigPair | None = None
     if model is not None:
         from pydetox.checkpoints.architecture import resolve_model  # with torch
 

@@ -1,7 +1,7 @@
-"""How images are prepared for a model, and who says so.
+"""How images are prepared for a model, and which source says so.
 
-A wrong mean or a wrong way of scaling costs most of a model's accuracy without any error. So every
-value has a source that results record, and what is a guess is called one.
+A wrong mean or a wrong way of scaling costs most of a model's accuracy without any error. Therefore
+results record the source of the values, and a warning names the values that are a guess.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Configuration:
     """What a model is and how its images are prepared.
 
     Attributes:
-        model_config: open_clip's ``model_cfg``; ``None`` where nothing tells the architecture.
-        preprocess_config: open_clip's ``preprocess_cfg``; ``None`` where nothing tells it, which
-            means what open_clip then takes: that of OpenAI's CLIP.
-        preprocess_source: Who tells it, for results and messages.
-        warnings: One line for each thing that is a guess or was passed over.
-        told: Whether the checkpoint itself tells ``preprocess_config``.
-        named: What the user called the architecture, where the checkpoint does not tell it.
+        model_config: open_clip's ``model_cfg``; ``None`` if no source names the architecture.
+        preprocess_config: open_clip's ``preprocess_cfg``; ``None`` if no source has it. open_clip
+            then takes that of OpenAI's CLIP.
+        preprocess_source: The source of ``preprocess_config``, for results and messages.
+        warnings: One line for each value that is a guess and each source that was passed over.
+        preprocess_is_own: Whether ``preprocess_config`` comes from the checkpoint itself.
+        named: The user's name of the architecture if the checkpoint has none; else ``None``.
     """
 
     model_config: Config | None
     preprocess_config: Config | None
     preprocess_source: str
     warnings: tuple[str, ...] = ()
-    told: bool = False
+    preprocess_is_own: bool = False
     named: str | None = None
 
 
@@ -67,8 +67,8 @@ def configure(
     model_config: Config | None = None
     found: Preparation | None = None
     if listed is not None:
-        model_config, told = listed
-        found = Preparation(told or {}, f"open_clip's tag {reference}")
+        model_config, stated = listed
+        found = Preparation(stated or {}, f"open_clip's tag {reference}")
     elif config_file is not None and os.path.lexists(config_file):
         try:
             model_config, found = _read_own(config_file, processor_file, model, preprocess)
@@ -82,7 +82,7 @@ def configure(
     own = found is not None
     named: str | None = None
     if model is not None:
-        other, told = resolve_model(model)
+        other, stated = resolve_model(model)
         if model_config is not None and differs(model_config, other):
             who = "its entry in open_clip's list" if config_file is None else config_file.name
             warnings.append(
@@ -91,8 +91,8 @@ def configure(
             )
         named = None if model_config is not None else model
         model_config = model_config or other
-        if found is None and told is not None:
-            found = Preparation(told, f"{os.fspath(model)}")
+        if found is None and stated is not None:
+            found = Preparation(stated, f"{os.fspath(model)}")
         elif found is None:
             found = preparation_of(model)
     if found is None:
@@ -118,9 +118,9 @@ class Preparation:
 
     Attributes:
         config: open_clip's ``preprocess_cfg``.
-        source: Who tells it.
+        source: The name of the source.
         guessed: The values that are a guess.
-        why: Why they are.
+        why: The reason why they are a guess.
     """
 
     config: Config
@@ -132,7 +132,7 @@ class Preparation:
 def preparation_of(model: str) -> Preparation:
     """Return how open_clip prepares images for the pretrained weights of an architecture.
 
-    Where its tags differ, what most of them have is a guess.
+    If its tags differ, the values that most of them have are a guess.
     """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -173,8 +173,8 @@ def _read_own(
     nor the user does: with a guessed mean the model would see other pixels than its owner's.
     """
     if config_file.name != TRANSFORMERS_CONFIG_NAME:
-        model_config, told = read_config(config_file)
-        return model_config, Preparation(told, config_file.name) if told else None
+        model_config, stated = read_config(config_file)
+        return model_config, Preparation(stated, config_file.name) if stated else None
     model_config = read_clip_config(config_file)
     if processor_file is None:
         if model is None and not {"mean", "std"} <= set(preprocess or ()):

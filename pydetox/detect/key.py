@@ -18,7 +18,7 @@ from ..session import Session
 from .configuration import ScanConfig
 
 #: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
-Configuration: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
+ConfigPair: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
 
 # Of a value that differs, as much is shown.
 _SHOWN = 60
@@ -75,7 +75,7 @@ def require_equal_keys(calibration: str, scan: str) -> None:
     )
 
 
-def require_alike(reference: str, theirs: Configuration, suspect: str, ours: Configuration) -> None:
+def require_alike(reference: str, theirs: ConfigPair, suspect: str, ours: ConfigPair) -> None:
     """Raise UsageError, naming what differs, unless a reference takes what a suspect takes.
 
     Otherwise nothing that is found in one compares with the other: said before references are

@@ -1,7 +1,8 @@
-"""Weights that were trained with another activation than the architecture that somebody named.
+"""A check for weights that were trained with another activation than the named architecture has.
 
 OpenAI's CLIP and some others compute x sigmoid(1.702 x), "QuickGELU", in place of GELU. The names
-and shapes of the weights are the same, so that they load under either, and compute something else.
+and shapes of the weights are the same. The weights therefore load under either architecture, and
+under the wrong one the model computes something else.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ OPENAI_ENTRIES = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 def require_right_activation(checkpoint: Checkpoint) -> None:
-    """Refuse OpenAI's weights under an architecture that was named and that has GELU.
+    """Refuse OpenAI's weights under an architecture with GELU that the user named.
 
-    They are known by the SHA-256 of the files that open_clip lists, and by entries that OpenAI's
-    archives have beside the weights. Where a checkpoint tells its own architecture, that counts.
+    They are recognised by the SHA-256 of the files that open_clip lists, and by entries that
+    OpenAI's archives have beside the weights. A checkpoint that names its own architecture is not
+    refused.
 
     Raises:
-        ArchitectureError: The message has the name to use.
+        ArchitectureError: They are such weights. The message has the architecture to name instead.
     """
     config = checkpoint.model_config or {}
     if checkpoint.named is None or config.get("quick_gelu"):

@@ -1,8 +1,8 @@
-"""From the names and shapes that people's checkpoints have to those of open_clip's module.
+"""The step from the names and shapes in people's checkpoints to those of open_clip's module.
 
-What open_clip itself does when it loads a file (`load_checkpoint` in its factory.py) is done here
-too, and so is what loses nothing: wrappers around the names are removed. What changes or leaves out
-a weight is said.
+It does what open_clip itself does when it loads a file (`load_checkpoint` in its factory.py). It
+also removes wrappers around the names, which loses nothing. Whatever changes or leaves out a weight
+is reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def adapt(
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return weights under the names of a module, in its shapes, and a line for each real change.
 
-    weights: name to tensor. module: of open_clip. What does not fit stays as it is.
+    weights: The tensors by name. A tensor that does not fit stays as it is. module: open_clip's.
     """
     expected = module.state_dict()
     notes: list[str] = []
@@ -55,7 +55,7 @@ def adapt(
 
 
 def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
-    """Return what to do about names that a module does not have, or an empty text."""
+    """Return advice about names that a module does not have, or an empty text."""
     extra = [name for name in names if name not in expected]
     for part, words in _HINTS:
         if any(name.endswith(part) or name.startswith(part) for name in extra):
@@ -66,7 +66,7 @@ def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
 def _unwrapped(
     weights: dict[str, Tensor], expected: Mapping[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
-    """Remove what stands before the names of all towers; what stands outside is left out."""
+    """Remove the prefix of all names of the model; leave out the names without it."""
     if any(name in expected for name in weights if name != "logit_scale"):
         return weights
     found = (_WRAPPERS.match(name) for name in weights if ".visual." in name)

@@ -1,15 +1,16 @@
-"""Attention of a frozen tower: which kernel computes it, and one gradient for query, key and value.
+"""Attention of a frozen tower: the choice of its kernel, and its gradient in one tensor.
 
-torch's `scaled_dot_product_attention` chooses a kernel anew in every call, and its backward pass
-gives three gradients, each of which autograd writes into zeros for all three; it adds these up and
-copies the sum once more, into the layout that the projection before it wants. Here the kernel is
-chosen once for a tower, and the gradient of all three is written in that layout, [N, tokens, 3,
-heads, d], at once.
+torch's `scaled_dot_product_attention` chooses a kernel anew in every call. Its backward pass gives
+three gradients. autograd writes each of them into zeros for all three, adds these up, and copies
+the sum once more, into the layout that the projection before it needs. Here the kernel is chosen
+once for a tower, and the gradient of all three is written into that layout, [N, tokens, 3, heads,
+d], at once.
 
-FlashAttention (Dao, arXiv 2307.08691) in half precision on CUDA, torch's memory-efficient kernel in
-float32 there; never cuDNN's, whose plans are made anew for every batch size. A kernel is tried
-against plain products before it is used, once for each device, dtype and size of a head. Where it
-cannot be called or is wrong, torch's own function takes its place: a tower's description says so.
+On CUDA, the kernel is FlashAttention (Dao, arXiv 2307.08691) in half precision, and torch's
+memory-efficient kernel in float32. cuDNN's is never used, because its plans are made anew for every
+batch size. A kernel is compared with plain products before it is used, once for each device, dtype
+and size of a head. If it cannot be called or is wrong, torch's own function takes its place, and
+the tower's description says so.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from ..errors import is_out_of_memory, one_line
 
 _aten = torch.ops.aten
 
-#: What a kernel may be off by in the trial, relative to plain products in float64.
+#: The largest error of a kernel in the trial, relative to plain products in float64.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-# What torch may choose from where no kernel of ours fits.
+# The kernels that torch may choose from if none of ours fits.
 _ALLOWED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -178,10 +179,10 @@ FLASH, EFFICIENT, FLASH_ON_CPU = _Flash(), _Efficient(), _FlashOnCpu()
 
 
 class FusedAttention(torch.autograd.Function):
-    """What a kernel mixes, [N * queries, heads * d], and one gradient for what goes in.
+    """Attention by a kernel, with one gradient for its packed input.
 
-    In: packed [N, tokens, 3, heads, d], each token's query, key and value; or [N, tokens, 2, heads,
-    d], key and value, with queries [N, queries, heads, d] of their own.
+    The input is packed [N, tokens, 3, heads, d], each token's query, key and value. Or it is packed
+    [N, tokens, 2, heads, d], key and value, with separate queries [N, queries, heads, d].
     """
 
     @staticmethod
@@ -215,8 +216,8 @@ class FusedAttention(torch.autograd.Function):
 def side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
     """Return tensors [N, tokens, heads, d] as one [N, tokens, P, heads, d], contiguous.
 
-    Where they lie in memory like that already, as a kernel that is asked to writes them, nothing is
-    copied; else each is copied once.
+    Nothing is copied if they already lie in memory like that, because a kernel wrote them so.
+    Otherwise each is copied once.
     """
     first, count = parts[0], len(parts)
     batch, tokens, heads, size = first.shape
@@ -238,7 +239,9 @@ def side_by_side(parts: tuple[Tensor, ...]) -> Tensor:
 class Attention:
     """Attention for one device, dtype and size of a head.
 
-    kernel: None for torch's own function, which then chooses. description: of either, in words.
+    Attributes:
+        kernel: The kernel; None for torch's own function, which then chooses one.
+        description: The name of either, for reports.
     """
 
     kernel: Kernel | None
@@ -262,9 +265,9 @@ _forced: list[Kernel | None] = []
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, head_size: int) -> Attention:
-    """Return the attention for a device, a dtype and a size of a head, tried before its first use.
+    """Return the attention for a device, a dtype and a size of a head.
 
-    The trial waits for the device; afterwards, nothing does.
+    A kernel is tried before its first use. The trial waits for the device; later calls do not.
     """
     if _forced:
         return _tried(_forced[-1], device, dtype, head_size)
@@ -276,7 +279,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, head_size: int) -
 
 @contextmanager
 def only_kernel(kernel: Kernel | None) -> Iterator[None]:
-    """Let towers that are frozen here use this kernel, or none: to measure one beside another."""
+    """Make towers that are frozen in this block use this kernel, or none, to compare kernels."""
     _forced.append(kernel)
     try:
         yield

@@ -15,13 +15,14 @@ class ListedModel:
     """One of open_clip's architectures.
 
     Attributes:
-        name: open_clip's.
-        image_size: Height and width of its images, in pixels.
-        preprocessing: How images are prepared, as open_clip's pretrained tags tell it.
-        guessed: What of that is a guess, because tags differ or there are none.
+        name: open_clip's name of it.
+        image_size: The height and width of its images, in pixels.
+        preprocessing: The preparation of images that open_clip's pretrained tags name.
+        guessed: The values of `preprocessing` that are a guess, because tags differ or there are
+            none.
         tags: Its pretrained tags.
         tokenizer: The tokenizer of the hub that its texts need; None for CLIP's own.
-        obstacle: Why it is not read; None if it is.
+        obstacle: The reason why pydetox does not read it; None if pydetox does.
     """
 
     name: str

@@ -98,10 +98,10 @@ def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model")
 
 
 def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.Module]) -> str:
-    """Return the precision that `auto` stands for; another one is returned as it is.
+    """Return the precision that `auto` stands for; any other precision is returned as it is.
 
-    bfloat16 on a GPU with products in it (compute capability 8.0), where all towers can be frozen;
-    else float32. docs/performance.md has what it does to verdicts.
+    `auto` is bfloat16 on a GPU with bfloat16 products (compute capability 8.0) if all towers can be
+    frozen, and float32 otherwise. docs/performance.md shows what the precision does to verdicts.
     """
     if precision != "auto":
         return precision
@@ -313,9 +313,9 @@ class _Norm:
 class _Linear:
     """Rows: output_factor * (input_factor * x @ weight.T + bias) * scale, scale per column.
 
-    The scale is LayerScale's. Where weights are copied anyway, into another dtype, both factors and
-    the scale are multiplied into them before they are rounded: a library of matrix products then
-    adds the bias as it writes the product, which it does only where neither has a factor.
+    The scale is LayerScale's. If weights are copied into another dtype anyway, both factors and the
+    scale are multiplied into them before they are rounded. A library of matrix products then adds
+    the bias while it writes the product. It does so only if neither of them has a factor.
     """
 
     weight: Tensor  # [out, in]

@@ -1,4 +1,4 @@
-"""How many images a device takes at once, and fewer of them where its memory runs out."""
+"""The number of images that a device takes at once, and fewer of them if its memory runs out."""
 
 from __future__ import annotations
 
@@ -33,31 +33,32 @@ def activation_bytes(device: torch.device) -> int:
 def images_at_once(bytes_per_image: int, device: torch.device) -> int:
     """Return how many images the memory for activations holds, at least one.
 
-    On a GPU, whose free memory is never twice the same, it is a power of two: what another process
-    takes or gives back hardly ever changes the size of a batch, and with it the rounding.
+    On a GPU it is a power of two, because the free memory differs from run to run. Another process
+    that takes or returns memory then hardly ever changes the size of a batch, and with it the
+    rounding.
     """
     count = max(1, activation_bytes(device) // max(1, bytes_per_image))
     return count if device.type == "cpu" else 1 << (count.bit_length() - 1)
 
 
 class Batching:
-    """The number of images that go through a tower at once, halved where memory runs out.
+    """The number of images that go through a tower at once, halved whenever memory runs out.
 
     Attributes:
-        count: Images at once, at least 1.
-        halved: How often memory has run out.
+        count: The number of images at once, at least 1.
+        halved: The number of times that memory has run out.
     """
 
     def __init__(self, count: int, device: torch.device, name: str) -> None:
-        """device: Where the work is done. name: Of the model, for messages."""
+        """device: The device of the work. name: The name of the model, for messages."""
         self.count, self.halved = count, 0
         self._device, self._name = device, name
 
     def run(self, work: Callable[[int], T]) -> T:
         """Return work(count), called again with half as many images each time memory runs out.
 
-        work: Must be able to start over: what a call that failed has written is written again.
-        Raises DeviceMemoryError where not even one image at a time fits.
+        work: A function that can start over: it writes again what a failed call has written.
+        Raises DeviceMemoryError if not even one image at a time fits.
         """
         while True:
             try:
@@ -78,7 +79,7 @@ class Batching:
             self.halved += 1
 
     def describe(self) -> str:
-        """Return what a report says of it."""
+        """Return the number of images at once in words, for a report."""
         times = "" if not self.halved else f" (halved {self.halved} times: memory ran out)"
         return f"at most {self.count} images at once{times}"
 

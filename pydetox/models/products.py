@@ -10,9 +10,10 @@ import torch
 
 @contextmanager
 def tf32_products(device: torch.device) -> Iterator[bool]:
-    """Let float32 products on a GPU run in TF32 here: training and prediction, not searches.
+    """Run float32 products on a GPU in TF32 within this block.
 
-    Yields whether they do; on a CPU nothing changes. The setting is the process's, and is put back.
+    Training and prediction use it; searches do not. It yields whether products run in TF32. Nothing
+    changes on a CPU. The setting concerns the whole process, and is restored at the end.
     """
     if device.type != "cuda":
         yield False

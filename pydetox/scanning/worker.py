@@ -19,7 +19,7 @@ from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
-from ..detect.key import Configuration, require_alike
+from ..detect.key import ConfigPair, require_alike
 from ..detect.references import ReferencePlan
 from ..detect.result import ScanResult
 from ..detect.search import search_classes
@@ -104,7 +104,7 @@ class Worker:
         self._base: Checkpoint | None = None
         self._built_base: OpenClipModel | None = None
         self._reference: Reference | None = None
-        self._configurations: dict[str, Configuration] | None = None
+        self._configurations: dict[str, ConfigPair] | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
 
