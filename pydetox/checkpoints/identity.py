@@ -2,7 +2,8 @@
 
 A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. All code that reads a checkpoint,
 limits its size, hashes it or remembers it asks the identity for its files. All of it therefore
-means the same files: the weights, all shards, and the configuration that gives the architecture.
+means the same files: the weights, all shards, the configuration that gives the architecture, and a
+tokenizer beside the weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pydetox.checkpoints.index import WeightsFile, quote
 from pydetox.checkpoints.layout import (
     CONFIG_NAME,
     PROCESSOR_NAMES,
+    TOKENIZER_NAMES,
     TRANSFORMERS_CONFIG_NAME,
     find_weights,
 )
@@ -90,7 +92,12 @@ class CheckpointIdentity:
         signatures are therefore the same files with the same content.
         """
         beside = (self.config_file, self.processor_file)
-        files = (*self.weight_files, *(path for path in beside if path is not None))
+        tokenizer = (self.weights.with_name(name) for name in TOKENIZER_NAMES)
+        files = (
+            *self.weight_files,
+            *(path for path in beside if path is not None),
+            *(path for path in tokenizer if os.path.lexists(path)),
+        )
         found: list[int] = []
         for path in files:
             try:
@@ -158,14 +165,22 @@ class CheckpointIdentity:
             raise type(error)(f"{self.weights}: {error}") from error
 
     def digest(self) -> str:
-        """Return a hash of everything that the model's results depend on: weights, configuration.
+        """Return a hash of everything that the model's results depend on.
 
-        It equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
+        These are the weights, the configuration and a tokenizer beside the weights that counts. The
+        hash equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
 
         Raises:
-            CheckpointError: As :meth:`sha256` and :meth:`configuration`.
+            CheckpointError: As :meth:`sha256` and :meth:`configuration`; or a file of the tokenizer
+                cannot be read.
         """
-        return content_digest(self.sha256(), *self.configuration())
+        from pydetox.checkpoints.transformers_clip import read_companions  # with torch
+
+        model_config, preprocess_config = self.configuration()
+        tokenizer: dict[str, bytes] = {}
+        if needs_tokenizer(model_config):
+            tokenizer = read_companions(self.weights.parent, TOKENIZER_NAMES)
+        return content_digest(self.sha256(), model_config, preprocess_config, tokenizer)
 
     def check_shards(self, names: dict[str, list[str]]) -> None:
         """Raise CheckpointError unless an index that was read later names the same shards."""
@@ -258,12 +273,32 @@ def _processor_of(config_file: Path | None) -> Path | None:
     return next((path for path in found if os.path.lexists(path)), None)
 
 
+def needs_tokenizer(model_config: Mapping[str, Any] | None) -> bool:
+    """Return whether a model's texts need a tokenizer of the hub instead of CLIP's own."""
+    return bool(((model_config or {}).get("text_cfg") or {}).get("hf_tokenizer_name"))
+
+
+def tokenizer_digests(
+    model_config: Mapping[str, Any] | None, companions: Mapping[str, bytes]
+) -> dict[str, str]:
+    """Return the SHA-256 of each file of a tokenizer that counts; empty for CLIP's own."""
+    names = TOKENIZER_NAMES if needs_tokenizer(model_config) else ()
+    return {n: hashlib.sha256(companions[n]).hexdigest() for n in names if n in companions}
+
+
 def content_digest(
-    sha256: str, model_config: dict[str, Any] | None, preprocess_config: dict[str, Any] | None
+    sha256: str,
+    model_config: dict[str, Any] | None,
+    preprocess_config: dict[str, Any] | None,
+    companions: Mapping[str, bytes],
 ) -> str:
-    """Hash of a checkpoint's content: SHA-256 of its weights and its configuration."""
-    content = json.dumps([sha256, model_config, preprocess_config], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    """Return a hash of a checkpoint's content.
+
+    sha256: The hash of its weights. companions: The files beside them; those of a tokenizer count.
+    """
+    tokenizer = tokenizer_digests(model_config, companions)
+    content = [sha256, model_config, preprocess_config, *([tokenizer] if tokenizer else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:

@@ -20,6 +20,7 @@ from pydetox.checkpoints.identity import (
     CheckpointIdentity,
     content_digest,
     identify_checkpoint,
+    needs_tokenizer,
 )
 from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
 from pydetox.checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
@@ -78,8 +79,13 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that the model's results depend on: weights and configuration."""
-        return content_digest(self.sha256, self.model_config, self.preprocess_config)
+        """A hash of everything that the model's results depend on.
+
+        These are the weights, the configuration and a tokenizer that is not CLIP's own.
+        """
+        return content_digest(
+            self.sha256, self.model_config, self.preprocess_config, self.companions
+        )
 
     @property
     def provenance(self) -> Provenance | None:
@@ -163,7 +169,7 @@ def read_checkpoint(
                 state_dict = _from_transformers(state_dict, model_config)
                 if identity.config_file is not None:
                     companions = read_companions(identity.config_file.parent)
-            elif model_config["text_cfg"].get("hf_tokenizer_name"):
+            elif needs_tokenizer(model_config):
                 companions = read_companions(identity.weights.parent, TOKENIZER_NAMES)
         if not allow_nonfinite:
             check_finite(state_dict)

@@ -88,7 +88,7 @@ def _free_on_gpu(device: torch.device) -> int:
     """Return the bytes that tensors of this process can still take on a GPU."""
     free, total = torch.cuda.mem_get_info(device)
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    # Workers that share a GPU have a share of its memory each (see `scanning.worker`).
+    # A caller may have limited the process to a share (`set_per_process_memory_fraction`).
     own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
     return max(0, min(free, own)) + reserved - allocated
 

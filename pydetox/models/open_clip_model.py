@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
+from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
 from ..data import Resizing, Template, fill_template
@@ -309,7 +310,8 @@ class OpenClipModel:
     def _text_digest(self) -> str:
         """Return a hash of everything that text embeddings depend on."""
         config = sorted((k, v) for k, v in self.model_config.items() if k != "vision_cfg")
-        hasher = hashlib.blake2b(repr(config).encode(), digest_size=32)
+        tokenizer = sorted(tokenizer_digests(self.model_config, self.companions).items())
+        hasher = hashlib.blake2b(repr((config, tokenizer)).encode(), digest_size=32)
         for name, value in self.clip.state_dict().items():
             if not name.startswith("visual."):
                 hasher.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -216,6 +216,31 @@ def test_digest_changes_with_the_configuration(layout: Layout, mini_config: dict
             layout.identify().digest()
 
 
+def test_a_tokenizer_beside_the_weights_counts_where_it_is_used(
+    tmp_path: Path, mini_config: dict
+) -> None:
+    """With other tokens, the same weights embed other texts: nothing is known of them."""
+    layout = single(tmp_path, mini_config)
+    tokenizer = tmp_path / "tokenizer.json"
+
+    def hashes(text: str) -> tuple[object, str]:
+        tokenizer.write_text(text)
+        identity = layout.identify()
+        digest = identity.digest()
+        assert digest == load_checkpoint(layout.reference, offline=True).digest
+        return identity.signature(), digest
+
+    (first, own), (second, still_own) = hashes("{}"), hashes('{"a": 1}')
+    assert first != second
+    assert own == still_own  # CLIP's own tokenizer is used
+    text = {**mini_config["text_cfg"], "hf_tokenizer_name": "bert-base"}
+    write_config(tmp_path, {**mini_config, "text_cfg": text})
+    (_, one), (_, other) = hashes("{}"), hashes('{"a": 1}')
+    assert one != other
+    tokenizer.unlink()
+    assert layout.identify().digest() not in (one, other)
+
+
 def test_a_missing_shard_is_named_and_has_no_size(tmp_path: Path) -> None:
     index, first, _ = shards(tmp_path)
     first.unlink()

@@ -64,9 +64,7 @@ def test_model_stands_in_for_a_configuration_that_is_damaged(folder: Path) -> No
 
 def test_nothing_tells_the_architecture(folder: Path) -> None:
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(
-        ArchitectureError, match=r"nothing tells its architecture.*model= \(--model\)"
-    ):
+    with pytest.raises(ArchitectureError, match=r"nothing tells its architecture.* with model=, "):
         load_checkpoint(folder)
     with pytest.raises(UsageError, match="did you mean"):
         load_checkpoint(folder, model="ViT-B-33")

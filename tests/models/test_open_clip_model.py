@@ -12,6 +12,7 @@ import pydetox
 from pydetox.checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError, CheckpointError, DataError
 from pydetox.models import OpenClipModel, tokenizers
+from pydetox.models.open_clip_model import HeadMemo
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.session import as_model
@@ -26,6 +27,20 @@ def save(model, folder, state=None, **changes):
         preprocess_config={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
         provenance=Provenance(method="test"),
     )
+
+
+def test_heads_are_shared_only_by_models_with_one_tokenizer():
+    config = MINI_CONFIG | {"text_cfg": MINI_CONFIG["text_cfg"] | {"hf_tokenizer_name": "any"}}
+    memo, heads = HeadMemo(), []
+    for number, content in enumerate((b"one", b"two", b"one")):
+        model = OpenClipModel.from_config(config, seed=0)
+        model.companions, model.heads = {"tokenizer.json": content}, memo
+        tokens = torch.zeros(1, config["text_cfg"]["context_length"], dtype=torch.int64)
+        tokens[0, 0] = number  # the third tokenizer is not asked
+        model.tokenize = lambda prompts, tokens=tokens: tokens
+        heads.append(model.zero_shot_head(["cat"], ["{}"]))
+    assert not torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[0], heads[2])
 
 
 def test_a_saved_model_reads_back_and_agrees_with_open_clip(tmp_path):
