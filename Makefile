@@ -96,14 +96,13 @@ check-gpu: $(dev)
 gpu-bundle: $(dev)
 	$(python) -m benchmarks.gpu.bundle --arch $(ARCH)
 
-lint: $(dev)
 data: $(ready)
 	$(python) -m pydetox.research.data
 
 bench-foundation: data
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py $(FOUNDATION)
 
-lint: $(ready)
+lint: $(dev)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
