@@ -1,7 +1,7 @@
-"""Whether images, class names and a model belong together, as far as the model's answers tell.
+"""Checks whether images, class names and a model belong together.
 
 A scan with class names that are no words, or with an activation that the weights were not trained
-with, runs like any other, and its verdict means little. Here it is measured and said.
+with, runs like any other, but its verdict means little. `doubts` measures this and reports it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .evaluation import predict, wilson_interval
 from .models import OpenClipModel
 from .rng import child_seed
 
-#: Below that many images nothing is said: intervals are wider than what is looked for.
+#: With fewer images there is no check of accuracy, because the intervals are too wide.
 LEAST_IMAGES = 50
 _MOST_IMAGES = 256
-#: By so much lower has the entropy to be with the other activation, relative to it.
+#: The relative decrease of the entropy with the other activation that is reported.
 _LOWER_ENTROPY = 0.02
 
 _NO_WORD = re.compile(r"n\d{8}|\d+")
@@ -35,13 +35,16 @@ def doubts(
 ) -> list[str]:
     """Return one line for each reason to doubt that they belong together.
 
-    Three things are looked at: class names that are numbers or ids of WordNet; accuracy on a sample
-    of labelled images, where even the lower end of its 95% interval may be below three times chance
-    (or half-way between chance and 1, for few classes); and, where a name told the architecture,
-    whether the model answers more surely with the other of GELU and QuickGELU.
+    There are three reasons:
+
+    * Class names are numbers or ids of WordNet.
+    * The lower end of the 95% interval of the accuracy, on a sample of labelled images, is below
+      three times chance (for few classes, half-way between chance and 1).
+    * The user named the architecture, and the model's answers are more certain with the other one
+      of GELU and QuickGELU.
 
     model: It is not changed. images: uint8 of the model's size; without class names the result is
-    empty. templates: prompts. seed: of the sample.
+    empty. templates: The prompts. seed: The seed of the sample.
     """
     names = images.class_names
     if not names:
@@ -70,7 +73,7 @@ def doubts(
 
 
 def least_accuracy(classes: int) -> float:
-    """Return the accuracy below which images mean little to a model. classes: at least 2."""
+    """Return the accuracy below which images mean little to a model. classes: At least 2."""
     chance = 1 / classes
     return min(3 * chance, (1 + chance) / 2)
 
@@ -93,7 +96,7 @@ def _accuracy_below_level(model: OpenClipModel, few: ImageSet, head: Tensor) -> 
 def _other_activation(
     model: OpenClipModel, few: ImageSet, head: Tensor, templates: Sequence[Template]
 ) -> str | None:
-    """Return a line if zero-shot answers are surer with the other activation."""
+    """Return a line if zero-shot answers are more certain with the other activation."""
     if model.named is None or not any(True for _ in _activations(model.clip)):
         return None
     assert few.class_names is not None

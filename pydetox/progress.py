@@ -44,8 +44,8 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s" if speed < 100 else f"{speed:,.0f}/s")
 
 
-#: Names the seconds between two lines where stderr is no terminal, as in the log of a batch system;
-#: `inf` for none. Without it they are 30.
+#: The environment variable with the seconds between two lines if stderr is no terminal, as in the
+#: log of a batch system. `inf` writes no lines. The default is 30.
 LINE_SECONDS = "PYDETOX_PROGRESS_SECONDS"
 
 _silent = False
@@ -58,10 +58,10 @@ def silence() -> None:
 
 
 class ProgressLines:
-    """Writes to stderr how far something is, now and then (see `LINE_SECONDS`).
+    """Writes a line of progress to stderr now and then (see `LINE_SECONDS`).
 
-    total: how many units it takes; None when that is not known.
-    Raises UsageError where the variable of the environment is no number above 0.
+    total: The number of units of work; None if it is not known.
+    Raises UsageError if the environment variable is no number above 0.
     """
 
     def __init__(self, total: float | None) -> None:
@@ -98,8 +98,8 @@ class ProgressLines:
 class Progress:
     """One step's progress, as a context manager.
 
-    Where stderr is no terminal, a line says every 30 seconds how far it is, how fast, and how
-    long it takes yet; a step that is over sooner writes nothing.
+    If stderr is no terminal, a line shows the progress, the rate and the time left every 30 seconds
+    (see `LINE_SECONDS`). A step that ends sooner writes nothing.
 
     Args:
         description: A text that says what is being done.

@@ -21,24 +21,25 @@ if TYPE_CHECKING:
     "--measure",
     is_flag=True,
     show_default=False,
-    help="Build each that is read (with random weights, transformers cut to 2 layers), and compare "
-    "with open_clip: takes minutes.",
+    help="Build each architecture that pydetox reads, with random weights and transformers cut to "
+    "2 layers, and compare it with open_clip. This takes minutes.",
 )
 @click.option(
     "--markdown",
     type=options.FILE,
     metavar="FILE",
-    help="Write the table as a page, as docs/models.md is.",
+    help="Write the table as a page like docs/models.md.",
 )
 @options.format_option
 def command(patterns: tuple[str, ...], measure: bool, markdown: Path | None, format_: str) -> int:
-    """List the architectures of open_clip: which are read, and why others are not.
+    """List open_clip's architectures, which of them pydetox reads, and why it does not read others.
 
-    A pattern such as `ViT-B-*` lists those alone. The columns: the size of images, how they become
-    square, the mean, the tokenizer of texts (`clip` is read without anything else; one of the hub
-    needs transformers and its files), and the number of pretrained tags.
+    A pattern such as `ViT-B-*` lists only the architectures that it matches. Each line shows the
+    size of images, how they become square, the mean, the tokenizer, the number of pretrained tags,
+    and whether pydetox reads the architecture. The tokenizer `clip` needs nothing else. A tokenizer
+    of the hub needs transformers and its files.
 
-    Exit code: 0; with --measure 2 if one is not equal to open_clip's.
+    Exit code: 0; with --measure, 2 if an architecture does not equal open_clip's.
     """
     from ..atomic import write_file
     from ..errors import UsageError

@@ -1,4 +1,4 @@
-"""What of an image source was counted, what was left out, and why."""
+"""The report on an image source: the images that were taken, and everything that was left out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError
 from .resize import Resizing
 
-#: Reasons that need no mention: nobody takes such files and folders for images of a class.
+#: Reasons that are not mentioned, because nobody takes such files and folders for images.
 EXPECTED = ("hidden or of the system", "no image by its name")
 _NAMED = 3
 
@@ -19,12 +19,12 @@ class ImageReport:
     """A count of images, and of everything beside them that was not taken.
 
     Attributes:
-        name: What was read.
-        images: Images that were taken.
-        classes: Classes with at least one of them; None for unlabelled images.
-        left_out: By reason, the names of what was left out, in order.
-        notes: Other lines about what was taken and how.
-        resizing: How the pictures became pixels; None where they had the size already.
+        name: The folder or file that was read.
+        images: The number of images that were taken.
+        classes: The number of classes with at least one image; None for unlabelled images.
+        left_out: The names of files and folders that were left out, in order, by reason.
+        notes: Other lines about the images that were taken.
+        resizing: The transform that made the pixels; None if the images had the right size.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ImageReport:
 
     @property
     def problems(self) -> Mapping[str, list[str]]:
-        """What was left out and could have been meant."""
+        """The names that were left out and could have been meant, by reason."""
         return {why: names for why, names in self.left_out.items() if why not in EXPECTED}
 
     def refuse(self) -> None:
@@ -50,7 +50,7 @@ class ImageReport:
             raise DataError(f"{self.name}: {'; '.join(found)}; expected nothing else (strict)")
 
     def line(self) -> str | None:
-        """Return one line about it; None where nothing was left out that could have been meant."""
+        """Return one line for a warning; None if there is nothing to warn about."""
         problems = _listed(self.problems.items())
         if not problems and not self.notes:
             return None

@@ -1,7 +1,8 @@
 """The tokenizer of a model: CLIP's own, or one of the Hugging Face hub through open_clip's wrapper.
 
-A tokenizer of the hub comes from the files beside the weights or from the hub's cache on this
-machine; nothing is downloaded here. transformers reads it, which is installed for that alone.
+A tokenizer of the hub comes from the files beside the weights, or from the hub's cache on this
+machine. Nothing is downloaded. transformers reads it, and pydetox needs transformers for this
+alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 def tokenizer_of(text: Mapping[str, Any], companions: Mapping[str, bytes], name: str) -> Tokenizer:
-    """Return what makes token ids int64 [n, context_length] of n texts.
+    """Return the function from n texts to token ids, int64 [n, context_length].
 
-    text: open_clip's ``text_cfg``. companions: files beside the weights. name: of the model, for
-    messages.
+    text: open_clip's ``text_cfg``. companions: The files beside the weights. name: The name of the
+    model, for messages.
 
     Raises:
         ArchitectureError: The tokenizer is not on this machine, or its vocabulary is larger than
