@@ -122,6 +122,15 @@ def test_shard_of_another_format(folder: Path) -> None:
         load_checkpoint(folder, model="ViT-B-32")
 
 
+def test_a_shard_that_the_index_does_not_name_is_refused(folder: Path) -> None:
+    # open_clip, which knows no index, would load the first file alone.
+    shutil.copy(
+        folder / "model-00001-of-00002.safetensors", folder / "model-00000-of-00002.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="does not name 'model-00000"):
+        load_checkpoint(folder, model="ViT-B-32")
+
+
 def test_damage_is_said_with_the_shard(folder: Path) -> None:
     path = folder / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
