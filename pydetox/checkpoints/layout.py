@@ -15,6 +15,8 @@ CONFIG_NAME = "open_clip_config.json"
 #: What tells the architecture, and how images are prepared, in a folder of transformers.
 TRANSFORMERS_CONFIG_NAME = "config.json"
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+#: Says that transformers loads another model from the folder, changed by an adapter (peft).
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 #: Files of a tokenizer.
 TOKENIZER_NAMES = (
     "tokenizer.json",
