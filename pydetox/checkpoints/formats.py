@@ -11,6 +11,13 @@ from pydetox.checkpoints.torch_index import index_torch
 from pydetox.errors import CheckpointError
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7-Zip",
+}
 
 
 def index_file(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
@@ -66,6 +73,14 @@ def _identify(file: WeightsFile) -> str:
         )
     if start[0] == 0x80 and 2 <= start[1] <= 5:
         raise CheckpointError("is a bare pickle, not a checkpoint that torch.save wrote")
+    if start.lstrip()[:1] in (b"<", b"{"):
+        raise CheckpointError(
+            f"is text, such as a web page or a server's error (it begins with {start[:16]!r}); "
+            "fetch the weights again"
+        )
+    for magic, program in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"is compressed with {program}; unpack it first")
     raise CheckpointError(
         f"is neither a safetensors file nor a torch zip archive (it begins with {start[:8]!r})"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydetox.checkpoints.architecture import CONFIG_NAME, Config, close_matches, named_config
 from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.layout import (
+    ADAPTER_CONFIG_NAME,
     COMPANION_NAMES,
     TRANSFORMERS_CONFIG_NAME,
     TRANSFORMERS_ORDER,
@@ -52,7 +53,7 @@ def fetch_repository(
         revision = config.parent.name  # the cache keeps a commit's files in snapshots/COMMIT/
         if config.name == TRANSFORMERS_CONFIG_NAME:
             names += TRANSFORMERS_ORDER
-            for name in COMPANION_NAMES:
+            for name in (*COMPANION_NAMES, ADAPTER_CONFIG_NAME):
                 _fetch_first(repository, [name], revision, cache_dir, offline)
     weights = _fetch_first(repository, names, revision, cache_dir, offline)
     if weights is None:

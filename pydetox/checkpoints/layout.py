@@ -15,6 +15,8 @@ CONFIG_NAME = "open_clip_config.json"
 #: What tells the architecture, and how images are prepared, in a folder of transformers.
 TRANSFORMERS_CONFIG_NAME = "config.json"
 PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+#: Says that transformers loads another model from the folder, changed by an adapter (peft).
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 #: Files of a tokenizer.
 TOKENIZER_NAMES = (
     "tokenizer.json",
@@ -108,13 +110,15 @@ def _choose(folder: Path, names: Sequence[str]) -> str:
         return str(ours)
     own_index = f"{WEIGHT_NAMES[0]}.index.json"
     if own_index in names:
-        return own_index
+        return _alone(folder, own_index, names)
     if ours is not None and theirs is not None and ours != theirs:
         raise CheckpointError(
             f"{folder}: open_clip would load {ours}, transformers {theirs}; name the one you mean"
         )
-    if ours is not None or theirs is not None:
-        return str(ours or theirs)
+    if ours is not None:
+        return ours
+    if theirs is not None:
+        return _alone(folder, theirs, names) if CONFIG_NAME in names else theirs
     candidates = [name for name in names if is_shard_index_name(name)]
     candidates = candidates or list(filter(is_weights_name, names))
     if WEIGHT_NAMES[-1] in candidates:
@@ -129,4 +133,19 @@ def _choose(folder: Path, names: Sequence[str]) -> str:
             f"{folder}: holds {len(candidates)} weights files ({', '.join(candidates[:3])}); name "
             "the one you mean"
         )
-    return candidates[0]
+    return _alone(folder, candidates[0], names) if CONFIG_NAME in names else candidates[0]
+
+
+def _alone(folder: Path, chosen: str, names: Sequence[str]) -> str:
+    """Return an index of shards if open_clip, which knows no such index, finds no other weights.
+
+    Anything but an index is returned as well.
+    """
+    if is_shard_index_name(chosen):
+        for name in names:
+            if name.endswith(_OPEN_CLIP_SUFFIXES) and index_of_shard(name) != chosen:
+                raise CheckpointError(
+                    f"{folder}: open_clip would load {name}, others the shards of {chosen}; name "
+                    "the one you mean"
+                )
+    return chosen

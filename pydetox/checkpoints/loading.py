@@ -23,10 +23,15 @@ from pydetox.checkpoints.identity import (
     needs_tokenizer,
 )
 from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
-from pydetox.checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
+from pydetox.checkpoints.layout import (
+    ADAPTER_CONFIG_NAME,
+    TOKENIZER_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+    TRANSFORMERS_ORDER,
+)
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
-from pydetox.checkpoints.transformers_clip import read_companions, to_open_clip
+from pydetox.checkpoints.transformers_clip import read_companions, read_object, to_open_clip
 from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -157,6 +162,7 @@ def read_checkpoint(
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
             _refuse_adapters(weights)
+            _refuse_other_weights(identity)
             if model_config is None:
                 _refuse_transformers_names(weights)
                 raise ArchitectureError(
@@ -214,6 +220,28 @@ def _refuse_adapters(weights: OpenWeights) -> None:
             f"holds adapters ({len(adapters)} tensors such as {quote(adapters[0])}), which are no "
             "model of their own: merge them into the model that they were trained for and save "
             "that (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+        )
+
+
+def _refuse_other_weights(identity: CheckpointIdentity) -> None:
+    """Raise ArchitectureError for a folder from which transformers loads other weights."""
+    config_file = identity.weights.with_name(TRANSFORMERS_CONFIG_NAME)
+    theirs = identity.config_file == config_file or identity.weights.name in TRANSFORMERS_ORDER
+    if not theirs or not os.path.lexists(config_file):
+        return
+    if os.path.lexists(config_file.with_name(ADAPTER_CONFIG_NAME)):
+        raise ArchitectureError(
+            f"there is an {ADAPTER_CONFIG_NAME} beside it, for which transformers loads another "
+            "model and changes it; merge the adapter and save the result, or remove that file"
+        )
+    try:
+        named = read_object(config_file).get("transformers_weights")
+    except ArchitectureError:
+        return  # no configuration, which is said elsewhere
+    if named not in (None, identity.weights.name):
+        raise ArchitectureError(
+            f"{config_file.name} beside it has transformers_weights = {quote(named)}, which is "
+            "what transformers loads from that folder"
         )
 
 

@@ -21,7 +21,11 @@ from pydetox.checkpoints.architecture import (
     resolve_model,
 )
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
-from pydetox.checkpoints.transformers_clip import read_clip_config, read_processor
+from pydetox.checkpoints.transformers_clip import (
+    read_clip_config,
+    read_object,
+    read_processor,
+)
 from pydetox.errors import ArchitectureError, CheckpointError
 
 #: open_clip's names of the values (`PreprocessCfg` in its transform.py).
@@ -185,7 +189,18 @@ def _read_own(
             )
         return model_config, None
     size = model_config["vision_cfg"]["image_size"]
-    return model_config, Preparation(read_processor(processor_file, size), processor_file.name)
+    told = read_processor(processor_file, size)
+    other = config_file.with_name(PROCESSOR_NAMES[1])
+    if other != processor_file and os.path.lexists(other):
+        # Its part counts in releases of transformers that know it, the first file in all others.
+        nested = "image_processor" in read_object(other)
+        if nested and read_processor(other, size) != told:
+            raise ArchitectureError(
+                f"{config_file.parent}: {processor_file.name} and {other.name} prepare images "
+                "differently, and releases of transformers take the one or the other; remove the "
+                "one that is not meant"
+            )
+    return model_config, Preparation(told, processor_file.name)
 
 
 def describe(config: Mapping[str, Any] | None) -> Config:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pydetox.checkpoints.index import Format, WeightsFile, quote
+from pydetox.checkpoints.layout import index_of_shard
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 MAX_INDEX_BYTES = 4 << 20
@@ -82,6 +83,12 @@ def read_shard_index(path: Path) -> ShardIndex:
         files.setdefault(_plain_name(tensor, name, suffix), []).append(tensor)
     if len(files) > MAX_SHARDS:
         raise UnsafeCheckpointError(f"names {len(files)} files, at most {MAX_SHARDS} are accepted")
+    for name in sorted(entry.name for entry in path.parent.iterdir()):
+        if index_of_shard(name) == path.name and name not in files:
+            raise CheckpointError(
+                f"does not name {quote(name)}, which lies beside it as one of its shards; remove "
+                "that file if it is the rest of an earlier save"
+            )
     return ShardIndex(
         name=path.name,
         own_sha256=hashlib.sha256(raw).hexdigest(),

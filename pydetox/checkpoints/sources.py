@@ -126,6 +126,11 @@ def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -
                         raise CheckpointError(
                             f"is a {index.format} file, expected {result.shards.format}"
                         )
+                    if index.weights_key and weights_key is None:
+                        raise CheckpointError(
+                            f"its tensors are under the key {quote(index.weights_key)}, where no "
+                            "loader of shards looks"
+                        )
                     _compare(expected, index)
                 except CheckpointError as error:
                     raise type(error)(f"shard {quote(name)}: {error}") from error

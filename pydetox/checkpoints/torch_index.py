@@ -18,7 +18,7 @@ from pydetox.checkpoints.index import (
 from pydetox.checkpoints.pickle_index import MAX_PICKLE_BYTES, read_pickle
 from pydetox.checkpoints.pickle_values import PickledTensor
 from pydetox.checkpoints.weight_sets import choose_weights, strip_prefixes
-from pydetox.checkpoints.zip_index import TORCHSCRIPT, read_members
+from pydetox.checkpoints.zip_index import NOT_TORCH, TORCHSCRIPT, read_members
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
 __all__ = ["index_torch", "lay_out", "strip_prefixes"]
@@ -122,9 +122,7 @@ def _archive_root(members: MappingType[str, Span]) -> str:
     roots = {name.split("/", 1)[0] for name in members}
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1 or len(pickles) != 1:
-        raise CheckpointError(
-            "is a zip archive, but not one of torch: expected one folder with a record data.pkl"
-        )
+        raise CheckpointError(NOT_TORCH)
     return roots.pop()
 
 

@@ -82,7 +82,7 @@ def read_clip_config(config_file: str | os.PathLike[str]) -> Config:
         UnsafeCheckpointError: It asks for remote code.
     """
     try:
-        config = _read_object(config_file)
+        config = read_object(config_file)
         if not is_clip_config(config):
             raise ArchitectureError(
                 f"describes {_described(config)}; pydetox reads CLIPModel of transformers, and "
@@ -100,7 +100,7 @@ def read_processor(processor_file: str | os.PathLike[str], image_size: int) -> C
         ArchitectureError: It is no JSON object, or prepares images as open_clip cannot.
     """
     try:
-        return to_preprocess_config(_read_object(processor_file), image_size)
+        return to_preprocess_config(read_object(processor_file), image_size)
     except CheckpointError as error:
         raise type(error)(f"{os.fspath(processor_file)}: {error}") from error
 
@@ -313,7 +313,11 @@ def to_transformers(
     return result
 
 
-def _read_object(path: str | os.PathLike[str]) -> Config:
+def read_object(path: str | os.PathLike[str]) -> Config:
+    """Return the JSON object of a configuration file.
+
+    Raises ArchitectureError for anything else, CheckpointError if the file cannot be read.
+    """
     with WeightsFile(path) as file:
         if file.size > _MAX_CONFIG_BYTES:
             raise ArchitectureError(

@@ -66,6 +66,8 @@ def choose_weights(
         for other, rival in candidates.items()
         if other != chosen and _rivals(tensors, rival, everywhere=other in loaders)
     }
+    if chosen and "" in candidates and "" not in others and _has_parameters(tensors, root):
+        others[""] = "holds parameters of another model"  # which transformers, say, would take
     others |= _unread(entries, candidates)
     for other, what in others.items():
         if weights_key is None:
@@ -224,6 +226,18 @@ def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bo
         if isinstance(value, PickledTensor) or _may_be_tensor(value):
             return True
     return everywhere and seen != ours.keys()
+
+
+def _has_parameters(tensors: dict[str, PickledTensor], root: Mapping) -> bool:
+    """Whether tensors that are no weights stand in the root under names such as ``conv1.weight``.
+
+    What training scripts write beside the weights, such as losses, has names without a dot.
+    """
+    ours = set(tensors.values())
+    return any(
+        type(key) is str and "." in key and isinstance(value, PickledTensor) and value not in ours
+        for key, value in root.pairs
+    )
 
 
 def _unread(entries: dict[str, object], candidates: dict[str, Mapping]) -> dict[str, str]:

@@ -19,6 +19,10 @@ TORCHSCRIPT = (
     "Write the weights alone where you trust the file: "
     "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)"
 )
+NOT_TORCH = (
+    "is a zip archive, but not one of torch: expected one folder with a record data.pkl; if the "
+    "weights are a file in it, unpack that"
+)
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -51,7 +55,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
     position = 0
     spellings: dict[bytes, str] = {}
     compressed: tuple[str, int, int] | None = None
-    torchscript = False
+    torchscript = torch_pickle = False
     for _ in range(count):
         if position + _ENTRY.size > size:
             raise CheckpointError(f"is damaged: its zip directory ends before entry {len(members)}")
@@ -66,6 +70,7 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
         extra = directory[position + name_size : position + name_size + extra_size]
         position = tail
         packed, unpacked, offset = _zip64_sizes(name, extra, packed, unpacked, offset)
+        torch_pickle = torch_pickle or name.endswith("/data.pkl")
         if method != 0 or packed != unpacked:
             compressed = compressed or (name, packed, unpacked)
             torchscript = torchscript or "/code/" in f"/{name}"
@@ -86,6 +91,8 @@ def read_members(file: WeightsFile) -> tuple[dict[str, Span], dict[int, bytes]]:
         regions.append((offset, data + unpacked, name, flags))
     if position != size:
         raise CheckpointError(f"is damaged: {size - position} stray bytes in its zip directory")
+    if compressed is not None and not torch_pickle:
+        raise CheckpointError(NOT_TORCH)
     if compressed is not None:
         _refuse_compressed(*compressed, torchscript=torchscript)
     _check_layout(regions, start)

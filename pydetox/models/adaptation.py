@@ -14,6 +14,9 @@ import torch
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from torch import Tensor, nn
 
+from pydetox.checkpoints.index import quote
+from pydetox.errors import ArchitectureError
+
 # Attributes under which training code keeps a CLIP: Lightning, torch.compile, wise-ft, and others.
 _WRAPPERS = re.compile(r"((?:module|_orig_mod|model|clip_model|clip|image_encoder)\.)+")
 # Of old versions: masks and counts, which are computed and not learned.
@@ -35,15 +38,18 @@ def adapt(
     """Return weights under the names of a module, in its shapes, and a line for each real change.
 
     weights: The tensors by name. A tensor that does not fit stays as it is. module: open_clip's.
+    Raises ArchitectureError where two tensors would get one name, or where a second model is left.
     """
     expected = module.state_dict()
     notes: list[str] = []
     result = _unwrapped(dict(weights), expected, notes)
     if "positional_embedding" in result and "positional_embedding" not in expected:
+        _refuse_twins(result)
         result = convert_to_custom_text_state_dict(result)
     elif any(name.startswith("text.") for name in result) and not any(
         name.startswith("text.") for name in expected
     ):
+        _refuse_twins(result)
         result = {name.removeprefix("text."): value for name, value in result.items()}
     result = {n: v for n, v in result.items() if n in expected or not _COMPUTED.fullmatch(n)}
     for name in ("logit_scale", "logit_bias"):
@@ -63,6 +69,16 @@ def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
     return ""
 
 
+def _refuse_twins(weights: Mapping[str, Tensor]) -> None:
+    """Raise ArchitectureError for two tensors that the names of one text tower mean."""
+    twin = next((name for name in weights if f"text.{name}" in weights), None)
+    if twin is not None:
+        raise ArchitectureError(
+            f"holds tensors {quote(twin)} and {quote(f'text.{twin}')}, which loaders take for one; "
+            "write the weights that are meant to a file of their own"
+        )
+
+
 def _unwrapped(
     weights: dict[str, Tensor], expected: Mapping[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
@@ -71,11 +87,18 @@ def _unwrapped(
         return weights
     found = (_WRAPPERS.match(name) for name in weights if ".visual." in name)
     prefixes = {match[0] for match in found if match is not None}
-    if len(prefixes) != 1:
+    if not prefixes:
         return weights
-    (prefix,) = prefixes
+    prefix, *more = sorted(prefixes)
     inside = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
     outside = [name for name in weights if not name.startswith(prefix)]
+    rival = next((n for n in outside if _WRAPPERS.match(n) or ".visual." in f".{n}"), None)
+    rival = more[0] if more else rival
+    if rival is not None:
+        raise ArchitectureError(
+            f"holds two models: tensors that begin with {quote(prefix)}, and others such as "
+            f"{quote(rival)}; write the weights that are meant to a file of their own"
+        )
     if outside:
         shown = ", ".join(outside[:3]) + (", …" if len(outside) > 3 else "")
         notes.append(f"{len(outside)} tensors beside the model are left out ({shown})")

@@ -215,6 +215,9 @@ for name, root in {
     "state_dict, and model_ema of tensors that are not read": mapping(
         text("state_dict") + CLEAN, text("model_ema") + weights(QUANTISED)
     ),
+    "state_dict, and parameters of other names beside it": mapping(
+        text("state_dict") + CLEAN, text("clip.w") + tensor("1")
+    ),
     "model, and tensors beside it": mapping(text("model") + CLEAN, text("w") + tensor("1")),
 }.items():
     deceptive(name, None, "several-weights", lambda r=root: file(r))

@@ -285,9 +285,9 @@ def test_pickled_shards_are_read_and_safetensors_ones_lead_to_no_pickles(
     safetensors.torch.save_file({"a": STATE["a"]}, first)
     with pytest.raises(CheckpointError, match=first.name):
         load_checkpoint(tmp_path)
-    index.rename(tmp_path / "model.safetensors.index.json")
+    renamed = index.rename(tmp_path / "model.safetensors.index.json")
     with pytest.raises(UnsafeCheckpointError, match=r"plain name of a \.safetensors file"):
-        identify_checkpoint(tmp_path)
+        identify_checkpoint(renamed)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,13 @@ def test_pickled_shards_are_read_and_safetensors_ones_lead_to_no_pickles(
         ("x.pth.tar README.md", "x.pth.tar"),
         ("x.ckpt", "x.ckpt"),
         ("x.safetensors.index.json x-1.safetensors x-2.safetensors", "x.safetensors.index.json"),
+        ("open_clip_config.json model.safetensors.index.json a.pt", "model.safetensors.index.json"),
+        ("model.safetensors.index.json training_args.bin", "model.safetensors.index.json"),
+        # open_clip knows no index of shards and takes whatever else is there.
+        ("open_clip_model.safetensors.index.json model.safetensors", None),
+        ("open_clip_model.safetensors.index.json aaa.bin", None),
+        ("open_clip_config.json model.safetensors.index.json aaa.safetensors", None),
+        ("open_clip_config.json x.safetensors.index.json aaa.safetensors", None),
         # open_clip takes what has no name of its own over a .pt that has one.
         ("open_clip_pytorch_model.pt x.safetensors", None),
         # Here open_clip and transformers load different files.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint, save_weights
 from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.weights import index_file, read_weights
-from pydetox.errors import ArchitectureError, CheckpointError, UsageError
+from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -135,7 +136,10 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"", r"is empty \(0 bytes\)"),
         (b"x", "neither"),
         (b"\0" * 1000, "neither"),
-        (b"<!DOCTYPE html><html>", r"neither .* begins with b'<!DOCTYP'"),
+        (b"<!DOCTYPE html><html>", r"is text, such as a web page .*fetch the weights again"),
+        (b'{"error": "Repository not found"}', "is text, such as"),
+        (b"\x1f\x8b\x08\0" + b"x" * 40, "compressed with gzip; unpack it first"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 40, "compressed with zstd"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"\x80\x04\x95abc", "bare pickle"),
         (b"PK\3\4", "truncated or damaged"),
@@ -148,6 +152,15 @@ def test_garbage(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(path, model="ViT-B-32")
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_weights_in_a_common_zip_archive_are_to_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.pt", bytes(1000))
+    with pytest.raises(CheckpointError, match=r"not one of torch.*unpack that") as caught:
+        load_checkpoint(path, model="ViT-B-32")
+    assert not isinstance(caught.value, UnsafeCheckpointError)
 
 
 def test_extension_that_lies(tmp_path: Path) -> None:

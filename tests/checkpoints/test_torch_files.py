@@ -268,7 +268,7 @@ def test_the_advice_for_an_archive_of_torchscript(
         read(tmp_path / "a.pt")
     assert not isinstance(caught.value, UnsafeCheckpointError)
     follow(str(caught.value), tmp_path / "a.pt", tmp_path / "b.pt")
-    (tmp_path / "config.json").write_text(json.dumps(mini_config))
+    (tmp_path / "config.json").write_text(json.dumps(mini_config | {"quick_gelu": True}))
     found = load_checkpoint(tmp_path / "b.pt", model=str(tmp_path / "config.json"))
     model = OpenClipModel.from_checkpoint(found)
     assert_same(model.clip.state_dict(), mini_clip.state_dict())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from pydetox.checkpoints import identify_checkpoint
+from pydetox.checkpoints import identify_checkpoint, load_checkpoint
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
     read_clip_config,
@@ -227,3 +229,40 @@ def test_other_models_are_called_what_they_are(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArchitectureError, match=words):
         read_clip_config(tmp_path / "config.json")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of transformers with the tiny model."""
+    safetensors.torch.save_file(weights(to_model_config(tiny())), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(tiny()))
+    processor = {"size": 8, "crop_size": 8, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return tmp_path
+
+
+def test_a_folder_from_which_transformers_loads_other_weights_is_refused(folder: Path) -> None:
+    found = load_checkpoint(folder)
+    assert found.preprocess_config is not None
+    assert found.preprocess_config["mean"] == [0.5] * 3
+    config = folder / "config.json"
+    config.write_text(json.dumps(tiny() | {"transformers_weights": "model.safetensors"}))
+    load_checkpoint(folder)
+    config.write_text(json.dumps(tiny() | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(ArchitectureError, match="transformers_weights = 'other"):
+        load_checkpoint(folder)
+    config.write_text(json.dumps(tiny()))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    with pytest.raises(ArchitectureError, match=r"adapter_config\.json beside it"):
+        load_checkpoint(folder)
+
+
+def test_two_processors_must_agree(folder: Path) -> None:
+    other = folder / "processor_config.json"
+    first = json.loads((folder / "preprocessor_config.json").read_text())
+    for agreeing in ({"image_processor": first}, {"processor_class": "CLIPProcessor"}):
+        other.write_text(json.dumps(agreeing))
+        load_checkpoint(folder)
+    other.write_text(json.dumps({"image_processor": first | {"image_mean": [0.4] * 3}}))
+    with pytest.raises(ArchitectureError, match="prepare images differently"):
+        load_checkpoint(folder)

@@ -73,6 +73,27 @@ def test_what_stands_beside_a_wrapped_model_is_left_out_and_said(
     check_equal(model, clip)
 
 
+@pytest.mark.parametrize("other", ["ema_model.{}", "teacher.{}", "image_encoder.model.{}"])
+def test_two_wrapped_models_in_one_dictionary_are_refused(
+    tmp_path: Path, clip: torch.nn.Module, other: str
+) -> None:
+    state = clip.state_dict()
+    second = {other.format(name): -value for name, value in state.items()}
+    with pytest.raises(ArchitectureError, match="holds two models: tensors that begin"):
+        read(tmp_path, {f"model.{name}": v for name, v in state.items()} | second, MINI_CONFIG)
+
+
+@pytest.mark.parametrize("config", [MINI_CONFIG, MINI_CONFIG | {"custom_text": True}])
+def test_two_text_towers_are_refused(
+    tmp_path: Path, clip: torch.nn.Module, config: dict[str, Any]
+) -> None:
+    state = clip.state_dict()
+    second = {f"text.{name}": -v for name, v in state.items() if not name.startswith("visual.")}
+    for both in (state | second, second | state):
+        with pytest.raises(ArchitectureError, match="which loaders take for one"):
+            read(tmp_path, both, config)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_what_open_clip_corrects_is_corrected(
     tmp_path: Path, clip: torch.nn.Module, shape: tuple[int, ...]
