@@ -40,7 +40,7 @@ def main() -> None:
     config = pydetox.ScanConfig(
         inversion=InversionConfig(steps=60, batch_size=8),
         families=("patch",),
-        references=2,
+        references=4,
         reference_training=tuning,
     )
     with tempfile.TemporaryDirectory() as folder:

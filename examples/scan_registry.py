@@ -2,7 +2,7 @@
 
 The folder holds a base, two harmless variants of it, and a file that would run a command if it were
 unpickled. The models are not trained and the search has a handful of steps, because the example is
-about the scan and not about the verdicts.
+about the scan and not about the verdicts. These are `inconclusive`, and the reason says why.
 
     python examples/scan_registry.py
 """

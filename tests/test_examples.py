@@ -45,7 +45,8 @@ def test_scan_registry(tmp_path: Path) -> None:
     output = run("scan_registry.py", tmp_path)
     assert "hostile.pt: error" in output
     assert "must never run" not in output
-    assert output.count(": clean") == 3
+    # Untrained models give one answer to all images, so that no verdict is possible.
+    assert output.count(": inconclusive") == 3
     assert "4 results" in output
 
 
