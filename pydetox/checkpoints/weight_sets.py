@@ -372,15 +372,24 @@ def _note_mixed_prefix(mapping: Mapping, names: list[str], findings: Findings) -
     open_clip cuts seven characters from all names when the first begins with "module", timm removes
     "module." and "_orig_mod." from each name that begins with one of them.
     """
-    first = next(key for key, _ in mapping.pairs if type(key) is str)
+    keys = [key for key, _ in mapping.pairs if type(key) is str]
     bare = dict(zip(names, strip_prefixes(names), strict=True))
-    cuts = first.startswith("module") and not all(name.startswith("module.") for name in names)
+    cuts = keys[0].startswith("module")
+    odd = {}
     for prefix in _WRAPPER_PREFIXES:
         without = [name for name in names if not bare[name].startswith(prefix)]
-        mixed = 0 < len(without) < len(names)
-        if mixed or (prefix == "module." and cuts and without):
-            findings.add(
-                "mixed-prefix",
-                f"tensor {quote(without[0])}: does not begin with {prefix!r} as others do; loaders "
-                "remove that in different ways",
-            )
+        if 0 < len(without) < len(names):
+            odd[prefix] = without[0]
+    if cuts and not all(name.startswith("module.") for name in names):
+        odd.setdefault("module.", next(n for n in names if not n.startswith("module.")))
+    if cuts:  # what is left out must not take a weight's place under its shorter name
+        taken = set(bare.values())
+        others = (key for key in keys if key not in bare and key[_CUT:] in taken)
+        if (other := next(others, None)) is not None:
+            odd.setdefault("module.", other)
+    for prefix, name in odd.items():
+        findings.add(
+            "mixed-prefix",
+            f"entry {quote(name)}: does not begin with {prefix!r} as others do; loaders remove "
+            "that in different ways",
+        )

@@ -275,6 +275,12 @@ deceptive(
     lambda: file(mapping(text("module_3") + b"N", text("visual.w") + tensor())),
 )
 deceptive(
+    "a value that takes the place of a weight when names are cut",
+    None,
+    "mixed-prefix",
+    lambda: file(mapping(text("module.w") + tensor(), text("modulesw") + b"N")),
+)
+deceptive(
     "some names with _orig_mod. and some without",
     None,
     "mixed-prefix",
