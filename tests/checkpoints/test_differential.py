@@ -149,12 +149,6 @@ def without_first_names_of_no_tensors(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weight_sets, "_note_mixed_prefix", of_tensors)
 
 
-def without_the_place_of_the_average_count(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        weight_sets, "_drop_average_count", lambda _, tensors: tensors.pop("n_averaged", None)
-    )
-
-
 def without_values_that_take_the_place_of_weights(patch: pytest.MonkeyPatch) -> None:
     tensors = weight_sets._tensors
 
@@ -207,7 +201,6 @@ def without_the_order_of_storages(patch: pytest.MonkeyPatch) -> None:
         without_prefixes,
         without_names_that_are_cut,
         without_first_names_of_no_tensors,
-        without_the_place_of_the_average_count,
         without_values_that_take_the_place_of_weights,
         without_places,
         without_views_of_storages,
