@@ -41,6 +41,7 @@ def calibrate_references(
     session = Session.open(first, images, templates=templates, base=contrast)
     models = _copies(session, config) if references is None else references
     names, searched = list[str](), list[dict[TriggerFamily, InversionResult]]()
+    digests = list[str]()
     count = config.references if references is None else len(references)
     for k, model in enumerate(models):
         seeded = replace(config, seed=child_seed("calibration.search", config.seed, k))
@@ -60,6 +61,7 @@ def calibrate_references(
             }
         )
         names.append(model.name)
+        digests.append(model.image_tower_digest())
 
     def calibration(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
         found = [one[family] for one in searched]
@@ -73,6 +75,7 @@ def calibrate_references(
             family=family,
             others=others,
             relative=bool(config.contrast),
+            digests=tuple(digests),
         )
 
     first_family, *rest = config.searched

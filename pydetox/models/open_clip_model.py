@@ -311,9 +311,16 @@ class OpenClipModel:
         """Return a hash of everything that text embeddings depend on."""
         config = sorted((k, v) for k, v in self.model_config.items() if k != "vision_cfg")
         tokenizer = sorted(tokenizer_digests(self.model_config, self.companions).items())
-        hasher = hashlib.blake2b(repr((config, tokenizer)).encode(), digest_size=32)
+        return self._digest(repr((config, tokenizer)), lambda name: not name.startswith("visual."))
+
+    def image_tower_digest(self) -> str:
+        """Return a hash of the weights of the image tower, as hex digits."""
+        return self._digest("", lambda name: name.startswith("visual."))
+
+    def _digest(self, start: str, counts: Callable[[str], bool]) -> str:
+        hasher = hashlib.blake2b(start.encode(), digest_size=32)
         for name, value in self.clip.state_dict().items():
-            if not name.startswith("visual."):
+            if counts(name):
                 hasher.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return hasher.hexdigest()
