@@ -37,7 +37,7 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
     # What a search really ran in: sizes of one device are compared with those of another.
     towers = [model.visual] if base is None else [model.visual, base.visual]
     search["precision"] = resolve_precision(search["precision"], model.device, towers)
-    for name in ("seed", "max_batch", "check_images"):  # which change no size
+    for name in ("seed", "max_batch", "check_images", "cuda_graph"):  # which change no size
         del search[name]
     height, width = images.image_size
     content: dict[str, Any] = {
