@@ -215,5 +215,7 @@ def test_prediction_goes_on_with_fewer_images_where_memory_runs_out() -> None:
     expected = predict(_Small(99), images, head, batch_size=16)
     assert torch.equal(predict(small, images, head, batch_size=16), expected)
     assert small.batches == [16, 8, 4, 4, 4, 4, 4, 1]
-    with pytest.raises(DeviceMemoryError, match="suspect: out of memory on cpu even with one"):
+    with pytest.raises(
+        DeviceMemoryError, match="suspect: out of memory on cpu even with one at a time"
+    ):
         predict(_Small(0), images, head)

@@ -77,7 +77,7 @@ class Batching:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.count == 1 or not self._divisible:
-                how = "even with one image at a time"
+                how = "even with one at a time"
                 if not self._divisible:
                     how = f"with a batch of {self.count}, which cannot be split"
                 raise DeviceMemoryError(

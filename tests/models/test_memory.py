@@ -88,7 +88,7 @@ def test_where_one_image_does_not_fit_the_error_is_one_line():
     def work(count):
         raise RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 8 bytes\nstack")
 
-    expected = "suspect: out of memory on cpu even with one image"
+    expected = "suspect: out of memory on cpu even with one at a time"
     with pytest.raises(DeviceMemoryError, match=expected) as caught:
         Batching(4, CPU, "suspect").run(work)
     assert "\n" not in str(caught.value)
