@@ -57,7 +57,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def warm_up(self, work: Work) -> None:
         """Do the work on the other stream, after what is on this one and before what follows."""
@@ -138,17 +138,27 @@ class GraphedStep:
         self._recording.replay()
         self.replayed += 1
 
+    def release(self) -> None:
+        """Give back the memory of the recording. The device must have done what it was given."""
+        self._recording = self._shape = None
+
     def _record(self, step: Steps) -> None:
         """Record a step and take it."""
         assert self._recorder is not None
         before: list[Tensor] | None = None
         try:
-            recording = self._recorder.record(step.take_once)
+            expected = None
             if not self.recorded:
+                # A plain step, and back. It comes before the recording, because the two need as
+                # much memory each; a capture gives back what a plain step has left in the cache.
                 before = [tensor.clone() for tensor in step.state()]
-                self._compare(recording, step, before)
-            else:
-                recording.replay()
+                step.take_once()
+                expected = [tensor.clone() for tensor in step.gradients()]
+                _write(step.state(), before)
+            recording = self._recorder.record(step.take_once)
+            recording.replay()
+            if expected is not None:
+                _compare(step.gradients(), expected, _TOLERANCE[step.dtype])
         except Exception as error:  # noqa: BLE001 - whatever a capture throws, plain steps go on
             if before is not None:
                 _write(step.state(), before)
@@ -159,20 +169,6 @@ class GraphedStep:
         self.recorded += 1
         self.replayed += 1
         self.description = "steps as CUDA graphs"
-
-    def _compare(self, recording: Recording, step: Steps, before: Sequence[Tensor]) -> None:
-        """Take a step plainly and, from the same state, as a graph; RuntimeError if they differ."""
-        step.take_once()
-        expected = [tensor.clone() for tensor in step.gradients()]
-        _write(step.state(), before)
-        recording.replay()
-        tolerance = _TOLERANCE[step.dtype]
-        pairs = list(zip(step.gradients(), expected, strict=True))
-        wrong = torch.stack([(one - other).norm() for one, other in pairs])
-        allowed = torch.stack([tolerance * other.norm() for _, other in pairs])
-        if not bool((wrong <= allowed).all()):  # NaN where one is
-            off = float((wrong / allowed).max()) * tolerance
-            raise RuntimeError(f"its gradients are off by {off:.1g} in the trial")
 
     def _give_up(self, error: BaseException) -> None:
         said = one_line(str(error).partition("\n")[0])
@@ -217,3 +213,13 @@ class Steps(Protocol):
 def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def _compare(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Raise RuntimeError if a graph's gradients are not those of a plain step."""
+    pairs = list(zip(found, expected, strict=True))
+    wrong = torch.stack([(one - other).norm() for one, other in pairs])
+    allowed = torch.stack([tolerance * other.norm() for _, other in pairs])
+    if not bool((wrong <= allowed).all()):  # NaN where one is
+        off = float((wrong / allowed).max()) * tolerance
+        raise RuntimeError(f"its gradients are off by {off:.1g} in the trial")

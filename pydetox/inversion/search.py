@@ -28,10 +28,10 @@ class InversionSearch:
 
     Minimises objective + cost * |mask|_1 for K triggers at once (DECREE and Neural Cleanse; see
     `objectives`). The tower is frozen: no weight gets a gradient. A step waits for the device only
-    when it records the sizes: every `interval` steps and after the last one. On a GPU, most steps
-    are replays of a CUDA graph (`graph`). Searches end where sizes are recorded,
+    when it records the sizes: every `interval` steps and after the last one. Searches end there,
     because they have converged or because `elimination` drops them; their triggers leave the batch
-    and cost nothing any more.
+    and cost nothing any more. On a GPU, most steps are replays of a CUDA graph (see `graph`). The
+    trial of the first graph waits, too.
 
     Triggers do not see each other. What one of them does depends on which others are in the batch
     only as far as the rounding of a matrix product depends on its number of rows.
@@ -178,6 +178,7 @@ class InversionSearch:
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
         count = len(self._mask)
+        self._graph.release()
         success = self._batching.run(self._check)
         endings = tuple(ending for ending in self._endings if ending is not None)
         assert len(endings) == count

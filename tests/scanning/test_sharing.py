@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pydetox.errors import DeviceMemoryError
 from pydetox.models.open_clip_model import OpenClipModel
 from pydetox.scanning import worker
 from pydetox.scanning.engines import local
@@ -71,6 +72,35 @@ def test_a_file_that_changed_after_its_survey_is_read_again(
     (record,) = scan(config(), folder).values()
     assert record.verdict == "error"
     assert "changed while it was scanned" in str(record.reason)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        DeviceMemoryError(
+            "b: out of memory on cuda:0 even with one at a time (...); expected more"
+        ),
+    ],
+    ids=["torch's", "ours"],
+)
+def test_a_suspect_that_does_not_fit_is_an_error_and_the_scan_goes_on(
+    config: MakeConfig, registry: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    search = worker.scan
+
+    def too_large(model, *args, **options):
+        if model.name.endswith("b"):
+            raise error
+        return search(model, *args, **options)
+
+    monkeypatch.setattr(worker, "scan", too_large)
+    found = scan(config(), *(registry / "models" / name for name in "abc"))
+    verdicts = {Path(name).name: record.verdict for name, record in found.items()}
+    assert verdicts == {"a": "inconclusive", "b": "error", "c": "inconclusive"}
+    (failed,) = (record for name, record in found.items() if name.endswith("b"))
+    assert "out of memory" in str(failed.reason)
+    assert "\n" not in str(failed.reason)
 
 
 def test_workers_that_share_a_gpu_get_equal_parts_of_its_memory(
