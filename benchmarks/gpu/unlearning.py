@@ -47,7 +47,8 @@ def measure(session: Session) -> None:
     steps = 2 if session.tiny else 40
     config = UnlearnConfig(steps=steps)
     if session.tiny:
-        config = replace(config, coefficients=(0.0, 1.0))
+        few = replace(config.advanced, surrogates=16)
+        config = replace(config, coefficients=(0.0, 1.0), advanced=few)
     found: list[TaskVector] = []
 
     def vector() -> None:
@@ -70,6 +71,7 @@ def agreement(session: Session) -> None:
         model = random_model("small", place, tiny=True)
         images, head, trigger = material(session, model, 64)
         config = UnlearnConfig(steps=4, batch_size=16)
+        config = replace(config, advanced=replace(config.advanced, surrogates=16))
         found = trigger_vector(model, images.images, [trigger], head, 0, config)
         vectors.append({name: value.cpu().double() for name, value in found.tensors.items()})
     here, there = vectors
