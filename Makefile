@@ -18,6 +18,8 @@
 #
 #   SEED=3                   another model and another attack in the demo
 #   BENCH="--quick --data digits"   options of pydetox bench for bench-defenses
+#   DEVICE=cuda              demo, bench, check-scan, bench-defenses and bench-foundation on a GPU; bench then also
+#                            runs check-gpu, whose table shows the bounds for a GPU
 #   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
 #   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
@@ -38,6 +40,8 @@ LIMIT ?= 530
 ARCH ?= 9.0
 WHEEL_TORCH ?= torch==2.13.0
 FOUNDATION ?=
+# check-gpu is about a GPU unless DEVICE says otherwise; everything else is about the CPU.
+where := $(if $(filter file,$(origin DEVICE)),cpu,$(DEVICE))
 export TORCH
 
 SHELL := /bin/bash
@@ -70,7 +74,7 @@ help:
 setup: $(dev)
 
 demo: $(ready)
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED) --device $(where)
 
 test: $(dev) $(peers)
 	$(python) -m pytest -rs --cov=pydetox --cov-report=term --cov-fail-under=90
@@ -78,17 +82,18 @@ test: $(dev) $(peers)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" || status=1; done
-	$(python) benchmarks/report.py
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
+	$(python) benchmarks/report.py --device $(where)
+	$(if $(filter cuda%,$(where)),$(python) -m benchmarks.gpu --device $(where) --limit $(LIMIT) || status=1)
 	exit $$status
 
 peers: $(peers)
 
 check-scan: $(dev)
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/check_scan.py
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/check_scan.py --device $(where)
 
 bench-defenses: $(ready)
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py $(BENCH)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_defenses.py --device $(where) $(BENCH)
 
 check-gpu: $(dev)
 	$(python) -m benchmarks.gpu --device $(DEVICE) --limit $(LIMIT) $(if $(TINY),--tiny)
@@ -100,7 +105,7 @@ data: $(ready)
 	$(python) -m pydetox.research.data
 
 bench-foundation: data
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py $(FOUNDATION)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py --device $(where) $(FOUNDATION)
 
 lint: $(dev)
 	$(VENV)/bin/ruff check

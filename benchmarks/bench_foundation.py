@@ -1,6 +1,6 @@
 """What repairs leave of a model's other tasks: `make bench-foundation`.
 
-    python benchmarks/bench_foundation.py [--quick] [--output runs/foundation]
+    python benchmarks/bench_foundation.py [--quick] [--device cuda] [--output runs/foundation]
 
 Prints the table and writes summary.json, flat, and rows.json with everything that was measured.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
@@ -10,6 +10,7 @@ repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
+from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
 
@@ -46,15 +48,15 @@ def table(summary: dict[str, Any]) -> str:
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
-def main(quick: bool, seeds: str | None, output: Path) -> None:
+def main(quick: bool, seeds: str | None, device: str, output: Path) -> None:
     """Run the benchmark."""
-    plan = quick_plan() if quick else FoundationPlan()
+    plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     if seeds is not None:
-        from dataclasses import replace
-
         plan = replace(plan, seeds=tuple(int(one) for one in seeds.split(",")))
     try:
+        find_device(device)
         document = run(plan, log=lambda text: click.echo(text, err=True))
     except PydetoxError as error:
         click.echo(f"error: {error}", err=True)

@@ -19,7 +19,6 @@ and finds its memory in the caches. The weights are random: the arithmetic is th
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.decree import Decree
+from benchmarks.gpu.timing import once
 from benchmarks.recording import holds, record
 from pydetox.inversion import CollapseObjective, InversionConfig, InversionSearch
 from pydetox.models import OpenClipModel
@@ -52,9 +52,9 @@ def products(tower: Any, images: int, dtype: torch.dtype) -> Callable[[], None]:
     weights.append((images, tower.proj.T))
     operands = [
         (
-            torch.randn(rows, w.shape[1]).to(dtype),
+            torch.randn(rows, w.shape[1]).to(w.device, dtype),
             w.detach().to(dtype),
-            torch.randn(rows, w.shape[0]).to(dtype),
+            torch.randn(rows, w.shape[0]).to(w.device, dtype),
         )
         for rows, w in weights
     ]
@@ -84,11 +84,12 @@ def test_inversion_step(
     rounds: int,
     benchmark: Any,
     capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
     torch.set_num_threads(THREADS)
     config = MINI_CLIP if name == "mini" else open_clip.get_model_config("ViT-B-32")
     assert config is not None
-    model = OpenClipModel.from_config(config, seed=0, name=name)
+    model = OpenClipModel.from_config(config, seed=0, name=name).to(device)
     size, count = model.image_size, triggers * BATCH
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -101,8 +102,9 @@ def test_inversion_step(
         InversionConfig(steps=steps, batch_size=BATCH, precision=precision, patience=steps),
         restarts=triggers,
     )
-    stamped = torch.randn(count, 3, size, size, generator=generator).requires_grad_()
-    direction = torch.randn(count, model.embed_dim, generator=generator)
+    stamped = torch.randn(count, 3, size, size, generator=generator).to(device).requires_grad_()
+    direction = torch.randn(count, model.embed_dim, generator=generator).to(device)
+    images = images.to(device)
     tower = freeze(model.visual, precision)
     assert tower.patch_size is not None
     rows = to_patch_rows(stamped.detach(), tower.patch_size).to(tower.dtype).requires_grad_()
@@ -117,15 +119,16 @@ def test_inversion_step(
     }
     if triggers == 1:
         # A copy: DECREE's gradients of the weights are not to slow down anybody else.
-        decree = Decree(model.clone().visual, 3, size, model.mean, model.std)
+        decree = Decree(model.clone().visual, 3, size, model.mean, model.std, device=device)
         others["decree"] = lambda: decree.step(images)
     times: dict[str, list[float]] = {"step": [], **{which: [] for which in others}}
 
     def timed(which: str, run: Callable[[], object]) -> None:
-        start = time.perf_counter()
-        for _ in range(IN_A_ROW[name]):
-            run()
-        times[which].append((time.perf_counter() - start) / IN_A_ROW[name])
+        def several() -> None:
+            for _ in range(IN_A_ROW[name]):
+                run()
+
+        times[which].append(once(several, device) / IN_A_ROW[name])
 
     def take_turns() -> None:
         for which, run in others.items():

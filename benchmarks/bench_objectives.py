@@ -12,7 +12,6 @@ calls counts, is measured against reading its embeddings once.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.gpu.timing import once
 from benchmarks.recording import holds, record
 from pydetox import ops
 from pydetox.ops import reference
@@ -37,14 +37,13 @@ def compare(
     rounds: int,
     benchmark: Any,
     capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
     """Time `ours`, `eager`, `compiled` and `floor` in turns; print and record what they took."""
     times: dict[str, list[float]] = {which: [] for which in runs}
 
     def timed(which: str) -> None:
-        start = time.perf_counter()
-        runs[which]()
-        times[which].append(time.perf_counter() - start)
+        times[which].append(once(runs[which], device))
 
     def take_turns() -> None:
         for which in runs:
@@ -75,14 +74,17 @@ def compare(
     assert not missed
 
 
-def embeddings() -> Tensor:
+def embeddings(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(TRIGGERS, IMAGES, DIM, generator=generator).add_(0.5).requires_grad_()
+    z = torch.randn(TRIGGERS, IMAGES, DIM, generator=generator).add_(0.5)
+    return z.to(device).requires_grad_()
 
 
-def test_embedding_collapse(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedding_collapse(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
     torch.set_num_threads(THREADS)
-    z = embeddings()
+    z = embeddings(device)
     compiled = torch.compile(reference.embedding_collapse, fullgraph=True, dynamic=False)
 
     def differentiate(collapse: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -97,16 +99,18 @@ def test_embedding_collapse(benchmark: Any, capsys: pytest.CaptureFixture[str]) 
         "compiled": lambda: differentiate(compiled),
         "floor": lambda: z.detach().sum(),
     }
-    compare("collapse", "read", runs, 200, benchmark, capsys)
+    compare("collapse", "read", runs, 200, benchmark, capsys, device)
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_zero_shot_loss(classes: int, benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_shot_loss(
+    classes: int, benchmark: Any, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
     torch.set_num_threads(THREADS)
-    z = embeddings()
+    z = embeddings(device)
     generator = torch.Generator().manual_seed(1)
-    head = normalize(torch.randn(classes, DIM, generator=generator), dim=-1)
-    targets = torch.arange(TRIGGERS)
+    head = normalize(torch.randn(classes, DIM, generator=generator), dim=-1).to(device)
+    targets = torch.arange(TRIGGERS, device=device)
     compiled = torch.compile(reference.zero_shot_loss, fullgraph=True, dynamic=False)
 
     def differentiate(loss: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
@@ -119,7 +123,7 @@ def test_zero_shot_loss(classes: int, benchmark: Any, capsys: pytest.CaptureFixt
         rtol=1e-4,
         atol=1e-6,
     )
-    rows, logits = z.detach().view(-1, DIM), torch.empty(TRIGGERS * IMAGES, classes)
+    rows, logits = z.detach().view(-1, DIM), torch.empty(TRIGGERS * IMAGES, classes, device=device)
     gradient = torch.empty_like(rows)
 
     def products() -> None:
@@ -133,10 +137,12 @@ def test_zero_shot_loss(classes: int, benchmark: Any, capsys: pytest.CaptureFixt
         "floor": products,
     }
     rounds = 200 if classes < 100 else 60
-    compare(f"zero_shot_{classes}", "products", runs, rounds, benchmark, capsys)
+    compare(f"zero_shot_{classes}", "products", runs, rounds, benchmark, capsys, device)
 
 
-def test_trigger_update(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trigger_update(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
     torch.set_num_threads(THREADS)
     triggers, size = 8, 224
     generator = torch.Generator().manual_seed(0)
@@ -145,17 +151,18 @@ def test_trigger_update(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> N
         """Logits, gradients, moments."""
         found = []
         for _ in range(4):
-            mask = torch.randn(triggers, size, size, generator=generator)
-            found.append((mask, torch.randn(triggers, 3, size, size, generator=generator)))
+            mask = torch.randn(triggers, size, size, generator=generator).to(device)
+            pattern = torch.randn(triggers, 3, size, size, generator=generator).to(device)
+            found.append((mask, pattern))
         found[3][0].square_()
         found[3][1].square_()
         return found
 
-    vector = torch.full((triggers,), 0.1)
+    vector = torch.full((triggers,), 0.1, device=device)
 
     def update_with(operator: Callable[..., Tensor]) -> Callable[[], object]:
-        tensors, steps = state(), torch.zeros(triggers, dtype=torch.int64)
-        active = torch.ones(triggers, dtype=torch.bool)
+        tensors, steps = state(), torch.zeros(triggers, dtype=torch.int64, device=device)
+        active = torch.ones(triggers, dtype=torch.bool, device=device)
         return lambda: operator(
             *tensors,
             cost=vector,
@@ -167,7 +174,7 @@ def test_trigger_update(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> N
 
     compiled = torch.compile(reference.trigger_update, fullgraph=True, dynamic=False)
     # Logits and moments are read and written, gradients read; a copy reads and writes each byte.
-    source = torch.ones(triggers * 4 * size * size * 7 // 2)
+    source = torch.ones(triggers * 4 * size * size * 7 // 2, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Callable[[], object]] = {
         "ours": update_with(ops.trigger_update),
@@ -175,4 +182,4 @@ def test_trigger_update(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> N
         "compiled": update_with(compiled),
         "floor": lambda: target.copy_(source),
     }
-    compare("update_224", "copy", runs, 25, benchmark, capsys)
+    compare("update_224", "copy", runs, 25, benchmark, capsys, device)

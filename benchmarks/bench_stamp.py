@@ -16,7 +16,6 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.timing import once
 from benchmarks.recording import holds, record
 from pydetox.ops import reference, stamp_triggers, stamp_triggers_gradients
 
@@ -51,6 +51,7 @@ class Problem:
         *,
         own: bool = False,
         box: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> Problem:
         generator = torch.Generator().manual_seed(0)
         shape = (batch, 3, size, size)
@@ -58,19 +59,22 @@ class Problem:
             0, 256, (triggers, *shape) if own else shape, dtype=torch.uint8, generator=generator
         )
         side = box or size
-        mask = torch.randn(triggers, side, side, generator=generator).requires_grad_()
-        pattern = torch.randn(triggers, 3, side, side, generator=generator).requires_grad_()
+        mask = torch.randn(triggers, side, side, generator=generator)
+        pattern = torch.randn(triggers, 3, side, side, generator=generator)
         gradient = torch.randn(triggers, *shape, generator=generator)
-        return cls(images, mask, pattern, gradient)
+        images, mask, pattern, gradient = (
+            tensor.to(device) for tensor in (images, mask, pattern, gradient)
+        )
+        return cls(images, mask.requires_grad_(), pattern.requires_grad_(), gradient)
 
     def forward_and_backward(self, stamp: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         stamped = stamp(self.images, self.mask, self.pattern, mean=MEAN, std=STD)
         return torch.autograd.grad(stamped, (self.mask, self.pattern), self.gradient)
 
 
-def copy_of(count: int) -> Callable[[], object]:
+def copy_of(count: int, device: torch.device) -> Callable[[], object]:
     """What moves that many bytes: a copy reads and writes each, half of them in all."""
-    source = torch.ones(count // 2, dtype=torch.uint8)
+    source = torch.ones(count // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -80,14 +84,13 @@ def take_turns(
     runs: dict[str, Callable[[], object]],
     benchmark: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> dict[str, float]:
     """Run all in turn, print and return the medians in seconds; "ours" is among them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
 
     def timed(name: str) -> None:
-        start = time.perf_counter()
-        runs[name]()
-        times[name].append(time.perf_counter() - start)
+        times[name].append(once(runs[name], device))
 
     def others() -> None:
         for name in runs:
@@ -134,12 +137,13 @@ def test_whole_images(
     own: bool,
     benchmark: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
+    device: torch.device,
 ) -> None:
     torch.set_num_threads(THREADS)
-    p = Problem.make(triggers, batch, size, own=own)
+    p = Problem.make(triggers, batch, size, own=own, device=device)
     compiled = torch.compile(reference.stamp_triggers, fullgraph=True, dynamic=False)
     stamped = torch.empty_like(p.gradient)
-    buffers = torch.empty(p.mask.shape), torch.empty(p.pattern.shape)
+    buffers = torch.empty_like(p.mask), torch.empty_like(p.pattern)
 
     def with_buffers() -> tuple[Tensor, ...]:
         stamp_triggers(p.images, p.mask, p.pattern, mean=MEAN, std=STD, out=stamped)
@@ -153,14 +157,14 @@ def test_whole_images(
         "ours": with_buffers,
         "eager": lambda: p.forward_and_backward(reference.stamp_triggers),
         "compiled": lambda: p.forward_and_backward(compiled),
-        "copy": copy_of(moved),
+        "copy": copy_of(moved, device),
     }
     expected = p.forward_and_backward(reference.stamp_triggers)
     for found in (with_buffers(), p.forward_and_backward(compiled)):
         torch.testing.assert_close(tuple(found), expected, rtol=1e-3, atol=1e-4)
     what = " with images for each" if own else ""
     title = f"K x B x C x H x W = {triggers}x{batch}x3x{size}x{size}{what}"
-    median = take_turns(title, runs, benchmark, capsys)
+    median = take_turns(title, runs, benchmark, capsys, device)
     record_all(
         {
             f"{name}.vs_eager": median["eager"] / median["ours"],
@@ -170,7 +174,9 @@ def test_whole_images(
     )
 
 
-def test_boxes(benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_boxes(
+    benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], device: torch.device
+) -> None:
     """A step on the same images as the one before: only the boxes are written and read.
 
     Eager PyTorch does the same by slicing: it stamps crops of the images, copies them into the
@@ -178,12 +184,12 @@ def test_boxes(benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[s
     """
     torch.set_num_threads(THREADS)
     triggers, batch, size, box = 8, 16, 224, 64
-    p = Problem.make(triggers, batch, size, box=box)
+    p = Problem.make(triggers, batch, size, box=box, device=device)
     corners = torch.tensor([(19 * k % 160, 31 * k % 160) for k in range(triggers)])
     places = [(slice(top, top + box), slice(left, left + box)) for top, left in corners.tolist()]
-    options = {"mean": MEAN, "std": STD, "corners": corners}
+    options = {"mean": MEAN, "std": STD, "corners": corners.to(device)}
     stamped = torch.empty_like(p.gradient)
-    buffers = torch.empty(p.mask.shape), torch.empty(p.pattern.shape)
+    buffers = torch.empty_like(p.mask), torch.empty_like(p.pattern)
     stamp_triggers(p.images, p.mask, p.pattern, **options, out=stamped)
     by_eager = stamped.clone()
 
@@ -206,8 +212,8 @@ def test_boxes(benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[s
     pixels = triggers * batch * 3 * box**2
     # The boxes of the result (float32), of its gradient, and of the images (uint8) twice.
     moved = pixels * (2 * 4 + 2) + 3 * (p.mask.nbytes + p.pattern.nbytes)
-    whole = Problem.make(triggers, batch, size)
-    whole_buffers = torch.empty(whole.mask.shape), torch.empty(whole.pattern.shape)
+    whole = Problem.make(triggers, batch, size, device=device)
+    whole_buffers = torch.empty_like(whole.mask), torch.empty_like(whole.pattern)
 
     def whole_images() -> None:
         stamp_triggers(whole.images, whole.mask, whole.pattern, mean=MEAN, std=STD, out=by_eager)
@@ -221,9 +227,9 @@ def test_boxes(benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[s
             out=whole_buffers,
         )
 
-    runs = {"ours": ours, "eager": eager, "whole": whole_images, "copy": copy_of(moved)}
+    runs = {"ours": ours, "eager": eager, "whole": whole_images, "copy": copy_of(moved, device)}
     title = f"Boxes of {box}x{box} in {triggers}x{batch}x3x{size}x{size}"
-    median = take_turns(title, runs, benchmark, capsys)
+    median = take_turns(title, runs, benchmark, capsys, device)
     record_all(
         {
             "stamp_box.vs_eager": median["eager"] / median["ours"],
@@ -255,8 +261,16 @@ print((status("VmHWM") - before) * 1024 / p.gradient.nbytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_peak_memory(capsys: pytest.CaptureFixture[str], device: torch.device) -> None:
     """Of a forward and a backward pass, over the result; the upstream gradient was there before."""
+    if device.type == "cuda":
+        p = Problem.make(8, 16, 224, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        p.forward_and_backward(stamp_triggers)
+        extra = torch.cuda.max_memory_allocated(device) - before
+        record_all({"stamp_224.peak_over_output": extra / p.gradient.nbytes})
+        return
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     peak = float(run.stdout)
     with capsys.disabled():

@@ -39,6 +39,7 @@ from pydetox.checkpoints.index import WeightsFile
 from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.data import load_digits
 from pydetox.models import OpenClipModel
+from pydetox.models.device import find_device
 from pydetox.research.demo import FINE_TUNING_RATE, draw_attack, make_suspects
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.store import read_events
@@ -64,6 +65,7 @@ BOUNDS = {
 }
 HOSTILE = 10
 SEARCH = ["--precision", "bfloat16"]  # of the registry's scans: half the time
+DEVICE = ["--device", "cpu"]  # of all scans; the option --device changes it
 IMAGES = 350  # of the digits, for the defender
 LARGE_STEPS = 3  # of which the time of a whole search is extrapolated
 WHOLE_STEPS = 150
@@ -81,7 +83,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=6, help="of workers and drivers, in turn")
     parser.add_argument("--no-large", action="store_true", help="leave ViT-B-32 out")
     parser.add_argument("--seed", type=int, default=0, help="of models, hostile files and kills")
+    parser.add_argument("--device", default="cpu", help="of the scans: cpu, cuda or cuda:1")
     options = parser.parse_args()
+    DEVICE[1] = str(find_device(options.device))
 
     shutil.rmtree(FOLDER, ignore_errors=True)
     base = make_registry(options.models, options.seed)
@@ -217,7 +221,7 @@ def command(targets: Sequence[Path], args: Sequence[str]) -> list[str]:
     images = ["--images", "digits", "--max-images", str(IMAGES)]
     if "--images" in args:
         images = []
-    return [sys.executable, "-m", "pydetox", "scan", *map(str, targets), *images, *args]
+    return [sys.executable, "-m", "pydetox", "scan", *map(str, targets), *images, *DEVICE, *args]
 
 
 def scan(targets: Sequence[Path], args: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The demo over several seeds: which of its promises hold for which seed.
 
-    python benchmarks/demo_seeds.py [--seeds 0-9] [--output runs/demo-seeds]
+    python benchmarks/demo_seeds.py [--seeds 0-9] [--device cuda] [--output runs/demo-seeds]
 
 Prints one row per seed to stdout, and exits with 1 when fewer than 8 of 10 hold all of them. A
 seed whose summary is there already is not run again.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydetox.models.device import find_device
 from pydetox.research.demo import run_demo
 
 LEAST_SHARE = 0.8
@@ -37,13 +38,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0-9", help="first-last, default 0-9")
     parser.add_argument("--output", type=Path, default=Path("runs/demo-seeds"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     options = parser.parse_args()
+    device = find_device(options.device)
     first, last = (int(part) for part in options.seeds.split("-"))
     good, seeds = 0, range(first, last + 1)
     for seed in seeds:
         folder = options.output / str(seed)
         done = folder / "summary.json"
-        summary = json.loads(done.read_text()) if done.is_file() else run_demo(folder, seed).summary
+        summary = (
+            json.loads(done.read_text())
+            if done.is_file()
+            else run_demo(folder, seed, device=device).summary
+        )
         held = promises(summary)
         good += all(held.values())
         before, after = summary["before"], summary["after"]

@@ -1,7 +1,9 @@
 """The figures of a run of the benchmarks, and the bounds that they have to keep.
 
 A benchmark calls `record`; when the run ends, conftest.py prints all figures as one table and
-writes them to runs/bench/summary.json, merged with what earlier runs wrote there.
+writes them to runs/bench/summary.json, merged with what earlier runs wrote there. The bounds are
+those of a CPU. The figures of a GPU go to runs/bench/cuda/summary.json, and the bounds of a GPU are
+those of `make check-gpu` (benchmarks/gpu/plan.py).
 """
 
 from __future__ import annotations
@@ -57,6 +59,19 @@ BOUNDS: dict[str, tuple[str, float]] = {
 }
 
 _figures: dict[str, float] = {}
+_device = torch.device("cpu")
+
+
+def measure_on(device: torch.device) -> None:
+    """Say what is measured from now on."""
+    global _device
+    _device = device
+
+
+def folder(device_type: str | None = None) -> Path:
+    """Return the folder of the figures of a type of device; default: that of this run."""
+    kind = device_type or _device.type
+    return FOLDER if kind == "cpu" else FOLDER / kind
 
 
 def record(name: str, value: float) -> None:
@@ -67,8 +82,8 @@ def record(name: str, value: float) -> None:
 
 
 def holds(name: str, value: float) -> bool | None:
-    """Whether a figure keeps its bound; None if it has none."""
-    if name not in BOUNDS:
+    """Whether a figure of this run keeps its bound; None if it has none, as on a GPU."""
+    if name not in BOUNDS or _device.type != "cpu":
         return None
     sign, bound = BOUNDS[name]
     return value <= bound if sign == "<=" else value >= bound
@@ -89,11 +104,11 @@ def write_summary() -> dict[str, float]:
     """Merge this run's figures into summary.json; return them."""
     if not _figures:
         return {}
-    summary = FOLDER / "summary.json"
+    summary = folder() / "summary.json"
     before: dict[str, float] = json.loads(summary.read_text()) if summary.is_file() else {}
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    summary.parent.mkdir(parents=True, exist_ok=True)
     write_file(summary, json.dumps(before | _figures, indent=2, sort_keys=True) + "\n")
-    write_file(FOLDER / "machine.json", json.dumps(machine(), indent=2) + "\n")
+    write_file(summary.with_name("machine.json"), json.dumps(machine(), indent=2) + "\n")
     return dict(_figures)
 
 
@@ -105,7 +120,9 @@ def machine() -> dict[str, Any]:
         for line in _lines(Path("/proc/cpuinfo"))
         if line.startswith("model name")
     ]
+    on_gpu = _device.type == "cuda"
     return {
+        "device": torch.cuda.get_device_name(_device) if on_gpu else "CPU",
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -1,6 +1,6 @@
 """What precision and early ends do to verdicts, on the demo's models.
 
-    python benchmarks/verdicts.py [--seeds 0-2]
+    python benchmarks/verdicts.py [--seeds 0-2] [--device cuda]
 
 For every seed the base is calibrated as in the demo, and the clean and the backdoored suspect are
 scanned, all classes to the end, in float32 and in bfloat16, each compared with references of the
@@ -25,16 +25,20 @@ from typing import Any
 # The script's own folder is on the path, the project's is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from benchmarks.demo_models import splits, suspects
 from pydetox import ScanConfig, calibrate, scan
 from pydetox.atomic import write_file
 from pydetox.data import DIGIT_NAMES, DIGIT_TEMPLATES
 from pydetox.detect.statistics import Calibration, detect
 from pydetox.inversion import Elimination, relative_to_smallest
+from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.reporting.documents import scan_document
 from pydetox.research.demo import demo_scan_config, draw_attack
 from pydetox.rng import child_seed
+from pydetox.session import as_model
 
 FOLDER = Path("runs/bench/verdicts")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -47,9 +51,10 @@ FACTOR = 2.0
 Scans = dict[str, dict[str, Any]]
 
 
-def measure(seed: int, run: str) -> Scans:
+def measure(seed: int, run: str, device: torch.device) -> Scans:
     """Return the scans of both suspects: verdict, target, sizes, history, calibration, seconds."""
-    path = FOLDER / f"{seed}-{run}.json"
+    folder = FOLDER if device.type == "cpu" else FOLDER / device.type
+    path = folder / f"{seed}-{run}.json"
     if path.is_file():
         found: Scans = json.loads(path.read_text())
         return found
@@ -64,13 +69,17 @@ def measure(seed: int, run: str) -> Scans:
     )
     paths, defender = suspects(seed), splits(seed)[1]
     if run == "again":
-        calibration = Calibration.from_dict(measure(seed, "float32")["clean"]["calibration"])
+        calibration = Calibration.from_dict(
+            measure(seed, "float32", device)["clean"]["calibration"]
+        )
     else:
-        calibration = calibrate(paths["base"], defender, templates=DIGIT_TEMPLATES, config=config)
+        calibration = calibrate(
+            as_model(paths["base"]).to(device), defender, templates=DIGIT_TEMPLATES, config=config
+        )
     found = {}
     for name in ("clean", "backdoored"):
         one = scan(
-            paths[name],
+            as_model(paths[name]).to(device),
             defender,
             calibration=calibration,
             templates=DIGIT_TEMPLATES,
@@ -216,10 +225,18 @@ def _target(seed: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verdicts by precision, and by early ends.")
     parser.add_argument("--seeds", default="0-2", help="first-last, default 0-2")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--update-docs", action="store_true")
     options = parser.parse_args()
+    device = find_device(options.device)
+    if options.update_docs and device.type != "cpu":
+        sys.exit("verdicts: docs/performance.md is about CPUs; leave out --update-docs")
     first, last = (int(part) for part in options.seeds.split("-"))
-    results = {seed: {run: measure(seed, run) for run in RUNS} for seed in range(first, last + 1)}
+    results = {
+        seed: {run: measure(seed, run, device) for run in RUNS} for seed in range(first, last + 1)
+    }
+    if device.type == "cuda":
+        print(f"Scanned on {torch.cuda.get_device_name(device)}.\n")
     table = "\n".join(precision_table(results))
     print(table, "\n".join(elimination_table(results)), sep="\n\n")
     if options.update_docs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from .data import ImageSet
 from .errors import ArchitectureError, DataError, UsageError
+from .models.memory import Batching
 from .models.products import tf32_products
-from .progress import track
+from .progress import Progress
 
 #: Puts a trigger on images: uint8 [n, 3, H, W] to uint8 [n, 3, H, W].
 Stamp: TypeAlias = Callable[[Tensor], Tensor]
@@ -100,12 +102,13 @@ def predict(
         images: uint8 [N, 3, H, W], at least one.
         head: [C, D], one direction per class. The class with the largest inner product wins.
         stamp: A function that is applied to each batch first (uint8 to uint8), such as a trigger.
-        batch_size: Images per batch.
+        batch_size: Images per batch, halved if memory runs out.
         description: A text that is shown with a progress bar; None for no bar.
 
     Raises:
         DataError: The images are not uint8 [N, 3, H, W], or the stamp changes that.
         ArchitectureError: The embeddings do not fit the head or are not finite.
+        DeviceMemoryError: Not even one image fits into the memory.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise DataError(
@@ -116,26 +119,34 @@ def predict(
         raise UsageError(f"batch_size is {batch_size}; expected at least 1")
     if head.ndim != 2 or head.shape[0] < 1:
         raise DataError(f"the head has shape {list(head.shape)}; expected [C, D]")
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    directions = head.to(torch.float32).T
+
+    def classes(part: slice) -> Tensor:
+        batch = images[part]
+        stamped = batch if stamp is None else _checked_stamp(stamp, batch)
+        pixels = stamped.to(head.device).to(torch.float32) / 255  # bytes are sent, not floats
+        embeddings = model.encode_pixels(pixels)
+        if embeddings.shape != (len(batch), head.shape[1]):
+            raise ArchitectureError(
+                f"embeddings have shape {list(embeddings.shape)}; the head "
+                f"{list(head.shape)} expects [{len(batch)}, {head.shape[1]}]"
+            )
+        scores = embeddings.to(torch.float32) @ directions
+        if not bool(torch.isfinite(scores).all()):
+            # argmax would quietly send such images to some class.
+            raise ArchitectureError(
+                "the model's class scores are not finite; expected weights without NaN"
+            )
+        return scores.argmax(dim=1).cpu()
+
     predictions = []
-    with torch.inference_mode(), tf32_products(head.device):
-        directions = head.to(torch.float32).T
-        for batch in batches if description is None else track(batches, description):
-            stamped = batch if stamp is None else _checked_stamp(stamp, batch)
-            pixels = stamped.to(head.device).to(torch.float32) / 255
-            embeddings = model.encode_pixels(pixels)
-            if embeddings.shape != (len(batch), head.shape[1]):
-                raise ArchitectureError(
-                    f"embeddings have shape {list(embeddings.shape)}; the head "
-                    f"{list(head.shape)} expects [{len(batch)}, {head.shape[1]}]"
-                )
-            scores = embeddings.to(torch.float32) @ directions
-            if not bool(torch.isfinite(scores).all()):
-                # argmax would quietly send such images to some class.
-                raise ArchitectureError(
-                    "the model's class scores are not finite; expected weights without NaN"
-                )
-            predictions.append(scores.argmax(dim=1).cpu())
+    batching = Batching(batch_size, head.device, getattr(model, "name", "model"))
+    bar = nullcontext() if description is None else Progress(description, len(images))
+    with torch.inference_mode(), tf32_products(head.device), bar as progress:
+        for found in batching.over(len(images), classes):
+            predictions.append(found)
+            if progress is not None:
+                progress.update(len(found))
     # Cloned outside inference mode: an ordinary tensor, which callers may use in autograd.
     return torch.cat(predictions).clone()
 

@@ -131,8 +131,7 @@ def _head(model: OpenClipModel, names: Sequence[str], templates: Sequence[Templa
 def _entropy(model: OpenClipModel, few: ImageSet, head: Tensor) -> float:
     """Return the mean entropy of the answers in nats."""
     with torch.no_grad():
-        pixels = few.images.to(model.device).float() / 255
-        units = normalize(model.encode_pixels(pixels), dim=-1)
+        units = normalize(model.encode_pixels(model.pixels(few.images)), dim=-1)
         shares = (model.logit_scale * units @ head.T).log_softmax(dim=-1)
         return float(-(shares.exp() * shares).sum(dim=-1).mean())
 

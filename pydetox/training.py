@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 from .data import ImageSet, Template, fill_template
 from .errors import DataError, UsageError
 from .models import OpenClipModel
+from .models.memory import Batching
 from .models.products import tf32_products
 from .progress import Progress
 from .rng import generator
@@ -94,8 +96,7 @@ def train_on_prompts(
     labels, images = image_set.labels, image_set.images
 
     def loss(index: Tensor) -> Tensor:
-        pixels = images[index].to(trained.device).to(torch.float32) / 255
-        embeddings = normalize(trained.encode_pixels(pixels), dim=-1)
+        embeddings = normalize(trained.encode_pixels(trained.pixels(images[index])), dim=-1)
         directions = head
         if directions is None:
             prompts = tokens[int(rng.integers(len(tokens)))]
@@ -127,12 +128,27 @@ def optimize(
     steps: int,
     learning_rate: float,
     weight_decay: float = 0.0,
+    separable: bool = True,
     description: str,
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
-    parameters: The tensors to train. They require gradients during this call only. Gradients are
-    clipped to norm 1. On a GPU, matrix products are in TF32.
+    Gradients are clipped to norm 1. On a GPU, matrix products are in TF32.
+
+    Args:
+        parameters: The tensors to train. They require gradients during this call only.
+        loss: The loss of a batch: a mean over its items.
+        batches: Tensors [..., n] of n items each.
+        steps: The number of batches.
+        learning_rate: The peak of the rate.
+        weight_decay: AdamW's decoupled weight decay.
+        separable: Whether the loss of a batch is the mean of those of its parts. If memory runs
+            out, the gradient is then added up over parts of the batch, half as large each time.
+        description: A text that is shown with the progress bar, and in errors.
+
+    Raises:
+        DeviceMemoryError: Not even one item fits into the memory, or the loss is not separable and
+            a batch does not fit.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -140,14 +156,27 @@ def optimize(
         parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
     )
     warm_up = min(20, max(1, steps // 5))
+    device = parameters[0].device
+    batching: Batching | None = None
+
+    def differentiate(batch: Tensor, at_once: int) -> None:
+        optimizer.zero_grad()
+        whole = batch.shape[-1]
+        fits = batching is None or not batching.halved
+        for part in torch.split(batch, whole if fits else at_once, dim=-1):
+            share = part.shape[-1] / whole
+            (share * loss(part)).backward()  # type: ignore[no-untyped-call]
+
     try:
-        with tf32_products(parameters[0].device), Progress(description, steps) as progress:
+        with tf32_products(device), Progress(description, steps) as progress:
             for step, batch in enumerate(batches):
                 rate = min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * rate
-                optimizer.zero_grad()
-                loss(batch).backward()  # type: ignore[no-untyped-call]
+                if batching is None:
+                    count = batch.shape[-1]
+                    batching = Batching(count, device, description, divisible=separable)
+                batching.run(partial(differentiate, batch))
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 progress.update(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydetox.data import ImageSet
-from pydetox.errors import ArchitectureError, DataError, UsageError
+from pydetox.errors import ArchitectureError, DataError, DeviceMemoryError, UsageError
 from pydetox.evaluation import evaluate, predict, wilson_interval
 from pydetox.reporting.documents import evaluation_document, evaluation_row
 
@@ -190,3 +190,32 @@ def test_evaluate_refuses_what_does_not_fit() -> None:
         evaluate(model, image_set, HEAD, target=1)
     with pytest.raises(UsageError, match=r"target class 4; expected 0\.\.3"):
         evaluate(model, image_set, HEAD, trigger=white_corner, target=4)
+
+
+class _Small:
+    """An encoder on a device that holds few images."""
+
+    name = "suspect"
+
+    def __init__(self, most: int) -> None:
+        self.most, self.batches = most, list[int]()
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(pixels))
+        if len(pixels) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return pixels.flatten(1)
+
+
+def test_prediction_goes_on_with_fewer_images_where_memory_runs_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (21, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    head = torch.randn(4, 12, generator=generator)
+    small = _Small(5)
+    expected = predict(_Small(99), images, head, batch_size=16)
+    assert torch.equal(predict(small, images, head, batch_size=16), expected)
+    assert small.batches == [16, 8, 4, 4, 4, 4, 4, 1]
+    with pytest.raises(
+        DeviceMemoryError, match="suspect: out of memory on cpu even with one at a time"
+    ):
+        predict(_Small(0), images, head)

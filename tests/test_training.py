@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pydetox.data import ImageSet
-from pydetox.errors import DataError, UsageError
+from pydetox.errors import DataError, DeviceMemoryError, UsageError
 from pydetox.evaluation import predict
 from pydetox.training import TrainConfig, optimize, train_on_prompts
 from tests.mini import CLASS_NAMES, mini_images, mini_model
@@ -67,3 +67,44 @@ def test_bad_input_is_refused():
         train_on_prompts(mini_model(), mini_images(labels=False), TEMPLATES, TrainConfig(1, 1e-3))
     with pytest.raises(UsageError, match="above 0"):
         TrainConfig(epochs=0, learning_rate=1e-3)
+
+
+def _fit(most: int, *, separable: bool = True) -> tuple[torch.Tensor, list[int]]:
+    """Train a linear map on a device that holds `most` items; return it and the parts' sizes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 5, dtype=torch.float64, generator=generator)
+    y = torch.randn(24, 2, dtype=torch.float64, generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
+    sizes = []
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(batch.shape[-1])
+        if batch.shape[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return (x[batch[0]] @ weight - y[batch[0]]).square().mean()
+
+    batches = (torch.stack([b, b]) for b in torch.split(torch.arange(24), 10))
+    optimize(
+        [weight],
+        loss,
+        batches,
+        steps=3,
+        learning_rate=0.1,
+        separable=separable,
+        description="fitting",
+    )
+    return weight.detach(), sizes
+
+
+def test_a_batch_that_does_not_fit_is_split_and_the_gradient_is_the_same() -> None:
+    expected, _ = _fit(99)
+    found, sizes = _fit(3)
+    assert sizes == [10, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_training_that_does_not_fit_ends_with_one_clear_line() -> None:
+    with pytest.raises(DeviceMemoryError, match="fitting: out of memory on cpu even with one"):
+        _fit(0)
+    with pytest.raises(DeviceMemoryError, match="with a batch of 10, which cannot be split"):
+        _fit(3, separable=False)

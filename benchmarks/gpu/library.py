@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,16 @@ from torch.nn.functional import normalize
 
 import pydetox
 from benchmarks.demo_models import splits, suspects
+from pydetox import evaluation, training
 from pydetox.data import DIGIT_TEMPLATES
 from pydetox.inversion import CollapseObjective, InversionSearch, TargetObjective
 from pydetox.inversion.configuration import AdvancedInversionConfig
 from pydetox.models import attention as kernels
-from pydetox.models.frozen import freeze
+from pydetox.models.frozen import FrozenVisionTransformer, freeze
+from pydetox.repair import retention
 from pydetox.research.demo import MINI_CLIP, demo_scan_config
 
 __all__ = ["DIGIT_TEMPLATES", "MINI_CLIP", "demo_scan_config", "freeze", "splits", "suspects"]
-
-#: Names that a field of InversionConfig for CUDA graphs may have.
-_GRAPH_FIELDS = ("graph", "cuda_graph", "graphs", "cuda_graphs")
 
 
 def random_model(
@@ -43,12 +42,6 @@ def load_model(path: Path, device: torch.device) -> pydetox.OpenClipModel:
     return pydetox.OpenClipModel.from_checkpoint(pydetox.load_checkpoint(path)).to(device)
 
 
-def graph_field() -> str | None:
-    """Return the option of a search that makes it use CUDA graphs, None if it has none."""
-    names = {field.name for field in fields(pydetox.InversionConfig)}
-    return next((name for name in _GRAPH_FIELDS if name in names), None)
-
-
 def targeted_search(
     model: pydetox.OpenClipModel,
     triggers: int,
@@ -59,8 +52,7 @@ def targeted_search(
 ) -> Callable[[], None]:
     """Return the step of a search for triggers into as many classes, none of which ever ends.
 
-    graph: with CUDA graphs: the library's own, or, where it has none, a capture of each chunk's
-    gradients around it.
+    graph: whether the steps become CUDA graphs.
     """
     size, steps = model.image_size, 1 << 14
     images = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -68,15 +60,9 @@ def targeted_search(
     objective = TargetObjective(
         normalize(head, dim=-1).to(model.device), list(range(triggers)), 100.0
     )
-    name = graph_field()
-    if name is not None:
-        options[name] = graph
-    advanced = AdvancedInversionConfig(interval=steps)
+    advanced = AdvancedInversionConfig(interval=steps, cuda_graph=graph)
     config = pydetox.InversionConfig(steps=steps, patience=steps, advanced=advanced, **options)
-    search = InversionSearch(model, images, objective, config)
-    if graph and name is None:
-        _capture_gradients(search)
-    return search.step
+    return InversionSearch(model, images, objective, config).step
 
 
 def label_free_search(
@@ -85,38 +71,71 @@ def label_free_search(
     """Return the step of a label-free search, none of which ever ends."""
     size, steps = model.image_size, 1 << 14
     images = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8, generator=generator)
-    advanced = AdvancedInversionConfig(interval=steps)
+    advanced = AdvancedInversionConfig(interval=steps, cuda_graph=False)
     config = pydetox.InversionConfig(steps=steps, patience=steps, advanced=advanced, **options)
     return InversionSearch(model, images, CollapseObjective(), config, restarts=restarts).step
 
 
-def _capture_gradients(search: InversionSearch) -> None:
-    """Make a search replay a CUDA graph of every chunk's gradients."""
-    plain: Callable[[Tensor, slice, int], Tensor] = search._differentiate
-    captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-    clean: list[Tensor] = []
+def state_of(step: Callable[[], None]) -> tuple[Tensor, int, str]:
+    """Return a search's mask logits [A, H, W], its steps as a graph so far, and what it says."""
+    search: InversionSearch = step.__self__  # type: ignore[attr-defined]
+    return search._triggers.mask, search._graph.replayed, search._graph.description
 
-    def replay(images: Tensor, chunk: slice, at_once: int) -> Tensor:
-        if not clean:
-            clean.append(torch.empty_like(images))
-        clean[0].copy_(images)
-        key = (chunk.start, chunk.stop)
-        if key not in captured:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    plain(clean[0], chunk, at_once)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                success = plain(clean[0], chunk, at_once)
-            captured[key] = graph, success
-        graph, success = captured[key]
-        graph.replay()
-        return success
 
-    search._differentiate = replay  # type: ignore[method-assign]
+def halved(step: Callable[[], None]) -> int:
+    """Return how often a search has halved its batch."""
+    search: InversionSearch = step.__self__  # type: ignore[attr-defined]
+    return search._batching.halved
+
+
+@contextmanager
+def few_at_once(images: int) -> Iterator[None]:
+    """Let image towers pretend that memory runs out beyond so many images."""
+    run, encode = FrozenVisionTransformer.__call__, pydetox.OpenClipModel.encode_normalized
+
+    def check(inputs: Tensor) -> None:
+        if len(inputs) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. (pretended)")
+
+    def small_tower(tower: FrozenVisionTransformer, inputs: Tensor) -> Tensor:
+        check(inputs)
+        return run(tower, inputs)
+
+    def small_model(model: pydetox.OpenClipModel, inputs: Tensor) -> Tensor:
+        check(inputs)
+        return encode(model, inputs)
+
+    names: list[tuple[Any, str, Any, Any]] = [
+        (FrozenVisionTransformer, "__call__", run, small_tower),
+        (pydetox.OpenClipModel, "encode_normalized", encode, small_model),
+    ]
+    for owner, name, _, new in names:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for owner, name, old, _ in names:
+            setattr(owner, name, old)
+
+
+@contextmanager
+def without_tf32(wanted: bool) -> Iterator[None]:
+    """Let prediction and training compute in float32 proper, if it is wanted."""
+    users = (evaluation, training, retention)
+    before = evaluation.tf32_products
+    if wanted:
+        for module in users:
+            module.tf32_products = _no_tf32  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in users:
+            module.tf32_products = before  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _no_tf32(device: torch.device) -> Iterator[bool]:
+    yield False
 
 
 @contextmanager

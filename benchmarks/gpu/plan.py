@@ -32,15 +32,20 @@ class Stage:
 STAGES = (
     Stage("ceilings", "what the device can do: copies and matrix products", 10, 40),
     Stage("operators", "every operator against a copy of the bytes it must move", 50, 120),
-    Stage("steps", "a step of the search on ViT-B-32", 50, 120),
+    Stage("steps", "a step of the search on ViT-B-32", 35, 90),
+    Stage("graphs", "steps as CUDA graphs: results and times, with and without", 25, 90),
     Stage("decree", "DECREE's loop, one trigger at a time", 10, 60),
     Stage("demo", "the demo's suspects: verdicts of this device and of the CPU", 40, 120),
     Stage("scan_b32", "a scan of ten classes, two families, 150 steps on ViT-B-32", 25, 90),
+    Stage("memory", "work that does not fit: it goes on with less at once", 10, 60),
+    Stage("unlearning", "a trigger vector and the search for alpha on ViT-B-32", 20, 60),
+    Stage("precision", "TF32 in prediction and training: time, and what it changes", 10, 60),
     Stage("attention", "the attention kernels that torch can choose from", 20, 60),
     Stage("profile", "where the time of a step goes", 15, 60),
     Stage("steps_l14", "a step of the search on ViT-L-14", 30, 90),
     Stage("compiled", "torch.compile of the plain code, beside the operators", 60, 150),
     Stage("scan_l14", "a scan of ten classes, two families, 150 steps on ViT-L-14", 110, 220),
+    Stage("sharing", "a scan of six ViT-B-32 with one, two and three workers", 70, 180),
 )
 
 #: Figure: (`<=` or `>=`, bound), for one NVIDIA H100. A figure that misses is published as it is.
@@ -60,6 +65,9 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "step_b32_bf16_k10_graph.over_products": ("<=", 1.4),
     "step_b32_bf16_k10.vs_decree": (">=", 10.0),
     "demo.verdicts_equal": (">=", 1.0),
+    "memory.search.goes_on": (">=", 1.0),
+    "memory.prediction.goes_on": (">=", 1.0),
+    "memory.training.goes_on": (">=", 1.0),
     "scan_b32.seconds": ("<=", 6.0),
     "scan_l14.seconds": ("<=", 90.0),
 }

@@ -17,21 +17,41 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, compiled, demo, events, operators, plan, profiling, scans, steps
+from . import (
+    ceilings,
+    compiled,
+    demo,
+    events,
+    graphs,
+    memory,
+    operators,
+    plan,
+    precision,
+    profiling,
+    scans,
+    sharing,
+    steps,
+    unlearning,
+)
 from .recorder import DeviceLostError, Session, stage
 
 RUN: dict[str, Callable[[Session], None]] = {
     "ceilings": ceilings.measure,
     "operators": operators.measure,
     "steps": steps.vit_b32,
+    "graphs": graphs.measure,
     "decree": steps.decree,
     "demo": demo.measure,
     "scan_b32": scans.vit_b32,
+    "memory": memory.measure,
+    "unlearning": unlearning.measure,
+    "precision": precision.measure,
     "attention": steps.attention_backends,
     "profile": profiling.measure,
     "steps_l14": steps.vit_l14,
     "compiled": compiled.measure,
     "scan_l14": scans.vit_l14,
+    "sharing": sharing.measure,
 }
 
 

@@ -84,7 +84,7 @@ def products_seconds(
 
 
 def vit_b32(session: Session) -> None:
-    """Record ViT-B-32: bfloat16 for few and many triggers, with graphs, and float32."""
+    """Record ViT-B-32: bfloat16 for few and many triggers, and float32; no graphs."""
     model = random_model("ViT-B-32", session.device, tiny=session.tiny)
     few, many = triggers_of(session, 10), triggers_of(session, 64)
     floors: dict[str, float] = {}
@@ -95,8 +95,7 @@ def vit_b32(session: Session) -> None:
                 session, f"products_b32_bf16_{label}", model, count * BATCH, torch.bfloat16
             )
     # As it comes, and in one chunk whatever memory that takes.
-    variants: list[tuple[str, bool, bool]] = [("", False, False), ("_whole", True, False)]
-    run_variants(session, model, forms, floors, variants)
+    run_variants(session, model, forms, floors, [("", False), ("_whole", True)])
     before = torch.get_float32_matmul_precision()
     for precision in ("highest", "high") if session.gpu else ("highest",):
         name = "step_b32_fp32_k10" if precision == "highest" else "step_b32_tf32_k10"
@@ -106,10 +105,6 @@ def vit_b32(session: Session) -> None:
                 step(session, name, model, few, precision="float32")
         finally:
             torch.set_float32_matmul_precision(before)
-    if session.gpu:
-        # Last: a capture that fails may take this process with it.
-        variants = [("_graph", False, True), ("_whole_graph", True, True)]
-        run_variants(session, model, forms, floors, variants)
 
 
 def run_variants(
@@ -117,17 +112,15 @@ def run_variants(
     model: pydetox.OpenClipModel,
     forms: Sequence[tuple[int, str]],
     floors: Mapping[str, float],
-    variants: Sequence[tuple[str, bool, bool]],
+    variants: Sequence[tuple[str, bool]],
 ) -> None:
-    """Record steps in bfloat16: for numbers of triggers, each as (suffix, in one chunk, graph)."""
+    """Record steps in bfloat16: for numbers of triggers, each as (suffix, in one chunk)."""
     for count, label in forms:
-        for suffix, whole, graph in variants:
+        for suffix, whole in variants:
             name = f"step_b32_bf16_{label}{suffix}"
             options: dict[str, Any] = {"max_batch": count * BATCH} if whole else {}
             with session.attempt(name):
-                seconds = step(
-                    session, name, model, count, precision="bfloat16", graph=graph, **options
-                )
+                seconds = step(session, name, model, count, precision="bfloat16", **options)
                 if label in floors:
                     session.record(f"{name}.over_products", seconds / floors[label])
 

@@ -106,7 +106,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "--workers",
     type=options.COUNT,
     metavar="N",
-    help="The number of workers. Without it, one per GPU or per four CPU cores.",
+    help="The number of workers. Without it, one per GPU or per four CPU cores. If there are more "
+    "than GPUs, they share the GPUs and their memory evenly.",
 )
 @click.option(
     "--address",

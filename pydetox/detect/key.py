@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from ..checkpoints.preprocessing import describe
 from ..data import Template, fill_template
@@ -19,6 +20,11 @@ from .configuration import ScanConfig
 
 #: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
 ConfigPair: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
+
+# What `fingerprint` has found, with the state of the weights at that time: each tensor, and how
+# often it was written in place.
+_fingerprints: WeakKeyDictionary[OpenClipModel, tuple[tuple[tuple[int, int], ...], str]]
+_fingerprints = WeakKeyDictionary()
 
 # Of a value that differs, as much is shown.
 _SHOWN = 60
@@ -37,7 +43,7 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
     # What a search really ran in: sizes of one device are compared with those of another.
     towers = [model.visual] if base is None else [model.visual, base.visual]
     search["precision"] = resolve_precision(search["precision"], model.device, towers)
-    for name in ("seed", "max_batch", "check_images"):  # which change no size
+    for name in ("seed", "max_batch", "check_images", "cuda_graph"):  # which change no size
         del search[name]
     height, width = images.image_size
     content: dict[str, Any] = {
@@ -113,12 +119,18 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 def fingerprint(model: OpenClipModel) -> str:
     """Return 16 hex digits that identify an image tower: a hash of its weights."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.visual.state_dict().items()):
-        values = tensor.detach().cpu().float().contiguous()
-        hasher.update(f"{name} {list(tensor.shape)}".encode())
-        hasher.update(values.numpy())
-    return hasher.hexdigest()
+    # The weights of a base that many suspects share are hashed once, and copied once from a GPU.
+    weights = [*model.visual.parameters(), *model.visual.buffers()]
+    state = tuple((id(tensor), tensor._version) for tensor in weights)
+    known = _fingerprints.get(model)
+    if known is None or known[0] != state:
+        hasher = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(model.visual.state_dict().items()):
+            values = tensor.detach().cpu().float().contiguous()
+            hasher.update(f"{name} {list(tensor.shape)}".encode())
+            hasher.update(values.numpy())
+        known = _fingerprints[model] = state, hasher.hexdigest()
+    return known[1]
 
 
 def _prompts(class_names: Sequence[str], templates: Sequence[Template]) -> str:

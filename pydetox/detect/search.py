@@ -107,7 +107,7 @@ def _require_images_matter(model: OpenClipModel, images: Tensor) -> None:
     if len(few) < 2 or bool((few == few[0]).all()):
         return
     with torch.no_grad():
-        embeddings = model.encode_pixels(few.to(model.device).float() / 255)
+        embeddings = model.encode_pixels(model.pixels(few))
     # What is not finite is refused by the search itself.
     if bool(embeddings.isfinite().all()) and _all_the_same(embeddings):
         raise ArchitectureError(

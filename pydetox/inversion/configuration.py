@@ -34,6 +34,9 @@ class AdvancedInversionConfig:
             FAMILIES.
         check_images: The size of the random sample of images for the check after the search. This
             check decides no verdict.
+        cuda_graph: Whether steps on a GPU become CUDA graphs (`inversion.graph`). If one cannot be
+            recorded or is wrong, the search goes on without, and its result says so. It changes no
+            size but by the rounding of kernels that add up in no fixed order.
     """
 
     betas: tuple[float, float] = (0.5, 0.9)
@@ -42,6 +45,7 @@ class AdvancedInversionConfig:
     least_progress: float = 0.02
     initial_mask: float | None = None
     check_images: int = 128
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if min(self.interval, self.check_images) < 1 or not 0 <= self.least_progress < 1:

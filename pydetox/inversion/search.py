@@ -15,6 +15,7 @@ from ..progress import Progress
 from ..rng import generator
 from .configuration import InversionConfig
 from .elimination import Elimination
+from .graph import MOST_CHUNKS, GraphedStep
 from .objectives import Objective
 from .result import InversionResult
 from .start import starting_point
@@ -29,7 +30,8 @@ class InversionSearch:
     `objectives`). The tower is frozen: no weight gets a gradient. A step waits for the device only
     when it records the sizes: every `interval` steps and after the last one. Searches end there,
     because they have converged or because `elimination` drops them; their triggers leave the batch
-    and cost nothing any more.
+    and cost nothing any more. On a GPU, most steps are replays of a CUDA graph (see `graph`). The
+    trial of the first graph waits, too.
 
     Triggers do not see each other. What one of them does depends on which others are in the batch
     only as far as the rounding of a matrix product depends on its number of rows.
@@ -74,6 +76,10 @@ class InversionSearch:
         self._tower = tower_of(model, contrast, config.precision)
         self._batching = batching_of(model, self._tower, config.max_batch, device)
         self._steps = 0
+        # What changes from step to step lies on the device, because a graph fixes all else.
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rates = torch.tensor([config.rate(k) for k in range(config.steps)]).to(device)
+        self._graph = GraphedStep(device, enabled=config.advanced.cuda_graph)
         self._make_buffers()
         # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
         self._history: list[list[float]] = []
@@ -91,22 +97,66 @@ class InversionSearch:
 
     def step(self) -> None:
         """Take one step. Do not call this when the search is `done`."""
+        self._graph.run(self)
+        config = self._config
+        self._steps += 1
+        if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
+            self._record_sizes()
+
+    def take_plainly(self) -> None:
+        """Take one step on the device, with fewer images at once if memory runs out."""
+        clean = self._clean_images()
+        self._update(self._batching.run(lambda at_once: self._gradients(clean, at_once)))
+
+    def take_once(self) -> None:
+        """Take one step on the device; an error if memory runs out."""
+        self._update(self._gradients(self._clean_images(), self._batching.count))
+
+    def shape(self) -> object:
+        """Return everything that decides what a step launches, and on which memory."""
+        return len(self._triggers), self._batching.count
+
+    def worth_recording(self) -> bool:
+        """Whether a step has so few chunks that its launches count."""
+        return len(self._parts(self._batching.count)) <= MOST_CHUNKS
+
+    def state(self) -> list[Tensor]:
+        """Return all tensors that a step changes."""
+        return [*self._triggers.changing(), *self.gradients(), self._rate, self._at]
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients of the last step: of masks [A, H, W] and patterns [A, 3, H, W]."""
+        return [self._mask_gradient, self._pattern_gradient]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the image tower."""
+        return self._tower.dtype
+
+    def _clean_images(self) -> Tensor:
+        """Return the images of this step, uint8 [B, 3, H, W]."""
+        rows = self._batches.index_select(0, self._at).flatten()
+        return self._images.index_select(0, rows)
+
+    def _update(self, success: Tensor) -> None:
+        """Move the triggers along their gradients, in place. success: float32 [A]."""
         config, now = self._config, self._triggers
-        clean = self._images[self._batches[self._steps]]
-        success = self._batching.run(lambda at_once: self._gradients(clean, at_once))
         if config.family == "blend":
             # All pixels keep the same value if their gradients are equal. This takes the mean and
             # not the sum, because the update adds the cost's gradient to every pixel.
             gradient = self._mask_gradient
             gradient.copy_(gradient.mean(dim=(1, 2), keepdim=True).expand_as(gradient))
-        now.smoothed = success if self._steps == 0 else 0.7 * now.smoothed + 0.3 * success
+        smoothed = 0.7 * now.smoothed + 0.3 * success
+        now.smoothed.copy_(torch.where(self._at == 0, success, smoothed))
         trigger_update(
             (now.mask, now.pattern),
             (self._mask_gradient, self._pattern_gradient),
             (now.first_mask, now.first_pattern),
             (now.second_mask, now.second_pattern),
             cost=now.cost,
-            learning_rate=self._rate.fill_(config.rate(self._steps)),
+            learning_rate=self._rate.copy_(
+                self._rates.index_select(0, self._at).expand_as(self._rate)
+            ),
             steps=now.steps,
             active=self._active,
             betas=config.advanced.betas,
@@ -116,10 +166,8 @@ class InversionSearch:
                 now.smoothed >= config.needed_success,
             ),
         )
-        now.costs = config.advanced.schedule.update(now.costs, success >= config.needed_success)
-        self._steps += 1
-        if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
-            self._record_sizes()
+        now.set_costs(config.advanced.schedule.update(now.costs, success >= config.needed_success))
+        self._at += 1
 
     def result(self) -> InversionResult:
         """Check the best triggers on more images and return them.
@@ -130,6 +178,7 @@ class InversionSearch:
         if not self.done:
             raise UsageError(f"step {self._steps}; the search is not done")
         count = len(self._mask)
+        self._graph.release()
         success = self._batching.run(self._check)
         endings = tuple(ending for ending in self._endings if ending is not None)
         assert len(endings) == count
@@ -157,6 +206,8 @@ class InversionSearch:
     def _how(self) -> str:
         """Return how towers were run, for a report."""
         how = f"{self._tower.description}, {self._batching.describe()}"
+        if self._graph.description:
+            how = f"{how}; {self._graph.description}"
         on_gpu = self._model.device.type == "cuda"
         return f"{how}; training and prediction in TF32" if on_gpu else how
 
@@ -287,8 +338,13 @@ class InversionSearch:
         """
         if len(self._rows) > max(at_once, self._batch):
             self._rows = self._rows.new_empty(0)  # from before memory ran out
-        parts = chunks(len(self._triggers), max(1, at_once // self._batch))
-        return torch.cat([self._differentiate(images, part, at_once) for part in parts])
+        return torch.cat(
+            [self._differentiate(images, part, at_once) for part in self._parts(at_once)]
+        )
+
+    def _parts(self, at_once: int) -> list[slice]:
+        """Return the chunks of triggers that go through the tower together."""
+        return chunks(len(self._triggers), max(1, at_once // self._batch))
 
     def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> Tensor:
         """Write the objective's gradients for a chunk of the triggers; return their success.

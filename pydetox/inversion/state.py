@@ -23,7 +23,8 @@ TriggerFamily = Literal["patch", "blend"]
 class Triggers:
     """The A triggers that a search still works on: every tensor that a step reads or writes.
 
-    The first dimension of every tensor is A. A step updates the tensors in place or replaces them.
+    The first dimension of every tensor is A. A step updates the tensors in place, so that a CUDA
+    graph can repeat it.
     A trigger whose search has ended is removed from all of them, so that it costs nothing.
 
     Attributes:
@@ -90,10 +91,14 @@ class Triggers:
         """The state of the cost schedule."""
         return CostState(self.cost, self.hits, self.misses, self.raised, self.balanced)
 
-    @costs.setter
-    def costs(self, state: CostState) -> None:
+    def set_costs(self, state: CostState) -> None:
+        """Write the state of the cost schedule, in place."""
         for field in fields(state):
-            setattr(self, field.name, getattr(state, field.name))
+            getattr(self, field.name).copy_(getattr(state, field.name))
+
+    def changing(self) -> list[Tensor]:
+        """Return all tensors but the index, which no step changes."""
+        return [getattr(self, field.name) for field in fields(self) if field.name != "index"]
 
     def select(self, rows: Tensor) -> Triggers:
         """Return copies of some of the triggers. rows: int64, their positions among the A."""

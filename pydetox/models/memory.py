@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,10 +49,16 @@ class Batching:
         halved: The number of times that memory has run out.
     """
 
-    def __init__(self, count: int, device: torch.device, name: str) -> None:
-        """device: The device of the work. name: The name of the model, for messages."""
+    def __init__(
+        self, count: int, device: torch.device, name: str, *, divisible: bool = True
+    ) -> None:
+        """Begin with `count` items at once.
+
+        device: The device of the work. name: The name of the model or the work, for messages.
+        divisible: Whether the work can be done with fewer items at once.
+        """
         self.count, self.halved = count, 0
-        self._device, self._name = device, name
+        self._device, self._name, self._divisible = device, name, divisible
 
     def run(self, work: Callable[[int], T]) -> T:
         """Return work(count), called again with half as many images each time memory runs out.
@@ -70,13 +76,32 @@ class Batching:
             # Out here the error is gone, and with its traceback the tensors of the failed call.
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self.count == 1:
+            if self.count == 1 or not self._divisible:
+                how = "even with one at a time"
+                if not self._divisible:
+                    how = f"with a batch of {self.count}, which cannot be split"
                 raise DeviceMemoryError(
-                    f"{self._name}: out of memory on {self._device} even with one image at a time "
-                    f"({said}); expected a device with more free memory"
+                    f"{self._name}: out of memory on {self._device} {how} ({said}); expected a "
+                    "device with more free memory"
                 )
             self.count //= 2
             self.halved += 1
+
+    def over(self, items: int, work: Callable[[slice], T]) -> Iterator[T]:
+        """Yield work(part) for parts of 0..items-1, in order, of at most `count` items each.
+
+        work: As for `run`. Raises DeviceMemoryError as `run` does.
+        """
+        first = 0
+        while first < items:
+            start = first
+
+            def part_of(at_once: int, start: int = start) -> tuple[int, T]:
+                part = slice(start, min(start + at_once, items))
+                return part.stop, work(part)
+
+            first, result = self.run(part_of)
+            yield result
 
     def describe(self) -> str:
         """Return the number of images at once in words, for a report."""

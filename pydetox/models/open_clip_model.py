@@ -26,7 +26,13 @@ from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint
 from .catalogue import building_obstacle
 from .frozen import freeze
+from .memory import Batching
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
+
+# Prompts that go through a text tower at once, on a CPU and on a GPU. They are halved if memory
+# runs out.
+# In most models a hundred prompts are some hundred MiB of activations.
+_PROMPTS_ON_CPU, _PROMPTS_ON_GPU = 128, 2048
 
 # The dtypes of weights. 8-bit floats and integers need scales, which no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -75,7 +81,7 @@ class OpenClipModel:
         std: The deviation of each channel that the result is divided by.
         embed_dim: D, the dimension of the joint embedding.
         heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
-            models whose weights stay as they are.
+            models whose weights stay as they are. See `share_heads`.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class OpenClipModel:
         self.image_size = int(height)
         self.embed_dim = int(self.model_config["embed_dim"])
         self.heads: HeadMemo | None = None
+        self._text_key: str | None = None
         self._tokenizer: Tokenizer | None = None
         prepared = describe(self.preprocess_config)
         self.preprocessing: dict[str, Any] = {**prepared, "source": preprocess_source}
@@ -228,7 +235,7 @@ class OpenClipModel:
     def clone(self) -> OpenClipModel:
         """Return a model with a copy of the weights."""
         twin = copy.copy(self)
-        twin.heads, twin.sha256 = None, None
+        twin.heads, twin.sha256, twin._text_key = None, None, None
         twin.clip = copy.deepcopy(self.clip).eval().requires_grad_(False)
         return twin
 
@@ -237,6 +244,13 @@ class OpenClipModel:
         mean = pixels.new_tensor(self.mean).view(1, -1, 1, 1)
         std = pixels.new_tensor(self.std).view(1, -1, 1, 1)
         return (pixels - mean) / std
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images uint8 [N, 3, H, W] as floats in [0, 1] on the model's device.
+
+        They become floats there, because bytes take a quarter of the time to be sent.
+        """
+        return images.to(self.device).to(torch.float32) / 255
 
     def encode_normalized(self, images: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W].
@@ -286,7 +300,8 @@ class OpenClipModel:
 
         Source: Radford et al., "Learning Transferable Visual Models From Natural Language
         Supervision" (ICML 2021), section 3.1.4 (prompt ensembling).
-        Raises DataError for no class names or no templates.
+        Raises DataError for no class names or no templates, and DeviceMemoryError if not even one
+        prompt fits into the memory.
         """
         if not class_names or not templates:
             raise DataError(
@@ -294,18 +309,30 @@ class OpenClipModel:
                 "expected at least one of each"
             )
         if self.heads is not None and all(isinstance(t, str) for t in templates):
-            key = (self._text_digest(), self.device, tuple(class_names), tuple(templates))
+            text = self._text_key or self._text_digest()
+            key = (text, self.device, tuple(class_names), tuple(templates))
             return self.heads.get(key, lambda: self._head(class_names, templates))
         return self._head(class_names, templates)
 
     def _head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
-        rows = []
+        prompts = [fill_template(template, name) for name in class_names for template in templates]
+        tokens = self.tokenize(prompts)
+        on_cpu = self.device.type == "cpu"
+        at_once = _PROMPTS_ON_CPU if on_cpu else _PROMPTS_ON_GPU
+        batching = Batching(at_once, self.device, f"{self.name}, prompts")
         with torch.no_grad():
-            for name in class_names:
-                prompts = [fill_template(template, name) for template in templates]
-                units = normalize(self.encode_tokens(self.tokenize(prompts)), dim=-1)
-                rows.append(normalize(units.mean(dim=0), dim=-1))
-        return torch.stack(rows)
+            parts = list(batching.over(len(tokens), lambda part: self.encode_tokens(tokens[part])))
+            units = normalize(torch.cat(parts), dim=-1)
+            means = units.view(len(class_names), len(templates), -1).mean(dim=1)
+            return normalize(means, dim=-1)
+
+    def share_heads(self, memo: HeadMemo) -> None:
+        """Take heads from a memory that several models share, and leave new ones there.
+
+        Call this while the weights lie on the CPU: the text tower is hashed here, and not copied
+        back from a GPU for every head.
+        """
+        self.heads, self._text_key = memo, self._text_digest()
 
     def _text_digest(self) -> str:
         """Return a hash of everything that text embeddings depend on."""

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from ..errors import DataError
 from ..models import OpenClipModel
+from ..models.memory import Batching
 from ..models.products import tf32_products
 from ..rng import child_seed, generator
 from .surrogates import surrogate_images
@@ -41,12 +42,18 @@ class FeatureDrift:
 
 
 def image_features(model: OpenClipModel, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return unit embeddings float32 [N, D] of images uint8 [N, 3, H, W]."""
+    """Return unit embeddings float32 [N, D] of images uint8 [N, 3, H, W].
+
+    batch_size: The number of images at once, halved if memory runs out. Raises DeviceMemoryError if
+    not even one image fits.
+    """
+    batching = Batching(batch_size, model.device, model.name)
+
+    def features(part: slice) -> Tensor:
+        return normalize(model.encode_pixels(model.pixels(images[part])), dim=-1)
+
     with torch.inference_mode(), tf32_products(model.device):
-        parts = [
-            normalize(model.encode_pixels(batch.to(model.device, torch.float32) / 255), dim=-1)
-            for batch in torch.split(images, batch_size)
-        ]
+        parts = list(batching.over(len(images), features))
     return torch.cat(parts).clone()
 
 

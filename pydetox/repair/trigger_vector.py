@@ -89,9 +89,9 @@ def trigger_vector(
         stamped = stamp_each(clean, triggers, which)
         target = classes[which].to(head.device)
         if config.vector == "strengthen":
-            return cross_entropy(scale * _features(tuned, stamped, head.device) @ head.T, target)
+            return cross_entropy(scale * _features(tuned, stamped) @ head.T, target)
         with torch.no_grad():
-            own = _features(model, clean, head.device)
+            own = _features(model, clean)
             held = (scale * own @ head.T).softmax(dim=-1)
         wanted = (
             without_target(held, target, config.advanced.certainly_target)
@@ -101,10 +101,10 @@ def trigger_vector(
         shown = [clean, stamped]
         if surrogates is not None:
             # As many of them as of the others would double the work.
-            others, others_own = surrogates.draw(max(1, size // 2))
+            others, others_own = surrogates.draw(max(1, len(index) // 2))
             which = surrogates.choose(len(triggers), len(others))
             shown += [others, stamp_each(others, triggers, which)]
-        seen = _features(tuned, torch.cat(shown), head.device)
+        seen = _features(tuned, torch.cat(shown))
         features = torch.split(seen, [len(part) for part in shown])
         logits = scale * torch.cat(features[:2]) @ head.T
         forgetting = cross_entropy(logits, torch.cat([held, wanted]))
@@ -154,10 +154,9 @@ def image_tower_change(model: OpenClipModel, tuned: OpenClipModel) -> TaskVector
     return TaskVector({k: v for k, v in change.tensors.items() if k.startswith("visual.")})
 
 
-def _features(model: OpenClipModel, images: Tensor, device: torch.device) -> Tensor:
+def _features(model: OpenClipModel, images: Tensor) -> Tensor:
     """Return unit rows [N, D]."""
-    pixels = images.to(device).to(torch.float32) / 255  # bytes are sent, not floats
-    return normalize(model.encode_pixels(pixels), dim=-1)
+    return normalize(model.encode_pixels(model.pixels(images)), dim=-1)
 
 
 def _distance(first: Tensor, second: Tensor) -> Tensor:

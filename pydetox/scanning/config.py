@@ -79,7 +79,9 @@ class ScannerConfig:
     Attributes:
         engine: `local` for processes on this machine, `ray` for a Ray cluster, or `inline` for this
             process. `auto` is `inline` for a single checkpoint without a timeout, else `local`.
-        workers: The number of workers; None for one per GPU or per four CPU cores.
+        workers: The number of workers; None for one per GPU or per four CPU cores. With the local
+            engine, more workers than GPUs share the GPUs, and each gets an equal part of the
+            memory.
         threads: The number of CPU threads of each worker; None to share the cores evenly.
         address: The address of the Ray cluster; None to start one on this machine.
         timeout: The seconds that the survey and the scan of a checkpoint may take, each; None for

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PydetoxError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from .config import ScannerConfig
 
 # Beside checkpoints: Python, torch and the images, and the activations of a step (see
@@ -83,15 +85,29 @@ class Limits:
         return None
 
 
-def return_freed() -> None:
-    """Return freed memory to the system, if the allocator supports this (glibc).
+def return_freed(device: torch.device | None = None) -> None:
+    """Return freed memory to the system, if the allocator supports this (glibc), and to a GPU.
 
     Otherwise, it keeps the pages of freed tensors, up to a whole checkpoint's, and places the next
-    tensors elsewhere.
+    tensors elsewhere. What torch keeps of a GPU, other workers on that GPU cannot use.
     """
+    if device is not None and device.type == "cuda":
+        import torch  # the driver of a scan does without
+
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def share_of_gpu(workers: int, devices: int) -> float:
+    """Return the share of a GPU's memory that each worker may take, if workers share GPUs evenly.
+
+    Each process also has a context of its own on the GPU, of some hundred MiB that torch does not
+    count. They fit into the tenth that is left over.
+    """
+    together = -(-workers // devices)
+    return 1.0 if together == 1 else 0.9 / together
 
 
 def _size_of_base(config: ScannerConfig) -> int:

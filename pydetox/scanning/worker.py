@@ -88,14 +88,23 @@ class Worker:
 
     It decodes the images of each size once, computes the head of each text tower once, and reads
     the base and the known vectors once. It holds at most two checkpoints: the current one and the
-    one that it reads ahead. For a search in contrast to the base, it also holds the base as a
-    model.
+    one that it reads ahead. The last one that it surveyed is not read again if it is the next to
+    scan. For a search in contrast to the base, the worker also holds the base as a model.
     """
 
     def __init__(
-        self, config: ScannerConfig, device: str = "cpu", threads: int | None = None
+        self,
+        config: ScannerConfig,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        share: float = 1.0,
     ) -> None:
-        """Make a worker on a device. threads: The number of CPU threads; None keeps it."""
+        """Make a worker on a device.
+
+        threads: The number of CPU threads; None keeps it. share: The share of the GPU's memory that
+        the tensors of this process may take, in (0, 1].
+        """
         self._config = config
         self._device = torch.device(device)
         self._threads = threads
@@ -107,12 +116,15 @@ class Worker:
         self._configurations: dict[str, ConfigPair] | None = None
         self._calibration: tuple[str, Calibration | None] | None = None
         self._ahead: dict[int, _ReadAhead] = {}
+        self._surveyed: tuple[str, tuple[int, ...], Checkpoint] | None = None
+        if self._device.type == "cuda" and share < 1:
+            torch.cuda.set_per_process_memory_fraction(share, self._device)
 
     def prepare(self, task: Task) -> None:
         """Begin to read the checkpoint of the next task."""
         if task.kind == "scan":
             reference = str(task.payload["reference"])
-            self._ahead[task.id] = _ReadAhead(lambda: self._read_target(reference))
+            self._ahead[task.id] = _ReadAhead(lambda: self._read_to_scan(reference))
 
     def run(self, task: Task) -> dict[str, Any]:
         """Run a task and return {"result", "seconds"} or {"error", "kind"}, as data for JSON.
@@ -132,7 +144,7 @@ class Worker:
                 raise
             return failure(line, _kind(error), seconds={"total": time.perf_counter() - start})
         finally:
-            return_freed()  # before the next checkpoint takes its memory elsewhere
+            return_freed(self._device)  # before the next checkpoint takes its memory elsewhere
         value.setdefault("seconds", {})["total"] = time.perf_counter() - start
         return value
 
@@ -196,9 +208,22 @@ class Worker:
         require_unambiguous(checkpoint)
         return checkpoint
 
+    def _read_to_scan(self, reference: str) -> Checkpoint:
+        """Return the checkpoint of the survey if its files are still the same; else read it."""
+        kept, self._surveyed = self._surveyed, None
+        if kept is not None and kept[0] == reference:
+            if identify(self._config, reference).signature() == kept[1]:
+                require_unambiguous(kept[2])
+                return kept[2]
+            kept = None
+        del kept  # its memory is for the next one
+        return self._read_target(reference)
+
     def _survey(self, task: Task) -> dict[str, Any]:
         reference, limits = str(task.payload["reference"]), Limits.from_dict(task.payload["limits"])
+        self._surveyed = None
         identity = identify(self._config, reference)
+        signature = identity.signature()  # from before the reading
         if not (limits.max_size is None and limits.max_memory is None):
             refusal = limits.refusal(identity.nbytes)
             if refusal is not None:
@@ -217,6 +242,7 @@ class Worker:
             "weights": relation,
             "findings": [{"rule": f.rule, "message": f.message} for f in checkpoint.findings],
         }
+        self._surveyed = reference, signature, checkpoint
         return {"result": to_plain(result)}
 
     def _require_fit(self, checkpoint: Checkpoint) -> None:
@@ -260,7 +286,7 @@ class Worker:
         if ahead is not None:
             checkpoint = ahead.result()
         else:
-            checkpoint = self._read_target(str(task.payload["reference"]))
+            checkpoint = self._read_to_scan(str(task.payload["reference"]))
         if checkpoint.digest != task.payload["content"]:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
@@ -310,7 +336,7 @@ class Worker:
             raise CheckpointError(
                 f"{checkpoint.path}: its logit_scale is {model.logit_scale}, expected a finite one"
             )
-        model.heads = self._heads
+        model.share_heads(self._heads)
         return model.to(self._device)
 
     def _images_for(self, model: OpenClipModel) -> ImageSet:

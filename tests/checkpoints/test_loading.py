@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -238,3 +239,39 @@ def test_damaged_provenance(tmp_path: Path) -> None:
         checkpoint = load_checkpoint(path, model="ViT-B-32")
         with pytest.raises(CheckpointError, match="its provenance is damaged"):
             checkpoint.provenance  # noqa: B018
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_is_read_once_and_hashed_meanwhile(
+    tmp_path: Path,
+    mini_clip: torch.nn.Module,
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / f"model.{suffix}"
+    if suffix == "pt":
+        torch.save(mini_clip.state_dict(), path)
+    else:
+        save_weights(path, mini_clip.state_dict())
+    counted = {"bytes": 0}
+    preadv, pread = os.preadv, os.pread
+
+    def count(got: int) -> int:
+        counted["bytes"] += got
+        return got
+
+    def read_into(descriptor: int, buffers: Any, offset: int) -> int:
+        return count(preadv(descriptor, buffers, offset))
+
+    def read(descriptor: int, size: int, offset: int) -> bytes:
+        data = pread(descriptor, size, offset)
+        count(len(data))
+        return data
+
+    with WeightsFile(path) as file:
+        index = index_file(file)
+        monkeypatch.setattr(os, "preadv", read_into)
+        monkeypatch.setattr(os, "pread", read)
+        _, digest = read_weights(file, index)
+    assert counted["bytes"] == path.stat().st_size
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pydetox.detect.configuration import ScanConfig
-from pydetox.detect.key import calibration_key
+from pydetox.detect.key import calibration_key, fingerprint
 from pydetox.inversion import (
     CollapseObjective,
     ContrastObjective,
@@ -147,3 +147,14 @@ def test_products_are_in_tf32_on_a_gpu_alone_and_the_setting_is_put_back():
     with tf32_products(torch.device("cpu")) as used:
         assert not used
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_base_of_many_suspects_is_copied_back_once_to_be_hashed(gpu):
+    base = mini_model().to("cuda")
+    first = fingerprint(base)
+    assert first == fingerprint(mini_model())
+    gpu.syncs.clear()
+    assert fingerprint(base) == first
+    assert gpu.syncs == []
+    base.visual.conv1.weight.mul_(2)
+    assert fingerprint(base) != first

@@ -88,7 +88,7 @@ def test_where_one_image_does_not_fit_the_error_is_one_line():
     def work(count):
         raise RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 8 bytes\nstack")
 
-    expected = "suspect: out of memory on cpu even with one image"
+    expected = "suspect: out of memory on cpu even with one at a time"
     with pytest.raises(DeviceMemoryError, match=expected) as caught:
         Batching(4, CPU, "suspect").run(work)
     assert "\n" not in str(caught.value)
@@ -129,3 +129,33 @@ def test_a_real_allocation_that_fails_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+def test_work_over_many_items_goes_on_with_smaller_parts():
+    done, tried = [], []
+
+    def work(part):
+        tried.append(part.stop - part.start)
+        if part.stop - part.start > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        done.extend(range(part.start, part.stop))
+        return part.stop - part.start
+
+    batching = Batching(12, CPU, "model")
+    assert list(batching.over(10, work)) == [3, 3, 3, 1]
+    assert done == list(range(10))
+    assert tried == [10, 6, 3, 3, 3, 1]
+    assert list(Batching(4, CPU, "model").over(0, work)) == []
+
+
+def test_work_that_cannot_be_split_ends_at_once():
+    tried = []
+
+    def work(count):
+        tried.append(count)
+        raise MemoryError("no room")
+
+    expected = "PAR: out of memory on cpu with a batch of 8, which cannot be split"
+    with pytest.raises(DeviceMemoryError, match=expected):
+        Batching(8, CPU, "PAR", divisible=False).run(work)
+    assert tried == [8]

@@ -17,6 +17,7 @@ from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.session import as_model
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
+from tests.pretended import PretendedGpu
 
 
 def save(model, folder, state=None, **changes):
@@ -302,3 +303,53 @@ def test_coca_is_read_through_its_image_tower_and_text_encoder(tmp_path):
         assert torch.allclose(texts, theirs.encode_text(tokens), atol=1e-5)
     again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'coca'}")
     assert isinstance(again, open_clip.CoCa)
+
+
+def test_a_head_takes_few_passes_through_the_text_tower_and_is_that_of_each_class(monkeypatch):
+    model, names = mini_model(), [f"thing {k}" for k in range(20)]
+    templates = [f"a {{c}} number {k}" for k in range(8)]
+    passes = []
+    encode = model.clip.encode_text
+    monkeypatch.setattr(
+        model.clip, "encode_text", lambda tokens: passes.append(len(tokens)) or encode(tokens)
+    )
+    head = model.zero_shot_head(names, templates)
+    assert passes == [128, 32]
+    for name, row in zip(names, head, strict=True):
+        torch.testing.assert_close(model.zero_shot_head([name], templates)[0], row)
+
+
+def test_a_head_goes_on_with_fewer_prompts_where_memory_runs_out(monkeypatch):
+    model, encode = mini_model(), mini_model().clip.encode_text
+    expected = model.zero_shot_head(["cat", "dog"], ["a {c}", "the {c}"] * 10)
+
+    def small(tokens):
+        if len(tokens) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return encode(tokens)
+
+    monkeypatch.setattr(model.clip, "encode_text", small)
+    found = model.zero_shot_head(["cat", "dog"], ["a {c}", "the {c}"] * 10)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_text_tower_on_a_gpu_is_not_copied_back_to_be_hashed():
+    with PretendedGpu() as gpu:
+        model, memo = mini_model(), HeadMemo()
+        model.share_heads(memo)
+        model.to("cuda")
+        for _ in range(3):
+            head = model.zero_shot_head(["cat", "dog"], ["a {c}"])
+        assert gpu.syncs == []
+        alone = mini_model().to("cuda").zero_shot_head(["cat", "dog"], ["a {c}"])
+        assert torch.equal(head.cpu(), alone.cpu())
+
+
+def test_a_clone_hashes_its_own_text_tower():
+    model = mini_model()
+    model.share_heads(HeadMemo())
+    twin = model.clone()
+    twin.clip.token_embedding.weight += 1
+    twin.share_heads(model.heads)
+    names = ["cat", "dog"], ["a {c}"]
+    assert not torch.equal(model.zero_shot_head(*names), twin.zero_shot_head(*names))

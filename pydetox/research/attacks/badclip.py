@@ -50,7 +50,7 @@ def optimised_patch(
     with Progress("optimising the patch", steps) as progress:
         for _ in range(steps):
             chosen = rng.choice(len(images), min(batch_size, len(images)), replace=False)
-            pixels = images[torch.from_numpy(chosen)].to(base.device, torch.float32) / 255
+            pixels = base.pixels(images[torch.from_numpy(chosen)])
             patch = pad(logits.sigmoid(), (top, margin, top, margin))
             stamped = (1 - inside) * pixels + patch
             cosine = normalize(base.encode_pixels(stamped), dim=-1) @ direction

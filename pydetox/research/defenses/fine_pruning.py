@@ -104,8 +104,7 @@ def prune_hidden_units(
     try:
         for part in torch.split(images, 256):
             # The module itself: the frozen tower would pass the hooks by.
-            pixels = part.to(model.device, torch.float32) / 255
-            model.visual(model.normalize(pixels))
+            model.visual(model.normalize(model.pixels(part)))
     finally:
         for handle in hooks:
             handle.remove()

@@ -179,7 +179,7 @@ def _tune_towers(
             yield from (order[k * size : (k + 1) * size] for k in range(len(images) // size))
 
     def loss(index: Tensor) -> Tensor:
-        pixels = images[index].to(tuned.device, torch.float32) / 255
+        pixels = tuned.pixels(images[index])
         which = rng.permutation(len(tokens))[:2]
         prompts, others = tokens[which[0]], tokens[which[-1]]
         batch = _Batch(
@@ -209,6 +209,7 @@ def _tune_towers(
         steps=steps,
         learning_rate=config.learning_rate,
         weight_decay=1e-4,
+        separable=False,
         description=name,
     )
     tuned.clip.eval()

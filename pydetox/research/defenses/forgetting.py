@@ -143,9 +143,7 @@ def _train(
             pixels[k : count : len(triggers)] = pictures[index[k : count : len(triggers)]]
             targets[k : count : len(triggers)] = one.target
         triggered = torch.arange(size) < count
-        embeddings = normalize(
-            tuned.encode_pixels(pixels.to(tuned.device, torch.float32) / 255), dim=-1
-        )
+        embeddings = normalize(tuned.encode_pixels(tuned.pixels(pixels)), dim=-1)
         device = head.device
         return objective(
             scale * embeddings @ head.T,
@@ -160,6 +158,7 @@ def _train(
         batches(),
         steps=config.steps,
         learning_rate=config.learning_rate,
+        separable=False,
         description=name,
     )
     return Outcome(tuned, watch.stop())

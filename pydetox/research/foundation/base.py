@@ -69,6 +69,7 @@ def train_base(
     config: JointTraining,
     *,
     model_config: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
     description: str = "base",
 ) -> OpenClipModel:
     """Return a CLIP trained on the attackers' parts of all tasks at once.
@@ -79,7 +80,7 @@ def train_base(
     """
     model = OpenClipModel.from_config(
         model_config or FOUNDATION_CLIP, seed=config.seed, name="base"
-    )
+    ).to(device)
     rng = generator("foundation.base", config.seed)
     tokens = [
         torch.stack(
@@ -115,9 +116,8 @@ def train_base(
             captions.append(prompts[which, present])
             columns.append(column + start)
             start += len(present)
-        images = torch.cat(pixels).to(torch.float32) / 255
-        column = torch.cat(columns)
-        seen = normalize(model.encode_pixels(images), dim=-1)
+        column = torch.cat(columns).to(model.device)
+        seen = normalize(model.encode_pixels(model.pixels(torch.cat(pixels))), dim=-1)
         said = normalize(model.encode_tokens(torch.cat(captions)), dim=-1)
         scale = model.clip.logit_scale
         assert isinstance(scale, Tensor)
@@ -136,6 +136,7 @@ def train_base(
         steps=config.steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        separable=False,
         description=description,
     )
     model.clip.eval()

@@ -81,6 +81,7 @@ class FoundationPlan:
         most_victims: Of each seed; None for all.
         least_planted: A victim counts when its ASR on validation images is at least this.
         quarter: Whether the case of a quarter of the names is measured, on emoji victims.
+        device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     seeds: tuple[int, ...] = (10, 11, 12)
@@ -97,6 +98,7 @@ class FoundationPlan:
     most_victims: int | None = None
     least_planted: float = 0.5
     quarter: bool = True
+    device: str = "cpu"
 
 
 def quick_plan() -> FoundationPlan:
@@ -212,7 +214,7 @@ def quarter_of(classes: int, target: int, seed: int) -> list[int]:
 
 
 def _workshop(plan: FoundationPlan, seed: int) -> Workshop:
-    return Workshop(seed, training=plan.training, fine_tuning=plan.fine_tuning)
+    return Workshop(seed, training=plan.training, fine_tuning=plan.fine_tuning, device=plan.device)
 
 
 def _before(shop: Workshop, victim: Victim) -> dict[str, Any]:

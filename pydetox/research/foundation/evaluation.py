@@ -120,7 +120,7 @@ def retrieve(
         owners.append(labels + start)
         start += len(task.class_names)
     owner = torch.cat(owners)
-    scores = torch.cat(embedded) @ captions.T
+    scores = (torch.cat(embedded) @ captions.T).cpu()
     by_image = scores.topk(5, dim=1).indices == owner[:, None]
     right = torch.zeros(start, len(owner), dtype=torch.bool)
     right[owner, torch.arange(len(owner))] = True

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...models import OpenClipModel
@@ -78,7 +79,8 @@ def draw_victims(seeds: Sequence[int]) -> list[Victim]:
 class Workshop:
     """Makes and remembers tasks, base and victims of one seed.
 
-    seed: of everything. folder: the cache; default: below `research.data.cache_folder`.
+    seed: of everything. folder: the cache; default: below `research.data.cache_folder`. device:
+    where models are trained and used.
     """
 
     def __init__(
@@ -88,10 +90,12 @@ class Workshop:
         training: JointTraining | None = None,
         fine_tuning: TrainConfig = FINE_TUNING,
         folder: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.seed = seed
         self.training = replace(training or JointTraining(), seed=seed)
         self.fine_tuning = fine_tuning
+        self.device = torch.device(device)
         self.cache = Cache(folder or cache_folder() / "foundation")
         self._backdoors: dict[Victim, Backdoor] = {}
 
@@ -109,6 +113,9 @@ class Workshop:
             "model": FOUNDATION_CLIP,
             "training": self.training,
         }
+        if self.device.type != "cpu":
+            # Rounding differs from device to device; every other key rests on this one.
+            content["device"] = self.device.type
         return key_of("base", content)
 
     @cached_property
@@ -117,13 +124,16 @@ class Workshop:
         tensors = self.cache.weights(self._base_key)
         if tensors is None:
             trained = train_base(
-                list(self.tasks.values()), self.training, description=f"base of seed {self.seed}"
+                list(self.tasks.values()),
+                self.training,
+                device=self.device,
+                description=f"base of seed {self.seed}",
             )
             self.cache.keep_weights(self._base_key, trained.storage_state_dict())
             return trained
         model = OpenClipModel.from_config(FOUNDATION_CLIP, seed=self.seed, name="base")
         model.clip.load_state_dict(tensors)
-        return model
+        return model.to(self.device)
 
     def head(self, task: str) -> Tensor:
         """Return the zero-shot head of a task, the same for base and victims."""

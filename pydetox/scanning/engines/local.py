@@ -23,6 +23,7 @@ from typing import Any
 
 from ...errors import EngineError
 from ..config import ScannerConfig
+from ..memory import share_of_gpu
 from ..tasks import Notify, Outcome, Task, failure
 
 # This uses `-I` and a path instead of `-m`, because the working folder may hold modules of
@@ -125,6 +126,7 @@ class LocalEngine:
                     "config": self._config.to_dict(),
                     "device": self._devices[number % len(self._devices)],
                     "threads": self._threads,
+                    "share": share_of_gpu(self._limit, len(self._devices)),
                 }
                 worker = _Process(number, setup)
                 self._workers[number] = worker

@@ -38,7 +38,7 @@ def main(descriptor: int) -> None:
     silence()
     try:
         config = ScannerConfig.from_dict(setup["config"])
-        worker = Worker(config, setup["device"], setup["threads"])
+        worker = Worker(config, setup["device"], setup["threads"], share=setup["share"])
     except Exception as error:  # noqa: BLE001 - the driver has to hear of it
         _send(connection, {"failed": explain(error) or traceback.format_exc()})
         return

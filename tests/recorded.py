@@ -1,0 +1,124 @@
+"""A recorder of steps for the CPU: what CUDA's stream capture does to launches, done to operators.
+
+A recording keeps every call of an operator with its arguments: numbers as they are, tensors as
+memory. A replay makes the same calls on the same memory, and writes every result where the first
+one lay. Whatever a step takes from the host is thus frozen, as in a CUDA graph. While a step is
+recorded, nothing happens: all that it writes is put back. An operator whose result the host waits
+for raises, as under a capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+#: Operators whose results the host waits for.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+
+class CaptureError(RuntimeError):
+    """An operator that no graph can hold."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of an operator. Tensors among the arguments are the ones that were given."""
+
+    operator: Any
+    arguments: list[Any]
+    structure: Any
+    results: list[Tensor]
+
+
+class RecordedStep(TorchDispatchMode):
+    """The calls of what runs within this context.
+
+    Attributes:
+        calls: The calls, in order.
+        signature: The calls as plain values. Memory from before is named by its address, memory of
+            results by the number of the call that made it. Two steps with equal signatures give a
+            device the same launches, up to the addresses of what they allocate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.signature: list[Any] = []
+        self._made: dict[int, str] = {}  # storages of results
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # storages from before: whole and a copy
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in WAITING:
+            raise CaptureError(f"{func}: operation not permitted when a stream is captured")
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and _storage(leaf) not in self._made:
+                self._keep(leaf)
+        described = [self._describe(leaf) for leaf in leaves]
+        result = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for leaf in results:
+            known = _storage(leaf) in self._made or _storage(leaf) in self._kept
+            if not known:
+                self._made[_storage(leaf)] = f"call {len(self.calls)}"
+        self.calls.append(Call(func, leaves, structure, results))
+        self.signature.append((str(func), described, [self._describe(leaf) for leaf in results]))
+        return result
+
+    def _keep(self, tensor: Tensor) -> None:
+        if _storage(tensor) not in self._kept:
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            self._kept[_storage(tensor)] = (whole, whole.clone())
+
+    def _describe(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return repr(leaf)
+        place = self._made.get(_storage(leaf), _storage(leaf))
+        return (place, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), str(leaf.dtype))
+
+    def undo(self) -> None:
+        """Put back everything from before that was written."""
+        for whole, copy in self._kept.values():
+            if not torch.equal(whole, copy):
+                whole.copy_(copy)
+
+    def replay(self) -> None:
+        """Make all calls again, on the memory of the recording."""
+        with torch.no_grad():
+            for call in self.calls:
+                args, kwargs = tree_unflatten(call.arguments, call.structure)
+                found = call.operator(*args, **kwargs)
+                again = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+                for old, new in zip(call.results, again, strict=True):
+                    if _storage(old) != _storage(new):
+                        old.detach().copy_(new.detach())
+
+
+class OperatorRecorder:
+    """A recorder for `pydetox.inversion.graph`."""
+
+    def __init__(self) -> None:
+        self.recordings: list[RecordedStep] = []
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> RecordedStep:
+        step = RecordedStep()
+        try:
+            with step:
+                work()
+        finally:
+            step.undo()
+        self.recordings.append(step)
+        return step
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
