@@ -36,12 +36,22 @@ _LIBRARIES = {
     "transformers": (
         "model.safetensors",
         (
-            "from transformers import CLIPModel, CLIPProcessor",
+            "from transformers import {model}, {processor}",
             "",
-            'model = CLIPModel.from_pretrained("THIS_FOLDER")',
-            'processor = CLIPProcessor.from_pretrained("THIS_FOLDER")',
+            'model = {model}.from_pretrained("THIS_FOLDER")',
+            'processor = {processor}.from_pretrained("THIS_FOLDER")',
         ),
     ),
+}
+
+#: Of a model in transformers' layout: the classes that load model and processor.
+_CLASSES = {
+    "clip": ("CLIPModel", "CLIPProcessor"),
+    "siglip": ("SiglipModel", "SiglipProcessor"),
+    "siglip2": ("Siglip2Model", "Siglip2Processor"),
+    "altclip": ("AltCLIPModel", "AltCLIPProcessor"),
+    "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPProcessor"),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", "CLIPImageProcessor"),
 }
 
 
@@ -74,6 +84,7 @@ def model_card(
         library: Whose layout the folder has: `open_clip` or `transformers`.
     """
     weights_name, use = _LIBRARIES[library]
+    model, processor = _CLASSES.get(str(architecture.get("layout", "clip")), _CLASSES["clip"])
     coefficient = provenance.scaling_coefficient
     recipe = [
         ("Method", provenance.method),
@@ -108,7 +119,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *use,
+        *(line.format(model=model, processor=processor) for line in use),
         "```",
         "",
         "## Architecture",

@@ -21,11 +21,9 @@ from pydetox.checkpoints.architecture import (
     resolve_model,
 )
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
-from pydetox.checkpoints.transformers_clip import (
-    read_clip_config,
-    read_object,
-    read_processor,
-)
+from pydetox.checkpoints.processors import read_processor
+from pydetox.checkpoints.transformers_files import read_object
+from pydetox.checkpoints.transformers_layouts import read_transformers_config
 from pydetox.errors import ArchitectureError, CheckpointError
 
 #: open_clip's names of the values (`PreprocessCfg` in its transform.py).
@@ -179,7 +177,7 @@ def _read_own(
     if config_file.name != TRANSFORMERS_CONFIG_NAME:
         model_config, stated = read_config(config_file)
         return model_config, Preparation(stated, config_file.name) if stated else None
-    model_config = read_clip_config(config_file)
+    model_config = read_transformers_config(config_file)
     if processor_file is None:
         if model is None and not {"mean", "std"} <= set(preprocess or ()):
             raise ArchitectureError(

@@ -30,7 +30,7 @@ from pydetox.checkpoints.layout import (
 )
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
-from pydetox.checkpoints.transformers_clip import to_transformers
+from pydetox.checkpoints.transformers_layouts import to_transformers
 from pydetox.errors import ArchitectureError, UsageError
 
 WEIGHTS_NAME = WEIGHT_NAMES[0]

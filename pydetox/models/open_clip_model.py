@@ -6,16 +6,13 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.overrides import TorchFunctionMode
 
-from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
+from ..checkpoints import Checkpoint, describe_mismatch
 from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
@@ -24,9 +21,10 @@ from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint
-from .catalogue import building_obstacle
+from .building import build
 from .frozen import freeze
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
+from .towers import Towers
 
 # The dtypes of weights. 8-bit floats and integers need scales, which no state dict of CLIP has.
 _PLAIN_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -56,7 +54,7 @@ class OpenClipModel:
     """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
 
     Attributes:
-        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`).
+        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`), or a `Towers`.
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.
@@ -138,7 +136,7 @@ class OpenClipModel:
         seed: The seed of the weights. torch's global generator does not change.
         Raises ArchitectureError for a configuration that open_clip cannot build.
         """
-        clip = _build(model_config, seed, name)
+        clip = build(model_config, seed, name)
         return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
 
     @classmethod
@@ -163,7 +161,7 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
-        clip = _build(checkpoint.model_config, None, checkpoint.name)
+        clip = build(checkpoint.model_config, None, checkpoint.name)
         require_right_activation(checkpoint)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
         weights, notes = adapt(weights, clip)
@@ -209,6 +207,11 @@ class OpenClipModel:
         scale = self.clip.logit_scale
         assert isinstance(scale, Tensor)
         return float(scale.exp())
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a text tower."""
+        return not isinstance(self.clip, Towers) or self.clip.text is not None
 
     @property
     def device(self) -> torch.device:
@@ -268,8 +271,14 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError when the tokenizer of its text tower is not on this machine.
+        Raises ArchitectureError when the tokenizer of its text tower is not on this machine, and
+        for a model without a text tower.
         """
+        if not self.has_texts:
+            raise ArchitectureError(
+                f"{self.name}: is an image tower alone, without the texts that class names are "
+                "compared with; expected a label-free search"
+            )
         text = self.model_config.get("text_cfg", {})
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(text, self.companions, self.name)
@@ -330,39 +339,6 @@ class OpenClipModel:
         return self.storage_dtypes.get(name, torch.float32)
 
 
-class _NoRandomNumbers(TorchFunctionMode):
-    """Leave random initialisations out, in this thread alone; the tensors stay uninitialised.
-
-    Weights that are read from a file need no initial values. Drawing these takes longer than
-    reading the file. The system also allocates no memory that is never written to.
-    """
-
-    _FILLS = frozenset(
-        {
-            Tensor.normal_,
-            Tensor.uniform_,
-            nn.init.normal_,
-            nn.init.uniform_,
-            nn.init.kaiming_normal_,
-            nn.init.kaiming_uniform_,
-        }
-    )
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        given = kwargs or {}
-        if func in self._FILLS:
-            return args[0] if args else given["tensor"]
-        if func is torch.randn:
-            func = torch.empty
-        return func(*args, **given)
-
-
 def _require_plain_weights(
     name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
@@ -385,30 +361,3 @@ def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
     storage = tensor.untyped_storage()
     size = tensor.numel() * tensor.element_size()
     return users[storage.data_ptr()] == 1 and storage.nbytes() == size
-
-
-def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
-    """Return open_clip's module. seed: The seed of its weights; None leaves them uninitialised."""
-    check_model_config(model_config)
-    config = copy.deepcopy(dict(model_config))
-    obstacle = building_obstacle(config)
-    if obstacle is not None:
-        raise ArchitectureError(f"{name}: {obstacle}")
-    custom = config.pop("custom_text", False)
-    architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    if "multimodal_cfg" in config:
-        architecture = open_clip.CoCa
-    try:
-        random = _NoRandomNumbers() if seed is None else nullcontext()
-        with torch.random.fork_rng(devices=[]), random:
-            torch.manual_seed(seed or 0)
-            clip: nn.Module = architecture(**config)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArchitectureError(
-            f"{name}: open_clip cannot build its architecture: {reason}"
-        ) from error
-    if isinstance(clip, open_clip.CoCa):
-        # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
-        clip.visual.output_tokens = False
-    return clip
