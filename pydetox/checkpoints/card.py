@@ -33,6 +33,14 @@ _LIBRARIES = {
             'model, preprocess = open_clip.create_model_from_pretrained("local-dir:THIS_FOLDER")',
         ),
     ),
+    "pydetox": (
+        "open_clip_model.safetensors",
+        (
+            "from pydetox.session import as_model",
+            "",
+            'model = as_model("THIS_FOLDER")  # model.visual is the image tower',
+        ),
+    ),
     "transformers": (
         "model.safetensors",
         (
@@ -81,7 +89,8 @@ def model_card(
         title: Name of the checkpoint, usually of its folder.
         provenance: How it was made.
         architecture: Its model configuration (open_clip's ``model_cfg``).
-        library: Whose layout the folder has: `open_clip` or `transformers`.
+        library: Whose layout the folder has: `open_clip`, `transformers`, or `pydetox` for image
+            towers alone under open_clip's names.
     """
     weights_name, use = _LIBRARIES[library]
     model, processor = _CLASSES.get(str(architecture.get("layout", "clip")), _CLASSES["clip"])

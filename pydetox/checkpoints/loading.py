@@ -57,7 +57,8 @@ class Checkpoint:
         companions: The files beside the weights that a repaired model needs as well, by name. For a
             folder in transformers' layout, these are configuration, image processor and tokenizer.
             ``state_dict`` then has open_clip's or timm's names (`transformers_layouts`), and a
-            repaired model is written in transformers' layout. For other models, it is the tokenizer if it is not CLIP's own.
+            repaired model is written in transformers' layout. For other models, it is the tokenizer
+            if it is not CLIP's own.
         findings: Odd things about the file that do not prevent reading it.
         preprocess_source: The source of ``preprocess_config``.
         warnings: One line for each part of the configuration that is a guess or was passed over.
@@ -172,7 +173,9 @@ def read_checkpoint(
                 )
             state_dict, digest = read_open(weights)
             companions: dict[str, bytes] = {}
-            theirs = identity.config_file is not None and "layout" in model_config
+            beside = identity.config_file
+            theirs = beside is not None and beside.name == TRANSFORMERS_CONFIG_NAME
+            theirs = theirs and "layout" in model_config
             if theirs or any(name.startswith("vision_model.") for name in state_dict):
                 state_dict = _from_transformers(state_dict, model_config)
                 if identity.config_file is not None:

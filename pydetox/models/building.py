@@ -63,7 +63,7 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
     """
     check_model_config(model_config)
     config = copy.deepcopy(dict(model_config))
-    obstacle = building_obstacle(config)
+    obstacle = None if "layout" in config else building_obstacle(config)
     if obstacle is not None:
         raise ArchitectureError(f"{name}: {obstacle}")
     custom = config.pop("custom_text", False)

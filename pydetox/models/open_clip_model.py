@@ -20,7 +20,7 @@ from ..data import Resizing, Template, fill_template
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
-from .adaptation import adapt, hint
+from .adaptation import adapt, hint, without_texts
 from .building import build
 from .frozen import freeze
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
@@ -161,10 +161,17 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
-        clip = build(checkpoint.model_config, None, checkpoint.name)
+        model_config = checkpoint.model_config
+        clip = build(model_config, None, checkpoint.name)
         require_right_activation(checkpoint)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
         weights, notes = adapt(weights, clip)
+        images_alone = without_texts(weights, clip)
+        if images_alone is not None and "layout" not in model_config:
+            weights, note = images_alone
+            notes = (*notes, note)
+            model_config = {**model_config, "layout": "image_tower", "text_cfg": {}}
+            clip = build(model_config, None, checkpoint.name)
         expected = clip.state_dict()
         mismatch = describe_mismatch(
             {key: tuple(value.shape) for key, value in expected.items()},
@@ -183,7 +190,7 @@ class OpenClipModel:
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
         return cls(
             clip,
-            model_config=checkpoint.model_config,
+            model_config=model_config,
             preprocess_config=checkpoint.preprocess_config,
             name=checkpoint.name,
             storage_dtypes={key: value.dtype for key, value in weights.items()},

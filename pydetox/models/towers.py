@@ -130,7 +130,7 @@ def build_towers(config: Mapping[str, Any]) -> Towers:
     visual = _build_vision_tower(embed_dim, vision, quick)
     if not has_projection:
         visual.proj = None
-    if layout == "clip_vision_model":
+    if layout in ("clip_vision_model", "image_tower"):
         return Towers(visual, None)
     if layout in ("altclip", "chinese_clip"):
         return Towers(visual, BertTextTower(text, embed_dim))

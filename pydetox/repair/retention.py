@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..errors import DataError
 from ..models import OpenClipModel
-from ..models.products import tf32_products
+from ..prototypes import image_features
 from ..rng import child_seed, generator
 from .surrogates import surrogate_images
 
@@ -38,16 +37,6 @@ class FeatureDrift:
     mean_distance: float
     changed_neighbours: float
     images: int
-
-
-def image_features(model: OpenClipModel, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return unit embeddings float32 [N, D] of images uint8 [N, 3, H, W]."""
-    with torch.inference_mode(), tf32_products(model.device):
-        parts = [
-            normalize(model.encode_pixels(batch.to(model.device, torch.float32) / 255), dim=-1)
-            for batch in torch.split(images, batch_size)
-        ]
-    return torch.cat(parts).clone()
 
 
 def feature_drift(
