@@ -108,7 +108,7 @@ class Session:
             return False
         try:
             return len(self.head) > 0
-        except ArchitectureError:  # no text tower, or its tokenizer is not on this machine
+        except (ArchitectureError, DataError):  # no texts, no tokenizer, or other classes
             return False
 
     @cached_property

@@ -93,7 +93,10 @@ def configure(
             )
         named = None if model_config is not None else model
         model_config = model_config or other
-        if found is None and stated is not None:
+        if found is None and other.get("layout") == "classifier" and stated is not None:
+            why = f"nothing tells how images are prepared for {model}, and what is usual stands in"
+            found = Preparation(stated, f"what is usual for {model}", ("mean", "std"), why)
+        elif found is None and stated is not None:
             found = Preparation(stated, f"{os.fspath(model)}")
         elif found is None:
             found = preparation_of(model)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints import check_model_config
 from ..errors import ArchitectureError
 from .catalogue import building_obstacle
+from .classifiers import build_classifier
 from .towers import build_towers
 
 
@@ -74,6 +75,8 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
         random = _NoRandomNumbers() if seed is None else nullcontext()
         with torch.random.fork_rng(devices=[]), random:
             torch.manual_seed(seed or 0)
+            if config.get("layout") == "classifier":
+                return build_classifier(config)
             if "layout" in config:
                 return build_towers(config)
             clip: nn.Module = architecture(**config)

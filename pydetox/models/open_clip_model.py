@@ -22,6 +22,7 @@ from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint, without_texts
 from .building import build
+from .classifiers import Classifier, with_classes
 from .frozen import freeze
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
 from .towers import Towers
@@ -54,7 +55,7 @@ class OpenClipModel:
     """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
 
     Attributes:
-        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`), or a `Towers`.
+        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`), a `Towers` or a `Classifier`.
         name: The name of the model's source, for messages and reports.
         sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
             weights may change.
@@ -162,10 +163,16 @@ class OpenClipModel:
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
         model_config = checkpoint.model_config
+        if model_config.get("layout") == "classifier":
+            model_config = with_classes(model_config, checkpoint.state_dict)
         clip = build(model_config, None, checkpoint.name)
         require_right_activation(checkpoint)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
-        weights, notes = adapt(weights, clip)
+        notes: tuple[str, ...] = ()
+        if isinstance(clip, Classifier):
+            weights = clip.from_file(weights)
+        else:
+            weights, notes = adapt(weights, clip)
         images_alone = without_texts(weights, clip)
         if images_alone is not None and "layout" not in model_config:
             weights, note = images_alone
@@ -188,6 +195,8 @@ class OpenClipModel:
             own[key] = value.to(expected[key].dtype, copy=not keep)
         # Tensors are assigned and not copied, so the memory allocated for them stays unused.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
+        if isinstance(clip, Classifier):
+            clip.eval().settle(int(model_config["vision_cfg"]["image_size"]))
         return cls(
             clip,
             model_config=model_config,
@@ -218,6 +227,8 @@ class OpenClipModel:
     @property
     def has_texts(self) -> bool:
         """Whether there is a text tower."""
+        if isinstance(self.clip, Classifier):
+            return False
         return not isinstance(self.clip, Towers) or self.clip.text is not None
 
     @property
@@ -300,6 +311,8 @@ class OpenClipModel:
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
         """Return one unit vector per class, float32 [C, D]: the mean over prompts, normalised.
 
+        For a classifier these are the rows of its last layer, at most of norm 1.
+
         Source: Radford et al., "Learning Transferable Visual Models From Natural Language
         Supervision" (ICML 2021), section 3.1.4 (prompt ensembling).
         Raises DataError for no class names or no templates.
@@ -309,6 +322,14 @@ class OpenClipModel:
                 f"{len(class_names)} class names and {len(templates)} templates; "
                 "expected at least one of each"
             )
+        if isinstance(self.clip, Classifier):
+            rows = self.clip.rows()
+            if len(rows) != len(class_names):
+                raise DataError(
+                    f"{self.name}: is a classifier of {len(rows)} classes, and there are "
+                    f"{len(class_names)} class names; expected those of its training, in order"
+                )
+            return rows
         if self.heads is not None and all(isinstance(t, str) for t in templates):
             key = (self._text_digest(), self.device, tuple(class_names), tuple(templates))
             return self.heads.get(key, lambda: self._head(class_names, templates))
@@ -336,10 +357,11 @@ class OpenClipModel:
 
     def storage_state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the weights on the CPU, in the dtypes of the checkpoint's file."""
-        return {
+        state = {
             key: value.detach().to("cpu", self.storage_dtypes.get(key, value.dtype), copy=True)
             for key, value in self.clip.state_dict().items()
         }
+        return self.clip.to_file(state) if isinstance(self.clip, Classifier) else state
 
     def storage_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint's file."""
