@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageSet, Template
-from .errors import DataError, PydetoxWarning, UsageError
+from .errors import ArchitectureError, DataError, PydetoxWarning, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .models import OpenClipModel
+from .prototypes import image_prototypes
 from .rng import child_seed
 
 #: A model, a checkpoint that was read, or the name of one (see `pydetox.checkpoints`).
@@ -97,11 +98,31 @@ class Session:
             base,
         )
 
+    @cached_property
+    def has_head(self) -> bool:
+        """Whether class names and a text tower give the model a zero-shot head.
+
+        Without one, label-free steps use `prototypes` in its place.
+        """
+        if not self.images.class_names:
+            return False
+        try:
+            return len(self.head) > 0
+        except (ArchitectureError, DataError):  # no texts, no tokenizer, or other classes
+            return False
+
+    @cached_property
+    def prototypes(self) -> Tensor:
+        """The centres of the groups that the model sees among the images, unit rows [K, D]."""
+        return image_prototypes(self.model, self.images.images)
+
     def with_image_tower_of(self, model: OpenClipModel) -> Session:
         """Return the session of a model that differs from this one only in its image tower."""
         session = replace(self, model=model)
-        if "head" in self.__dict__:
-            session.__dict__["head"] = self.head  # of the text tower; it takes a while to make
+        # The head is of the text tower and takes a while to make. Prototypes stand for it: they are
+        # those of the first model, as its texts are.
+        kept = ("head", "has_head", "prototypes")
+        session.__dict__.update({k: self.__dict__[k] for k in kept if k in self.__dict__})
         return session
 
     @property
@@ -155,8 +176,8 @@ class Session:
     def evaluate(
         self, *, trigger: Stamp | None = None, target: int | None = None
     ) -> Evaluation | None:
-        """Return CA and, with a trigger, ASR on the images; None without labels or class names."""
-        if self.images.labels is None or not self.images.class_names:
+        """Return CA and, with a trigger, ASR on the images; None without labels or a head."""
+        if self.images.labels is None or not self.has_head:
             return None
         return evaluate(self.model, self.images, self.head, trigger=trigger, target=target)
 

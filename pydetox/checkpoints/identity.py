@@ -182,7 +182,7 @@ class CheckpointIdentity:
             CheckpointError: As :meth:`sha256` and :meth:`configuration`; or a file of the tokenizer
                 cannot be read.
         """
-        from pydetox.checkpoints.transformers_clip import read_companions  # with torch
+        from pydetox.checkpoints.transformers_files import read_companions  # with torch
 
         model_config, preprocess_config = self.configuration()
         tokenizer: dict[str, bytes] = {}

@@ -110,7 +110,8 @@ model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="The architecture, if a checkpoint does not name it: open_clip's name or a JSON file. "
+        help="The architecture, if a checkpoint does not name it: open_clip's name, a JSON file, "
+        "or a classifier: timm:NAME, torchvision:NAME or backdoorbench:NAME, with @SIZE if needed. "
         "Images are then prepared as for open_clip's pretrained weights of that name.",
     ),
     click.option(

@@ -191,7 +191,8 @@ def command(
     start = time.perf_counter()
     model = inputs.read_suspect(checkpoint)
     images = inputs.read_images(model)
-    require_class_names(images)
+    if config.objective != "label-free" or wanted is not None or trigger is not None:
+        require_class_names(images)
     known = None
     if trigger is not None:
         index, stamps = read_triggers(trigger, target, images)
@@ -239,7 +240,7 @@ def _document(result: DetoxResult, images: ImageSet, code: int, seed: int) -> di
             for scan in content["scans"]
         ],
         "rounds": [
-            {**one, "target_name": names[one["target"]]}
+            {**one, "target_name": None if one["target"] is None else names[one["target"]]}
             | {"target_names": [names[target] for target in one["targets"]]}
             for one in content["rounds"]
         ],

@@ -85,7 +85,13 @@ def calibrate_references(
 def _copies(session: Session, config: ScanConfig) -> Iterator[OpenClipModel]:
     """Yield the base and copies of it that are fine-tuned on the images, each with its seed."""
     base, labelled = session.model, session.images
-    if labelled.labels is None:
+    head = None
+    if config.objective == "label-free" and not session.has_head:
+        # The model's own groups of images stand for classes that nobody has named.
+        head = session.prototypes
+        groups = predict(base, labelled.images, head)
+        labelled = replace(labelled, labels=groups, class_names=None)
+    elif labelled.labels is None:
         labelled = replace(labelled, labels=predict(base, labelled.images, session.head))
     yield base
     for k in range(1, config.references):
@@ -95,6 +101,7 @@ def _copies(session: Session, config: ScanConfig) -> Iterator[OpenClipModel]:
             labelled,
             session.templates,
             replace(config.reference_training, seed=seed),
+            head=head,
             description=f"reference {k + 1} of {config.references}: fine-tuning",
         )
         copy.name = f"{base.name}, fine-tuned {k}"

@@ -97,6 +97,14 @@ class ScanResult:
         every = [self.detection, *(one.detection for one in self.others)]
         return tuple(dict.fromkeys([self.target, *(c for one in every for c in one.backdoored)]))
 
+    def unnamed(self) -> bool:
+        """Return whether a finding leads to no class: that of a label-free search without names."""
+        return (
+            self.detection.verdict in FINDINGS
+            and self.objective == "label-free"
+            and self.target is None
+        )
+
     def class_steps(self) -> list[int]:
         """Return the number of steps of each class, that of its longest restart."""
         steps = self.inversion.trigger_steps.view(len(self.detection.p_l1), -1)

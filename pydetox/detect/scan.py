@@ -59,7 +59,7 @@ def scan_session(
         families.append(FamilyScan(family, detection, found, compared))
     chosen = _decisive(families)
     target = chosen.detection.target
-    if config.objective == "label-free" and images.class_names:
+    if config.objective == "label-free" and session.has_head:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
         answers = predict(model, images.images, session.head, stamp=trigger)
         target = int(answers.mode().values)
