@@ -148,13 +148,17 @@ class Inputs:
         if known is not None:
             class_index(name, known, self.source.spec)
 
-    def read_images(self, model: OpenClipModel) -> ImageSet:
-        """Return the images in the model's size; raises what `load_images` raises."""
+    def read_images(self, model: OpenClipModel, *, examine: bool = True) -> ImageSet:
+        """Return the images in the model's size; raises what `load_images` raises.
+
+        examine: Whether to say what speaks against their belonging together, on stderr.
+        """
         images = self.source.read(model.resizing)
         line = None if images.report is None else images.report.line()
         if line is not None:
             self.warn(line)
-        self.warn(*doubts(model, images, self.prompts))
+        if examine:
+            self.warn(*doubts(model, images, self.prompts))
         return images
 
 

@@ -190,8 +190,10 @@ def command(
 
     start = time.perf_counter()
     model = inputs.read_suspect(checkpoint)
-    images = inputs.read_images(model)
+    images = inputs.read_images(model, examine=False)
     require_class_names(images)
+    session = Session.open(model, images, templates=inputs.prompts)
+    inputs.warn(*session.doubts)
     known = None
     if trigger is not None:
         index, stamps = read_triggers(trigger, target, images)
@@ -199,7 +201,7 @@ def command(
     elif force_target is not None:
         known = KnownTarget(class_index(force_target, images.class_names, images.name))
     result = repair_session(
-        Session.open(model, images, templates=inputs.prompts),
+        session,
         plan,
         unlearning,
         known=known,

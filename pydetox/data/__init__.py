@@ -19,6 +19,7 @@ from .names import (
     load_class_names,
     load_templates,
 )
+from .objects import ImageData
 from .report import ImageReport
 from .resize import Resizing
 from .source import ImageSource
@@ -30,6 +31,7 @@ __all__ = [
     "DIGIT_TEMPLATES",
     "FASHION_NAMES",
     "FASHION_TEMPLATES",
+    "ImageData",
     "ImageReport",
     "ImageSet",
     "ImageSource",

@@ -23,7 +23,9 @@ from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
+from .objects import ImageData, rows_of
 from .resize import Resizing
+from .rows import read_rows
 
 #: The part of Fashion-MNIST that each source names.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
@@ -44,7 +46,7 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
 
 
 def load_images(
-    spec: str | Path,
+    spec: ImageData,
     *,
     image_size: int | None = None,
     max_images: int | None = None,
@@ -62,7 +64,8 @@ def load_images(
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
 
     Args:
-        spec: What to read. One of
+        spec: What to read. An `ImageSet` is returned as it is, if it has the size and nothing is
+            asked of it. Otherwise one of
 
             - `digits`: the UCI digits (see `load_digits`).
             - `fashion-mnist`, `fashion-mnist-test`: the 60,000 training or the 10,000 test images
@@ -82,6 +85,14 @@ def load_images(
               bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
               `test_images`, ...); the test part comes first. Other arrays are not read, and
               `ImageSet.report` says so. Pickled content is never loaded.
+            - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or
+              a mapping with `images` and `labels`. Images of any size are scaled.
+            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone or in pairs
+              with labels.
+            - A data set of torch (such as those of torchvision) or of Hugging Face: anything with a
+              length whose rows are pictures, pairs of picture and label, or mappings with `image`
+              and `label`. It must not normalise its images. Its class names are read from
+              `classes`, or from the features of its label column.
         image_size: The height and width in pixels that the model takes.
         max_images: The size of a stratified random sample; None for all images.
         class_names: The classes, in the order that defines the labels. Class names in the data are
@@ -120,6 +131,18 @@ def load_images(
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
     names = None if class_names is None else tuple(class_names)
+    if isinstance(spec, ImageSet):
+        return _of_image_set(spec, names, image_size, max_images, seed)
+    if not isinstance(spec, str | Path):
+        return read_rows(
+            rows_of(spec),
+            resizing=resizing,
+            max_images=max_images,
+            seed=seed,
+            class_names=names,
+            labels_required=labels_required,
+            strict=strict,
+        )
     path = Path(spec)
     if spec == "digits":
         image_set = _with_class_names(load_digits(image_size), names, labels_required)
@@ -176,9 +199,27 @@ def load_images(
     )
 
 
-def default_templates(spec: str | Path) -> tuple[str, ...]:
+def _of_image_set(
+    image_set: ImageSet,
+    class_names: tuple[str, ...] | None,
+    image_size: int,
+    max_images: int | None,
+    seed: int,
+) -> ImageSet:
+    if image_set.image_size != (image_size, image_size):
+        height, width = image_set.image_size
+        raise DataError(
+            f"{image_set.name}: images are {height}x{width} pixels; expected "
+            f"{image_size}x{image_size}: load them anew for this size"
+        )
+    if class_names is not None and class_names != image_set.class_names:
+        image_set = replace(image_set, class_names=class_names)
+    return image_set if max_images is None else image_set.at_most(max_images, seed)
+
+
+def default_templates(spec: ImageData) -> tuple[str, ...]:
     """Return the prompt templates that suit an image source of `load_images`."""
-    source = str(spec).partition("=")[0]
+    source = str(spec).partition("=")[0] if isinstance(spec, str | Path) else ""
     if source == "digits":
         return DIGIT_TEMPLATES
     return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES

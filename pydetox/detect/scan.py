@@ -33,6 +33,8 @@ def scan_session(
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
+    # A label-free search asks no names, so it does not matter whether they mean anything.
+    doubt = session.plausibility.obstacle if config.objective == "targeted" else None
     families = list[FamilyScan]()
     for family in config.searched:
         compared = None if calibration is None else calibration.of(family)
@@ -53,13 +55,14 @@ def scan_session(
             dropped=dropped_per_class(found, config),
             families=len(config.searched),
             cleared=cleared,
+            doubt=doubt,
         )
         families.append(FamilyScan(family, detection, found, compared))
     chosen = _decisive(families)
     target = chosen.detection.target
-    if config.objective == "label-free" and images.class_names:
+    if config.objective == "label-free" and session.optional_head is not None:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
-        answers = predict(model, images.images, session.head, stamp=trigger)
+        answers = predict(model, images.images, session.optional_head, stamp=trigger)
         target = int(answers.mode().values)
     return ScanResult(
         name=model.name,
@@ -73,6 +76,7 @@ def scan_session(
         seconds=time.perf_counter() - start,
         family=chosen.family,
         others=tuple(one for one in families if one is not chosen),
+        warnings=session.doubts,
     )
 
 

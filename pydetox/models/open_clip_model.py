@@ -58,8 +58,8 @@ class OpenClipModel:
     Attributes:
         clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`).
         name: The name of the model's source, for messages and reports.
-        sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
-            weights may change.
+        sha256: The hash of the weights file, or of the weights of an object that the model was made
+            from. None for a model with random weights, and for a copy, whose weights may change.
         warnings: One line for each part of the checkpoint that was guessed, changed or left out.
         named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
@@ -76,7 +76,11 @@ class OpenClipModel:
         embed_dim: D, the dimension of the joint embedding.
         heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
             models whose weights stay as they are.
+        layout_obstacle: The reason why no folder of open_clip or transformers can hold the model;
+            None if one can.
     """
+
+    layout_obstacle: str | None = None
 
     def __init__(
         self,
@@ -385,6 +389,15 @@ def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
     storage = tensor.untyped_storage()
     size = tensor.numel() * tensor.element_size()
     return users[storage.data_ptr()] == 1 and storage.nbytes() == size
+
+
+def build_empty(model_config: Mapping[str, Any], name: str) -> nn.Module:
+    """Return open_clip's module without memory for its weights, on the meta device.
+
+    Raises ArchitectureError for a configuration that open_clip cannot build.
+    """
+    with torch.device("meta"):
+        return _build(model_config, None, name)
 
 
 def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
