@@ -48,8 +48,12 @@ A checkpoint is one of
 Images are one of
   folder        one sub-folder per class (its name is the class name), or images alone
   file.npz      arrays `images` and, if known, `labels` and `class_names`
+  file.csv      columns `filepath` and, if known, `label` (or `title`), as open_clip trains on
+  file.tar, test/{0..3}.tar           WebDataset shards
+  file.parquet  of Hugging Face's datasets, with pyarrow
   digits        the UCI digits that come with scikit-learn
   fashion-mnist, fashion-mnist-test   Debian's dataset-fashion-mnist; another place: =FOLDER
+  cifar10=FOLDER, cifar10-test=FOLDER and others that torchvision has on the disk
 
 \b
 Exit codes

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints import identify_checkpoint, load_checkpoint
 from ..checkpoints.architecture import close_matches
-from ..data import ImageSet, ImageSource
+from ..data import ImageSet, ImageSource, Template
 from ..detect.calibration_file import read_calibration
 from ..detect.configuration import ScanConfig
 from ..detect.references import ReferencePlan
@@ -76,7 +76,7 @@ class Inputs:
         )
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[Template, ...]:
         """The prompt templates."""
         return self.source.prompts
 

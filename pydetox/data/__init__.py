@@ -16,6 +16,7 @@ from .names import (
     DIGIT_TEMPLATES,
     Template,
     fill_template,
+    fill_templates,
     load_class_names,
     load_templates,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Template",
     "default_templates",
     "fill_template",
+    "fill_templates",
     "load_class_names",
     "load_digits",
     "load_fashion_mnist",

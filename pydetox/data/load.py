@@ -25,7 +25,10 @@ from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
 from .objects import ImageData, rows_of
 from .resize import Resizing
-from .rows import read_rows
+from .rows import Rows, read_rows
+from .shards import files_in, rows_of_shards, shards_of
+from .tables import PARQUET_SUFFIX, TABLE_SUFFIXES, rows_of_parquet, rows_of_table
+from .torchvision_sets import is_name, torchvision_rows
 
 #: The part of Fashion-MNIST that each source names.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
@@ -34,15 +37,41 @@ FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test"
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
     """Return the source that `spec` names, and the path that `load_images` reads it from.
 
-    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", or "" for a
-    folder or a file. Raises DataError if Fashion-MNIST is not found.
+    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", the name of a
+    data set of torchvision, or "" for a folder or a file. Raises DataError if Fashion-MNIST is not
+    found.
     """
     source, _, root = str(spec).partition("=")
     if spec == "digits":
         return source, None
     if source in FASHION_PARTS:
         return source, find_fashion_mnist(root or None)
+    if root and is_name(source):
+        return source, Path(root)
     return "", Path(spec)
+
+
+def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows | None:
+    """Return the rows of a table, of shards or of a data set of torchvision; None for others."""
+    source, _, root = str(spec).partition("=")
+    if root and is_name(source):
+        return torchvision_rows(source, Path(root))
+    shards = shards_of(str(spec))
+    if shards is not None:
+        return rows_of_shards(shards)
+    parquet = parquet_files(Path(spec))
+    if parquet is not None:
+        return rows_of_parquet(parquet)
+    if Path(spec).suffix.lower() in TABLE_SUFFIXES and Path(spec).is_file():
+        return rows_of_table(Path(spec), class_names)
+    return None
+
+
+def parquet_files(path: Path) -> list[Path] | None:
+    """Return a parquet file, or those of a folder that holds some; None for anything else."""
+    if path.is_dir():
+        return files_in(path, PARQUET_SUFFIX) or None
+    return [path] if path.suffix == PARQUET_SUFFIX and path.is_file() else None
 
 
 def load_images(
@@ -85,6 +114,14 @@ def load_images(
               bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
               `test_images`, ...); the test part comes first. Other arrays are not read, and
               `ImageSet.report` says so. Pickled content is never loaded.
+            - A `.csv` or `.tsv` file whose first line names the columns: one with paths (`filepath`
+              as in open_clip's training tables, `path`, ...) and, if known, one with classes
+              (`label`, `class`, or `title` with class names).
+            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`).
+              Nothing is extracted. Compressed archives are refused.
+            - A `.parquet` file of Hugging Face's datasets, or a folder of them. This needs pyarrow.
+            - A data set of torchvision that lies in a folder: `cifar10=FOLDER` for its training
+              part and `cifar10-test=FOLDER` for its test part, and so on.
             - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or
               a mapping with `images` and `labels`. Images of any size are scaled.
             - A list of Pillow's images, arrays, encoded bytes or paths of files, alone or in pairs
@@ -133,9 +170,10 @@ def load_images(
     names = None if class_names is None else tuple(class_names)
     if isinstance(spec, ImageSet):
         return _of_image_set(spec, names, image_size, max_images, seed)
-    if not isinstance(spec, str | Path):
+    rows = rows_of_files(spec, names) if isinstance(spec, str | Path) else rows_of(spec)
+    if rows is not None:
         return read_rows(
-            rows_of(spec),
+            rows,
             resizing=resizing,
             max_images=max_images,
             seed=seed,
@@ -143,6 +181,7 @@ def load_images(
             labels_required=labels_required,
             strict=strict,
         )
+    assert isinstance(spec, str | Path)
     path = Path(spec)
     if spec == "digits":
         image_set = _with_class_names(load_digits(image_size), names, labels_required)
@@ -179,13 +218,13 @@ def load_images(
         )
     if not path.exists():
         raise DataError(
-            f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder '
-            f"or a .npz file{_hint(str(spec))}"
+            f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder, '
+            f"{_FILES}{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
         raise DataError(
-            f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder '
-            "or a .npz file"
+            f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder, '
+            f"{_FILES}"
         )
     return load_npz(
         path,
@@ -225,6 +264,8 @@ def default_templates(spec: ImageData) -> tuple[str, ...]:
     return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
 
 
+_FILES = "or a .npz, .csv, .tar or .parquet file"
+
 #: Data sets that people name, in small letters without signs.
 _NAMED = re.compile(
     r"(cifar10|cifar100|imagenet|imagenet1k|imagenetv2|mnist|svhn|stl10|food101|caltech101|dtd|gtsrb"
@@ -235,6 +276,9 @@ _NAMED = re.compile(
 def _hint(spec: str) -> str:
     if _NAMED.fullmatch(re.sub(r"[^a-z0-9]", "", spec.lower())) is None:
         return ""
+    name = spec.lower()
+    if is_name(name):
+        return f" (where torchvision has it on the disk: {name}=FOLDER or {name}-test=FOLDER)"
     return (
         f" (data sets are not fetched by name: save images of {spec} in one folder per class, or "
         "as a .npz file)"

@@ -49,6 +49,7 @@ class Rows:
         class_names: The name of each integer label; None if the source has none.
         call: Returns the name of a row, for messages.
         report: The counts of what the source itself leaves out.
+        prefetch: Reads some rows ahead, in the order that suits the source; None if all suit it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Rows:
     class_names: tuple[str, ...] | None = None
     call: Callable[[int], str] = field(default="row {}".format)
     report: ImageReport | None = None
+    prefetch: Callable[[Sequence[int]], None] | None = None
 
 
 def read_rows(
@@ -86,6 +88,8 @@ def read_rows(
     order: Sequence[int] = range(rows.count)
     if max_images is not None and max_images < rows.count:
         order = sample_order(_numbered(known), rows.count, max_images, seed).tolist()
+        if rows.prefetch is not None:
+            rows.prefetch(order)
     size = resizing.image_size
     pixels = torch.empty((len(order), 3, size, size), dtype=torch.uint8)
     labels: list[Label] = []

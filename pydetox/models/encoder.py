@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..data import Template, fill_template
+from ..data import Template, fill_templates
 from ..errors import ArchitectureError, DataError, UsageError
 from ..rng import generator
 from .identity import weights_digest
@@ -163,7 +163,7 @@ class EncoderModel(OpenClipModel):
         rows = []
         with torch.no_grad():
             for name in class_names:
-                prompts = [fill_template(template, name) for template in templates]
+                prompts = fill_templates(templates, name)
                 units = nn.functional.normalize(self._texts.encode_text(prompts).float(), dim=-1)
                 rows.append(nn.functional.normalize(units.mean(dim=0), dim=-1))
         head = torch.stack(rows).to(self.device)

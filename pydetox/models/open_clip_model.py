@@ -19,7 +19,7 @@ from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
 from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
-from ..data import Resizing, Template, fill_template
+from ..data import Resizing, Template, fill_templates
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
@@ -306,7 +306,7 @@ class OpenClipModel:
         rows = []
         with torch.no_grad():
             for name in class_names:
-                prompts = [fill_template(template, name) for template in templates]
+                prompts = fill_templates(templates, name)
                 units = normalize(self.encode_tokens(self.tokenize(prompts)), dim=-1)
                 rows.append(normalize(units.mean(dim=0), dim=-1))
         return torch.stack(rows)

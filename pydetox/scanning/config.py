@@ -44,8 +44,10 @@ class ScannerConfig:
 
     Attributes:
         images: Clean images, as `load_images` takes them.
-        class_names: Text file with one class name per line; None for those of the images.
-        templates: Text file with one prompt per line; None for built-in prompts.
+        class_names: A file with class names or the name of a list, as in `load_class_names`; None
+            for the names of the images.
+        templates: A file with prompts or the name of a list, as in `load_templates`; None for
+            built-in prompts.
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
         strict: Refuse images of which something is left out that could have been meant.
@@ -194,7 +196,8 @@ class ScannerConfig:
     def absolute(self) -> ScannerConfig:
         """Return the configuration with absolute paths, for workers that run elsewhere."""
         changes: dict[str, Any] = {
-            name: str(Path(getattr(self, name)).absolute())
+            # Class names and templates may be names of lists, which are the same everywhere.
+            name: _absolute(getattr(self, name))
             for name in ("class_names", "templates", "calibration")
             if getattr(self, name) is not None
         }
@@ -245,8 +248,8 @@ class ScannerConfig:
 
         return ImageSource(
             self.images,
-            class_names=None if self.class_names is None else Path(self.class_names),
-            templates=None if self.templates is None else Path(self.templates),
+            class_names=self.class_names,
+            templates=self.templates,
             max_images=self.max_images,
             resize=self.resize,
             seed=self.seed,
