@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import Any
 
 import click
 
-from ..errors import UsageError, explain, one_line
+from ..errors import PydetoxWarning, UsageError, explain, one_line
 from . import exit_codes
 from .wording import in_options
 
@@ -93,6 +94,8 @@ class Cli(click.Group):
         **extra: Any,
     ) -> Any:
         """Run a command and leave with its exit code (or return it if not in standalone mode)."""
+        # The library's warnings are said by the commands, in lines of their own.
+        warnings.filterwarnings("ignore", category=PydetoxWarning)
         try:
             # click's own standalone mode would exit with 2 for a misspelt option.
             code = super().main(args, prog_name or "pydetox", complete_var, False, **extra) or 0

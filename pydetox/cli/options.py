@@ -271,12 +271,28 @@ format_option = click.option(
     help="The format of the result on stdout.",
 )
 
+table_format_option = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "jsonl", "csv"]),
+    default="text",
+    help="The format of the result: text for people, one JSON document, one JSON line per "
+    "checkpoint, or a table in CSV.",
+)
+
 run_format_option = click.option(
     "--format",
     "format_",
     type=click.Choice(["text", "json", "sarif", "html"]),
     default="text",
     help="The format of the result on stdout.",
+)
+
+output_option = click.option(
+    "--output",
+    type=FILE,
+    metavar="FILE",
+    help="Write the result to a file instead of stdout.",
 )
 
 report_option = click.option(

@@ -190,8 +190,8 @@ class ScannerConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScannerConfig:
-        """Read a JSON file whose keys are names of attributes; UsageError for anything else."""
-        return cls.from_dict(read_json_object(path))
+        """Read a JSON or YAML file whose keys are names of attributes; UsageError otherwise."""
+        return cls.from_dict(read_config_file(path))
 
     def absolute(self) -> ScannerConfig:
         """Return the configuration with absolute paths, for workers that run elsewhere."""
@@ -292,16 +292,31 @@ def _absolute(reference: str) -> str:
     return str(Path(reference).absolute()) if Path(reference).exists() else reference
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a JSON file's object; UsageError, which names the file, for anything else."""
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the object of a JSON or, by its ending, YAML file.
+
+    Raises UsageError, which names the file, for anything else.
+    """
+    name = os.fspath(path)
+    is_yaml = Path(path).suffix.lower() in (".yaml", ".yml")
+    kind = "YAML" if is_yaml else "JSON"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if is_yaml:
+            import yaml
+
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+        else:
+            content = json.loads(text)
     except OSError as error:
-        raise UsageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{os.fspath(path)}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{os.fspath(path)}: expected one JSON object")
+        raise UsageError(f"{name}: is not {kind} ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{name}: expected one {kind} object, such as max_images: 500")
     return content
 
 
