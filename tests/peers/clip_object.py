@@ -65,7 +65,7 @@ loaded = None
 if result.path is not None:
     folder = CLIPModel.from_pretrained(result.path).state_dict()
     loaded = all(torch.equal(folder[key], value) for key, value in module.state_dict().items())
-print(
+sys.stdout.write(
     json.dumps(
         {
             "difference": float((ours - theirs).abs().max()),
