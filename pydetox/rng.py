@@ -27,6 +27,8 @@ STREAMS: Mapping[str, str] = {
     # Image sets
     "images.sample": "the order whose beginning is a sample of a folder, a file or an image set",
     "images.split": "the order that a split cuts into parts",
+    # Models
+    "models.synthetic": "smooth images that the length of an encoder's features is measured on",
     # Searches for triggers
     "inversion.start": "first masks and patterns, and the images of each step; by family",
     "inversion.check": "images of the check after a search for patches or blends",

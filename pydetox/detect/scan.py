@@ -34,6 +34,9 @@ def scan_session(
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
     obstacle = _beside_itself(session, calibration)
+    if obstacle is None and config.objective == "targeted":
+        # A label-free search asks no names, so it does not matter whether they mean anything.
+        obstacle = session.plausibility.obstacle
     families = list[FamilyScan]()
     for family in config.searched:
         compared = None if calibration is None else calibration.of(family)
@@ -59,9 +62,9 @@ def scan_session(
         families.append(FamilyScan(family, detection, found, compared))
     chosen = _decisive(families)
     target = chosen.detection.target
-    if config.objective == "label-free" and session.has_head:
+    if config.objective == "label-free" and session.optional_head is not None:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
-        answers = predict(model, images.images, session.head, stamp=trigger)
+        answers = predict(model, images.images, session.optional_head, stamp=trigger)
         target = int(answers.mode().values)
     return ScanResult(
         name=model.name,
@@ -75,6 +78,7 @@ def scan_session(
         seconds=time.perf_counter() - start,
         family=chosen.family,
         others=tuple(one for one in families if one is not chosen),
+        warnings=session.doubts,
     )
 
 

@@ -87,3 +87,9 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
         # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
         clip.visual.output_tokens = False
     return clip
+
+
+def build_empty(model_config: Mapping[str, Any], name: str) -> nn.Module:
+    """Return the module without memory for its weights, on the meta device; raises as `build`."""
+    with torch.device("meta"):
+        return build(model_config, None, name)

@@ -16,7 +16,7 @@ from ..checkpoints import Checkpoint, describe_mismatch
 from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
-from ..data import Resizing, Template, fill_template
+from ..data import Resizing, Template, fill_templates
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
@@ -63,8 +63,8 @@ class OpenClipModel:
     Attributes:
         clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`), a `Towers` or a `Classifier`.
         name: The name of the model's source, for messages and reports.
-        sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
-            weights may change.
+        sha256: The hash of the weights file, or of the weights of an object that the model was made
+            from. None for a model with random weights, and for a copy, whose weights may change.
         warnings: One line for each part of the checkpoint that was guessed, changed or left out.
         named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
@@ -81,7 +81,11 @@ class OpenClipModel:
         embed_dim: D, the dimension of the joint embedding.
         heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
             models whose weights stay as they are. See `share_heads`.
+        layout_obstacle: The reason why no folder of open_clip or transformers can hold the model;
+            None if one can.
     """
+
+    layout_obstacle: str | None = None
 
     def __init__(
         self,
@@ -352,16 +356,16 @@ class OpenClipModel:
         return self._head(class_names, templates)
 
     def _head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
-        prompts = [fill_template(template, name) for name in class_names for template in templates]
-        tokens = self.tokenize(prompts)
+        prompts = [fill_templates(templates, name) for name in class_names]
+        tokens = self.tokenize([text for one in prompts for text in one])
         on_cpu = self.device.type == "cpu"
         at_once = _PROMPTS_ON_CPU if on_cpu else _PROMPTS_ON_GPU
         batching = Batching(at_once, self.device, f"{self.name}, prompts")
         with torch.no_grad():
             parts = list(batching.over(len(tokens), lambda part: self.encode_tokens(tokens[part])))
             units = normalize(torch.cat(parts), dim=-1)
-            means = units.view(len(class_names), len(templates), -1).mean(dim=1)
-            return normalize(means, dim=-1)
+            means = [rows.mean(dim=0) for rows in torch.split(units, [len(one) for one in prompts])]
+            return normalize(torch.stack(means), dim=-1)
 
     def share_heads(self, memo: HeadMemo) -> None:
         """Take heads from a memory that several models share, and leave new ones there.

@@ -54,7 +54,7 @@ def repair_session(
     comparison = plan.prepare(
         session.images, templates=session.templates, read=read, suspect=session.model
     )
-    session = replace(session, base=comparison.base)
+    session = session.with_base(comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")
     before = scan_session(session, comparison)
