@@ -38,6 +38,8 @@ STREAMS: Mapping[str, str] = {
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
     "calibration.training": "seed of the fine-tuning of a clean copy; by number",
+    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; by number",
+    "calibration.pilot": "seed of the fine-tuning that finds the copies' learning rate",
     "calibration.search": "seed of the search in a reference; by number",
     # Repair
     "repair.round": "seed of a repair; by number",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,12 +58,15 @@ def train_on_prompts(
     config: TrainConfig,
     *,
     description: str = "training",
+    stop: Callable[[OpenClipModel, int], bool] | None = None,
 ) -> OpenClipModel:
     """Return a trained copy of a model, whose images are closest to the prompts of their class.
 
     The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch. For
     class prompts, this is CLIP's contrastive loss without the false negatives of repeated captions.
-    description: A text that is shown with the progress bar.
+    description: A text that is shown with the progress bar. stop: Is called after every step with
+    the model in training and the number of steps done; training ends where it returns True. With
+    it, the learning rate stays at its peak after the warm-up.
 
     Raises DataError for a set without labels or class names.
     """
@@ -114,6 +118,7 @@ def train_on_prompts(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         description=description,
+        stop=None if stop is None else partial(stop, trained),
     )
     trained.clip.eval()
     return trained
@@ -128,11 +133,12 @@ def optimize(
     learning_rate: float,
     weight_decay: float = 0.0,
     description: str,
+    stop: Callable[[int], bool] | None = None,
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
     parameters: The tensors to train. They require gradients during this call only. Gradients are
-    clipped to norm 1. On a GPU, matrix products are in TF32.
+    clipped to norm 1. On a GPU, matrix products are in TF32. stop: As in `train_on_prompts`.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -143,7 +149,9 @@ def optimize(
     try:
         with tf32_products(parameters[0].device), Progress(description, steps) as progress:
             for step, batch in enumerate(batches):
-                rate = min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
+                rate = min(1.0, (step + 1) / warm_up)
+                if stop is None:
+                    rate *= (1 + math.cos(math.pi * step / steps)) / 2
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * rate
                 optimizer.zero_grad()
@@ -151,6 +159,8 @@ def optimize(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 progress.update(1)
+                if stop is not None and stop(step + 1):
+                    break
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -186,6 +186,16 @@ def restarts(text: str) -> Callable[[F], F]:
     )
 
 
+def _rate_or_auto(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
+    """Read a learning rate; None for `auto`."""
+    if value is None or value == "auto":
+        return None
+    try:
+        return float(RATE.convert(value, param, ctx))
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{value!r}; expected auto, or 0 < X <= 1", ctx, param) from error
+
+
 base_model = click.option(
     "--base-model",
     metavar="NAME|JSON",
@@ -222,23 +232,23 @@ calibration_options = _all(
         type=click.IntRange(min=2),
         default=3,
         metavar="N",
-        help="With --base alone: the number of clean models to compare with, the base and N - 1 "
-        "fine-tuned copies of it.",
+        help="With --base alone: the number of clean models to compare with. They are copies of "
+        "the base that are fine-tuned on the images.",
+    ),
+    click.option(
+        "--reference-learning-rate",
+        callback=_rate_or_auto,
+        default="auto",
+        metavar="X|auto",
+        help="With --base alone: the learning rate of this fine-tuning. auto fine-tunes each copy "
+        "until its weights have moved as far from the base as those of the suspect.",
     ),
     click.option(
         "--reference-epochs",
         type=COUNT,
-        default=3,
         metavar="N",
-        help="With --base alone: the number of epochs of this fine-tuning, about as many as for a "
-        "suspect.",
-    ),
-    click.option(
-        "--reference-learning-rate",
-        type=RATE,
-        default=1e-5,
-        metavar="X",
-        help="With --base alone: the learning rate of this fine-tuning.",
+        help="With --reference-learning-rate: the number of epochs of this fine-tuning, about as "
+        "many as for a suspect. Without it, 3.",
     ),
     click.option(
         "--keep-all",

@@ -33,10 +33,12 @@ class ScanConfig:
             calibration that was made so (see `detect.references.ReferencePlan`).
         restarts: The number of searches per class, or in all without classes. The smallest mask
             counts.
-        references: The number of clean reference models of a calibration, at least 2: the base and
-            copies of it that are fine-tuned on the defender's images.
-        reference_training: The fine-tuning of these copies. Make it about as strong as that of a
-            suspect, because it decides how much scatter counts as harmless.
+        references: The number of clean reference models of a calibration, at least 2: copies of the
+            base that are fine-tuned on the defender's images.
+        reference_training: The fine-tuning of these copies. None fine-tunes them until their
+            weights have moved as far from the base as the suspect's (see `detect.copies`).
+            Otherwise, make it about as strong as that of a suspect, because it decides how much
+            scatter counts as harmless. The base itself is then the first of the references.
         p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
             changes.
         drop_below: The score below which a class is dropped during the search, with a calibration
@@ -52,9 +54,7 @@ class ScanConfig:
     contrast: bool | None = None
     restarts: int = 1
     references: int = 3
-    reference_training: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-5)
-    )
+    reference_training: TrainConfig | None = None
     p_backdoored: float = 0.01
     p_suspicious: float = 0.05
     drop_below: float | None = 1.5

@@ -53,6 +53,7 @@ def scan_session(
             dropped=dropped_per_class(found, config),
             families=len(config.searched),
             cleared=cleared,
+            unfit=comparison.unfit,
         )
         families.append(FamilyScan(family, detection, found, compared))
     chosen = _decisive(families)

@@ -103,6 +103,7 @@ def detect(
     dropped: Sequence[int | None] | None = None,
     families: int = 1,
     cleared: Sequence[int] = (),
+    unfit: str | None = None,
 ) -> Detection:
     """Judge one model.
 
@@ -123,6 +124,7 @@ def detect(
             judged by its own call. p-values are corrected for this number (Sidak).
         cleared: The classes that are never the suspect, because an earlier scan of the same model,
             before its repair, found them clean (see `pydetox.detox`).
+        unfit: The reason why there are no references for this model, if there is one.
 
     Raises:
         UsageError: A value is out of range, the number of classes is not that of the calibration,
@@ -169,6 +171,7 @@ def detect(
     if calibration is None:
         return inconclusive(
             obstacle
+            or unfit
             or "no calibration: give a clean base model (base=) or a calibration to compare with"
         )
     if obstacle or calibration.obstacle:

@@ -57,7 +57,13 @@ def compared_with(document: Mapping[str, Any]) -> str:
     calibration = document["calibration"]
     if calibration is None:
         return "compared with nothing: no calibration"
-    return "compared with " + ", ".join(calibration["models"])
+    rungs = [calibration, *calibration.get("rungs", ())]
+    if len(rungs) == 1:
+        return "compared with " + ", ".join(calibration["models"])
+    return (
+        f"compared with {len(calibration['models'])} copies of the base at each of {len(rungs)} "
+        "distances, each model with those that have moved about as far"
+    )
 
 
 def count_cards(document: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -285,9 +285,10 @@ def test_a_model_of_zeros_is_no_backdoored_one(
 def test_a_base_that_does_not_fit_is_named_before_it_is_fine_tuned(
     run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pydetox.scanning import worker
-
-    monkeypatch.setattr(worker, "calibrate", lambda *a, **k: pytest.fail("a calibration was made"))
+    monkeypatch.setattr(
+        "pydetox.detect.references.calibrate_references",
+        lambda *a, **k: pytest.fail("a calibration was made"),
+    )
     wide = json.loads(json.dumps(TINY))
     wide["vision_cfg"]["layers"] = 2
     base = save_checkpoint(
