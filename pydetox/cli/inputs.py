@@ -170,6 +170,7 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     """Return the configuration that the options describe."""
     config = ScanConfig(
         objective=options["objective"],
+        families=options["families"],
         inversion=inversion_config(options),
         restarts=options["restarts"],
         seed=options["seed"],

@@ -7,11 +7,12 @@ a test keeps the two equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -144,6 +145,57 @@ model_options = _all(
         show_default=False,
         help="Use only files on this machine, and open no connection.",
     ),
+)
+
+presets = _all(
+    click.option(
+        "--quick",
+        is_flag=True,
+        show_default=False,
+        help="Take less time and find less: smaller values of the options for the search and the "
+        "repair. An option that is given explicitly wins.",
+    ),
+    click.option(
+        "--thorough",
+        is_flag=True,
+        show_default=False,
+        help="Take more time and find more: larger values of these options.",
+    ),
+)
+
+
+def apply_preset(given: dict[str, Any], *presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take the flags of `presets` out of the options, and set what they stand for.
+
+    presets: By the name of the flag, the values of options. Options that were given keep theirs.
+    Raises click.UsageError for both flags.
+    """
+    ctx = click.get_current_context()
+    chosen = [name for name in ("quick", "thorough") if given.pop(name)]
+    if len(chosen) > 1:
+        raise click.UsageError("--quick and --thorough exclude each other", ctx)
+    for name in chosen:
+        for preset in presets:
+            for key, value in preset[name].items():
+                if ctx.get_parameter_source(key) in (None, ParameterSource.DEFAULT):
+                    given[key] = value
+
+
+def _families(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...]:
+    """Read families of triggers, such as patch,blend (or a list, in --config)."""
+    names = tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(","))
+    if not names or len(set(names)) < len(names) or not set(names) <= {"patch", "blend"}:
+        raise click.BadParameter(f"{value!r}; expected patch, blend or patch,blend", ctx, param)
+    return names
+
+
+families = click.option(
+    "--families",
+    type=click.UNPROCESSED,
+    callback=_families,
+    default="patch,blend",
+    metavar="NAMES",
+    help="The families of triggers to search for: patch, blend or both.",
 )
 
 search_options = _all(

@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import UsageError
 from ..inversion import InversionConfig, TriggerFamily
 from ..inversion.configuration import CONTRAST_SUCCESS_THRESHOLD
+from ..presets import SCAN_PRESETS
 from ..training import TrainConfig
 
 ObjectiveName = Literal["targeted", "label-free"]
@@ -83,6 +84,16 @@ class ScanConfig:
         if self.drop_below is not None and not math.isfinite(self.drop_below):
             raise UsageError(f"drop_below {self.drop_below}; expected a finite number or None")
 
+    @classmethod
+    def quick(cls) -> ScanConfig:
+        """Return a scan that takes about a fifth of the default's time and finds patches alone."""
+        return _preset("quick")
+
+    @classmethod
+    def thorough(cls) -> ScanConfig:
+        """Return a scan with more steps, images, searches and references than the default."""
+        return _preset("thorough")
+
     @property
     def searched(self) -> tuple[TriggerFamily, ...]:
         """The families that a scan searches for."""
@@ -99,3 +110,9 @@ class ScanConfig:
             # The success in contrast is lower, because the success in the base is subtracted.
             threshold = CONTRAST_SUCCESS_THRESHOLD
         return replace(self.inversion, family=family, success_threshold=threshold)
+
+
+def _preset(name: str) -> ScanConfig:
+    values, config = dict(SCAN_PRESETS[name]), ScanConfig()
+    search = {key: values.pop(key) for key in ("steps", "batch_size")}
+    return replace(config, inversion=replace(config.inversion, **search), **values)

@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError
 from ..evaluation import Stamp
 from ..inversion import InversionResult, WarpResult
+from ..presets import UNLEARN_PRESETS
 
 #: See `pydetox.repair.trigger_vector`.
 VectorKind = Literal["forget", "paired", "strengthen"]
@@ -148,6 +149,16 @@ class UnlearnConfig:
         if not all(0 <= one < math.inf for one in self.coefficients):
             raise UsageError(f"coefficients {self.coefficients}; expected finite numbers from 0")
 
+    @classmethod
+    def quick(cls) -> UnlearnConfig:
+        """Return a repair of one short pass that does not search for warps."""
+        return _preset("quick")
+
+    @classmethod
+    def thorough(cls) -> UnlearnConfig:
+        """Return a repair with more passes, steps and warps than the default."""
+        return _preset("thorough")
+
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.
 
@@ -173,3 +184,8 @@ class UnlearnConfig:
             for k in working or range(len(recovered))
             for factor in (factors.blend_amplifications if blend else factors.amplifications)
         ]
+
+
+def _preset(name: str) -> UnlearnConfig:
+    values = dict(UNLEARN_PRESETS[name])
+    return UnlearnConfig(steps=values.pop("vector_steps"), **values)

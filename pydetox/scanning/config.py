@@ -75,7 +75,8 @@ class ScannerConfig:
             attacks: each checkpoint's difference to `base` is compared with them.
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
             and every verdict is `inconclusive`.
-        objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
+        objective, families, steps, batch_size, precision, restarts, seed: The search, as in
+            `ScanConfig`.
         keep_all: Whether to search all classes to the end, including those that can no longer be
             the outlier.
         device: `cpu`, `cuda` for all GPUs, or `cuda:1` for one.
@@ -124,6 +125,7 @@ class ScannerConfig:
     known_vectors: tuple[str, ...] = ()
     inversion: bool = True
     objective: Literal["targeted", "label-free"] = "targeted"
+    families: tuple[Literal["patch", "blend"], ...] = ("patch", "blend")
     steps: int = 150
     batch_size: int = 16
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -166,6 +168,8 @@ class ScannerConfig:
             raise UsageError("reference models and a calibration file exclude each other")
         if len(self.reference_models) == 1:
             raise UsageError("one reference model; a calibration needs at least 2")
+        if not self.families or len(set(self.families)) < len(self.families):
+            raise UsageError(f"families {list(self.families)}; expected at least one, each once")
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
         if self.address is not None and self.engine != "ray":
@@ -294,6 +298,7 @@ class ScannerConfig:
             )
         config = ScanConfig(
             objective=self.objective,
+            families=self.families,
             inversion=InversionConfig(
                 steps=self.steps, batch_size=self.batch_size, precision=self.precision
             ),
