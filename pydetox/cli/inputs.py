@@ -173,6 +173,7 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
         families=options["families"],
         inversion=inversion_config(options),
         restarts=options["restarts"],
+        positive_control=options["positive_control"],
         seed=options["seed"],
     )
     training, rate = None, options["reference_learning_rate"]

@@ -303,6 +303,13 @@ calibration_options = _all(
         "many as for a suspect. Without it, 3.",
     ),
     click.option(
+        "--positive-control",
+        is_flag=True,
+        show_default=False,
+        help="Plant a patch in a copy of a model that is found clean, scan the copy, and say "
+        "whether the scan finds it. This doubles the time of a clean model.",
+    ),
+    click.option(
         "--keep-all",
         is_flag=True,
         show_default=False,

@@ -46,6 +46,9 @@ class ScanConfig:
             (see `Detection.class_scores`); None to search all classes to the end. References are
             always searched to the end, so that one calibration serves every value. In contrast to a
             base, no class is dropped (see `Calibration.relative`).
+        positive_control: Whether to plant a patch in a copy of a model that is found clean, and to
+            scan the copy: would this scan have found it (see `detect.control`)? It doubles the time
+            of a clean model. A label-free scan has none.
         seed: The seed of every random choice.
     """
 
@@ -59,6 +62,7 @@ class ScanConfig:
     p_backdoored: float = 0.01
     p_suspicious: float = 0.05
     drop_below: float | None = 1.5
+    positive_control: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

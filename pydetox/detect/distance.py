@@ -55,6 +55,13 @@ def relative_distance(base: Mapping[str, Tensor], weights: Mapping[str, Tensor])
     return math.sqrt(moved / norm) if norm else math.inf
 
 
+def weight_scale(model: OpenClipModel) -> float:
+    """Return the root mean square of the image tower's matrices."""
+    matrices = counted(model.clip.state_dict()).values()
+    squares = math.fsum(squared_norm(None, value) for value in matrices)
+    return math.sqrt(squares / sum(value.numel() for value in matrices))
+
+
 def model_distance(base: OpenClipModel, model: OpenClipModel) -> float:
     """Return `relative_distance` of two models of one architecture."""
     return relative_distance(base.clip.state_dict(), model.clip.state_dict())

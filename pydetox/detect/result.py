@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..inversion import InversionResult, TriggerFamily
 from .configuration import ObjectiveName
+from .control import PositiveControl
 from .statistics import FINDINGS, Calibration, Detection, Verdict
 
 
@@ -43,6 +44,7 @@ class ScanResult:
         family: The family of triggers that these results belong to: the one with the smallest
             p-value. If that is no finding, it is the first family without a verdict.
         others: The results of the searches for the other families.
+        control: The positive control of a clean model; None without one.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ScanResult:
     seconds: float
     family: TriggerFamily = "patch"
     others: tuple[FamilyScan, ...] = ()
+    control: PositiveControl | None = None
 
     @property
     def verdict(self) -> Verdict:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from ..evaluation import predict
 from ..inversion import Elimination
 from ..session import Session
 from .configuration import ScanConfig
+from .control import positive_control
 from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .search import dropped_per_class, search_classes, sizes_per_class
@@ -24,6 +27,8 @@ def scan_session(
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
+
+    With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
 
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
@@ -62,7 +67,7 @@ def scan_session(
         trigger = chosen.inversion.trigger(chosen.inversion.best())
         answers = predict(model, images.images, session.head, stamp=trigger)
         target = int(answers.mode().values)
-    return ScanResult(
+    result = ScanResult(
         name=model.name,
         sha256=model.sha256,
         objective=config.objective,
@@ -75,6 +80,14 @@ def scan_session(
         family=chosen.family,
         others=tuple(one for one in families if one is not chosen),
     )
+    wanted = config.positive_control and config.objective == "targeted" and not cleared
+    if not wanted or result.verdict is not Verdict.CLEAN:
+        return result
+    once = replace(comparison, config=replace(config, positive_control=False))
+    control = positive_control(
+        session, once, partial(scan_session, description="positive control: scan")
+    )
+    return replace(result, control=control, seconds=time.perf_counter() - start)
 
 
 def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:

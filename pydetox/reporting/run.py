@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .result import VERDICT_TONES
+from .result import VERDICT_TONES, control_line, control_tone
 
 RUN_SCHEMA = "pydetox.scan/2"
 
@@ -117,6 +117,15 @@ def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
         {"label": result["name"], "value": found_in_file(finding), "tone": "warn"}
         for result in results
         for finding in result.get("findings", ())
+    ]
+    cards += [
+        {
+            "label": f"{result['name']}, positive control",
+            "value": control_line(result["positive_control"]),
+            "tone": control_tone(result["positive_control"]),
+        }
+        for result in listed
+        if result.get("positive_control")
     ]
     counts = count_cards(document) if len(results) != 1 or document["not_reached"] else []
     return {

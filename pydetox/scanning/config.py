@@ -77,6 +77,8 @@ class ScannerConfig:
             and every verdict is `inconclusive`.
         objective, families, steps, batch_size, precision, restarts, seed: The search, as in
             `ScanConfig`.
+        positive_control: Whether to plant a patch in a copy of each clean model, and to scan the
+            copy (see `detect.control`).
         keep_all: Whether to search all classes to the end, including those that can no longer be
             the outlier.
         device: `cpu`, `cuda` for all GPUs, or `cuda:1` for one.
@@ -130,6 +132,7 @@ class ScannerConfig:
     batch_size: int = 16
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     restarts: int = 1
+    positive_control: bool = False
     keep_all: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -303,6 +306,7 @@ class ScannerConfig:
                 steps=self.steps, batch_size=self.batch_size, precision=self.precision
             ),
             restarts=self.restarts,
+            positive_control=self.positive_control,
             references=self.references,
             reference_training=training,
             seed=self.seed,
