@@ -130,7 +130,7 @@ def optimize(
     batches: Iterator[Tensor],
     *,
     steps: int,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
     weight_decay: float = 0.0,
     description: str,
     stop: Callable[[int], bool] | None = None,
@@ -138,13 +138,22 @@ def optimize(
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
     parameters: The tensors to train. They require gradients during this call only. Gradients are
-    clipped to norm 1. On a GPU, matrix products are in TF32. stop: As in `train_on_prompts`.
+    clipped to norm 1. On a GPU, matrix products are in TF32. learning_rate: The peak rate of all
+    parameters, or that of each. stop: As in `train_on_prompts`.
     """
+    rates = (
+        [learning_rate] * len(parameters)
+        if isinstance(learning_rate, int | float)
+        else list(learning_rate)
+    )
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
+    # One group per rate, in the order of the parameters: a fused step launches once per group.
+    groups = [
+        {"params": [p for p, own in zip(parameters, rates, strict=True) if own == rate], "lr": rate}
+        for rate in dict.fromkeys(rates)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     warm_up = min(20, max(1, steps // 5))
     try:
         with tf32_products(parameters[0].device), Progress(description, steps) as progress:
@@ -152,8 +161,8 @@ def optimize(
                 rate = min(1.0, (step + 1) / warm_up)
                 if stop is None:
                     rate *= (1 + math.cos(math.pi * step / steps)) / 2
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate
+                for group, peak in zip(optimizer.param_groups, dict.fromkeys(rates), strict=True):
+                    group["lr"] = peak * rate
                 optimizer.zero_grad()
                 loss(batch).backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)

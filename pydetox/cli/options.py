@@ -238,7 +238,7 @@ def restarts(text: str) -> Callable[[F], F]:
     )
 
 
-def _rate_or_auto(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
+def rate_or_auto(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
     """Read a learning rate; None for `auto`."""
     if value is None or value == "auto":
         return None
@@ -289,7 +289,7 @@ calibration_options = _all(
     ),
     click.option(
         "--reference-learning-rate",
-        callback=_rate_or_auto,
+        callback=rate_or_auto,
         default="auto",
         metavar="X|auto",
         help="With --base alone: the learning rate of this fine-tuning. auto fine-tunes each copy "

@@ -64,10 +64,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--vector-learning-rate",
-    type=options.RATE,
-    default=4e-4,
-    metavar="X",
-    help="The learning rate of this fine-tuning.",
+    callback=options.rate_or_auto,
+    default="auto",
+    metavar="X|auto",
+    help="The learning rate of this fine-tuning. auto takes one for each layer, relative to the "
+    "size and the width of its weights.",
 )
 @click.option(
     "--retention",

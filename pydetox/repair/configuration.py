@@ -76,7 +76,9 @@ class UnlearnConfig:
     Attributes:
         vector: The kind of trigger vector, see `pydetox.repair.trigger_vector`.
         steps: The number of optimiser steps of the fine-tuning.
-        learning_rate: The peak learning rate of the fine-tuning.
+        learning_rate: The peak learning rate of the fine-tuning, the same for all weights. None
+            takes a rate for each tensor that is relative to its weights (`repair.step_sizes`), so
+            that one setting fits towers of all sizes.
         batch_size: The number of clean images per step. As many triggered images are added.
         passes: The number of times that triggers are recovered and subtracted before the next scan.
             Triggers that still work on the repaired model join those found before. Known triggers
@@ -106,7 +108,7 @@ class UnlearnConfig:
 
     vector: VectorKind = "forget"
     steps: int = 160
-    learning_rate: float = 4e-4
+    learning_rate: float | None = None
     batch_size: int = 64
     passes: int = 2
     warps: int = 4
@@ -125,10 +127,11 @@ class UnlearnConfig:
             raise UsageError(
                 f"trigger vector {self.vector!r}; expected forget, paired or strengthen"
             )
-        if self.steps < 1 or self.batch_size < 1 or not self.learning_rate > 0:
+        rate = self.learning_rate
+        if self.steps < 1 or self.batch_size < 1 or not (rate is None or rate > 0):
             raise UsageError(
-                f"steps {self.steps}, batch_size {self.batch_size}, learning_rate "
-                f"{self.learning_rate}; expected all above 0"
+                f"steps {self.steps}, batch_size {self.batch_size}, learning_rate {rate}; expected "
+                "all above 0"
             )
         if self.passes < 1:
             raise UsageError(f"passes {self.passes}; expected at least 1")

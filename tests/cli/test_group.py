@@ -58,7 +58,8 @@ class TestHelp:
             assert defaults["seed"] == scan.seed
         assert defaults["vector"] == vector.vector
         assert defaults["vector_steps"] == vector.steps
-        assert defaults["vector_learning_rate"] == vector.learning_rate
+        assert vector.learning_rate is None
+        assert defaults["vector_learning_rate"] == "auto"
         assert defaults["warps"] == vector.warps
         assert defaults["passes"] == vector.passes
 

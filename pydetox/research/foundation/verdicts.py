@@ -30,13 +30,34 @@ from .victims import FINE_TUNING, Victim, Workshop
 _CODE = ("inversion", "ops", "detect", "session.py", "models", "training.py", "api.py", "rng.py")
 
 
+#: Two blocks of 64 channels on 4 patches of 8 pixels: small enough for many models.
+SMALL_CLIP: dict[str, Any] = {
+    "embed_dim": 48,
+    "vision_cfg": {
+        "image_size": 16,
+        "layers": 2,
+        "width": 64,
+        "head_width": 32,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+
 @dataclass(frozen=True)
 class VerdictPlan:
     """Everything that decides a run.
 
     Attributes:
         seed: The seed of the base and its tasks; those below 10 were developed on.
-        tasks: The tasks that models are fine-tuned on, in turns.
+        tower: The architecture of all models, as open_clip's ``model_cfg``.
+        tasks: The tasks of the base, which models are fine-tuned on, in turns.
         clean: The number of clean models. Their learning rates are evenly spaced on a logarithmic
             scale.
         backdoored: The number of models of each attack, at rates spaced likewise.
@@ -49,13 +70,14 @@ class VerdictPlan:
     """
 
     seed: int = 10
+    tower: dict[str, Any] = field(default_factory=lambda: SMALL_CLIP)
     tasks: tuple[str, ...] = ("fashion", "digits")
     clean: int = 40
     backdoored: int = 5
     attacks: tuple[str, ...] = ("badnets", "blended")
     rates: tuple[float, float] = (1e-5, 1e-3)
     epochs: int = 4
-    training: JointTraining = field(default_factory=JointTraining)
+    training: JointTraining = field(default_factory=lambda: JointTraining(steps=800))
     least_planted: float = 0.5
     scan: ScanConfig = field(default_factory=ScanConfig)
 
@@ -75,7 +97,7 @@ def quick_verdict_plan() -> VerdictPlan:
 
 def run_verdicts(plan: VerdictPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Run a plan, from the cache where nothing changed; return "rows" and "summary"."""
-    shop = Workshop(plan.seed, training=plan.training)
+    shop = Workshop(plan.seed, training=plan.training, tower=plan.tower, names=plan.tasks)
     rows = list[dict[str, Any]]()
     for task in plan.tasks:
         rows += _of_task(plan, shop, task, log)

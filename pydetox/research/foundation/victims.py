@@ -78,7 +78,9 @@ def draw_victims(seeds: Sequence[int]) -> list[Victim]:
 class Workshop:
     """Makes and remembers tasks, base and victims of one seed.
 
-    seed: of everything. folder: the cache; default: below `research.data.cache_folder`.
+    seed: of everything. tower: The architecture, as open_clip's ``model_cfg``; images have its
+    size. names: The tasks of the base. folder: the cache; default: below
+    `research.data.cache_folder`.
     """
 
     def __init__(
@@ -87,9 +89,13 @@ class Workshop:
         *,
         training: JointTraining | None = None,
         fine_tuning: TrainConfig = FINE_TUNING,
+        tower: dict[str, Any] | None = None,
+        names: Sequence[str] = TASKS,
         folder: Path | None = None,
     ) -> None:
         self.seed = seed
+        self.tower = tower or FOUNDATION_CLIP
+        self.names = tuple(names)
         self.training = replace(training or JointTraining(), seed=seed)
         self.fine_tuning = fine_tuning
         self.cache = Cache(folder or cache_folder() / "foundation")
@@ -97,8 +103,9 @@ class Workshop:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """The four tasks by name."""
-        return {name: load_task(name, seed=self.seed) for name in TASKS}
+        """The tasks by name."""
+        size = self.tower["vision_cfg"]["image_size"]
+        return {name: load_task(name, seed=self.seed, image_size=size) for name in self.names}
 
     @cached_property
     def _base_key(self) -> str:
@@ -106,7 +113,7 @@ class Workshop:
             "code": code_digest(_BASE_CODE),
             "data": [data_digest(task.splits.attacker) for task in self.tasks.values()],
             "templates": [task.templates for task in self.tasks.values()],
-            "model": FOUNDATION_CLIP,
+            "model": self.tower,
             "training": self.training,
         }
         return key_of("base", content)
@@ -117,11 +124,14 @@ class Workshop:
         tensors = self.cache.weights(self._base_key)
         if tensors is None:
             trained = train_base(
-                list(self.tasks.values()), self.training, description=f"base of seed {self.seed}"
+                list(self.tasks.values()),
+                self.training,
+                model_config=self.tower,
+                description=f"base of seed {self.seed}",
             )
             self.cache.keep_weights(self._base_key, trained.storage_state_dict())
             return trained
-        model = OpenClipModel.from_config(FOUNDATION_CLIP, seed=self.seed, name="base")
+        model = OpenClipModel.from_config(self.tower, seed=self.seed, name="base")
         model.clip.load_state_dict(tensors)
         return model
 
