@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..data import ImageSet, Template
@@ -41,9 +41,9 @@ def calibrate_references(
         raise UsageError("no base model, which a calibration without references= needs: give base=")
     contrast = base if config.contrast else None
     session = Session.open(first, images, templates=templates, base=contrast)
-    models = references
-    if models is None:
-        models = fine_tuned_copies(session, config, distance)
+    models: Iterable[OpenClipModel] = (
+        fine_tuned_copies(session, config, distance) if references is None else references
+    )
     names, searched = list[str](), list[dict[TriggerFamily, InversionResult]]()
     count = config.references if references is None else len(references)
     for k, model in enumerate(models):

@@ -99,7 +99,7 @@ def positive_control(
     images, head, target = session.images.images, session.head, trigger.target
     agree = predict(copy, images, head) == predict(session.model, images, head)
     detection = found.detection
-    suspects = {c for one in (found, *found.others) for c in one.detection.suspects}
+    judged = [detection, *(one.detection for one in found.others)]
     return PositiveControl(
         target=target,
         p_l1=float(trigger.mask.mean()),
@@ -108,7 +108,7 @@ def positive_control(
         verdict=detection.verdict.value,
         p_value=detection.p_value,
         recovered=detection.p_l1[target],
-        found=detection.verdict in FINDINGS and target in suspects,
+        found=detection.verdict in FINDINGS and any(target in one.suspects for one in judged),
     )
 
 
