@@ -41,7 +41,14 @@ STREAMS: Mapping[str, str] = {
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
     "calibration.training": "seed of the fine-tuning of a clean copy; by number",
+    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; by number",
+    "calibration.pilot": "seed of the fine-tuning that finds the copies' learning rate",
     "calibration.search": "seed of the search in a reference; by number",
+    # The positive control of a scan
+    "control.patch": "colours, corner and target class of the planted patch",
+    "control.poisoned": "images that are repeated with the patch",
+    "control.checked": "images that tell whether the patch works yet",
+    "control.training": "seed of the fine-tuning that plants the patch",
     # Repair
     "repair.round": "seed of a repair; by number",
     "repair.rescan": "seed of the scan after a repair; by number",

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -61,6 +61,9 @@ class Calibration:
         others: The calibrations of the same references for the other families.
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
         digests: A hash of the weights of each reference's image tower; empty if they are not known.
+        distance: How far the references have moved from their base, if they were fine-tuned until
+            they had moved as far as suspects have (see `detect.distance`); None for others.
+        rungs: The calibrations with other distances, for suspects that moved less or more.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -72,6 +75,8 @@ class Calibration:
     others: tuple[Calibration, ...] = ()
     relative: bool = False
     digests: tuple[str, ...] = ()
+    distance: float | None = None
+    rungs: tuple[Calibration, ...] = ()
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -99,7 +104,14 @@ class Calibration:
                 f"step {step}; the calibration has sizes at {list(self.recorded_steps)}"
             )
         rows = self.history[self.recorded_steps.index(step)]
-        return Calibration(rows, self.key, self.models, family=self.family, relative=self.relative)
+        return Calibration(
+            rows,
+            self.key,
+            self.models,
+            family=self.family,
+            relative=self.relative,
+            distance=self.distance,
+        )
 
     def of(self, family: str) -> Calibration:
         """Return the sizes of one family; UsageError if it was not searched for."""
@@ -110,6 +122,17 @@ class Calibration:
             f"the calibration has the families {[o.family for o in (self, *self.others)]}; this "
             f"scan needs {family!r}"
         )
+
+    def with_rungs(self, others: Sequence[Calibration]) -> Calibration:
+        """Return this calibration together with those of other distances."""
+        return replace(self, rungs=tuple(replace(one, rungs=()) for one in others))
+
+    def at_distance(self, distance: float) -> Calibration | None:
+        """Return the calibration whose references have that distance, or None."""
+        for one in (self, *self.rungs):
+            if one.distance == distance:
+                return replace(one, rungs=())
+        return None
 
     @property
     def classes(self) -> int:
@@ -292,6 +315,8 @@ class Calibration:
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
             "digests": list(self.digests),
+            "distance": self.distance,
+            "rungs": [one.to_dict() for one in self.rungs],
         }
 
     @classmethod
@@ -309,6 +334,9 @@ class Calibration:
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
                 tuple(str(digest) for digest in content.get("digests", ())),
+                # Earlier versions had no references of a distance.
+                None if content.get("distance") is None else float(content["distance"]),
+                tuple(cls.from_dict(one) for one in content.get("rungs", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error

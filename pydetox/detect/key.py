@@ -30,9 +30,16 @@ _fingerprints = WeakKeyDictionary()
 _SHOWN = 60
 
 
-def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
+def calibration_key(
+    config: ScanConfig,
+    session: Session,
+    family: TriggerFamily,
+    *,
+    distance: float | None = None,
+) -> str:
     """Return a key as JSON text: everything that sizes depend on, except the weights.
 
+    distance: How far references have moved from their base, if they were matched to suspects.
     config: its search, objective and restarts count, its seed does not. session: the images count
     by their pixels, whatever their order and labels; the class names with their prompts; the
     model's architecture and preprocessing; the base that triggers are in contrast to.
@@ -56,6 +63,8 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
         "architecture": model.model_config,
         "base": None if base is None else fingerprint(base),
     }
+    if distance is not None:
+        content["distance"] = distance
     if config.objective == "targeted":
         names = session.class_names
         content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..inversion import InversionResult, TriggerFamily
 from .configuration import ObjectiveName
+from .control import PositiveControl
 from .statistics import FINDINGS, Calibration, Detection, Verdict
 
 
@@ -46,6 +47,7 @@ class ScanResult:
         warnings: One line for each doubt about the verdict: what of the checkpoint or the images
             was guessed or left out, and reasons why images, class names and model may not belong
             together (see `plausibility.examine`).
+        control: The positive control of a clean model; None without one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ScanResult:
     family: TriggerFamily = "patch"
     others: tuple[FamilyScan, ...] = ()
     warnings: tuple[str, ...] = ()
+    control: PositiveControl | None = None
 
     @property
     def verdict(self) -> Verdict:

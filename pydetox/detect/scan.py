@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from ..evaluation import predict
 from ..inversion import Elimination
 from ..session import Session
 from .configuration import ScanConfig
+from .control import positive_control
 from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .search import dropped_per_class, search_classes, sizes_per_class
@@ -25,6 +28,8 @@ def scan_session(
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
+    With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
+
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
     """
@@ -33,7 +38,7 @@ def scan_session(
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
-    obstacle = _beside_itself(session, calibration)
+    obstacle = comparison.unfit or _beside_itself(session, calibration)
     if obstacle is None and config.objective == "targeted":
         # A label-free search asks no names, so it does not matter whether they mean anything.
         obstacle = session.plausibility.obstacle
@@ -66,7 +71,7 @@ def scan_session(
         trigger = chosen.inversion.trigger(chosen.inversion.best())
         answers = predict(model, images.images, session.optional_head, stamp=trigger)
         target = int(answers.mode().values)
-    return ScanResult(
+    result = ScanResult(
         name=model.name,
         sha256=model.sha256,
         objective=config.objective,
@@ -80,6 +85,14 @@ def scan_session(
         others=tuple(one for one in families if one is not chosen),
         warnings=session.doubts,
     )
+    wanted = config.positive_control and config.objective == "targeted" and not cleared
+    if not wanted or result.verdict is not Verdict.CLEAN:
+        return result
+    once = replace(comparison, config=replace(config, positive_control=False))
+    control = positive_control(
+        session, once, partial(scan_session, description="positive control: scan")
+    )
+    return replace(result, control=control, seconds=time.perf_counter() - start)
 
 
 def _beside_itself(session: Session, calibration: Calibration | None) -> str | None:

@@ -57,6 +57,24 @@ def scan_document(scan: ScanResult) -> dict[str, Any]:
             for one in scan.others
         ],
         "warnings": list(scan.warnings),
+        "positive_control": _control(scan),
+    }
+
+
+def _control(scan: ScanResult) -> dict[str, Any] | None:
+    control = scan.control
+    if control is None or scan.class_names is None:
+        return None
+    return {
+        "target": scan.class_names[control.target],
+        "p_l1": control.p_l1,
+        "asr": control.success,
+        "agreement": control.accuracy,
+        "planted": control.planted,
+        "found": control.found,
+        "verdict": control.verdict,
+        "p_value": control.p_value,
+        "recovered_p_l1": control.recovered,
     }
 
 
