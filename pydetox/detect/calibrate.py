@@ -15,6 +15,7 @@ from ..session import Session
 from ..training import train_on_prompts
 from .configuration import ScanConfig
 from .key import calibration_key
+from .screening import Screening, screen_classes, screens
 from .search import search_classes, sizes_per_class
 from .statistics import Calibration
 
@@ -40,7 +41,9 @@ def calibrate_references(
     contrast = base if config.contrast else None
     session = Session.open(first, images, templates=templates, base=contrast)
     models = _copies(session, config) if references is None else references
+    screened = screens(config, session)
     names, searched = list[str](), list[dict[TriggerFamily, InversionResult]]()
+    screenings = list[dict[TriggerFamily, Screening]]()
     count = config.references if references is None else len(references)
     for k, model in enumerate(models):
         seeded = replace(config, seed=child_seed("calibration.search", config.seed, k))
@@ -48,25 +51,44 @@ def calibrate_references(
         of_model = replace(session, model=model)
         if references is None:
             of_model = session.with_image_tower_of(model)
+        names.append(model.name)
+        described = f"reference {k + 1} of {count}:"
+        if screened:
+            screenings.append(
+                {
+                    family: screen_classes(
+                        of_model, seeded, family, description=f"{described} screening ({family})"
+                    )
+                    for family in config.searched
+                }
+            )
+            continue
         searched.append(
             {
                 family: search_classes(
-                    of_model,
-                    seeded,
-                    family,
-                    description=f"reference {k + 1} of {count}: inversion ({family})",
+                    of_model, seeded, family, description=f"{described} inversion ({family})"
                 )
                 for family in config.searched
             }
         )
-        names.append(model.name)
 
     def calibration(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
+        key = calibration_key(config, session, family)
+        if screened:
+            return Calibration(
+                p_l1=tuple(one[family].effort for one in screenings),
+                key=key,
+                models=tuple(names),
+                family=family,
+                others=others,
+                relative=bool(config.contrast),
+                screened=True,
+            )
         found = [one[family] for one in searched]
         histories = [[sizes_per_class(then, config) for then in one.history] for one in found]
         return Calibration(
             p_l1=tuple(sizes_per_class(one.p_l1, config) for one in found),
-            key=calibration_key(config, session, family),
+            key=key,
             models=tuple(names),
             recorded_steps=config.inversion.recorded_steps,
             history=tuple(zip(*histories, strict=True)),

@@ -60,6 +60,8 @@ class Calibration:
         family: The family of triggers that was searched for (see `inversion.FAMILIES`).
         others: The calibrations of the same references for the other families.
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
+        screened: Whether `p_l1` holds the efforts of a screening, numbers above 0, instead of sizes
+            (see `pydetox.detect.screening`). All that is said of sizes here holds for them.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -70,6 +72,7 @@ class Calibration:
     family: str = "patch"
     others: tuple[Calibration, ...] = ()
     relative: bool = False
+    screened: bool = False
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -144,7 +147,7 @@ class Calibration:
                 "no search in the references found a working trigger: search for more steps, or "
                 "give references of the same task as the suspect"
             )
-        if min(found) < EMPTY_TRIGGER:
+        if min(found) < EMPTY_TRIGGER and not self.screened:
             row = next(k for k, row in enumerate(self.p_l1) if min(row) < EMPTY_TRIGGER)
             return (
                 f"the reference {self._name(row)} obeys an empty trigger (P-L1 {min(found):.1g}): "
@@ -285,6 +288,7 @@ class Calibration:
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
+            "screened": self.screened,
         }
 
     @classmethod
@@ -301,6 +305,7 @@ class Calibration:
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
+                bool(content.get("screened", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error

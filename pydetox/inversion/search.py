@@ -73,7 +73,9 @@ class InversionSearch:
         self._batches = batches.to(device)
         self._tower = tower_of(model, contrast, config.precision)
         self._batching = batching_of(model, self._tower, config.max_batch, device)
-        self._steps = 0
+        self._towers = 1 if contrast is None else 2
+        self._steps, self._tower_passes = 0, 0
+        self._loss = torch.empty(0, device=device)
         self._make_buffers()
         # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
         self._history: list[list[float]] = []
@@ -89,11 +91,16 @@ class InversionSearch:
         """Whether all searches have ended."""
         return len(self._triggers) == 0
 
+    @property
+    def loss(self) -> Tensor:
+        """float32 [A], the objective's loss of the triggers that took the last step."""
+        return self._loss
+
     def step(self) -> None:
         """Take one step. Do not call this when the search is `done`."""
         config, now = self._config, self._triggers
         clean = self._images[self._batches[self._steps]]
-        success = self._batching.run(lambda at_once: self._gradients(clean, at_once))
+        self._loss, success = self._batching.run(lambda at_once: self._gradients(clean, at_once))
         if config.family == "blend":
             # All pixels keep the same value if their gradients are equal. This takes the mean and
             # not the sum, because the update adds the cost's gradient to every pixel.
@@ -150,6 +157,7 @@ class InversionSearch:
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
             tower=self._how(),
+            tower_passes=self._tower_passes,
             max_batch=self._batching.count,
             family=self._config.family,
         )
@@ -253,6 +261,7 @@ class InversionSearch:
 
     def _embed(self, images: Tensor, mask: Tensor, pattern: Tensor, at_once: int) -> Tensor:
         """Return embeddings [K, B, D] of every trigger on every image, without gradients."""
+        self._tower_passes += self._towers * len(mask) * len(images)
         with torch.no_grad():
             parts = [
                 self._tower(self._stamp(part, mask, pattern)).view(len(mask), len(part), -1)
@@ -280,18 +289,19 @@ class InversionSearch:
             out=out,
         )
 
-    def _gradients(self, images: Tensor, at_once: int) -> Tensor:
-        """Write the objective's gradients for all triggers; return their success [A].
+    def _gradients(self, images: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+        """Write the objective's gradients for all triggers; return their loss and success [A].
 
         at_once: Images that go through the tower at once.
         """
         if len(self._rows) > max(at_once, self._batch):
             self._rows = self._rows.new_empty(0)  # from before memory ran out
         parts = chunks(len(self._triggers), max(1, at_once // self._batch))
-        return torch.cat([self._differentiate(images, part, at_once) for part in parts])
+        found = [self._differentiate(images, part, at_once) for part in parts]
+        return torch.cat([loss for loss, _ in found]), torch.cat([success for _, success in found])
 
-    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> Tensor:
-        """Write the objective's gradients for a chunk of the triggers; return their success.
+    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> tuple[Tensor, Tensor]:
+        """Write the objective's gradients for a chunk of the triggers; return loss and success.
 
         Triggers do not see each other, so a chunk's activations are freed before the next one
         starts: the memory of a step does not grow with the number of triggers.
@@ -299,13 +309,15 @@ class InversionSearch:
         now = self._triggers
         mask, pattern, which = now.mask[chunk], now.pattern[chunk], now.index[chunk]
         gradients = self._mask_gradient[chunk], self._pattern_gradient[chunk]
+        # Every image goes forward and back; where memory is short, `_embed` counts its own.
+        self._tower_passes += 2 * self._towers * len(mask) * len(images)
         if len(images) <= at_once:
             rows = self._stamp(images, mask, pattern).requires_grad_()
             embeddings = self._tower(rows).view(len(mask), len(images), -1)
             loss, success = self._objective(embeddings, which)
             (rows_gradient,) = torch.autograd.grad(loss.sum(), rows)
             self._pull(images, mask, pattern, rows_gradient, gradients)
-            return success
+            return loss.detach(), success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
         embeddings = self._embed(images, mask, pattern, at_once).requires_grad_()
@@ -320,7 +332,7 @@ class InversionSearch:
             parts = self._pull(images[part], mask, pattern, rows_gradient)
             for total, one in zip(gradients, parts, strict=True):
                 total += one
-        return success
+        return loss.detach(), success
 
 
 def invert(
