@@ -82,6 +82,8 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
+    "foundation.classes": "seeds of models of many classes; by kind, number and classes",
+    "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -83,6 +83,7 @@ def calibrate_references(
                 others=others,
                 relative=bool(config.contrast),
                 screened=True,
+                tower_passes=sum(one[family].inversion.tower_passes for one in screenings),
             )
         found = [one[family] for one in searched]
         histories = [[sizes_per_class(then, config) for then in one.history] for one in found]
@@ -95,6 +96,7 @@ def calibrate_references(
             family=family,
             others=others,
             relative=bool(config.contrast),
+            tower_passes=sum(one.tower_passes for one in found),
         )
 
     first_family, *rest = config.searched

@@ -62,6 +62,8 @@ class Calibration:
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
         screened: Whether `p_l1` holds the efforts of a screening, numbers above 0, instead of sizes
             (see `pydetox.detect.screening`). All that is said of sizes here holds for them.
+        tower_passes: The passes of single images through towers that the searches of all
+            references for this family took (see `InversionResult.tower_passes`).
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -73,6 +75,7 @@ class Calibration:
     others: tuple[Calibration, ...] = ()
     relative: bool = False
     screened: bool = False
+    tower_passes: int = 0
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -289,6 +292,7 @@ class Calibration:
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
             "screened": self.screened,
+            "tower_passes": self.tower_passes,
         }
 
     @classmethod
@@ -306,6 +310,7 @@ class Calibration:
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
                 bool(content.get("screened", False)),
+                int(content.get("tower_passes", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
