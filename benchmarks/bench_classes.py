@@ -1,6 +1,6 @@
 """Many classes: what screening costs and decides, beside the search of every class.
 
-    python benchmarks/bench_classes.py [--quick] [--output runs/foundation]
+    python benchmarks/bench_classes.py [--quick] [--seeds 20,21] [--output runs/foundation]
 
 Prints one line per suspect and the figures, and writes classes.json with everything that was
 measured. The figures are added to summary.json, which `benchmarks/bench_foundation.py` writes, too.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -24,10 +25,14 @@ from pydetox.research.foundation.classes import ClassesPlan, quick_classes_plan,
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of under a minute that shows that it works.")
+@click.option("--seeds", help="Other seeds for every number of classes, separated by commas.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
-def main(quick: bool, output: Path) -> None:
+def main(quick: bool, seeds: str | None, output: Path) -> None:
     """Run the benchmark."""
     plan = quick_classes_plan() if quick else ClassesPlan()
+    if seeds is not None:
+        chosen = tuple(int(one) for one in seeds.split(","))
+        plan = replace(plan, seeds=(chosen,) * len(plan.classes))
     try:
         document = run_classes(plan, log=lambda text: click.echo(text, err=True))
     except PydetoxError as error:

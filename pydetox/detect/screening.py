@@ -184,7 +184,9 @@ def screened_detection(
     dropped = tuple(None if c in chosen else int(steps[c]) for c in range(count))
     suspects = tuple(c for c in confirmed.suspects if c in chosen)
     backdoored = tuple(c for c in confirmed.backdoored if c in chosen)
-    target = confirmed.target if confirmed.target in chosen else chosen[0]
+    target = chosen[0]
+    if confirmed.target is not None and confirmed.target in chosen:
+        target = confirmed.target
     common: dict[str, Any] = {
         "p_l1": tuple(sizes),
         "effort": tuple(effort),

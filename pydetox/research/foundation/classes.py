@@ -22,10 +22,11 @@ from torch import Tensor
 from ...api import scan
 from ...data import ImageSet
 from ...detect.calibrate import calibrate_references
+from ...detect.calibration import adjusted
 from ...detect.configuration import ScanConfig
 from ...detect.result import ScanResult
 from ...detect.screening import screen_classes
-from ...detect.statistics import FINDINGS, Calibration, Verdict, adjusted, detect
+from ...detect.statistics import FINDINGS, Calibration, Verdict, detect
 from ...evaluation import evaluate, wilson_interval
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
@@ -437,7 +438,7 @@ def _same(row: Mapping[str, Any]) -> bool:
 
 def _hit(row: Mapping[str, Any], which: str) -> bool:
     found = row[which]
-    return found["verdict"] != Verdict.CLEAN.value and found["target"] == row["target"]
+    return bool(found["verdict"] != Verdict.CLEAN.value and found["target"] == row["target"])
 
 
 def _told(row: Mapping[str, Any]) -> str:
