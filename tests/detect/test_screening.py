@@ -201,3 +201,27 @@ def test_without_a_trigger_it_is_inconclusive():
     assert found.suspects == ()
     assert "no working trigger" in found.reason
     assert judged([1e-6]).verdict is Verdict.INCONCLUSIVE
+
+
+def test_clean_models_of_many_classes_raise_no_more_alarms_than_stated():
+    """All classes are judged, and a complete search can only take a finding back."""
+    rng = np.random.default_rng(7)
+    deviations, alarms, trials = 0.1 * np.geomspace(0.5, 2, 100), 0, 300
+    for _ in range(trials):
+        logs = 1 + deviations * rng.standard_normal((4, 100)) + 0.2 * rng.standard_normal((4, 1))
+        logs += 0.3 * np.sin(np.arange(100))  # classes differ
+        rows = tuple(map(tuple, np.exp(logs[:3]).tolist()))
+        calibration = Calibration(rows, "k", tuple("abc"), screened=True)
+        effort = np.exp(logs[3]).tolist()
+        first = detect(effort, calibration, has_classes=True)
+        chosen = chosen_classes(effort, first.class_scores, max(3, len(first.suspects)))
+        assert set(first.suspects) <= set(chosen)
+        without = set(rng.choice(chosen, 1).tolist())
+        confirmed = detect(
+            [math.inf if c in without else v for c, v in enumerate(effort)],
+            calibration,
+            has_classes=True,
+        )
+        assert set(confirmed.suspects) <= set(first.suspects)
+        alarms += bool(first.suspects)
+    assert alarms <= 0.05 * trials + 3 * math.sqrt(0.05 * 0.95 * trials)
