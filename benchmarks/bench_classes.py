@@ -20,7 +20,8 @@ import click
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
 from pydetox.reporting import to_json
-from pydetox.research.foundation.classes import ClassesPlan, quick_classes_plan, run_classes
+from pydetox.research.foundation.classes import ClassesPlan, quick_classes_plan
+from pydetox.research.foundation.classes_benchmark import run_classes
 
 
 @click.command()
