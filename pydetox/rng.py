@@ -34,6 +34,7 @@ STREAMS: Mapping[str, str] = {
     "warps.check": "images of the check after a search for warps",
     "contrast.shares": "images that tell how often a base answers with each class",
     "plausibility.sample": "images that tell whether they mean anything to the model",
+    "screening.start": "the seed of all screenings: their first trigger and their images",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
@@ -82,7 +83,8 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
-    "foundation.classes": "seeds of models of many classes; by kind, number and classes",
+    "foundation.classes-trigger": "seed of a trigger; by attack and number of classes",
+    "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",

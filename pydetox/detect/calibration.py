@@ -28,7 +28,16 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from ..errors import UsageError
-from .scatter import Array, Scatter, contrasts, distance_factor, fit_scatter, median_of_others
+from .scatter import (
+    SMALLEST_DEVIATION,
+    SMALLEST_EFFORT_DEVIATION,
+    Array,
+    Scatter,
+    contrasts,
+    distance_factor,
+    fit_scatter,
+    median_of_others,
+)
 
 #: A smaller P-L1 is no trigger: it is less than a tenth of one pixel in images of 100 x 100. A
 #: search ends there if a model gives the same answer for every image.
@@ -360,6 +369,7 @@ class Calibration:
             self._squares[None, list(which)],
             factor=factor,
             own=own[list(which)],
+            least=SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION,
         )[0]
         return chances
 

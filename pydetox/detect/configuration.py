@@ -31,9 +31,9 @@ class AdvancedScanConfig:
     """
 
     screen_above: int | None = 20
-    screening_steps: int = 12
+    screening_steps: int = 10
     screening_images: int = 4
-    screening_rate: float = 0.3
+    screening_rate: float = 0.1
     searched_classes: int = 3
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..inversion import InversionConfig, InversionResult, InversionSearch, TriggerFamily
 from ..progress import Progress
+from ..rng import child_seed
 from ..session import Session
 from .calibration import EMPTY_TRIGGER
 from .configuration import ScanConfig
@@ -62,6 +63,7 @@ def screening_search(config: ScanConfig, family: TriggerFamily) -> InversionConf
         batch_size=advanced.screening_images,
         learning_rate=advanced.screening_rate,
         patience=advanced.screening_steps + 1,  # all take the same steps
+        seed=child_seed("screening.start", 0),
         advanced=replace(
             search.advanced, shared_start=True, check_images=advanced.screening_images
         ),
@@ -73,16 +75,18 @@ def screen_classes(
 ) -> Screening:
     """Screen all classes of a model for one family of triggers.
 
-    config: The screening takes its seed. description: A text that is shown with the progress bar.
-    Raises what `search_classes` raises.
+    config: Its seed decides nothing here: all screenings start from one trigger and see the same
+    images in the same order. What start and images do to a class is then the same in suspects and
+    references, and does not count as scatter. description: A text that is shown with the progress
+    bar. Raises what `search_classes` raises.
     """
     require_searchable(session)
     classes = range(len(session.class_names))
-    short = replace(screening_search(config, family), seed=config.seed)
+    short = screening_search(config, family)
     search = InversionSearch(
         session.model,
         session.images.images,
-        objective_for(session, classes, config.seed),
+        objective_for(session, classes, short.seed),
         short,
         contrast=session.base,
         labels=session.images.labels,

@@ -91,7 +91,7 @@ class ClassesPlan:
     )
     images: tuple[int, ...] = (6_000, 8_000)
     attacks: tuple[str, ...] = ("badnets", "blended", "sig")
-    rate: float = 0.03
+    rate: float = 0.1
     clean: int = 3
     references: int = 3
     scan: ScanConfig = field(
@@ -169,7 +169,7 @@ class ClassesLab:
     def backdoor(self, attack: str) -> Backdoor:
         """Return what an attack plants."""
         view = AttackerView(self.base, self.task.splits.test.images, self.head)
-        seed = child_seed("foundation.classes", self.seed, attack, self.classes)
+        seed = child_seed("foundation.classes-trigger", self.seed, attack, self.classes)
         (drawn,) = draw_attack(attack, view, rate=self.plan.rate, seed=seed)
         return drawn
 
@@ -186,7 +186,7 @@ class ClassesLab:
         key = key_of("classes-model", content)
         tensors = self.cache.weights(key)
         if tensors is None:
-            seed = child_seed("foundation.classes", self.seed, kind, number, self.classes)
+            seed = child_seed("foundation.classes-model", self.seed, kind, number, self.classes)
             images = self.task.splits.attacker.split((_OWN_SHARE,), seed=seed)[0]
             if kind not in ("reference", "clean"):
                 images, _ = plant(images, [self.backdoor(kind)], seed=seed)

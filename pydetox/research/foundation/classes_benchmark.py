@@ -23,7 +23,7 @@ from ...detect.screening import screen_classes
 from ...detect.statistics import FINDINGS, Calibration, Verdict, detect
 from ...evaluation import evaluate, wilson_interval
 from ...models import OpenClipModel
-from ...rng import child_seed, generator
+from ...rng import generator
 from ...session import Session
 from .classes import ClassesLab, ClassesPlan
 
@@ -212,17 +212,16 @@ def _calibration(lab: ClassesLab, config: ScanConfig) -> tuple[Calibration, int]
 
 
 def _efforts(lab: ClassesLab, kind: str, number: int) -> list[list[float]]:
-    """Return the efforts of a clean model, [F, C], with a seed of its own as references have."""
+    """Return the efforts of a clean model, [F, C]."""
     model, config = lab.model(kind, number), replace(lab.plan.scan, contrast=False)
     key = lab.key("classes-efforts", model.name, config)
     kept = lab.cache.document(key)
     if kept is None:
         session = Session.open(model, lab.defender, templates=lab.task.templates)
-        seeded = replace(config, seed=child_seed("foundation.alarms", lab.seed, kind, number))
         kept = lab.cache.keep_document(
             key,
             [
-                list(screen_classes(session, seeded, family, description=model.name).effort)
+                list(screen_classes(session, config, family, description=model.name).effort)
                 for family in config.searched
             ],
         )
