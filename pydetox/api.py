@@ -67,8 +67,7 @@ def calibrate(
             about as far share references (see `detect.distance`). A suspect that has moved too far
             to be matched is left out with a warning. It is not needed with
             `ScanConfig.reference_training`.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: As in `scan`. `references` and `reference_training` describe the copies.
         architecture: As in `scan`.
 
@@ -179,8 +178,7 @@ def recover_triggers(
         restarts: The number of triggers.
         family: The family of triggers, one of `inversion.FAMILIES`.
         base: The base of a search in contrast to it; None for a plain search.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: As in `scan`.
         architecture: As in `scan`.
 
@@ -250,8 +248,7 @@ def unlearn(
             in `config.families`, and `UnlearnConfig.warps` warps.
         restarts: The number of triggers of each family to recover.
         base: The base of a search in contrast to it (see `ScanConfig.contrast`).
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         architecture: As in `scan`.
@@ -317,8 +314,7 @@ def detox(
             open_clip's if the suspect is a single file. It is written only if something was
             subtracted.
         overwrite: Whether to replace an earlier folder of this kind.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: As in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         max_rounds: The largest number of repairs. A scan follows each of them.
@@ -386,8 +382,7 @@ def evaluate(
         head: The class head [C, D]; default: the model's own for the class names.
         trigger: A function from uint8 [n, 3, H, W] to uint8 [n, 3, H, W], such as a trigger.
         target: The class that the trigger leads to, as an index or a name.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         architecture: As in `scan`.
         batch_size: The number of images per batch.
         description: A text that is shown with a progress bar; None for no bar.

@@ -37,6 +37,7 @@ STREAMS: Mapping[str, str] = {
     "contrast.shares": "images that tell how often a base answers with each class",
     "plausibility.sample": "images that tell whether they mean anything to the model",
     "prototypes.start": "images that groups of images begin at",
+    "screening.start": "the seed of all screenings: their first trigger and their images",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
@@ -94,6 +95,9 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
+    "foundation.classes-trigger": "seed of a trigger; by attack and number of classes",
+    "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
+    "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

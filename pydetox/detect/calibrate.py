@@ -14,6 +14,7 @@ from ..session import Session
 from .configuration import ScanConfig
 from .copies import fine_tuned_copies
 from .key import calibration_key
+from .screening import Screening, screen_classes, screens
 from .search import search_classes, sizes_per_class
 from .statistics import Calibration
 
@@ -44,7 +45,9 @@ def calibrate_references(
     models: Iterable[OpenClipModel] = (
         fine_tuned_copies(session, config, distance) if references is None else references
     )
+    screened = screens(config, session)
     names, searched = list[str](), list[dict[TriggerFamily, InversionResult]]()
+    screenings = list[dict[TriggerFamily, Screening]]()
     digests = list[str]()
     count = config.references if references is None else len(references)
     for k, model in enumerate(models):
@@ -53,26 +56,48 @@ def calibrate_references(
         of_model = replace(session, model=model)
         if references is None:
             of_model = session.with_image_tower_of(model)
+        names.append(model.name)
+        digests.append(model.image_tower_digest())
+        described = f"reference {k + 1} of {count}:"
+        if screened:
+            screenings.append(
+                {
+                    family: screen_classes(
+                        of_model, seeded, family, description=f"{described} screening ({family})"
+                    )
+                    for family in config.searched
+                }
+            )
+            continue
         searched.append(
             {
                 family: search_classes(
-                    of_model,
-                    seeded,
-                    family,
-                    description=f"reference {k + 1} of {count}: inversion ({family})",
+                    of_model, seeded, family, description=f"{described} inversion ({family})"
                 )
                 for family in config.searched
             }
         )
-        names.append(model.name)
-        digests.append(model.image_tower_digest())
 
     def calibration(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
+        key = calibration_key(config, session, family, distance=distance)
+        if screened:
+            return Calibration(
+                p_l1=tuple(one[family].effort for one in screenings),
+                key=key,
+                models=tuple(names),
+                family=family,
+                others=others,
+                relative=bool(config.contrast),
+                digests=tuple(digests),
+                distance=distance,
+                screened=True,
+                tower_passes=sum(one[family].inversion.tower_passes for one in screenings),
+            )
         found = [one[family] for one in searched]
         histories = [[sizes_per_class(then, config) for then in one.history] for one in found]
         return Calibration(
             p_l1=tuple(sizes_per_class(one.p_l1, config) for one in found),
-            key=calibration_key(config, session, family, distance=distance),
+            key=key,
             models=tuple(names),
             recorded_steps=config.inversion.recorded_steps,
             history=tuple(zip(*histories, strict=True)),
@@ -81,6 +106,7 @@ def calibrate_references(
             relative=bool(config.contrast),
             digests=tuple(digests),
             distance=distance,
+            tower_passes=sum(one.tower_passes for one in found),
         )
 
     first_family, *rest = config.searched

@@ -37,10 +37,10 @@ def read_calibration(path: Path) -> Calibration:
     except UsageError as error:
         raise DataError(f"{path}: {error}") from error
     rungs = (calibration, *calibration.rungs)
-    every = [one for rung in rungs for one in (rung, *rung.others)]
-    sizes = [value for one in every for row in one.p_l1 for value in row]
-    if not all(0 < value <= 1 or value == math.inf for value in sizes):
-        raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
+    for one in (one for rung in rungs for one in (rung, *rung.others)):
+        largest = math.inf if one.screened else 1.0
+        if not all(0 < v <= largest or v == math.inf for row in one.p_l1 for v in row):
+            raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
     return calibration
 
 

@@ -16,6 +16,39 @@ ObjectiveName = Literal["targeted", "label-free"]
 
 
 @dataclass(frozen=True)
+class AdvancedScanConfig:
+    """Constants of a scan that you hardly ever need to change.
+
+    docs/method.md, "Many classes", has the measurements behind the defaults.
+
+    Attributes:
+        screen_above: The number of classes above which a targeted scan screens all classes and
+            searches few of them to the end; None to always search all.
+        screening_steps: The steps of the short search of each class.
+        screening_images: The clean images per step of this search.
+        screening_rate: Adam's learning rate in this search.
+        searched_classes: The number of classes that are searched to the end for each family of
+            triggers, those that stand out most.
+    """
+
+    screen_above: int | None = 20
+    screening_steps: int = 10
+    screening_images: int = 4
+    screening_rate: float = 0.1
+    searched_classes: int = 3
+
+    def __post_init__(self) -> None:
+        counts = (self.screening_steps, self.screening_images, self.searched_classes)
+        if min(counts) < 1 or (self.screen_above is not None and self.screen_above < 1):
+            raise UsageError(
+                f"screening_steps, screening_images, searched_classes {counts}, screen_above "
+                f"{self.screen_above}; expected at least 1 each"
+            )
+        if not 0 < self.screening_rate < math.inf:
+            raise UsageError(f"screening_rate {self.screening_rate}; expected a number above 0")
+
+
+@dataclass(frozen=True)
 class ScanConfig:
     """How to scan.
 
@@ -50,6 +83,7 @@ class ScanConfig:
             scan the copy: would this scan have found it (see `detect.control`)? It doubles the time
             of a clean model. A label-free scan has none.
         seed: The seed of every random choice.
+        advanced: Constants of the scan.
     """
 
     objective: ObjectiveName = "targeted"
@@ -64,6 +98,7 @@ class ScanConfig:
     drop_below: float | None = 1.5
     positive_control: bool = False
     seed: int = 0
+    advanced: AdvancedScanConfig = field(default_factory=AdvancedScanConfig)
 
     def __post_init__(self) -> None:
         if self.objective not in ("targeted", "label-free"):

@@ -17,6 +17,7 @@ from ..models import OpenClipModel
 from ..models.frozen import resolve_precision
 from ..session import Session
 from .configuration import ScanConfig
+from .screening import screening_search, screens
 
 #: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
 ConfigPair: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
@@ -45,8 +46,11 @@ def calibration_key(
     model's architecture and preprocessing; the base that triggers are in contrast to.
     """
     images, model, base = session.images, session.model, session.base
-    search = asdict(config.search(family))
+    screened = screens(config, session)
+    search = asdict(screening_search(config, family) if screened else config.search(family))
     search |= search.pop("advanced")
+    if not search["shared_start"]:
+        del search["shared_start"]  # which calibrations of earlier versions do not know
     # What a search really ran in: sizes of one device are compared with those of another.
     towers = [model.visual] if base is None else [model.visual, base.visual]
     search["precision"] = resolve_precision(search["precision"], model.device, towers)
@@ -56,7 +60,7 @@ def calibration_key(
     content: dict[str, Any] = {
         **search,
         "objective": config.objective,
-        "restarts": config.restarts,
+        "restarts": 1 if screened else config.restarts,
         "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
         "mean": list(model.mean),
         "std": list(model.std),
@@ -65,6 +69,8 @@ def calibration_key(
     }
     if distance is not None:
         content["distance"] = distance
+    if screened:
+        content["screened"] = True
     if config.objective == "targeted":
         names = session.class_names
         content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}

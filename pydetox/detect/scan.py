@@ -9,14 +9,19 @@ from dataclasses import replace
 from functools import partial
 
 from ..evaluation import predict
-from ..inversion import Elimination
+from ..inversion import Elimination, TriggerFamily
 from ..session import Session
 from .configuration import ScanConfig
 from .control import positive_control
 from .references import Comparison
 from .result import FamilyScan, ScanResult
+from .screening import chosen_classes, merged, screen_classes, screened_detection, screens
 from .search import dropped_per_class, search_classes, sizes_per_class
-from .statistics import FINDINGS, Calibration, Verdict, detect
+from .statistics import FINDINGS, Calibration, Detection, Verdict, detect
+
+# Of a model in which very many classes stand out, as many are searched to the end: a repair of
+# some, and a scan after it, tell about the others.
+_MOST_SUSPECTS = 12
 
 
 def scan_session(
@@ -42,9 +47,22 @@ def scan_session(
     if obstacle is None and config.objective == "targeted":
         # A label-free search asks no names, so it does not matter whether they mean anything.
         obstacle = session.plausibility.obstacle
-    families = list[FamilyScan]()
+    families, screened = list[FamilyScan](), screens(config, session)
     for family in config.searched:
         compared = None if calibration is None else calibration.of(family)
+        if screened:
+            families.append(
+                _scan_screened(
+                    session,
+                    config,
+                    family,
+                    compared,
+                    f"{description} ({family})",
+                    cleared=cleared,
+                    obstacle=obstacle,
+                )
+            )
+            continue
         found = search_classes(
             session,
             config,
@@ -109,6 +127,55 @@ def _beside_itself(session: Session, calibration: Calibration | None) -> str | N
     if same is None:
         return None
     return f"it is compared with itself: {same} has the same image tower; give other clean models"
+
+
+def _scan_screened(
+    session: Session,
+    config: ScanConfig,
+    family: TriggerFamily,
+    calibration: Calibration | None,
+    description: str,
+    *,
+    cleared: Sequence[int],
+    obstacle: str | None,
+) -> FamilyScan:
+    """Screen all classes for one family, judge them, and search those that stand out to the end."""
+    screening = screen_classes(
+        session, config, family, description=f"{description}: screening of all classes"
+    )
+
+    def judge(effort: Sequence[float]) -> Detection:
+        return detect(
+            effort,
+            calibration,
+            has_classes=True,
+            p_backdoored=config.p_backdoored,
+            p_suspicious=config.p_suspicious,
+            families=len(config.searched),
+            cleared=cleared,
+            obstacle=obstacle,
+        )
+
+    first = judge(screening.effort)
+    chosen = chosen_classes(
+        screening.effort,
+        first.class_scores,
+        # All that would be a finding get a search, within a bound.
+        min(max(config.advanced.searched_classes, len(first.suspects)), _MOST_SUSPECTS),
+        cleared=cleared,
+    )
+    full = search_classes(session, config, family, classes=chosen, description=description)
+    found = merged(screening.inversion, full, chosen, config.restarts)
+    sizes = sizes_per_class(found.p_l1, config)
+    # A class for which the complete search finds no working trigger is no finding.
+    confirmed = judge(
+        [
+            math.inf if c in chosen and not math.isfinite(sizes[c]) else value
+            for c, value in enumerate(screening.effort)
+        ]
+    )
+    detection = screened_detection(first, confirmed, screening.effort, sizes, chosen, found)
+    return FamilyScan(family, detection, found, calibration)
 
 
 def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:
