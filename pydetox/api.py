@@ -1,9 +1,9 @@
 """The steps from a suspicious checkpoint to a repaired one, as functions.
 
-`calibrate` makes the clean references that a verdict needs. `scan` reconstructs a trigger for every
-class and gives a verdict. `unlearn` subtracts trigger vectors. `detox` does all of it and scans the
-repaired model again. `evaluate` measures accuracy. Each function opens a `Session`, which resolves
-models and images of all kinds, and calls the module of its step.
+`calibrate` makes the clean references of a verdict. `scan` reconstructs a trigger for every class
+and gives a verdict. `unlearn` subtracts trigger vectors. `detox` does all of it and scans the
+repaired model again. `evaluate` measures accuracy. Each opens a `Session`, which resolves models
+and images, and calls the module of its step.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def calibrate(
             suspects were, such as other fine-tunings of the base. Prefer them to copies if you have
             some. A search in contrast to the base (`ScanConfig.contrast`) needs them: a copy that a
             few images have hardly changed does not show what harmless fine-tuning does.
-        suspects: The models that the calibration is for, if copies are made. Suspects that moved
-            about as far share references (see `detect.distance`). A suspect that has moved too far
-            to be matched is left out with a warning. It is not needed with
-            `ScanConfig.reference_training`.
-        templates, class_names: As in `scan`.
+        suspects: The models that the calibration is for, if copies are made and
+            `ScanConfig.reference_training` does not say how. Suspects that moved about as far share
+            references (see `detect.distance`). One that moved too far is left out with a warning.
+        templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`. `references` and `reference_training` describe the copies.
         architecture: As in `scan`.
 
@@ -127,8 +127,7 @@ def scan(
         class_names: The classes, in the order that defines the labels, as in `load_images`. None to
             use the names that come with the images or with the head of an `EncoderModel`.
         config: How to scan; default: ScanConfig().
-        architecture: The architecture, as open_clip's name or a JSON file, if the checkpoint does
-            not name it.
+        architecture: open_clip's name or a JSON file, if the checkpoint does not tell it.
         cleared: The classes that were clean before the repair (`ScanResult.cleared`), in the
             re-scan of a repaired model. They are searched, but the verdict concerns the others.
         description: A text that is shown with the progress bar.
@@ -178,7 +177,8 @@ def recover_triggers(
         restarts: The number of triggers.
         family: The family of triggers, one of `inversion.FAMILIES`.
         base: The base of a search in contrast to it; None for a plain search.
-        templates, class_names: As in `scan`.
+        templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`.
         architecture: As in `scan`.
 
@@ -248,7 +248,8 @@ def unlearn(
             in `config.families`, and `UnlearnConfig.warps` warps.
         restarts: The number of triggers of each family to recover.
         base: The base of a search in contrast to it (see `ScanConfig.contrast`).
-        templates, class_names: As in `scan`.
+        templates: As in `scan`.
+        class_names: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         architecture: As in `scan`.
@@ -314,7 +315,8 @@ def detox(
             open_clip's if the suspect is a single file. It is written only if something was
             subtracted.
         overwrite: Whether to replace an earlier folder of this kind.
-        templates, class_names: As in `scan`.
+        templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         max_rounds: The largest number of repairs. A scan follows each of them.
@@ -382,7 +384,8 @@ def evaluate(
         head: The class head [C, D]; default: the model's own for the class names.
         trigger: A function from uint8 [n, 3, H, W] to uint8 [n, 3, H, W], such as a trigger.
         target: The class that the trigger leads to, as an index or a name.
-        templates, class_names: As in `scan`.
+        templates: As in `scan`.
+        class_names: As in `scan`.
         architecture: As in `scan`.
         batch_size: The number of images per batch.
         description: A text that is shown with a progress bar; None for no bar.

@@ -82,6 +82,7 @@ class InversionSearch:
         self._rates = torch.tensor([config.rate(k) for k in range(config.steps)]).to(device)
         self._graph = GraphedStep(device, enabled=config.advanced.cuda_graph)
         self._make_buffers()
+        self._last_loss = self._loss
         # Of all K triggers: the recorded sizes, and the results of those whose search has ended.
         self._history: list[list[float]] = []
         self._sizes = [math.inf] * count
@@ -98,12 +99,13 @@ class InversionSearch:
 
     @property
     def loss(self) -> Tensor:
-        """float32 [A], the objective's loss in the last step, of the triggers that are left."""
-        return self._loss
+        """float32 [A], the objective's loss of the triggers that took the last step."""
+        return self._last_loss
 
     def step(self) -> None:
         """Take one step. Do not call this when the search is `done`."""
         self._graph.run(self)
+        self._last_loss = self._loss  # the next buffer is that of the triggers that go on
         config = self._config
         self._steps += 1
         # Every image goes forward and back, and forward once more where memory is short.
