@@ -243,6 +243,8 @@ def command(
     with Display() as display:
 
         def notify(event: str, **particulars: Any) -> None:
+            if event == "warning":
+                particulars["message"] = in_options(particulars["message"])
             display(event, **particulars)
             if event == "calibrated" and save_calibration is not None:
                 calibration = Calibration.from_dict(particulars["calibration"])

@@ -13,6 +13,8 @@ import pydetox
 from pydetox.cli import cli
 from pydetox.cli.wording import OPTIONS, in_options
 
+from .conftest import Run
+
 ROOT = Path(pydetox.__file__).parent
 
 #: Layers other than the library, whose messages are for people who type commands.
@@ -70,3 +72,16 @@ def test_messages_of_the_library_name_no_options() -> None:
                 if re.search(r"(^|[\s(])--[a-z]", text):
                     found.append(f"{name}:{node.lineno}: {text}")
     assert found == []
+
+
+def test_warnings_about_references_name_options(
+    run: Run, folder: Path, images: tuple[str, str], models: tuple[str, ...]
+) -> None:
+    model = ("--model", folder / "config.json")
+    result = run("scan", folder / "base", *images, *models, *model, "--no-inversion")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("warning: ")
+        assert "--image-mean, --image-std, --interpolation and --resize-mode tell them" in line
+        assert "image_mean=" not in line
