@@ -88,9 +88,9 @@ def neural_cleanse(
         loss.backward()
         success = logits.argmax(dim=-1).eq(target).float().mean().item()
         smoothed = success if step == 0 else 0.7 * smoothed + 0.3 * success
-        if smoothed >= config.success_threshold and norm.item() < smallest:
+        if smoothed >= config.needed_success and norm.item() < smallest:
             smallest = norm.item()
-        hits, misses = (hits + 1, 0) if success >= config.success_threshold else (0, misses + 1)
+        hits, misses = (hits + 1, 0) if success >= config.needed_success else (0, misses + 1)
         if hits >= schedule.patience:
             cost, hits = cost * schedule.up, 0
         if misses >= schedule.patience:

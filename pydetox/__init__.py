@@ -18,23 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._build_info import build_info
-    from .api import calibrate, detox, recover_triggers, recover_warps, scan, unlearn
+    from .api import calibrate, detox, evaluate, recover_triggers, recover_warps, scan, unlearn
     from .checkpoints import load_checkpoint, save_checkpoint
     from .data import ImageSet, load_images
     from .detect.configuration import ScanConfig
     from .detect.result import ScanResult
     from .detect.statistics import Calibration, Detection, Verdict
     from .errors import PydetoxError
-    from .evaluation import Evaluation, evaluate
+    from .evaluation import Evaluation
     from .inversion import InversionConfig, InversionResult, invert
     from .models import OpenClipModel
+    from .models.encoder import EncoderModel, VisionLanguageModel, from_encoder
+    from .models.objects import copy_weights
     from .repair.configuration import UnlearnConfig
     from .repair.result import DetoxResult
+    from .session import as_model
 
 _HOME = {
     "Calibration": "detect.statistics",
     "Detection": "detect.statistics",
     "DetoxResult": "repair.result",
+    "EncoderModel": "models.encoder",
     "Evaluation": "evaluation",
     "ImageSet": "data",
     "InversionConfig": "inversion",
@@ -45,10 +49,14 @@ _HOME = {
     "ScanResult": "detect.result",
     "UnlearnConfig": "repair.configuration",
     "Verdict": "detect.statistics",
+    "VisionLanguageModel": "models.encoder",
+    "as_model": "session",
     "build_info": "_build_info",
     "calibrate": "api",
+    "copy_weights": "models.objects",
     "detox": "api",
-    "evaluate": "evaluation",
+    "evaluate": "api",
+    "from_encoder": "models.encoder",
     "invert": "inversion",
     "load_checkpoint": "checkpoints",
     "load_images": "data",
@@ -63,6 +71,7 @@ __all__ = [
     "Calibration",
     "Detection",
     "DetoxResult",
+    "EncoderModel",
     "Evaluation",
     "ImageSet",
     "InversionConfig",
@@ -73,10 +82,14 @@ __all__ = [
     "ScanResult",
     "UnlearnConfig",
     "Verdict",
+    "VisionLanguageModel",
+    "as_model",
     "build_info",
     "calibrate",
+    "copy_weights",
     "detox",
     "evaluate",
+    "from_encoder",
     "invert",
     "load_checkpoint",
     "load_images",

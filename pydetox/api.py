@@ -2,7 +2,8 @@
 
 `calibrate` makes the clean references that a verdict needs. `scan` reconstructs a trigger for every
 class and gives a verdict. `unlearn` subtracts trigger vectors. `detox` does all of it and scans the
-repaired model again. Each function opens a `Session` and calls the module of its step.
+repaired model again. `evaluate` measures accuracy. Each function opens a `Session`, which resolves
+models and images of all kinds, and calls the module of its step.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from .atomic import rehearse_directory
 from .checkpoints import CHECKPOINT_FILES
-from .data import ImageSet, Template
+from .data import ImageData, Template
 from .detect.configuration import ScanConfig
 from .detect.references import ReferencePlan
 from .detect.result import ScanResult
 from .detect.scan import scan_session
 from .detect.statistics import Calibration
-from .errors import UsageError
-from .evaluation import Stamp
+from .errors import DataError, OutputError, UsageError
+from .evaluation import Evaluation, Stamp
+from .evaluation import evaluate as evaluate_head
 from .inversion import InversionResult, TriggerFamily, WarpResult
 from .models import OpenClipModel
 from .repair.configuration import UnlearnConfig
@@ -35,10 +39,11 @@ from .session import ModelLike, Session, as_model
 
 def calibrate(
     base: ModelLike | None,
-    images: ImageSet,
+    images: ImageData,
     *,
     references: Sequence[ModelLike] | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> Calibration:
@@ -51,13 +56,14 @@ def calibrate(
         base: A model that you believe to be clean, of the same architecture as the suspects, at
             best the pre-trained model that they were fine-tuned from. If references are given as
             well, triggers are searched in contrast to this base; None then searches them plainly.
-        images: Clean images, uint8 [N, 3, H, W] of the model's size, with class names. Copies are
-            trained on their labels, or on the base's own predictions if there are none.
+        images: Clean images with class names, as in `scan`. Copies are trained on their labels, or
+            on the base's own predictions if there are none.
         references: At least two models that you believe to be clean and that were made as the
             suspects were, such as other fine-tunings of the base. Prefer them to copies if you have
             some. A search in contrast to the base (`ScanConfig.contrast`) needs them: a copy that a
             few images have hardly changed does not show what harmless fine-tuning does.
         templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`. `references` and `reference_training` describe the copies.
         architecture: As in `scan`.
 
@@ -70,7 +76,14 @@ def calibrate(
     plan = ReferencePlan.decide(config, base=base, references=references)
     if not plan.makes_calibration:
         raise UsageError("no base model and no reference models: give base=, references= or both")
-    comparison = plan.prepare(images, templates=templates, read=_reader(architecture))
+    models = [one for one in (plan.base, *(plan.references or ())) if one is not None]
+    first = as_model(models[0], architecture=architecture)  # all of them need the same images
+    plan = replace(plan, base=first) if plan.base is not None else plan
+    session = Session.open(first, images, templates=templates, class_names=class_names)
+    session.warn()
+    comparison = plan.prepare(
+        session.images, templates=session.templates, read=_reader(architecture)
+    )
     calibration = comparison.calibration
     assert calibration is not None
     return calibration
@@ -78,12 +91,13 @@ def calibrate(
 
 def scan(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     *,
     calibration: Calibration | None = None,
     base: ModelLike | None = None,
     references: Sequence[ModelLike] | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
     cleared: Sequence[int] = (),
@@ -92,16 +106,22 @@ def scan(
     """Reconstruct triggers and give a verdict.
 
     Args:
-        checkpoint: The suspect. It is not changed.
-        images: A few hundred clean images, uint8 [N, 3, H, W] of the model's size. Labels are not
-            used.
+        checkpoint: The suspect: the name of a checkpoint, or an object (a model of open_clip, a
+            CLIPModel of transformers, a `VisionLanguageModel`, or the result of `from_encoder`). It
+            is not changed.
+        images: A few hundred clean images: an `ImageSet` of the model's size, or anything that
+            `load_images` reads, such as a folder, an array uint8 [N, H, W, 3], a list of Pillow's
+            images, or a data set of torch or Hugging Face. If there are labels, they only tell
+            whether the images mean anything to the model (see `ScanResult.warnings`).
         calibration: The result of `calibrate` with the same configuration, images and prompts. One
             calibration serves many scans.
         base: A clean model to calibrate with, if there is no calibration yet. In a search in
             contrast to a base, this is that base. Without calibration, base and references, the
             verdict is `inconclusive`.
         references: Clean models to calibrate with, as in `calibrate`.
-        templates: Prompt templates; default: DEFAULT_TEMPLATES.
+        templates: Prompt templates; default: those that suit the images.
+        class_names: The classes, in the order that defines the labels, as in `load_images`. None to
+            use the names that come with the images or with the head of an `EncoderModel`.
         config: How to scan; default: ScanConfig().
         architecture: The architecture, as open_clip's name or a JSON file, if the checkpoint does
             not name it.
@@ -118,23 +138,30 @@ def scan(
         CheckpointError: See `load_checkpoint`.
     """
     plan = ReferencePlan.decide(config, base=base, references=references, calibration=calibration)
-    session = Session.open(checkpoint, images, templates=templates, architecture=architecture)
-    comparison = plan.prepare(
-        images, templates=templates, read=_reader(architecture), suspect=session.model
+    session = Session.open(
+        checkpoint, images, templates=templates, class_names=class_names, architecture=architecture
     )
-    session = replace(session, base=comparison.base)
+    session.warn()
+    comparison = plan.prepare(
+        session.images,
+        templates=session.templates,
+        read=_reader(architecture),
+        suspect=session.model,
+    )
+    session = session.with_base(comparison.base)
     return scan_session(session, comparison, cleared=cleared, description=description)
 
 
 def recover_triggers(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     target: int | str,
     *,
     restarts: int = 3,
     family: TriggerFamily = "patch",
     base: ModelLike | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> InversionResult:
@@ -148,6 +175,7 @@ def recover_triggers(
         family: The family of triggers, one of `inversion.FAMILIES`.
         base: The base of a search in contrast to it; None for a plain search.
         templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`.
         architecture: As in `scan`.
 
@@ -155,19 +183,22 @@ def recover_triggers(
         UsageError: The image set has no such class.
         PydetoxError: All that `scan` raises.
     """
-    session, config = _searching(checkpoint, images, base, templates, config, architecture)
+    session, config = _searching(
+        checkpoint, images, base, templates, class_names, config, architecture
+    )
     index = session.class_index(target)
     return recover_patches_or_blends(session, index, family, config, restarts=restarts)
 
 
 def recover_warps(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     target: int | str,
     *,
     restarts: int = 4,
     base: ModelLike | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     architecture: str | None = None,
 ) -> WarpResult:
@@ -177,20 +208,23 @@ def recover_warps(
     success threshold is that of `inversion.WarpConfig`. Arguments and errors are those of
     `recover_triggers`.
     """
-    session, config = _searching(checkpoint, images, base, templates, config, architecture)
+    session, config = _searching(
+        checkpoint, images, base, templates, class_names, config, architecture
+    )
     index = session.class_index(target)
     return recover_smooth_warps(session, index, config, restarts=restarts)
 
 
 def unlearn(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     target: int | str | Sequence[int],
     *,
     triggers: Sequence[Stamp] | None = None,
     restarts: int = 3,
     base: ModelLike | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     unlearning: UnlearnConfig | None = None,
     architecture: str | None = None,
@@ -203,8 +237,8 @@ def unlearn(
 
     Args:
         checkpoint: The backdoored model. It is not changed.
-        images: Clean images, uint8 [N, 3, H, W]. Most of them are the forget set. All of them
-            choose alpha.
+        images: Clean images, as in `scan`. Most of them are the forget set. All of them choose
+            alpha.
         target: The class that the triggers lead to, as an index or a name. If several classes are
             given, triggers are recovered for each of them and make one vector.
         triggers: Known triggers into one class; None to recover triggers: `restarts` of each family
@@ -212,6 +246,7 @@ def unlearn(
         restarts: The number of triggers of each family to recover.
         base: The base of a search in contrast to it (see `ScanConfig.contrast`).
         templates: As in `scan`.
+        class_names: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         architecture: As in `scan`.
@@ -222,7 +257,9 @@ def unlearn(
     Returns:
         The repaired model, and what each pass did. There is no re-scan.
     """
-    session, config = _searching(checkpoint, images, base, templates, config, architecture)
+    session, config = _searching(
+        checkpoint, images, base, templates, class_names, config, architecture
+    )
     targets = [target] if isinstance(target, int | str) else list(target)
     return subtract_passes(
         session,
@@ -237,7 +274,7 @@ def unlearn(
 
 def detox(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     *,
     base: ModelLike | None = None,
     references: Sequence[ModelLike] | None = None,
@@ -245,6 +282,7 @@ def detox(
     output: str | Path | None = None,
     overwrite: bool = False,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
     unlearning: UnlearnConfig | None = None,
     max_rounds: int = 3,
@@ -265,7 +303,7 @@ def detox(
 
     Args:
         checkpoint: The suspect. It is not changed.
-        images: A few hundred clean images, uint8 [N, 3, H, W], with class names. With labels, CA is
+        images: A few hundred clean images with class names, as in `scan`. With labels, CA is
             measured as well.
         base: As in `scan`.
         references: As in `scan`.
@@ -275,6 +313,7 @@ def detox(
             subtracted.
         overwrite: Whether to replace an earlier folder of this kind.
         templates: As in `scan`.
+        class_names: As in `scan`.
         config: As in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         max_rounds: The largest number of repairs. A scan follows each of them.
@@ -284,7 +323,8 @@ def detox(
         architecture: As in `scan`.
 
     Raises:
-        OutputError: `output` cannot be written. This is raised before any work.
+        OutputError: `output` cannot be written, or no folder can hold the model
+            (`OpenClipModel.layout_obstacle`). This is raised before any work.
         PydetoxError: All that `scan` raises.
     """
     if triggers is not None and (target is None or not triggers):
@@ -297,7 +337,12 @@ def detox(
     if output is not None:
         rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
     start = time.perf_counter()
-    session = Session.open(checkpoint, images, templates=templates, architecture=architecture)
+    session = Session.open(
+        checkpoint, images, templates=templates, class_names=class_names, architecture=architecture
+    )
+    if output is not None and session.model.layout_obstacle is not None:
+        raise OutputError(f"{session.model.name}: {session.model.layout_obstacle}")
+    session.warn()
     known = None
     if target is not None:
         known = KnownTarget(session.class_index(target), tuple(triggers or ()))
@@ -315,15 +360,74 @@ def detox(
     )
 
 
+def evaluate(
+    checkpoint: ModelLike,
+    images: ImageData,
+    head: Tensor | None = None,
+    *,
+    trigger: Stamp | None = None,
+    target: int | str | None = None,
+    templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
+    architecture: str | None = None,
+    batch_size: int = 256,
+    description: str | None = None,
+) -> Evaluation:
+    """Measure CA and, with a trigger and its target class, ASR on the images of other classes.
+
+    Args:
+        checkpoint: As in `scan`.
+        images: Images with labels and class names, as in `scan`.
+        head: The class head [C, D]; default: the model's own for the class names.
+        trigger: A function from uint8 [n, 3, H, W] to uint8 [n, 3, H, W], such as a trigger.
+        target: The class that the trigger leads to, as an index or a name.
+        templates: As in `scan`.
+        class_names: As in `scan`.
+        architecture: As in `scan`.
+        batch_size: The number of images per batch.
+        description: A text that is shown with a progress bar; None for no bar.
+
+    Raises:
+        DataError: The images have no labels or no class names, or do not fit the model.
+        UsageError: There is a trigger without a target or a target without a trigger, or there is
+            no such class.
+        PydetoxError: All that `scan` raises for models and images.
+    """
+    if (trigger is None) != (target is None):
+        raise UsageError("trigger and target class go together; only one of them was given")
+    session = Session.open(
+        checkpoint, images, templates=templates, class_names=class_names, architecture=architecture
+    )
+    session.warn(examine=False)
+    if session.images.labels is None:
+        raise DataError(
+            f"{session.images.name}: no labels; accuracy cannot be measured without them"
+        )
+    index = target
+    if isinstance(target, str) or (head is None and target is not None):
+        index = session.class_index(target)
+    assert not isinstance(index, str)
+    return evaluate_head(
+        session.model,
+        session.images,
+        session.head if head is None else head,
+        trigger=trigger,
+        target=index,
+        batch_size=batch_size,
+        description=description,
+    )
+
+
 def _reader(architecture: str | None) -> Callable[[ModelLike], OpenClipModel]:
     return partial(as_model, architecture=architecture)
 
 
 def _searching(
     checkpoint: ModelLike,
-    images: ImageSet,
+    images: ImageData,
     base: ModelLike | None,
     templates: Sequence[Template] | None,
+    class_names: Sequence[str] | None,
     config: ScanConfig | None,
     architecture: str | None,
 ) -> tuple[Session, ScanConfig]:
@@ -336,7 +440,9 @@ def _searching(
         checkpoint,
         images,
         templates=templates,
+        class_names=class_names,
         base=_reader(architecture)(base) if contrast and base is not None else None,
         architecture=architecture,
     )
+    session.warn()
     return session, replace(config, contrast=contrast)

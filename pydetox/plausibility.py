@@ -1,7 +1,8 @@
 """Checks whether images, class names and a model belong together.
 
 A scan with class names that are no words, or with an activation that the weights were not trained
-with, runs like any other, but its verdict means little. `doubts` measures this and reports it.
+with, runs like any other, but its verdict means little. `examine` measures this. Every scan does so
+before its search, and has no verdict where the images mean nothing to the model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from open_clip.transformer import QuickGELU
@@ -30,26 +32,46 @@ _LOWER_ENTROPY = 0.02
 _NO_WORD = re.compile(r"n\d{8}|\d+")
 
 
-def doubts(
-    model: OpenClipModel, images: ImageSet, templates: Sequence[Template], *, seed: int = 0
-) -> list[str]:
-    """Return one line for each reason to doubt that they belong together.
+@dataclass(frozen=True)
+class Plausibility:
+    """What speaks against a verdict.
 
-    There are three reasons:
+    Attributes:
+        doubts: One line for each reason to doubt that images, class names and model belong
+            together.
+        obstacle: The reason why there can be no verdict; None if there can. It is one of `doubts`.
+    """
+
+    doubts: tuple[str, ...] = ()
+    obstacle: str | None = None
+
+
+def examine(
+    model: OpenClipModel,
+    images: ImageSet,
+    templates: Sequence[Template],
+    *,
+    seed: int = 0,
+    head: Tensor | None = None,
+) -> Plausibility:
+    """Measure whether images, class names and model belong together.
+
+    There are three reasons for doubt:
 
     * Class names are numbers or ids of WordNet.
     * The lower end of the 95% interval of the accuracy, on a sample of labelled images, is below
-      three times chance (for few classes, half-way between chance and 1).
+      `least_accuracy`. If the accuracy itself is below it, there is no verdict.
     * The user named the architecture, and the model's answers are more certain with the other one
       of GELU and QuickGELU.
 
-    model: It is not changed. images: uint8 of the model's size; without class names the result is
-    empty. templates: The prompts. seed: The seed of the sample.
+    model: It is not changed. images: uint8 of the model's size; without class names there is no
+    doubt. templates: The prompts. seed: The seed of the sample. head: The model's class head, if it
+    is known already.
     """
     names = images.class_names
     if not names:
-        return []
-    found = []
+        return Plausibility()
+    found = list[str]()
     odd = [name for name in names if _NO_WORD.fullmatch(name)]
     if 2 * len(odd) >= len(names):
         found.append(
@@ -57,28 +79,45 @@ def doubts(
             "...), and the model is asked about words: give some with class_names="
         )
     if len(images) < LEAST_IMAGES:
-        return found
+        return Plausibility(tuple(found))
     few = images.at_most(_MOST_IMAGES, child_seed("plausibility.sample", seed))
     try:
-        head = _head(model, names, templates)
+        head = _head(model, names, templates) if head is None else head
     except ArchitectureError:  # its tokenizer is not here; who needs it says so
-        return found
+        return Plausibility(tuple(found))
+    obstacle = None
     low = _accuracy_below_level(model, few, head)
     if low is not None:
-        found.append(low)
+        line, below = low
+        found.append(line)
+        obstacle = line if below else None
     activation = _other_activation(model, few, head, templates)
     if activation is not None:
         found.append(activation)
-    return found
+    return Plausibility(tuple(found), obstacle)
+
+
+def doubts(
+    model: OpenClipModel, images: ImageSet, templates: Sequence[Template], *, seed: int = 0
+) -> list[str]:
+    """Return the lines of `examine`."""
+    return list(examine(model, images, templates, seed=seed).doubts)
 
 
 def least_accuracy(classes: int) -> float:
-    """Return the accuracy below which images mean little to a model. classes: At least 2."""
+    """Return the accuracy below which images mean too little to a model for a verdict.
+
+    This is three times chance or, for few classes, half-way between chance and 1. classes: At least
+    2.
+    """
     chance = 1 / classes
     return min(3 * chance, (1 + chance) / 2)
 
 
-def _accuracy_below_level(model: OpenClipModel, few: ImageSet, head: Tensor) -> str | None:
+def _accuracy_below_level(
+    model: OpenClipModel, few: ImageSet, head: Tensor
+) -> tuple[str, bool] | None:
+    """Return a line if the accuracy may be below the level, and whether it is."""
     if few.labels is None or len(head) < 2:
         return None
     right = int((predict(model, few.images, head) == few.labels).sum())
@@ -86,11 +125,15 @@ def _accuracy_below_level(model: OpenClipModel, few: ImageSet, head: Tensor) -> 
     level = least_accuracy(len(head))
     if low >= level:
         return None
-    return (
-        f"{few.name}: the model gives {right} of {len(few)} images their class "
-        f"({right / len(few):.0%}; chance is {1 / len(head):.0%}): images or class names mean "
-        "little to it, and so does a verdict"
+    share = right / len(few)
+    below = share < level
+    line = (
+        f"{few.name}: the model gives {right} of {len(few)} images their class ({share:.1%}; "
+        f"chance is {1 / len(head):.1%}, and a verdict needs {level:.1%}): images or class names "
+        f"mean {'too ' if below else ''}little to it; check that the names are words, in the "
+        "order of the labels"
     )
+    return line, below
 
 
 def _other_activation(

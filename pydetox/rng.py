@@ -27,6 +27,8 @@ STREAMS: Mapping[str, str] = {
     # Image sets
     "images.sample": "the order whose beginning is a sample of a folder, a file or an image set",
     "images.split": "the order that a split cuts into parts",
+    # Models
+    "models.synthetic": "smooth images that the length of an encoder's features is measured on",
     # Searches for triggers
     "inversion.start": "first masks and patterns, and the images of each step; by family",
     "inversion.check": "images of the check after a search for patches or blends",
@@ -34,6 +36,7 @@ STREAMS: Mapping[str, str] = {
     "warps.check": "images of the check after a search for warps",
     "contrast.shares": "images that tell how often a base answers with each class",
     "plausibility.sample": "images that tell whether they mean anything to the model",
+    "prototypes.start": "images that groups of images begin at",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
@@ -49,6 +52,8 @@ STREAMS: Mapping[str, str] = {
     "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
+    "repair.label-free": "seed of the recovery of triggers without a target class",
+    "repair.direction": "images that show where a trigger without a target class leads",
     "repair.surrogates": "images that stand for what nobody gave, to hold features on",
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",

@@ -58,33 +58,32 @@ def train_on_prompts(
     templates: Sequence[Template],
     config: TrainConfig,
     *,
+    head: Tensor | None = None,
     description: str = "training",
 ) -> OpenClipModel:
     """Return a trained copy of a model, whose images are closest to the prompts of their class.
 
     The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch. For
     class prompts, this is CLIP's contrastive loss without the false negatives of repeated captions.
-    description: A text that is shown with the progress bar.
+    head: Directions that stand for the classes, unit rows [C, D], in place of prompts; they stay
+    fixed. description: A text that is shown with the progress bar.
 
-    Raises DataError for a set without labels or class names.
+    Raises DataError for a set without labels, or without class names where there is no head.
     """
-    if image_set.labels is None or image_set.class_names is None:
+    names = image_set.class_names
+    if image_set.labels is None or (head is None and names is None):
         raise DataError(f"{image_set.name}: training needs labels and class names")
     trained = model.clone()
     parameters = list(trained.visual.parameters())
-    head: Tensor | None = None
     tokens: list[Tensor] = []
-    if config.train_text:
-        tokens = [
-            trained.tokenize([fill_template(t, name) for name in image_set.class_names])
-            for t in templates
-        ]
+    if head is None and names is not None and config.train_text:
+        tokens = [trained.tokenize([fill_template(t, name) for name in names]) for t in templates]
         fixed = {id(p) for p in parameters} | {
             id(p) for n, p in trained.clip.named_parameters() if "token_embedding" in n
         }
         parameters += [p for p in trained.clip.parameters() if id(p) not in fixed]
-    else:
-        head = trained.zero_shot_head(image_set.class_names, templates)
+    elif head is None and names is not None:
+        head = trained.zero_shot_head(names, templates)
     rng = generator("training.batches", config.seed)
     steps_per_epoch = math.ceil(len(image_set) / config.batch_size)
 

@@ -8,11 +8,17 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU
 
+from pydetox import ScanConfig, scan
 from pydetox.data import DIGIT_TEMPLATES, ImageSet, load_digits
+from pydetox.detect.statistics import Verdict
+from pydetox.errors import PydetoxWarning
 from pydetox.evaluation import predict
+from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
-from pydetox.plausibility import doubts, least_accuracy
+from pydetox.plausibility import doubts, examine, least_accuracy
+from pydetox.reporting.documents import scan_document
 from pydetox.research.demo import MINI_CLIP
+from tests.mini import flat_calibration
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +57,49 @@ def test_images_that_mean_nothing(model: OpenClipModel, digits: ImageSet) -> Non
     wrong = replace(digits, labels=(digits.labels + 5) % 10)
     (line,) = doubts(model, wrong, DIGIT_TEMPLATES)
     assert "of 256 images their class" in line
-    assert "chance is 10%" in line
+    assert "chance is 10.0%, and a verdict needs 30.0%" in line
     assert "\n" not in line
+    assert examine(model, wrong, DIGIT_TEMPLATES).obstacle == line
     few = wrong.sample(49, seed=0)
     assert doubts(model, few, DIGIT_TEMPLATES) == []  # too few to say it
     assert doubts(model, replace(wrong, labels=None), DIGIT_TEMPLATES) == []
+
+
+def test_an_accuracy_just_above_the_level_is_a_doubt_and_no_obstacle(
+    model: OpenClipModel, digits: ImageSet
+) -> None:
+    assert digits.labels is not None
+    few = digits.sample(200, seed=2)
+    assert few.labels is not None
+    labels = few.labels.clone()
+    labels[64:] = (labels[64:] + 3) % 10  # 32% are right, and the interval reaches below 30%
+    found = examine(model, replace(few, labels=labels), DIGIT_TEMPLATES)
+    assert found.obstacle is None
+    (line,) = found.doubts
+    assert "mean little to it" in line
+
+
+def test_a_scan_of_images_that_mean_nothing_has_sizes_but_no_verdict(
+    model: OpenClipModel, digits: ImageSet
+) -> None:
+    assert digits.labels is not None
+    wrong = replace(digits.sample(60, seed=1), class_names=tuple(map(str, range(10, 20))))
+    assert wrong.labels is not None
+    head = model.zero_shot_head(wrong.class_names or (), DIGIT_TEMPLATES)
+    answers = predict(model, wrong.images, head)
+    wrong = replace(wrong, labels=(answers + 1) % 10)
+    config = ScanConfig(inversion=InversionConfig(steps=2, batch_size=2))
+    calibration = flat_calibration(config, wrong, MINI_CLIP, 0.5, templates=DIGIT_TEMPLATES)
+    with pytest.warns(PydetoxWarning, match="a verdict needs 30.0%"):
+        found = scan(
+            model, wrong, calibration=calibration, templates=DIGIT_TEMPLATES, config=config
+        )
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "0 of 60 images their class" in found.detection.reason
+    assert found.detection.reason in found.warnings
+    assert any("no words" in line for line in found.warnings)
+    assert len(found.detection.p_l1) == 10
+    assert scan_document(found)["warnings"] == list(found.warnings)
 
 
 def test_the_level() -> None:

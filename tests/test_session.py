@@ -82,11 +82,11 @@ def test_images_that_were_scaled_in_another_way_than_the_model_s(tmp_path) -> No
     squash = {"resize_mode": "squash"}
     model = OpenClipModel.from_config(MINI_CONFIG, seed=0, preprocess_config=squash)
     with pytest.warns(PydetoxWarning, match=r"resize_mode='shortest'.*resizing=model\.resizing"):
-        Session.open(model, load_images(tmp_path, image_size=16))
+        Session.open(model, load_images(tmp_path, image_size=16)).warn()
     images = load_images(tmp_path, resizing=model.resizing)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Session.open(model, images)
+        Session.open(model, images).warn()
     with pytest.raises(DataError, match="image_size is 15, and resizing= has 16"):
         load_images(tmp_path, image_size=15, resizing=model.resizing)
     with pytest.raises(DataError, match="no image_size"):

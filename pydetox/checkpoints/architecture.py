@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from pydetox.checkpoints.classifier_names import classifier_config, is_classifier_name
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
 from pydetox.data.resize import INTERPOLATIONS, RESIZE_MODES
@@ -97,14 +98,17 @@ def named_config(name: str) -> Config:
 def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]:
     """Return the configuration that the argument ``model=`` names.
 
-    The argument is open_clip's name of an architecture or the path of a JSON file. It is a path if
-    it ends in ``.json`` or contains a slash.
+    The argument is open_clip's name of an architecture, the name of a classifier
+    (`classifier_names`), or the path of a JSON file. It is a path if it ends in ``.json`` or
+    contains a slash.
 
     Raises:
         UsageError: It is neither.
         ArchitectureError: The JSON file is no model configuration.
     """
     text = os.fspath(model)
+    if is_classifier_name(text):
+        return classifier_config(text)
     if not text.endswith(".json") and os.sep in text and not os.path.lexists(text):
         _refuse_name_with_slash(text)
     if text.endswith(".json") or os.sep in text:

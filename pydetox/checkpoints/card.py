@@ -33,15 +33,33 @@ _LIBRARIES = {
             'model, preprocess = open_clip.create_model_from_pretrained("local-dir:THIS_FOLDER")',
         ),
     ),
+    "pydetox": (
+        "open_clip_model.safetensors",
+        (
+            "from pydetox.session import as_model",
+            "",
+            'model = as_model("THIS_FOLDER")  # model.visual is the image tower',
+        ),
+    ),
     "transformers": (
         "model.safetensors",
         (
-            "from transformers import CLIPModel, CLIPProcessor",
+            "from transformers import {model}, {processor}",
             "",
-            'model = CLIPModel.from_pretrained("THIS_FOLDER")',
-            'processor = CLIPProcessor.from_pretrained("THIS_FOLDER")',
+            'model = {model}.from_pretrained("THIS_FOLDER")',
+            'processor = {processor}.from_pretrained("THIS_FOLDER")',
         ),
     ),
+}
+
+#: Of a model in transformers' layout: the classes that load model and processor.
+_CLASSES = {
+    "clip": ("CLIPModel", "CLIPProcessor"),
+    "siglip": ("SiglipModel", "SiglipProcessor"),
+    "siglip2": ("Siglip2Model", "Siglip2Processor"),
+    "altclip": ("AltCLIPModel", "AltCLIPProcessor"),
+    "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPProcessor"),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", "CLIPImageProcessor"),
 }
 
 
@@ -71,9 +89,11 @@ def model_card(
         title: Name of the checkpoint, usually of its folder.
         provenance: How it was made.
         architecture: Its model configuration (open_clip's ``model_cfg``).
-        library: Whose layout the folder has: `open_clip` or `transformers`.
+        library: Whose layout the folder has: `open_clip`, `transformers`, or `pydetox` for image
+            towers alone under open_clip's names.
     """
     weights_name, use = _LIBRARIES[library]
+    model, processor = _CLASSES.get(str(architecture.get("layout", "clip")), _CLASSES["clip"])
     coefficient = provenance.scaling_coefficient
     recipe = [
         ("Method", provenance.method),
@@ -108,7 +128,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *use,
+        *(line.format(model=model, processor=processor) for line in use),
         "```",
         "",
         "## Architecture",

@@ -11,6 +11,7 @@ from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.layout import (
     ADAPTER_CONFIG_NAME,
     COMPANION_NAMES,
+    TOKENIZER_NAMES,
     TRANSFORMERS_CONFIG_NAME,
     TRANSFORMERS_ORDER,
     WEIGHT_NAMES,
@@ -181,6 +182,27 @@ def _cached_first(
         if isinstance(found, str):
             return Path(found)
     return None
+
+
+def cached_tokenizer(name: str) -> tuple[Path, ...]:
+    """Return the files of a tokenizer in the hub's cache on this machine, or in a folder.
+
+    transformers reads them there (:mod:`pydetox.models.tokenizers`); nothing is downloaded.
+
+    Args:
+        name: The repository, or a folder of that name, as ``hf_tokenizer_name`` has it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    names = (*TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME)  # the last may tell the tokenizer's class
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            return tuple(folder / each for each in names if (folder / each).is_file())
+        found = [try_to_load_from_cache(name, each) for each in names]
+    except ValueError:  # no name of a repository
+        return ()
+    return tuple(Path(path) for path in found if isinstance(path, str))
 
 
 def _not_found(repository: str, names: Sequence[str], offline: bool) -> str:

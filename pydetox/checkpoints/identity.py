@@ -3,7 +3,7 @@
 A name (:mod:`naming`) leads to one :class:`CheckpointIdentity`. All code that reads a checkpoint,
 limits its size, hashes it or remembers it asks the identity for its files. All of it therefore
 means the same files: the weights, all shards, the configuration that gives the architecture, and a
-tokenizer beside the weights.
+tokenizer beside the weights or in the hub's cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydetox.checkpoints.layout import (
 )
 from pydetox.checkpoints.naming import hint_for_missing, parse_reference
 from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
-from pydetox.errors import CheckpointError
+from pydetox.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from pydetox.checkpoints.preprocessing import Configuration
@@ -92,11 +92,11 @@ class CheckpointIdentity:
         signatures are therefore the same files with the same content.
         """
         beside = (self.config_file, self.processor_file)
-        tokenizer = (self.weights.with_name(name) for name in TOKENIZER_NAMES)
+        tokenizer = [self.weights.with_name(name) for name in TOKENIZER_NAMES]
         files = (
             *self.weight_files,
             *(path for path in beside if path is not None),
-            *(path for path in tokenizer if os.path.lexists(path)),
+            *([path for path in tokenizer if os.path.lexists(path)] or self._cached_tokenizer()),
         )
         found: list[int] = []
         for path in files:
@@ -108,6 +108,14 @@ class CheckpointIdentity:
             times = status.st_mtime_ns, status.st_ctime_ns
             found += [status.st_size, *times, status.st_ino, status.st_dev]
         return tuple(found)
+
+    def _cached_tokenizer(self) -> tuple[Path, ...]:
+        """The files of the tokenizer in the hub's cache that the model uses, if it uses one."""
+        try:
+            model_config, _ = self.configuration()
+        except (CheckpointError, UsageError):
+            return ()  # reading it raises this error
+        return _cached_tokenizer(model_config)
 
     def configured(self) -> Configuration:
         """Return what the model is and how its images are prepared, with the source of both.
@@ -167,14 +175,14 @@ class CheckpointIdentity:
     def digest(self) -> str:
         """Return a hash of everything that the model's results depend on.
 
-        These are the weights, the configuration and a tokenizer beside the weights that counts. The
+        These are the weights, the configuration, and the tokenizer if it is not CLIP's own. The
         hash equals the :attr:`Checkpoint.digest` of the checkpoint that is read from these files.
 
         Raises:
             CheckpointError: As :meth:`sha256` and :meth:`configuration`; or a file of the tokenizer
                 cannot be read.
         """
-        from pydetox.checkpoints.transformers_clip import read_companions  # with torch
+        from pydetox.checkpoints.transformers_files import read_companions  # with torch
 
         model_config, preprocess_config = self.configuration()
         tokenizer: dict[str, bytes] = {}
@@ -278,12 +286,27 @@ def needs_tokenizer(model_config: Mapping[str, Any] | None) -> bool:
     return bool(((model_config or {}).get("text_cfg") or {}).get("hf_tokenizer_name"))
 
 
+def _cached_tokenizer(model_config: Mapping[str, Any] | None) -> tuple[Path, ...]:
+    if not needs_tokenizer(model_config):
+        return ()
+    from pydetox.checkpoints.hub import cached_tokenizer
+
+    return cached_tokenizer(str((model_config or {})["text_cfg"]["hf_tokenizer_name"]))
+
+
 def tokenizer_digests(
     model_config: Mapping[str, Any] | None, companions: Mapping[str, bytes]
 ) -> dict[str, str]:
-    """Return the SHA-256 of each file of a tokenizer that counts; empty for CLIP's own."""
+    """Return the SHA-256 of each file of a tokenizer that counts; empty for CLIP's own.
+
+    These are the files beside the weights, or else those in the hub's cache.
+    companions: The files beside the weights.
+    """
     names = TOKENIZER_NAMES if needs_tokenizer(model_config) else ()
-    return {n: hashlib.sha256(companions[n]).hexdigest() for n in names if n in companions}
+    beside = {n: hashlib.sha256(companions[n]).hexdigest() for n in names if n in companions}
+    if beside:
+        return beside
+    return {path.name: _hash_file(path) for path in _cached_tokenizer(model_config)}
 
 
 def content_digest(
@@ -295,6 +318,7 @@ def content_digest(
     """Return a hash of a checkpoint's content.
 
     sha256: The hash of its weights. companions: The files beside them; those of a tokenizer count.
+    Without them, a tokenizer in the hub's cache counts.
     """
     tokenizer = tokenizer_digests(model_config, companions)
     content = [sha256, model_config, preprocess_config, *([tokenizer] if tokenizer else [])]

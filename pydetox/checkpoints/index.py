@@ -50,6 +50,7 @@ _MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_EXTENT = 1 << 40
 _MAX_NAME = 4096
 _MAX_SHARING = 16  # tied weights appear two or three times
+_MAX_EXPANDED = 16 << 20  # bytes: what a few expanded numbers (`zeros(1).expand(n)`) may become
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,18 +289,23 @@ def check_view(
         raise UnsafeCheckpointError(
             f"{label}: shape {list(shape)} reaches beyond the {available} elements of its storage"
         )
-    if elements > available:
-        # A view with stride 0 turns a few bytes into any size as soon as somebody copies it.
+    if elements and _own(shape, strides) > available:
         raise UnsafeCheckpointError(
             f"{label}: shape {list(shape)} repeats a storage of {available} elements"
         )
 
 
 def check_sharing(tensors: Iterable[TensorEntry], storages: Mapping[str, Span]) -> None:
-    """Refuse a small file whose tensors, all views of the same weights, are huge together."""
-    claimed = sum(math.prod(entry.shape) * ITEM_SIZES[entry.dtype] for entry in tensors)
+    """Refuse a small file whose tensors, all views of the same weights, are huge together.
+
+    A view that repeats a few bytes takes any size as soon as somebody copies it.
+    """
+    own = claimed = 0
+    for entry in tensors:
+        own += _own(entry.shape, entry.strides) * ITEM_SIZES[entry.dtype]
+        claimed += math.prod(entry.shape) * ITEM_SIZES[entry.dtype]
     available = sum(span.nbytes for span in storages.values())
-    if claimed > _MAX_SHARING * available:
+    if own > _MAX_SHARING * available or claimed > max(_MAX_SHARING * available, _MAX_EXPANDED):
         raise UnsafeCheckpointError(
             f"its tensors have {claimed} bytes together, but are all views of {available} bytes"
         )
@@ -344,6 +350,11 @@ def note_overlaps(tensors: Mapping[str, TensorEntry], findings: Findings) -> Non
             reached = max(reached, span, key=lambda each: each[1])
 
 
+def _own(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """The elements of a view without the dimensions that `Tensor.expand` repeats (stride 0)."""
+    return math.prod(extent for extent, step in zip(shape, strides, strict=True) if step)
+
+
 def _last(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> int:
     """The largest element that a view with at least one element reaches."""
     return offset + sum((extent - 1) * step for extent, step in zip(shape, strides, strict=True))
@@ -352,7 +363,7 @@ def _last(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> int:
 def _may_overlap_itself(entry: TensorEntry) -> bool:
     reach = 0
     for step, extent in sorted(zip(entry.strides, entry.shape, strict=True)):
-        if extent > 1:
+        if extent > 1 and step:  # expanded dimensions are no oddity
             if step <= reach:
                 return True
             reach += step * (extent - 1)

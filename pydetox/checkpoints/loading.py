@@ -31,7 +31,8 @@ from pydetox.checkpoints.layout import (
 )
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
-from pydetox.checkpoints.transformers_clip import read_companions, read_object, to_open_clip
+from pydetox.checkpoints.transformers_files import read_companions, read_object
+from pydetox.checkpoints.transformers_layouts import from_transformers
 from pydetox.checkpoints.weights import read_open
 from pydetox.errors import ArchitectureError, CheckpointError
 
@@ -54,9 +55,10 @@ class Checkpoint:
         format: ``"safetensors"`` or ``"torch"``.
         metadata: The text metadata of a safetensors file.
         companions: The files beside the weights that a repaired model needs as well, by name. For a
-            CLIPModel in transformers' layout, these are configuration, image processor and
-            tokenizer. ``state_dict`` then has open_clip's names, and a repaired model is written in
-            transformers' layout. For other models, it is the tokenizer if it is not CLIP's own.
+            folder in transformers' layout, these are configuration, image processor and tokenizer.
+            ``state_dict`` then has open_clip's or timm's names (`transformers_layouts`), and a
+            repaired model is written in transformers' layout. For other models, it is the tokenizer
+            if it is not CLIP's own.
         findings: Odd things about the file that do not prevent reading it.
         preprocess_source: The source of ``preprocess_config``.
         warnings: One line for each part of the configuration that is a guess or was passed over.
@@ -171,7 +173,10 @@ def read_checkpoint(
                 )
             state_dict, digest = read_open(weights)
             companions: dict[str, bytes] = {}
-            if any(name.startswith("vision_model.") for name in state_dict):
+            beside = identity.config_file
+            theirs = beside is not None and beside.name == TRANSFORMERS_CONFIG_NAME
+            theirs = theirs and "layout" in model_config
+            if theirs or any(name.startswith("vision_model.") for name in state_dict):
                 state_dict = _from_transformers(state_dict, model_config)
                 if identity.config_file is not None:
                     companions = read_companions(identity.config_file.parent)
@@ -259,7 +264,7 @@ def _from_transformers(
     state_dict: dict[str, torch.Tensor], model_config: Config
 ) -> dict[str, torch.Tensor]:
     text, vision = model_config["text_cfg"], model_config["vision_cfg"]
-    if (
+    if "layout" not in model_config and (
         model_config.get("custom_text")
         or text.get("hf_model_name")
         or vision.get("timm_model_name")
@@ -268,7 +273,7 @@ def _from_transformers(
             "its tensors are named as in a model of transformers; of the architectures of "
             "open_clip only a plain CLIP with two vision transformers is read from those names"
         )
-    return to_open_clip(state_dict, model_config)
+    return from_transformers(state_dict, model_config)
 
 
 def locate_weights(

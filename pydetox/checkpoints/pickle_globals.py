@@ -6,8 +6,8 @@ Nothing is ever looked up by a name in a file. The lists only decide what is sai
 - Names that can run code under another loader, and any other name of Python's own library, of
   torch, numpy and the tools around them, are refused: what harmless checkpoints use of those is
   known.
-- Classes of whole models, optimisers and the like are refused as well, as objects that need their
-  own code, not as an attack.
+- Classes of whole models, optimisers and the like, and a few functions, are refused as well, as
+  what is not understood, not as an attack.
 - Names of other packages (a project's own options, say) become a finding: nobody knows what another
   loader would run.
 
@@ -18,6 +18,7 @@ a name that two readers would translate differently is refused.
 
 from __future__ import annotations
 
+import builtins
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass
@@ -68,10 +69,20 @@ _BIT_GENERATORS: Final = {
     "_philox": "Philox",
     "_sfc64": "SFC64",
 }
+# All of them only keep their arguments.
+_EXCEPTIONS: Final = sorted(
+    name
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, BaseException)
+)
 _INERT: Final = frozenset(
     {
         "_codecs.encode",
+        "_io.BytesIO",
+        "_io.StringIO",
         "argparse.Namespace",
+        "array._array_reconstructor",
+        "array.array",
         "builtins.Ellipsis",
         "builtins.NotImplemented",
         "builtins.bool",
@@ -89,6 +100,7 @@ _INERT: Final = frozenset(
         "builtins.slice",
         "builtins.str",
         "builtins.tuple",
+        *(f"builtins.{name}" for name in _EXCEPTIONS),
         "collections.Counter",
         "collections.OrderedDict",
         "collections.defaultdict",
@@ -101,6 +113,13 @@ _INERT: Final = frozenset(
         "datetime.timezone",
         "decimal.Decimal",
         "fractions.Fraction",
+        "http.HTTPMethod",
+        "http.HTTPStatus",
+        *(
+            f"ipaddress.IPv{v}{kind}"
+            for v in (4, 6)
+            for kind in ("Address", "Interface", "Network")
+        ),
         "numpy._core.multiarray._reconstruct",
         "numpy._core.multiarray.scalar",
         "numpy._core.numeric._frombuffer",
@@ -108,7 +127,16 @@ _INERT: Final = frozenset(
         "numpy.core.multiarray.scalar",
         "numpy.core.numeric._frombuffer",
         "numpy.dtype",
+        "numpy.finfo",
+        "numpy.ma.MaskedArray",
+        "numpy.ma.core.MaskedArray",
+        "numpy.ma.core._mareconstruct",
+        "numpy.matrix",
+        "numpy.matrixlib.defmatrix.matrix",
         "numpy.ndarray",
+        "numpy.poly1d",
+        "numpy.rec.recarray",
+        "numpy.record",
         "numpy.random._pickle.__bit_generator_ctor",
         "numpy.random._pickle.__generator_ctor",
         "numpy.random._pickle.__randomstate_ctor",
@@ -117,6 +145,14 @@ _INERT: Final = frozenset(
         *(f"numpy.{name}" for name in _NUMPY_SCALARS),
         *(f"numpy.dtypes.{name}DType" for name in _NUMPY_DTYPES),
         *(f"numpy.random.{module}.{name}" for module, name in _BIT_GENERATORS.items()),
+        "random.Random",
+        "re.Pattern",
+        "re.RegexFlag",
+        "re._compile",
+        "signal.Signals",
+        "statistics.NormalDist",
+        "string.Template",
+        "time.struct_time",
         "torch.Size",
         "torch.Tensor",
         "torch._tensor._rebuild_from_type_v2",
@@ -141,8 +177,9 @@ _INERT: Final = frozenset(
         "torch.per_tensor_symmetric",
         "torch.serialization._get_layout",
         "torch.torch_version.TorchVersion",
+        "types.GenericAlias",
         "types.SimpleNamespace",
-        "typing.Any",
+        *(f"typing.{name}" for name in ("Any", "List", "Dict", "Optional", "Tuple", "Union")),
         "uuid.UUID",
         *(
             f"pathlib.{local}{name}"
@@ -205,7 +242,24 @@ _OBJECT_PACKAGES: Final = (
     "torchvision.models.",
     "torchvision.ops.",
     "torchvision.transforms.",
+    "pandas._libs.",
+    "pandas.core.",
+    "scipy.sparse.",
 )
+# Functions that stand in harmless checkpoints, as an activation or a type hint, and what such
+# objects of other packages are made by. What they do depends on their arguments.
+_FUNCTIONS: Final = frozenset(
+    {
+        "_operator.getitem",
+        "_operator.or_",
+        "builtins.type",
+        "itertools.count",
+        "pandas._libs.internals._unpickle_block",
+        "pandas.core.indexes.base._new_Index",
+        "pandas.core.indexes.datetimes._new_DatetimeIndex",
+    }
+)
+_FUNCTION_PACKAGES: Final = ("torch._C._nn.", "torch.nn.functional.", "torch.nn.init.")
 # Anywhere in a path they lead out of a harmless package: `harmless.os.system`.
 _DANGEROUS_PARTS: Final = frozenset(
     {
@@ -286,6 +340,12 @@ def check_global(module: str, name: str, findings: Findings) -> str:
             f"holds a whole object, of the class {quote(full)}, which nothing but its own code can "
             "read. Save the weights alone where you trust the file: torch.save(torch.load(FILE, "
             "weights_only=False).state_dict(), NEW_FILE)"
+        )
+    functions = well_formed and full.startswith(_FUNCTION_PACKAGES) and "." not in name
+    if full in _FUNCTIONS or functions:
+        raise CheckpointError(
+            f"holds {quote(full)}, which is not understood here. Save the weights alone where you "
+            "trust the file: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW_FILE)"
         )
     if (
         not well_formed

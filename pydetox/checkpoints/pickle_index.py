@@ -101,6 +101,14 @@ def read_pickle(
         root = reader.run()
     except (struct.error, IndexError, UnicodeDecodeError):
         raise CheckpointError("its pickle is truncated or damaged") from None
+    except UnsafeCheckpointError:
+        raise
+    except CheckpointError:
+        if reader.not_understood is not None:
+            raise reader.not_understood from None
+        raise
+    if reader.not_understood is not None:
+        raise reader.not_understood
     return PickleContent(root, reader.caller.storages, reader.stream.position)
 
 
@@ -113,6 +121,8 @@ class _Reader:
         self.caller = Caller(MAX_INSTRUCTIONS, legacy=legacy)
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
+        #: The first name that is refused, but not as an attack: one may still come.
+        self.not_understood: CheckpointError | None = None
 
     def run(self) -> object:
         stream = self.stream
@@ -285,7 +295,13 @@ class _Reader:
         self.stack.append(self._resolve(module, name))
 
     def _resolve(self, module: str, name: str) -> Global:
-        return resolve_global(module, name, self.protocol, self.findings)
+        try:
+            return resolve_global(module, name, self.protocol, self.findings)
+        except UnsafeCheckpointError:
+            raise
+        except CheckpointError as error:
+            self.not_understood = self.not_understood or error
+            return Global(f"{module}.{name}", known=False)
 
     def instance(self, _: int) -> None:
         # INST calls what it names. torch never writes it: refused even for an allowed name.

@@ -21,11 +21,9 @@ from pydetox.checkpoints.architecture import (
     resolve_model,
 )
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
-from pydetox.checkpoints.transformers_clip import (
-    read_clip_config,
-    read_object,
-    read_processor,
-)
+from pydetox.checkpoints.processors import read_processor
+from pydetox.checkpoints.transformers_files import read_object
+from pydetox.checkpoints.transformers_layouts import read_transformers_config
 from pydetox.errors import ArchitectureError, CheckpointError
 
 #: open_clip's names of the values (`PreprocessCfg` in its transform.py).
@@ -95,7 +93,10 @@ def configure(
             )
         named = None if model_config is not None else model
         model_config = model_config or other
-        if found is None and stated is not None:
+        if found is None and other.get("layout") == "classifier" and stated is not None:
+            why = f"nothing tells how images are prepared for {model}, and what is usual stands in"
+            found = Preparation(stated, f"what is usual for {model}", ("mean", "std"), why)
+        elif found is None and stated is not None:
             found = Preparation(stated, f"{os.fspath(model)}")
         elif found is None:
             found = preparation_of(model)
@@ -179,7 +180,7 @@ def _read_own(
     if config_file.name != TRANSFORMERS_CONFIG_NAME:
         model_config, stated = read_config(config_file)
         return model_config, Preparation(stated, config_file.name) if stated else None
-    model_config = read_clip_config(config_file)
+    model_config = read_transformers_config(config_file)
     if processor_file is None:
         if model is None and not {"mean", "std"} <= set(preprocess or ()):
             raise ArchitectureError(

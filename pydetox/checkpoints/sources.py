@@ -25,6 +25,7 @@ from pydetox.checkpoints.shards import (
     read_shard_index,
     shard_path,
 )
+from pydetox.checkpoints.weight_sets import strip_prefixes
 from pydetox.errors import CheckpointError
 
 __all__ = ["OpenWeights", "find_weights", "open_weights"]
@@ -117,7 +118,8 @@ def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -
         else:
             result = OpenWeights(path, shards=read_shard_index(path))
             assert result.shards is not None
-            for name, expected in result.shards.files.items():
+            expected_names = _without_prefixes(result.shards)
+            for name, expected in expected_names.items():
                 try:
                     file = stack.enter_context(WeightsFile(shard_path(path.parent, name)))
                     file.path = os.fspath(path.parent / name)  # not what a link led to
@@ -137,6 +139,30 @@ def open_weights(path: str | os.PathLike[str], weights_key: str | None = None) -
                 result.files.append((file, index))
         stack.pop_all()
     return result
+
+
+def _without_prefixes(shards: ShardIndex) -> dict[str, list[str]]:
+    """The names of tensors that each shard has to hold, by shard.
+
+    Of pickles, those without the prefixes of wrappers, if all tensors of all shards carry them.
+
+    Raises:
+        CheckpointError: All names of one shard carry a prefix that those of others lack.
+    """
+    if shards.format == "safetensors":
+        return shards.files
+    plain = iter(strip_prefixes([name for names in shards.files.values() for name in names]))
+    found = {}
+    for shard, names in shards.files.items():
+        found[shard] = [next(plain) for _ in names]
+        alone = strip_prefixes(names)
+        if alone != found[shard]:
+            prefix = found[shard][0].removesuffix(alone[0])
+            raise CheckpointError(
+                f"shard {quote(shard)}: the names of all its tensors begin with {prefix!r}, those "
+                "of other shards do not; loaders remove that in different ways"
+            )
+    return found
 
 
 def _compare(expected: list[str], index: FileIndex) -> None:

@@ -2,13 +2,23 @@
 
 Loaders differ: open_clip takes ``state_dict`` or else the whole dictionary, timm looks for averaged
 weights first, and training scripts have their own names. One dictionary is read here. Where another
-one holds other values under the same names, a loader may take that, and a finding says so.
+one holds something else that a model could take, a loader may take that, and a finding says so.
+What a training script notes beside the weights (the best accuracy, a number of steps) is nothing
+that a model could take.
 """
 
 from __future__ import annotations
 
+import math
+
 from pydetox.checkpoints.index import Findings, check_name, quote
-from pydetox.checkpoints.pickle_values import Mapping, Opaque, PickledTensor, describe
+from pydetox.checkpoints.pickle_values import (
+    Mapping,
+    Opaque,
+    PickledTensor,
+    Storage,
+    describe,
+)
 from pydetox.errors import CheckpointError
 
 # Where training scripts keep the weights, most common first; open_clip writes "state_dict",
@@ -23,11 +33,16 @@ _NO_TENSORS = frozenset(
     {"torch.Size", "torch.device", "torch.serialization._get_layout"}
     | {"torch.torch_version.TorchVersion"}
 )
+# Arrays of numpy, which a script may turn into weights.
+_ARRAYS = ("._reconstruct", "._mareconstruct", "._frombuffer", "numpy.ndarray")
+# torch.optim.swa_utils.AveragedModel counts here, in front of the weights of its `module`.
+_AVERAGED = "n_averaged"
 # Wrappers (DistributedDataParallel, torch.compile) put these in front of every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 #: How a user names the dictionary that the pickle holds, rather than one in it.
 ROOT_KEY = "."
 _SHOWN = 6
+_CUT = len("module.")  # open_clip cuts so much from all names where the first begins with "module"
 
 
 def choose_weights(
@@ -58,15 +73,19 @@ def choose_weights(
     else:
         chosen = _usual(entries, candidates)
     mapping = candidates[chosen]
-    tensors = _tensors(mapping, findings)
+    tensors = _tensors(mapping, findings, candidates)
+    _drop_average_count(mapping, tensors)
+    if not tensors:
+        raise CheckpointError("holds no tensors")
     # Without a "state_dict", open_clip takes the root, whatever is nested in it.
     loaders = _LOADERS_KEYS if chosen == "state_dict" else _LOADERS_KEYS | {""}
     others = {
         other: "has other values under the same names"
         for other, rival in candidates.items()
-        if other != chosen and _rivals(tensors, rival, everywhere=other in loaders)
+        if other != chosen
+        and _rivals(tensors, rival, everywhere=other in loaders, is_root=not other)
     }
-    if chosen and "" in candidates and "" not in others and _has_parameters(tensors, root):
+    if chosen and "" not in others and _has_parameters(root, set(tensors.values())):
         others[""] = "holds parameters of another model"  # which transformers, say, would take
     others |= _unread(entries, candidates)
     for other, what in others.items():
@@ -83,7 +102,7 @@ def choose_weights(
                 f"holds several sets of weights: {_shown(chosen)} is read, as it was asked for; "
                 f"{_shown(other)} {what}, and nobody looked at those",
             )
-    _note_mixed_prefix(list(tensors), findings)
+    _note_mixed_prefix(mapping, list(tensors), findings)
     return chosen, dict(zip(strip_prefixes(list(tensors)), tensors.values(), strict=True))
 
 
@@ -158,15 +177,16 @@ def _usual(entries: dict[str, object], candidates: dict[str, Mapping]) -> str:
         what = "holds no tensors" if isinstance(value, Mapping) else f"is {describe(value)}"
         others = {key: mapping for key, mapping in candidates.items() if key}
         if not others and isinstance(value, Mapping) and value.pairs:
-            _tensors(value, Findings())  # says what is in it
+            _tensors(value, Findings(), {})  # says what is in it
         raise CheckpointError(f"its 'state_dict' {what}{_names(others)}")
     for key in _USUAL_KEYS:
         if key in candidates:
             return key
-    if "" in candidates:
+    sets = [key for key, mapping in candidates.items() if key and _may_be_a_model(mapping)]
+    if "" in candidates and (not sets or _is_model(candidates[""], [candidates[k] for k in sets])):
         return ""
-    if len(candidates) == 1:
-        return next(iter(candidates))
+    if len(sets or candidates) == 1:
+        return next(iter(sets or candidates))
     if not candidates:
         if entries:
             key, value = next(iter(entries.items()))
@@ -193,49 +213,127 @@ def _shown(key: str) -> str:
     return quote(key) if key else "the outermost one"
 
 
-def _tensors(mapping: Mapping, findings: Findings) -> dict[str, PickledTensor]:
+def _tensors(
+    mapping: Mapping, findings: Findings, candidates: dict[str, Mapping]
+) -> dict[str, PickledTensor]:
+    """The tensors of a dictionary of weights, by name; what no model could take is left out."""
     found: dict[str, PickledTensor] = {}
+    seen: set[str] = set()
+    others = {id(other) for other in candidates.values()}
     for key, entry in mapping.pairs:
         if type(key) is not str:
             raise CheckpointError(f"has an entry whose name is {describe(key)}, expected text")
-        if not isinstance(entry, PickledTensor):
-            raise CheckpointError(f"entry {quote(key)} is {describe(entry)}, expected a tensor")
-        if key in found:
+        if key in seen:
+            kind = "tensor" if isinstance(entry, PickledTensor) else "entry"
             findings.add(
-                "duplicate-key", f"tensor {quote(key)}: is there twice; the last one counts"
+                "duplicate-key", f"{kind} {quote(key)}: is there twice; the last one counts"
             )
-        check_name(key, findings)
-        found[key] = entry
+            found.pop(key, None)
+        seen.add(key)
+        if isinstance(entry, PickledTensor):
+            check_name(key, findings)
+            found[key] = entry
+        elif not _is_no_weight(entry, others):
+            raise CheckpointError(
+                f"entry {quote(key)} is {describe(entry)}, expected a tensor. Keep the tensors "
+                "alone where you trust the file: torch.save({k: v for k, v in torch.load(FILE)"
+                ".items() if torch.is_tensor(v)}, NEW_FILE)"
+            )
     return found
 
 
-def _rivals(tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bool) -> bool:
+def _is_no_weight(value: object, others: set[int]) -> bool:
+    """Whether no model could take a value for a weight, as an epoch or the state of a module.
+
+    others: the dictionaries that are looked at as weights, by identity.
+    """
+    if isinstance(value, Mapping):
+        return id(value) in others or not _holds_tensors(value, {})
+    if isinstance(value, Opaque):
+        return not _may_be_tensor(value) and not value.name.endswith(_ARRAYS)
+    return not isinstance(value, Storage)
+
+
+def _drop_average_count(mapping: Mapping, tensors: dict[str, PickledTensor]) -> None:
+    """Leave out the number that `AveragedModel` writes in front of its weights.
+
+    It has to be the first name, because open_clip then removes no prefix, and the only one without
+    a prefix. No reader takes it for a weight of the averaged model.
+    """
+    entry = tensors.get(_AVERAGED)
+    if entry is None or mapping.pairs[0][0] != _AVERAGED:
+        return
+    others = tensors.keys() - {_AVERAGED}
+    if (
+        (entry.entry.dtype, entry.entry.shape) == ("int64", ())
+        and others
+        and all(name.startswith("module.") for name in others)
+        and f"module.{_AVERAGED}" not in others
+    ):
+        del tensors[_AVERAGED]
+
+
+def _rivals(
+    tensors: dict[str, PickledTensor], other: Mapping, *, everywhere: bool, is_root: bool
+) -> bool:
     """Whether another dictionary has, under a name of the weights, something else than they do.
 
-    ``everywhere``: whether any other name is a difference as well.
+    everywhere: whether what has another name is a difference as well, if a model could take it; in
+    the outermost dictionary (is_root), that needs the name of a parameter in a module.
     """
     ours = {_bare(name): tensor for name, tensor in tensors.items()}
-    seen = set()
+    names = [key for key, _ in other.pairs if type(key) is str]
+    cuts = bool(names) and names[0].startswith("module")
+    seen: set[str] = set()
     for key, value in other.pairs:
         if type(key) is not str:
             continue
-        mine = ours.get(_bare(key))
-        seen.add(_bare(key))
-        if value == mine or (mine is None and not everywhere):
-            continue
-        if isinstance(value, PickledTensor) or _may_be_tensor(value):
+        called = {_bare(key)} | ({key[_CUT:]} if cuts else set())
+        same = called & ours.keys()
+        seen |= same
+        if any(value != ours[name] for name in same):
+            if isinstance(value, PickledTensor) or _may_be_tensor(value):
+                return True
+        elif not same and everywhere and ("." in key or not is_root) and _is_weight(value):
             return True
-    return everywhere and seen != ours.keys()
+    return everywhere and bool(seen) and seen != ours.keys()
 
 
-def _has_parameters(tensors: dict[str, PickledTensor], root: Mapping) -> bool:
-    """Whether tensors that are no weights stand in the root under names such as ``conv1.weight``.
+def _is_weight(value: object) -> bool:
+    """Whether a value could be one of the weights of a model that has no other names than these.
 
-    What training scripts write beside the weights, such as losses, has names without a dot.
+    Single numbers, such as a loss, make no model.
     """
-    ours = set(tensors.values())
+    if isinstance(value, PickledTensor):
+        return math.prod(value.entry.shape) > 1
+    return _may_be_tensor(value)
+
+
+def _may_be_a_model(mapping: Mapping) -> bool:
+    return any(type(key) is str and _is_weight(value) for key, value in mapping.pairs)
+
+
+def _is_model(root: Mapping, nested: list[Mapping]) -> bool:
+    """Whether the tensors in the root are weights, although dictionaries in it hold some, too."""
+    names = {_bare(key) for mapping in nested for key, _ in mapping.pairs if type(key) is str}
+    return _has_parameters(root, set()) or any(
+        type(key) is str and isinstance(value, PickledTensor) and _bare(key) in names
+        for key, value in root.pairs
+    )
+
+
+def _has_parameters(root: Mapping, known: set[PickledTensor]) -> bool:
+    """Whether the root holds tensors under names such as ``conv1.weight``; known: not those.
+
+    What training scripts write beside the weights, such as losses, is a number or has a name
+    without a dot.
+    """
     return any(
-        type(key) is str and "." in key and isinstance(value, PickledTensor) and value not in ours
+        type(key) is str
+        and "." in key
+        and isinstance(value, PickledTensor)
+        and _is_weight(value)
+        and value not in known
         for key, value in root.pairs
     )
 
@@ -268,19 +366,30 @@ def _bare(name: str) -> str:
     return name
 
 
-def _note_mixed_prefix(names: list[str], findings: Findings) -> None:
+def _note_mixed_prefix(mapping: Mapping, names: list[str], findings: Findings) -> None:
     """Note names of which loaders remove a prefix in different ways.
 
-    open_clip cuts seven characters from all names when the first begins with "module", timm from
-    each that begins with "module.".
+    open_clip cuts seven characters from all names when the first begins with "module", timm removes
+    "module." and "_orig_mod." from each name that begins with one of them.
     """
-    carrying = [name for name in names if name.startswith("module.")]
-    if len(carrying) == len(names):
-        return
-    if carrying or names[0].startswith("module"):
-        odd = next(name for name in names if not name.startswith("module."))
+    keys = [key for key, _ in mapping.pairs if type(key) is str]
+    bare = dict(zip(names, strip_prefixes(names), strict=True))
+    cuts = keys[0].startswith("module")
+    odd = {}
+    for prefix in _WRAPPER_PREFIXES:
+        without = [name for name in names if not bare[name].startswith(prefix)]
+        if 0 < len(without) < len(names):
+            odd[prefix] = without[0]
+    if cuts and not all(name.startswith("module.") for name in names):
+        odd.setdefault("module.", next(n for n in names if not n.startswith("module.")))
+    if cuts:  # what is left out must not take a weight's place under its shorter name
+        taken = set(bare.values())
+        others = (key for key in keys if key not in bare and key[_CUT:] in taken)
+        if (other := next(others, None)) is not None:
+            odd.setdefault("module.", other)
+    for prefix, name in odd.items():
         findings.add(
             "mixed-prefix",
-            f"tensor {quote(odd)}: does not begin with 'module.' as others do; loaders remove that "
-            "in different ways",
+            f"entry {quote(name)}: does not begin with {prefix!r} as others do; loaders remove "
+            "that in different ways",
         )

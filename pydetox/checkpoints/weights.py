@@ -97,6 +97,8 @@ def _view(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, entry.dtype)
     stored = torch.uint8 if dtype == torch.bool else dtype
     tensor = buffer.view(stored).as_strided(entry.shape, entry.strides, entry.offset)
+    if 0 in entry.strides:
+        tensor = tensor.contiguous()  # expanded: its elements must not change together
     if entry.conjugate:
         tensor = tensor.conj().resolve_conj()
     if entry.negative:

@@ -30,7 +30,7 @@ from pydetox.checkpoints.layout import (
 )
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
-from pydetox.checkpoints.transformers_clip import to_transformers
+from pydetox.checkpoints.transformers_layouts import to_transformers
 from pydetox.errors import ArchitectureError, UsageError
 
 WEIGHTS_NAME = WEIGHT_NAMES[0]
@@ -99,7 +99,9 @@ def save_checkpoint(
         raise ArchitectureError(f"the configuration cannot be written as JSON: {error}") from error
     metadata = {"format": "pt", METADATA_KEY: provenance.to_json()}
     target = Path(directory)
-    library = "transformers" if TRANSFORMERS_CONFIG_NAME in (companions or {}) else "open_clip"
+    library = "pydetox" if "layout" in model_config else "open_clip"
+    if TRANSFORMERS_CONFIG_NAME in (companions or {}):
+        library = "transformers"
     card = model_card(target.resolve().name, provenance, model_config, library=library)
     companions = companions or {}
     beside = {name: companions[name] for name in TOKENIZER_NAMES if name in companions}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import exit_codes, options
 
+if TYPE_CHECKING:
+    from ..scanning.targets import Target
+
 
 @click.command("eval")
-@click.argument("checkpoint")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
 @options.image_options
 @click.option(
     "--trigger",
@@ -28,55 +31,103 @@ from . import exit_codes, options
 @options.seed
 @options.model_options
 @options.machine_options
-@options.format_option
+@options.table_format_option
+@options.output_option
 def command(
-    checkpoint: str, trigger: Path | None, target: str | None, format_: str, **given: Any
+    checkpoints: tuple[str, ...],
+    trigger: Path | None,
+    target: str | None,
+    format_: str,
+    output: Path | None,
+    **given: Any,
 ) -> int:
     """Measure clean accuracy (CA) and, with a trigger, its attack success rate (ASR).
 
     The images need labels. ASR is the share of images of the other classes that the trigger sends
     to the target class. Both come with a 95% Wilson interval.
 
+    A target is a checkpoint, a folder, a glob or a list of them, as in `scan`: the `logs/` of a
+    training means all its epochs. Of several checkpoints, one that cannot be read does not keep the
+    others from being measured.
+
     Exit code: 0 if all was measured, 2 otherwise. The command does not judge the model; see `scan`.
     """
     from ..errors import UsageError
     from ..evaluation import evaluate
+    from ..models.open_clip_model import HeadMemo
     from ..reporting.documents import evaluation_document, evaluation_row
     from .inputs import Inputs, read_triggers, require_class_names
-    from .outputs import emit
+    from .many import emit_all, expand, run_each
+    from .outputs import check_files
 
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger, the trigger that leads to this class")
+    targets = expand(checkpoints)
     inputs = Inputs.of(given)
+    check_files(output=output)
     if target is not None:
         inputs.require_class(target)
-    model = inputs.read_suspect(checkpoint)
-    images = inputs.read_images(model)
-    names = require_class_names(images)
-    index, stamp = None, None
-    if trigger is not None:
-        index, stamps = read_triggers(trigger, target, images)
-        stamp = stamps[0]
-    result = evaluate(
-        model,
-        images,
-        model.zero_shot_head(names, inputs.prompts),
-        trigger=stamp,
-        target=index,
-        description=f"evaluation of {model.name}",
+    heads, table = HeadMemo(), list[dict[str, Any]]()
+
+    def measure(one: Target) -> dict[str, Any]:
+        model = inputs.read_suspect(one.reference)
+        model.heads = heads
+        images = inputs.read_images(model)
+        names = require_class_names(images)
+        index, stamp = None, None
+        if trigger is not None:
+            index, stamps = read_triggers(trigger, target, images)
+            stamp = stamps[0]
+        result = evaluate(
+            model,
+            images,
+            model.zero_shot_head(names, inputs.prompts),
+            trigger=stamp,
+            target=index,
+            description=f"evaluation of {model.name}",
+        )
+        table.append(evaluation_row(result, model.name))
+        return {
+            "schema": "pydetox.eval/1",
+            "exit_code": exit_codes.CLEAN,
+            "name": model.name,
+            "sha256": model.sha256,
+            "images": given["images"],
+            "trigger": trigger,
+            "target_name": None if index is None else names[index],
+            "class_names": names,
+            **inputs.used(model),
+            **evaluation_document(result),
+        }
+
+    documents, code = run_each(targets, measure, "pydetox.eval/1")
+    emit_all(
+        documents,
+        [_row(one) for one in documents],
+        {"title": "pydetox eval", "evaluation": table},
+        code=code,
+        schema="pydetox.evals/1",
+        format_=format_,
+        output=output,
     )
-    document = {
-        "schema": "pydetox.eval/1",
-        "exit_code": exit_codes.CLEAN,
-        "name": model.name,
-        "sha256": model.sha256,
-        "images": given["images"],
-        "trigger": trigger,
-        "target_name": None if index is None else names[index],
-        "class_names": names,
-        **inputs.used(model),
-        **evaluation_document(result),
+    return code
+
+
+def _row(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a checkpoint in a table."""
+    low, high = document.get("clean_accuracy_ci") or (None, None)
+    asr_low, asr_high = document.get("attack_success_rate_ci") or (None, None)
+    return {
+        "name": document["name"],
+        "sha256": document.get("sha256"),
+        "clean_accuracy": document.get("clean_accuracy"),
+        "clean_accuracy_low": low,
+        "clean_accuracy_high": high,
+        "n_clean": document.get("n_clean"),
+        "target": document.get("target_name"),
+        "attack_success_rate": document.get("attack_success_rate"),
+        "attack_success_rate_low": asr_low,
+        "attack_success_rate_high": asr_high,
+        "n_attack": document.get("n_attack"),
+        "error": document.get("error"),
     }
-    text = {"title": "pydetox eval", "evaluation": [evaluation_row(result, model.name)]}
-    emit(document, text, format_)
-    return exit_codes.CLEAN

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import Any
 
 import click
 
-from ..errors import UsageError, explain, one_line
+from ..errors import PydetoxWarning, UsageError, explain, one_line
 from . import exit_codes
 from .wording import in_options
 
@@ -48,8 +49,12 @@ A checkpoint is one of
 Images are one of
   folder        one sub-folder per class (its name is the class name), or images alone
   file.npz      arrays `images` and, if known, `labels` and `class_names`
+  file.csv      columns `filepath` and, if known, `label` (or `title`), as open_clip trains on
+  file.tar, test/{0..3}.tar           WebDataset shards
+  file.parquet  of Hugging Face's datasets, with pyarrow
   digits        the UCI digits that come with scikit-learn
   fashion-mnist, fashion-mnist-test   Debian's dataset-fashion-mnist; another place: =FOLDER
+  cifar10=FOLDER, cifar10-test=FOLDER and others that torchvision has on the disk
 
 \b
 Exit codes
@@ -89,6 +94,8 @@ class Cli(click.Group):
         **extra: Any,
     ) -> Any:
         """Run a command and leave with its exit code (or return it if not in standalone mode)."""
+        # The library's warnings are said by the commands, in lines of their own.
+        warnings.filterwarnings("ignore", category=PydetoxWarning)
         try:
             # click's own standalone mode would exit with 2 for a misspelt option.
             code = super().main(args, prog_name or "pydetox", complete_var, False, **extra) or 0

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints import identify_checkpoint, load_checkpoint
 from ..checkpoints.architecture import close_matches
-from ..data import ImageSet, ImageSource
+from ..data import ImageSet, ImageSource, Template
 from ..detect.calibration_file import read_calibration
 from ..detect.configuration import ScanConfig
 from ..detect.references import ReferencePlan
@@ -76,7 +76,7 @@ class Inputs:
         )
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[Template, ...]:
         """The prompt templates."""
         return self.source.prompts
 
@@ -148,13 +148,17 @@ class Inputs:
         if known is not None:
             class_index(name, known, self.source.spec)
 
-    def read_images(self, model: OpenClipModel) -> ImageSet:
-        """Return the images in the model's size; raises what `load_images` raises."""
+    def read_images(self, model: OpenClipModel, *, examine: bool = True) -> ImageSet:
+        """Return the images in the model's size; raises what `load_images` raises.
+
+        examine: Whether to say what speaks against their belonging together, on stderr.
+        """
         images = self.source.read(model.resizing)
         line = None if images.report is None else images.report.line()
         if line is not None:
             self.warn(line)
-        self.warn(*doubts(model, images, self.prompts))
+        if examine:
+            self.warn(*doubts(model, images, self.prompts))
         return images
 
 

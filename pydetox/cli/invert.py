@@ -11,12 +11,15 @@ import click
 from . import exit_codes, options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ..data import ImageSet
     from ..inversion import InversionConfig, InversionResult
     from ..inversion.trigger_file import TriggerFile
     from ..models import OpenClipModel
+    from ..scanning.targets import Target
     from .inputs import Inputs
 
 _TRIGGERS_NAME = "triggers.safetensors"
@@ -24,7 +27,7 @@ _PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
 
 
 @click.command("invert")
-@click.argument("checkpoint")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
 @options.image_options
 @click.option(
     "--target",
@@ -39,7 +42,8 @@ _PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
     type=options.FILE,
     required=True,
     metavar="DIR",
-    help="The folder for the triggers and their pictures.",
+    help="The folder for the triggers and their pictures; of several checkpoints, each gets a "
+    "folder in it.",
 )
 @click.option(
     "--overwrite",
@@ -52,9 +56,9 @@ _PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
 @options.restarts("per class")
 @options.model_options
 @options.machine_options
-@options.format_option
+@options.table_format_option
 def command(
-    checkpoint: str,
+    checkpoints: tuple[str, ...],
     targets: tuple[str, ...],
     output: Path,
     overwrite: bool,
@@ -70,78 +74,132 @@ def command(
     of each trigger: its mask, its pattern, and a stamped image. `unlearn` and `eval` take the file
     as --trigger.
 
-    Every class of every model has some trigger, so this command gives no verdict. See `scan`.
+    P-L1 is the share of the image that a trigger covers: the sum of its mask over the number of
+    pixels. Every class of every model has some trigger, so this command gives no verdict. See
+    `scan`.
 
-    Exit code: 0 if at least one search found a working trigger, 2 otherwise.
+    Targets are checkpoints, folders, globs or lists, as in `scan`.
+
+    Exit code: 0 if at least one search of each checkpoint found a working trigger, 2 otherwise.
     """
     from ..atomic import atomic_directory, rehearse_directory
     from ..errors import UsageError
     from ..inversion import InversionConfig
     from ..reporting.pictures import example_image
+    from ..reporting.result import P_L1_NOTE
     from .inputs import Inputs
-    from .outputs import emit
+    from .many import emit_all, expand, run_each
     from .summaries import card
 
     if objective == "label-free" and targets:
         raise UsageError("--target and --objective label-free exclude each other")
+    found_targets = expand(checkpoints)
     inputs = Inputs.of(given)
-    replaceable = _own_names(output)
-    rehearse_directory(output, overwrite=overwrite, replaceable=replaceable)
+    folders = _folders(output, found_targets)
+    for folder in folders.values():
+        rehearse_directory(folder, overwrite=overwrite, replaceable=_own_names(folder))
     for target in targets:
         inputs.require_class(target)
-    model = inputs.read_suspect(checkpoint)
-    images = inputs.read_images(model)
     search = InversionConfig(
         steps=given["steps"],
         batch_size=given["batch_size"],
         precision=given["precision"],
         seed=given["seed"],
     )
-    found, names = _invert(model, images, inputs, objective, targets, restarts, search)
-    extra = {
-        "checkpoint": model.name,
-        "sha256": model.sha256,
-        "objective": objective,
-        "steps": search.steps,
-        "seed": search.seed,
-    }
-    triggers = _best_of(found, names, restarts, extra)
-    with atomic_directory(output, overwrite=overwrite, replaceable=replaceable) as folder:
-        (folder / _TRIGGERS_NAME).write_bytes(triggers.to_bytes())
-        _write_pictures(folder, triggers, example_image(images, search.seed))
 
-    assert triggers.success is not None
-    rows = [
-        {"target": name, "p_l1": size, "success": success, "steps": steps}
-        for name, size, success, steps in zip(
-            triggers.targets,
-            triggers.p_l1.tolist(),
-            triggers.success.tolist(),
-            triggers.extra["trigger_steps"],
-            strict=True,
+    def reconstruct(one: Target) -> dict[str, Any]:
+        model = inputs.read_suspect(one.reference)
+        images = inputs.read_images(model)
+        found, names = _invert(model, images, inputs, objective, targets, restarts, search)
+        extra = {
+            "checkpoint": model.name,
+            "sha256": model.sha256,
+            "objective": objective,
+            "steps": search.steps,
+            "seed": search.seed,
+        }
+        triggers = _best_of(found, names, restarts, extra)
+        place = folders[one.name]
+        with atomic_directory(place, overwrite=overwrite, replaceable=_own_names(place)) as folder:
+            (folder / _TRIGGERS_NAME).write_bytes(triggers.to_bytes())
+            _write_pictures(folder, triggers, example_image(images, search.seed))
+
+        assert triggers.success is not None
+        rows = [
+            {"target": name, "p_l1": size, "success": success, "steps": steps}
+            for name, size, success, steps in zip(
+                triggers.targets,
+                triggers.p_l1.tolist(),
+                triggers.success.tolist(),
+                triggers.extra["trigger_steps"],
+                strict=True,
+            )
+        ]
+        works = bool(triggers.p_l1.isfinite().any())
+        return {
+            "schema": "pydetox.invert/1",
+            "exit_code": exit_codes.CLEAN if works else exit_codes.ERROR,
+            "name": model.name,
+            "sha256": model.sha256,
+            "seed": search.seed,
+            "objective": objective,
+            "triggers": rows,
+            "path": place / _TRIGGERS_NAME,
+            **inputs.used(model),
+            "seconds": found.seconds,
+        }
+
+    documents, code = run_each(found_targets, reconstruct, "pydetox.invert/1")
+    several = len(documents) > 1
+    summary = [
+        card(
+            f"{one['name']}: {row['target'] or 'any class'}"
+            if several
+            else row["target"] or "any class",
+            _in_words(row),
         )
+        for one in documents
+        for row in one.get("triggers", ())
     ]
-    code = exit_codes.CLEAN if bool(triggers.p_l1.isfinite().any()) else exit_codes.ERROR
-    document = {
-        "schema": "pydetox.invert/1",
-        "exit_code": code,
-        "name": model.name,
-        "sha256": model.sha256,
-        "seed": search.seed,
-        "objective": objective,
-        "triggers": rows,
-        "path": output / _TRIGGERS_NAME,
-        **inputs.used(model),
-        "seconds": found.seconds,
-    }
     text = {
         "title": "pydetox invert",
-        "subtitle": model.name,
-        "summary": [card(row["target"] or "any class", _in_words(row)) for row in rows]
-        + [card("written to", str(output))],
+        "subtitle": f"{len(documents)} checkpoints" if several else documents[0]["name"],
+        "summary": [
+            *summary,
+            card("written to", str(output)),
+            card("P-L1", P_L1_NOTE.removeprefix("P-L1: ")),
+        ],
     }
-    emit(document, text, format_)
+    emit_all(
+        documents,
+        [row for one in documents for row in _table_rows(one)],
+        text,
+        code=code,
+        schema="pydetox.inverts/1",
+        format_=format_,
+        output=None,
+    )
     return code
+
+
+def _folders(output: Path, targets: Sequence[Target]) -> dict[str, Path]:
+    """Return the folder for the triggers of each checkpoint, by name."""
+    if len(targets) == 1:
+        return {targets[0].name: output}
+    found: dict[str, Path] = {}
+    for number, target in enumerate(targets):
+        # A name may be anything: only its harmless characters go into that of a folder.
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", target.name).strip("-.")[-80:]
+        found[target.name] = output / f"{number:04d}-{slug}"
+    return found
+
+
+def _table_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of a checkpoint in a table: one per trigger, or one for an error."""
+    nothing = {"target": None, "p_l1": None, "success": None, "steps": None}
+    beside = {key: document.get(key) for key in ("name", "sha256")}
+    after = {"path": document.get("path"), "error": document.get("error")}
+    return [{**beside, **row, **after} for row in document.get("triggers") or [nothing]]
 
 
 def _invert(

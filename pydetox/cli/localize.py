@@ -92,6 +92,7 @@ def command(
         read_triggers,
         require_class_names,
     )
+    from .many import one_checkpoint
     from .outputs import check_files, emit
 
     base: str | None = given["base"]
@@ -101,7 +102,7 @@ def command(
     check_files(report=report)
     if target is not None:
         inputs.require_class(target)
-    model = inputs.read_suspect(checkpoint)
+    model = inputs.read_suspect(one_checkpoint(checkpoint))
     images = inputs.read_images(model)
     names = require_class_names(images)
     if images.labels is None:

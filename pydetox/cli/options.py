@@ -42,20 +42,21 @@ image_options = _all(
         "--images",
         required=True,
         metavar="SPEC",
-        help="A few hundred clean images: a folder, a .npz file, `digits` or `fashion-mnist`.",
+        help="A few hundred clean images: a folder, a .npz, .csv, .tar or .parquet file, `digits`, "
+        "`fashion-mnist`, or a data set of torchvision such as `cifar10=FOLDER`.",
     ),
     click.option(
         "--class-names",
-        type=FILE,
-        metavar="FILE",
-        help="Text file with one class name per line, in the order of the labels. Without it, the "
-        "class names come with the images.",
+        metavar="FILE|NAME",
+        help="Text file with one class name per line, in the order of the labels, or the name of a "
+        "list: `imagenet` and, with CLIP_benchmark, its data sets. Without it, the class names "
+        "come with the images.",
     ),
     click.option(
         "--templates",
-        type=FILE,
-        metavar="FILE",
-        help="Text file with one prompt per line, with {c} or {} in place of the class name. "
+        metavar="FILE|NAME",
+        help="Text file with one prompt per line, with {c} or {} in place of the class name, a "
+        "JSON file with the prompts of each class, or the name of a list as for --class-names. "
         "Without it, built-in prompts are used.",
     ),
     click.option(
@@ -110,7 +111,8 @@ model_options = _all(
     click.option(
         "--model",
         metavar="NAME|JSON",
-        help="The architecture, if a checkpoint does not name it: open_clip's name or a JSON file. "
+        help="The architecture, if a checkpoint does not name it: open_clip's name, a JSON file, "
+        "or a classifier: timm:NAME, torchvision:NAME or backdoorbench:NAME, with @SIZE if needed. "
         "Images are then prepared as for open_clip's pretrained weights of that name.",
     ),
     click.option(
@@ -270,12 +272,28 @@ format_option = click.option(
     help="The format of the result on stdout.",
 )
 
+table_format_option = click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "jsonl", "csv"]),
+    default="text",
+    help="The format of the result: text for people, one JSON document, one JSON line per "
+    "checkpoint, or a table in CSV.",
+)
+
 run_format_option = click.option(
     "--format",
     "format_",
     type=click.Choice(["text", "json", "sarif", "html"]),
     default="text",
     help="The format of the result on stdout.",
+)
+
+output_option = click.option(
+    "--output",
+    type=FILE,
+    metavar="FILE",
+    help="Write the result to a file instead of stdout.",
 )
 
 report_option = click.option(

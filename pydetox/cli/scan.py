@@ -42,16 +42,25 @@ def _shard(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[int,
     raise click.BadParameter(f"{value!r}; expected such as 1/4 to 4/4", ctx, param)
 
 
+# Options whose parameters have other names.
+_NAMES = {
+    "calibration": "calibration_file",
+    "format": "format_",
+    "known_vector": "known_vectors",
+    "reference_model": "reference_models",
+}
+
+
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Make the entries of a file the defaults of the options."""
     if path is None:
         return
-    from ..scanning.config import read_json_object
+    from ..scanning.config import read_config_file
 
     names = {p.name for p in ctx.command.params if isinstance(p, click.Option)} - {"config"}
     content = {
-        {"calibration": "calibration_file", "format": "format_"}.get(key, key): value
-        for key, value in read_json_object(path).items()
+        _NAMES.get(key.replace("-", "_"), key.replace("-", "_")): value
+        for key, value in read_config_file(path).items()
     }
     unknown = sorted(set(content) - {str(name) for name in names})
     if unknown:
@@ -164,7 +173,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help='A JSON file with options, such as {"max_images": 500}. The command line overrides it.',
+    help='A JSON or YAML file with options, such as {"max_images": 500}. The command line '
+    "overrides it.",
 )
 @options.run_format_option
 @click.option(

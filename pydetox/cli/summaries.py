@@ -26,6 +26,9 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
     for place, one in enumerate(result["rounds"], start=1):
         reached = "" if one["limits_reached"] else "; no α keeps all limits"
         classes = "class" if len(one["targets"]) == 1 else "classes"
+        target = f"target {classes} {', '.join(one['target_names'])}"
+        if not one["targets"]:
+            target = "triggers that make all images alike"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
         if one["warps"]:
@@ -33,7 +36,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         summary.append(
             card(
                 f"trigger vector {place}",
-                f"target {classes} {', '.join(one['target_names'])}, α = {one['alpha']:g}{reached}",
+                f"{target}, α = {one['alpha']:g}{reached}",
                 "" if one["limits_reached"] else "suspicious",
             )
         )

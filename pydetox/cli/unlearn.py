@@ -12,7 +12,14 @@ from . import exit_codes, options
 
 if TYPE_CHECKING:
     from ..data import ImageSet
+    from ..detect.references import ReferencePlan
+    from ..repair.configuration import UnlearnConfig
     from ..repair.result import DetoxResult
+    from ..session import Session
+
+
+# Work of fewer seconds is not announced.
+_SHORT = 20.0
 
 
 @click.command("unlearn")
@@ -156,6 +163,7 @@ def command(
         require_class_names,
         scan_config,
     )
+    from .many import one_checkpoint
     from .outputs import check_files, emit
     from .summaries import unlearn_report
 
@@ -189,17 +197,21 @@ def command(
         inputs.require_class(wanted)
 
     start = time.perf_counter()
-    model = inputs.read_suspect(checkpoint)
-    images = inputs.read_images(model)
-    require_class_names(images)
+    model = inputs.read_suspect(one_checkpoint(checkpoint))
+    images = inputs.read_images(model, examine=False)
+    if config.objective != "label-free" or wanted is not None or trigger is not None:
+        require_class_names(images)
+    session = Session.open(model, images, templates=inputs.prompts)
+    inputs.warn(*session.doubts)
     known = None
     if trigger is not None:
         index, stamps = read_triggers(trigger, target, images)
         known = KnownTarget(index, tuple(stamps))
     elif force_target is not None:
         known = KnownTarget(class_index(force_target, images.class_names, images.name))
+    _say_estimate(session, plan, unlearning, max_rounds, recovers=trigger is None)
     result = repair_session(
-        Session.open(model, images, templates=inputs.prompts),
+        session,
         plan,
         unlearning,
         known=known,
@@ -218,6 +230,30 @@ def command(
         write_detox_report(report, {**text, "triggers": _pictures(result, images, config.seed)})
     emit(document, text, format_)
     return code
+
+
+def _say_estimate(
+    session: Session,
+    plan: ReferencePlan,
+    unlearning: UnlearnConfig,
+    max_rounds: int,
+    *,
+    recovers: bool,
+) -> None:
+    """Say on stderr what the command should take at most, if that is long."""
+    from ..repair.estimate import estimate_repair
+    from ..reporting.values import duration
+
+    found = estimate_repair(session, plan, unlearning, recovers=recovers)
+    before = found.references + found.scan
+    if before + found.repair < _SHORT:
+        return
+    click.echo(
+        f"at most about {duration(before)} until the verdict, then {duration(found.repair)} and a "
+        f"scan of {duration(found.scan)} for each of at most {max_rounds} repairs; about "
+        f"{found.memory / 2**30:.1f} GiB of memory beside the images",
+        err=True,
+    )
 
 
 def _document(result: DetoxResult, images: ImageSet, code: int, seed: int) -> dict[str, Any]:
@@ -239,7 +275,7 @@ def _document(result: DetoxResult, images: ImageSet, code: int, seed: int) -> di
             for scan in content["scans"]
         ],
         "rounds": [
-            {**one, "target_name": names[one["target"]]}
+            {**one, "target_name": None if one["target"] is None else names[one["target"]]}
             | {"target_names": [names[target] for target in one["targets"]]}
             for one in content["rounds"]
         ],

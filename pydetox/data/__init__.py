@@ -16,9 +16,11 @@ from .names import (
     DIGIT_TEMPLATES,
     Template,
     fill_template,
+    fill_templates,
     load_class_names,
     load_templates,
 )
+from .objects import ImageData
 from .report import ImageReport
 from .resize import Resizing
 from .source import ImageSource
@@ -30,6 +32,7 @@ __all__ = [
     "DIGIT_TEMPLATES",
     "FASHION_NAMES",
     "FASHION_TEMPLATES",
+    "ImageData",
     "ImageReport",
     "ImageSet",
     "ImageSource",
@@ -38,6 +41,7 @@ __all__ = [
     "Template",
     "default_templates",
     "fill_template",
+    "fill_templates",
     "load_class_names",
     "load_digits",
     "load_fashion_mnist",

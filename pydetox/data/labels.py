@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import DataError
+from .named_lists import imagenet_ids, named_class_names
 
 
 def labels_mean_nothing(
@@ -16,17 +17,33 @@ def labels_mean_nothing(
     of photos that happens to have sub-folders. If some are among them the sub-folders are classes,
     and one that is not among them is more likely to be misspelt.
     """
-    return not labels_required and wanted is not None and not set(found) & set(wanted)
+    if labels_required or wanted is None or set(found) & set(wanted):
+        return False
+    return imagenet_order(found, wanted) is None
+
+
+def imagenet_order(found: Sequence[str], wanted: Sequence[str] | None) -> list[int] | None:
+    """Return the labels of WordNet ids where the caller's names are those of ImageNet, or None."""
+    ids = imagenet_ids()
+    if wanted is None or len(wanted) != len(ids) or not set(found) <= set(ids):
+        return None
+    if tuple(wanted) != named_class_names("imagenet"):
+        return None
+    return [ids.index(name) for name in found]
 
 
 def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: str) -> list[int]:
     """Return the index in `wanted` of each name in `found`, or its own place when wanted is None.
 
-    Names must match exactly. Raises DataError for a name that is not in `wanted`, and for one that
-    is in it twice, because then its label is not defined.
+    Names must match exactly, but WordNet ids fit ImageNet's class names. Raises DataError for a
+    name that is not in `wanted`, and for one that is in it twice, because then its label is not
+    defined.
     """
     if wanted is None:
         return list(range(len(found)))
+    by_id = imagenet_order(found, wanted)
+    if by_id is not None:
+        return by_id
     positions: dict[str, int] = {}
     repeated = set()
     for position, name in enumerate(wanted):

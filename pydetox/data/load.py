@@ -23,7 +23,12 @@ from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
 from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
 from .npz import load_npz
+from .objects import ImageData, rows_of
 from .resize import Resizing
+from .rows import Rows, read_rows
+from .shards import files_in, rows_of_shards, shards_of
+from .tables import PARQUET_SUFFIX, TABLE_SUFFIXES, rows_of_parquet, rows_of_table
+from .torchvision_sets import is_name, torchvision_rows
 
 #: The part of Fashion-MNIST that each source names.
 FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test": "test"}
@@ -32,19 +37,45 @@ FASHION_PARTS: dict[str, Part] = {"fashion-mnist": "train", "fashion-mnist-test"
 def locate_images(spec: str | Path) -> tuple[str, Path | None]:
     """Return the source that `spec` names, and the path that `load_images` reads it from.
 
-    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", or "" for a
-    folder or a file. Raises DataError if Fashion-MNIST is not found.
+    The source is "digits" (which has no path), "fashion-mnist", "fashion-mnist-test", the name of a
+    data set of torchvision, or "" for a folder or a file. Raises DataError if Fashion-MNIST is not
+    found.
     """
     source, _, root = str(spec).partition("=")
     if spec == "digits":
         return source, None
     if source in FASHION_PARTS:
         return source, find_fashion_mnist(root or None)
+    if root and is_name(source):
+        return source, Path(root)
     return "", Path(spec)
 
 
+def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows | None:
+    """Return the rows of a table, of shards or of a data set of torchvision; None for others."""
+    source, _, root = str(spec).partition("=")
+    if root and is_name(source):
+        return torchvision_rows(source, Path(root))
+    shards = shards_of(str(spec))
+    if shards is not None:
+        return rows_of_shards(shards)
+    parquet = parquet_files(Path(spec))
+    if parquet is not None:
+        return rows_of_parquet(parquet)
+    if Path(spec).suffix.lower() in TABLE_SUFFIXES and Path(spec).is_file():
+        return rows_of_table(Path(spec), class_names)
+    return None
+
+
+def parquet_files(path: Path) -> list[Path] | None:
+    """Return a parquet file, or those of a folder that holds some; None for anything else."""
+    if path.is_dir():
+        return files_in(path, PARQUET_SUFFIX) or None
+    return [path] if path.suffix == PARQUET_SUFFIX and path.is_file() else None
+
+
 def load_images(
-    spec: str | Path,
+    spec: ImageData,
     *,
     image_size: int | None = None,
     max_images: int | None = None,
@@ -62,7 +93,8 @@ def load_images(
     """Read an image set as uint8 RGB [N, 3, image_size, image_size].
 
     Args:
-        spec: What to read. One of
+        spec: What to read. An `ImageSet` is returned as it is, if it has the size and nothing is
+            asked of it. Otherwise one of
 
             - `digits`: the UCI digits (see `load_digits`).
             - `fashion-mnist`, `fashion-mnist-test`: the 60,000 training or the 10,000 test images
@@ -82,6 +114,22 @@ def load_images(
               bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
               `test_images`, ...); the test part comes first. Other arrays are not read, and
               `ImageSet.report` says so. Pickled content is never loaded.
+            - A `.csv` or `.tsv` file whose first line names the columns: one with paths (`filepath`
+              as in open_clip's training tables, `path`, ...) and, if known, one with classes
+              (`label`, `class`, or `title` with class names).
+            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`).
+              Nothing is extracted. Compressed archives are refused.
+            - A `.parquet` file of Hugging Face's datasets, or a folder of them. This needs pyarrow.
+            - A data set of torchvision that lies in a folder: `cifar10=FOLDER` for its training
+              part and `cifar10-test=FOLDER` for its test part, and so on.
+            - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or
+              a mapping with `images` and `labels`. Images of any size are scaled.
+            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone or in pairs
+              with labels.
+            - A data set of torch (such as those of torchvision) or of Hugging Face: anything with a
+              length whose rows are pictures, pairs of picture and label, or mappings with `image`
+              and `label`. It must not normalise its images. Its class names are read from
+              `classes`, or from the features of its label column.
         image_size: The height and width in pixels that the model takes.
         max_images: The size of a stratified random sample; None for all images.
         class_names: The classes, in the order that defines the labels. Class names in the data are
@@ -120,6 +168,20 @@ def load_images(
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
     names = None if class_names is None else tuple(class_names)
+    if isinstance(spec, ImageSet):
+        return _of_image_set(spec, names, image_size, max_images, seed)
+    rows = rows_of_files(spec, names) if isinstance(spec, str | Path) else rows_of(spec)
+    if rows is not None:
+        return read_rows(
+            rows,
+            resizing=resizing,
+            max_images=max_images,
+            seed=seed,
+            class_names=names,
+            labels_required=labels_required,
+            strict=strict,
+        )
+    assert isinstance(spec, str | Path)
     path = Path(spec)
     if spec == "digits":
         image_set = _with_class_names(load_digits(image_size), names, labels_required)
@@ -156,13 +218,13 @@ def load_images(
         )
     if not path.exists():
         raise DataError(
-            f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder '
-            f"or a .npz file{_hint(str(spec))}"
+            f'{path}: no such file or folder; expected "digits", "fashion-mnist", an image folder, '
+            f"{_FILES}{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
         raise DataError(
-            f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder '
-            "or a .npz file"
+            f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder, '
+            f"{_FILES}"
         )
     return load_npz(
         path,
@@ -176,13 +238,33 @@ def load_images(
     )
 
 
-def default_templates(spec: str | Path) -> tuple[str, ...]:
+def _of_image_set(
+    image_set: ImageSet,
+    class_names: tuple[str, ...] | None,
+    image_size: int,
+    max_images: int | None,
+    seed: int,
+) -> ImageSet:
+    if image_set.image_size != (image_size, image_size):
+        height, width = image_set.image_size
+        raise DataError(
+            f"{image_set.name}: images are {height}x{width} pixels; expected "
+            f"{image_size}x{image_size}: load them anew for this size"
+        )
+    if class_names is not None and class_names != image_set.class_names:
+        image_set = replace(image_set, class_names=class_names)
+    return image_set if max_images is None else image_set.at_most(max_images, seed)
+
+
+def default_templates(spec: ImageData) -> tuple[str, ...]:
     """Return the prompt templates that suit an image source of `load_images`."""
-    source = str(spec).partition("=")[0]
+    source = str(spec).partition("=")[0] if isinstance(spec, str | Path) else ""
     if source == "digits":
         return DIGIT_TEMPLATES
     return FASHION_TEMPLATES if source in FASHION_PARTS else DEFAULT_TEMPLATES
 
+
+_FILES = "or a .npz, .csv, .tar or .parquet file"
 
 #: Data sets that people name, in small letters without signs.
 _NAMED = re.compile(
@@ -194,6 +276,9 @@ _NAMED = re.compile(
 def _hint(spec: str) -> str:
     if _NAMED.fullmatch(re.sub(r"[^a-z0-9]", "", spec.lower())) is None:
         return ""
+    name = spec.lower()
+    if is_name(name):
+        return f" (where torchvision has it on the disk: {name}=FOLDER or {name}-test=FOLDER)"
     return (
         f" (data sets are not fetched by name: save images of {spec} in one folder per class, or "
         "as a .npz file)"

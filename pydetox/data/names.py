@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ..errors import DataError
+from .named_lists import class_prompts, known_lists, named_class_names, named_templates
 
 #: A prompt with a place for the class name, written "{c}" (CLIP_benchmark) or "{}" (open_clip), or
 #: a function from class name to prompt (open_clip).
@@ -46,21 +49,58 @@ def fill_template(template: Template, class_name: str) -> str:
     return class_name.join(part for piece in template.split("{c}") for part in piece.split("{}"))
 
 
+def fill_templates(templates: Sequence[Template], class_name: str) -> list[str]:
+    """Return the prompts for one class, each of them once; raises as `fill_template`."""
+    return list(dict.fromkeys(fill_template(template, class_name) for template in templates))
+
+
 def load_class_names(path: str | Path) -> tuple[str, ...]:
-    """Read class names from a UTF-8 text file, one per line; line k (from 0) names label k.
+    """Read class names: from a text file, one per line, or from a JSON file, or by name.
+
+    Line k (from 0) names label k. A JSON file holds a list of names. If there is no such file, the
+    text may name a list: `imagenet` is that of open_clip, and others are those of CLIP_benchmark,
+    if this package is installed (`cifar10`, `vtab/dtd`, ...).
 
     Repeated names are allowed (ImageNet has "crane" twice). Raises DataError for an unreadable or
     empty file and for a blank line between names, because it would shift every label after it.
     """
+    found = _by_name(path, named_class_names, "class names")
+    if found is not None:
+        return found
+    if Path(path).suffix.lower() == ".json":
+        content = _read_json(Path(path), "class names")
+        if not (isinstance(content, list) and content and all(isinstance(x, str) for x in content)):
+            raise DataError(f"{path}: expected a JSON list of class names")
+        return tuple(content)
     return _read_lines(Path(path), "class names")
 
 
-def load_templates(path: str | Path) -> tuple[str, ...]:
-    """Read prompt templates from a UTF-8 text file, one per line, each holding "{c}" or "{}".
+def load_templates(path: str | Path) -> tuple[Template, ...]:
+    """Read prompt templates: from a text file, one per line, or from a JSON file, or by name.
+
+    Each holds "{c}" or "{}" in place of the class name. A JSON file holds a list of templates, or
+    an object that has a list of whole prompts for each class name (as CuPL has). If there is no
+    such file, the text may name a list, as in `load_class_names`: `imagenet`, `imagenet-simple`,
+    and those of CLIP_benchmark.
 
     Raises DataError for an unreadable or empty file, a blank line between templates, or a template
     without a place for the class name.
     """
+    found = _by_name(path, named_templates, "templates")
+    if found is not None:
+        return found
+    if Path(path).suffix.lower() == ".json":
+        content = _read_json(Path(path), "templates")
+        if isinstance(content, dict):
+            return class_prompts(content, str(path))
+        if not (isinstance(content, list) and content and all(isinstance(x, str) for x in content)):
+            raise DataError(
+                f"{path}: expected a JSON list of templates, or an object with a list of prompts "
+                "for each class"
+            )
+        for template in content:
+            fill_template(template, "")  # raises for one without a place for the name
+        return tuple(content)
     templates = _read_lines(Path(path), "templates")
     for number, template in enumerate(templates, start=1):
         if "{c}" not in template and "{}" not in template:
@@ -69,6 +109,31 @@ def load_templates(path: str | Path) -> tuple[str, ...]:
                 'expected "{c}" or "{}"'
             )
     return templates
+
+
+_Found = TypeVar("_Found")
+
+
+def _by_name(
+    path: str | Path, look_up: Callable[[str], tuple[_Found, ...] | None], what: str
+) -> tuple[_Found, ...] | None:
+    """Return a list that a text names; None for a file. DataError for neither."""
+    text = str(path)
+    if os.path.lexists(text):
+        return None
+    found = look_up(text)
+    if found is None and not Path(text).suffix:
+        raise DataError(
+            f"{text}: no such file, and no list of {what} of that name; known are {known_lists()}"
+        )
+    return found
+
+
+def _read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot read {what}: {error}") from error
 
 
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:

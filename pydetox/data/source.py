@@ -12,9 +12,11 @@ from .fashion_mnist import FASHION_NAMES, fashion_mnist_files
 from .folder import choose_images
 from .image_set import ImageSet
 from .listing import list_images
-from .load import FASHION_PARTS, default_templates, load_images, locate_images
-from .names import load_class_names, load_templates
+from .load import FASHION_PARTS, default_templates, load_images, locate_images, parquet_files
+from .names import Template, load_class_names, load_templates
 from .resize import Resizing
+from .shards import shards_of
+from .tables import TABLE_SUFFIXES, files_of_table
 
 
 @dataclass
@@ -23,8 +25,9 @@ class ImageSource:
 
     Attributes:
         spec: The source, as in `load_images`: a folder, a .npz file, `digits`, `fashion-mnist`, ...
-        class_names: A file with one class name per line; None for the names in the data.
-        templates: A file with one prompt per line; None for built-in prompts.
+        class_names: A file or the name of a list, as in `load_class_names`; None for the names in
+            the data.
+        templates: A file or the name of a list, as in `load_templates`; None for built-in prompts.
         max_images: The size of the random sample; None for all images.
         resize: Whether .npz images of another size are scaled.
         seed: The seed of the sample.
@@ -37,14 +40,14 @@ class ImageSource:
     """
 
     spec: str
-    class_names: Path | None = None
-    templates: Path | None = None
+    class_names: str | Path | None = None
+    templates: str | Path | None = None
     max_images: int | None = None
     resize: bool = False
     seed: int = 0
     labels_required: bool = True
     strict: bool = False
-    prompts: tuple[str, ...] = field(init=False)
+    prompts: tuple[Template, ...] = field(init=False)
     _names: tuple[str, ...] | None = field(init=False, repr=False)
     _decoded: dict[Resizing, ImageSet] = field(init=False, repr=False, default_factory=dict)
 
@@ -82,15 +85,26 @@ class ImageSource:
             return DIGIT_NAMES
         if source in FASHION_PARTS:
             return FASHION_NAMES
-        if root is not None and root.is_dir():
+        if root is not None and root.is_dir() and not self._files():
             return list_images(root, None, labels_required=self.labels_required).class_names
         return None
+
+    def _files(self) -> list[Path]:
+        """Return the files of shards, of a parquet set or of a table; empty for other sources."""
+        if locate_images(self.spec)[0]:
+            return []
+        path = Path(self.spec)
+        found = shards_of(self.spec) or parquet_files(path)
+        if found is None and path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+            found = [path, *files_of_table(path)]
+        return found or []
 
     def digest(self) -> str:
         """Return a SHA-256 of the images that are read, with their order, labels and class names.
 
         It does not depend on files that are not read, such as a README among the images or images
-        outside the sample, nor on the path of the folder.
+        outside the sample, nor on the path of the folder. Of a data set of torchvision, the names
+        and sizes of its files count.
 
         Raises DataError if `load_images` does.
         """
@@ -103,12 +117,20 @@ class ImageSource:
         add(source, self._names, self.prompts)
         if root is None:
             return hasher.hexdigest()
+        files = self._files()
+        if files:
+            for path in files:
+                add(path.name, _digest_or_reason(path))
+            return hasher.hexdigest()
         if not root.exists():
             raise DataError(f"{self.spec}: no such file or folder")
         try:
             if source in FASHION_PARTS:
                 for path in fashion_mnist_files(FASHION_PARTS[source], root):
                     add(path.name, _file_digest(path))
+            elif source:  # of torchvision, of which only the code knows which files it reads
+                for path in sorted(p for p in root.rglob("*") if p.is_file()):
+                    add(path.relative_to(root).as_posix(), path.stat().st_size)
             elif root.is_dir():
                 found = choose_images(
                     root,

@@ -41,6 +41,7 @@ def calibrate_references(
     session = Session.open(first, images, templates=templates, base=contrast)
     models = _copies(session, config) if references is None else references
     names, searched = list[str](), list[dict[TriggerFamily, InversionResult]]()
+    digests = list[str]()
     count = config.references if references is None else len(references)
     for k, model in enumerate(models):
         seeded = replace(config, seed=child_seed("calibration.search", config.seed, k))
@@ -60,6 +61,7 @@ def calibrate_references(
             }
         )
         names.append(model.name)
+        digests.append(model.image_tower_digest())
 
     def calibration(family: TriggerFamily, others: tuple[Calibration, ...] = ()) -> Calibration:
         found = [one[family] for one in searched]
@@ -73,6 +75,7 @@ def calibrate_references(
             family=family,
             others=others,
             relative=bool(config.contrast),
+            digests=tuple(digests),
         )
 
     first_family, *rest = config.searched
@@ -82,7 +85,13 @@ def calibrate_references(
 def _copies(session: Session, config: ScanConfig) -> Iterator[OpenClipModel]:
     """Yield the base and copies of it that are fine-tuned on the images, each with its seed."""
     base, labelled = session.model, session.images
-    if labelled.labels is None:
+    head = None
+    if config.objective == "label-free" and not session.has_head:
+        # The model's own groups of images stand for classes that nobody has named.
+        head = session.prototypes
+        groups = predict(base, labelled.images, head)
+        labelled = replace(labelled, labels=groups, class_names=None)
+    elif labelled.labels is None:
         labelled = replace(labelled, labels=predict(base, labelled.images, session.head))
     yield base
     for k in range(1, config.references):
@@ -92,6 +101,7 @@ def _copies(session: Session, config: ScanConfig) -> Iterator[OpenClipModel]:
             labelled,
             session.templates,
             replace(config.reference_training, seed=seed),
+            head=head,
             description=f"reference {k + 1} of {config.references}: fine-tuning",
         )
         copy.name = f"{base.name}, fine-tuned {k}"

@@ -60,6 +60,7 @@ class Calibration:
         family: The family of triggers that was searched for (see `inversion.FAMILIES`).
         others: The calibrations of the same references for the other families.
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
+        digests: A hash of the weights of each reference's image tower; empty if they are not known.
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -70,6 +71,7 @@ class Calibration:
     family: str = "patch"
     others: tuple[Calibration, ...] = ()
     relative: bool = False
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -85,6 +87,10 @@ class Calibration:
                 f"{len(self.recorded_steps)} recorded steps, a history of {len(self.history)}; "
                 "expected the sizes of every reference and class at every recorded step"
             )
+
+    def reference(self, digest: str) -> str | None:
+        """Return the name of the reference whose image tower has that digest; None for none."""
+        return self._name(self.digests.index(digest)) if digest in self.digests else None
 
     def at(self, step: int) -> Calibration:
         """Return the same references after `step`; UsageError if it was not recorded."""
@@ -285,6 +291,7 @@ class Calibration:
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
+            "digests": list(self.digests),
         }
 
     @classmethod
@@ -301,6 +308,7 @@ class Calibration:
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
+                tuple(str(digest) for digest in content.get("digests", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error

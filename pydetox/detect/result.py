@@ -43,6 +43,9 @@ class ScanResult:
         family: The family of triggers that these results belong to: the one with the smallest
             p-value. If that is no finding, it is the first family without a verdict.
         others: The results of the searches for the other families.
+        warnings: One line for each doubt about the verdict: what of the checkpoint or the images
+            was guessed or left out, and reasons why images, class names and model may not belong
+            together (see `plausibility.examine`).
     """
 
     name: str
@@ -56,6 +59,7 @@ class ScanResult:
     seconds: float
     family: TriggerFamily = "patch"
     others: tuple[FamilyScan, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -96,6 +100,14 @@ class ScanResult:
             return (self.target,)
         every = [self.detection, *(one.detection for one in self.others)]
         return tuple(dict.fromkeys([self.target, *(c for one in every for c in one.backdoored)]))
+
+    def unnamed(self) -> bool:
+        """Return whether a finding leads to no class: that of a label-free search without names."""
+        return (
+            self.detection.verdict in FINDINGS
+            and self.objective == "label-free"
+            and self.target is None
+        )
 
     def class_steps(self) -> list[int]:
         """Return the number of steps of each class, that of its longest restart."""

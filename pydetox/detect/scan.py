@@ -33,6 +33,10 @@ def scan_session(
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
+    obstacle = _beside_itself(session, calibration)
+    if obstacle is None and config.objective == "targeted":
+        # A label-free search asks no names, so it does not matter whether they mean anything.
+        obstacle = session.plausibility.obstacle
     families = list[FamilyScan]()
     for family in config.searched:
         compared = None if calibration is None else calibration.of(family)
@@ -53,13 +57,14 @@ def scan_session(
             dropped=dropped_per_class(found, config),
             families=len(config.searched),
             cleared=cleared,
+            obstacle=obstacle,
         )
         families.append(FamilyScan(family, detection, found, compared))
     chosen = _decisive(families)
     target = chosen.detection.target
-    if config.objective == "label-free" and images.class_names:
+    if config.objective == "label-free" and session.optional_head is not None:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
-        answers = predict(model, images.images, session.head, stamp=trigger)
+        answers = predict(model, images.images, session.optional_head, stamp=trigger)
         target = int(answers.mode().values)
     return ScanResult(
         name=model.name,
@@ -73,7 +78,24 @@ def scan_session(
         seconds=time.perf_counter() - start,
         family=chosen.family,
         others=tuple(one for one in families if one is not chosen),
+        warnings=session.doubts,
     )
+
+
+def _beside_itself(session: Session, calibration: Calibration | None) -> str | None:
+    """Return why there is no verdict if the suspect is compared with itself, else None.
+
+    A backdoored model beside itself and its own copies would be `clean`.
+    """
+    if session.base is None and (calibration is None or not calibration.digests):
+        return None
+    digest = session.model.image_tower_digest()
+    same = None if calibration is None else calibration.reference(digest)
+    if same is None and session.base is not None and session.base.image_tower_digest() == digest:
+        same = repr(session.base.name)
+    if same is None:
+        return None
+    return f"it is compared with itself: {same} has the same image tower; give other clean models"
 
 
 def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:

@@ -103,6 +103,7 @@ def detect(
     dropped: Sequence[int | None] | None = None,
     families: int = 1,
     cleared: Sequence[int] = (),
+    obstacle: str | None = None,
 ) -> Detection:
     """Judge one model.
 
@@ -123,6 +124,7 @@ def detect(
             judged by its own call. p-values are corrected for this number (Sidak).
         cleared: The classes that are never the suspect, because an earlier scan of the same model,
             before its repair, found them clean (see `pydetox.detox`).
+        obstacle: Why there can be no verdict whatever the sizes are; None if there can be one.
 
     Raises:
         UsageError: A value is out of range, the number of classes is not that of the calibration,
@@ -165,7 +167,7 @@ def detect(
             cleared=tuple(cleared),
         )
 
-    obstacle = _obstacle(values, failed, has_classes)
+    obstacle = obstacle or _obstacle(values, failed, has_classes)
     if calibration is None:
         return inconclusive(
             obstacle

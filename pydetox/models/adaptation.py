@@ -60,6 +60,36 @@ def adapt(
     return _resized(result, module, expected, notes), tuple(notes)
 
 
+def without_texts(
+    weights: Mapping[str, Tensor], module: nn.Module
+) -> tuple[dict[str, Tensor], str] | None:
+    """Return the image tower's weights and a line about it, if there is no text tower; or None.
+
+    Image towers alone come with open_clip's names, `visual.` and more (DECREE's encoders), without
+    that prefix, or beside what is left of a text tower whose transformer was deleted (wise-ft and
+    task_vectors). weights: As `adapt` returns them.
+    """
+    expected = module.state_dict()
+    tower = [name for name in expected if name.startswith("visual.")]
+    if not tower or len(tower) == len(expected):
+        return None
+    bare = {f"visual.{name}": value for name, value in weights.items()}
+    if set(tower) <= bare.keys() and not set(tower) <= weights.keys():
+        extra = [name for name in bare if name not in expected]
+        if extra:
+            return None
+        return bare, "its names are those of an image tower alone, without texts"
+    texts = [n for n in expected if n.startswith(("transformer.", "text.", "text_decoder."))]
+    if not set(tower) <= weights.keys() or any(name in weights for name in texts):
+        return None
+    rest = [n for n in weights if not n.startswith("visual.")]
+    if any(name not in expected for name in rest):
+        return None
+    left = f"; {len(rest)} tensors beside it are left out ({', '.join(rest[:3])})" if rest else ""
+    kept = {name: weights[name] for name in tower}
+    return kept, f"it is an image tower alone, without texts{left}"
+
+
 def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
     """Return advice about names that a module does not have, or an empty text."""
     extra = [name for name in names if name not in expected]

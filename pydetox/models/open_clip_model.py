@@ -6,28 +6,27 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.overrides import TorchFunctionMode
 
-from ..checkpoints import Checkpoint, check_model_config, describe_mismatch
+from ..checkpoints import Checkpoint, describe_mismatch
 from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
-from ..data import Resizing, Template, fill_template
+from ..data import Resizing, Template, fill_templates
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
-from .adaptation import adapt, hint
-from .catalogue import building_obstacle
+from .adaptation import adapt, hint, without_texts
+from .building import build
+from .classifiers import Classifier, with_classes
 from .frozen import freeze
 from .memory import Batching
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
+from .towers import Towers
 
 # Prompts that go through a text tower at once, on a CPU and on a GPU. They are halved if memory
 # runs out.
@@ -62,10 +61,10 @@ class OpenClipModel:
     """Both towers in evaluation mode, float32, with no parameter requiring a gradient.
 
     Attributes:
-        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`).
+        clip: open_clip's module (`CLIP`, `CustomTextCLIP` or `CoCa`), a `Towers` or a `Classifier`.
         name: The name of the model's source, for messages and reports.
-        sha256: The hash of the weights file; None for a model from no file, and for a copy, whose
-            weights may change.
+        sha256: The hash of the weights file, or of the weights of an object that the model was made
+            from. None for a model with random weights, and for a copy, whose weights may change.
         warnings: One line for each part of the checkpoint that was guessed, changed or left out.
         named: The architecture that the user named, where the checkpoint does not tell; else None.
         model_config: open_clip's ``model_cfg``.
@@ -82,7 +81,11 @@ class OpenClipModel:
         embed_dim: D, the dimension of the joint embedding.
         heads: The memory of zero-shot heads; None to compute each head anew. Use it only for
             models whose weights stay as they are. See `share_heads`.
+        layout_obstacle: The reason why no folder of open_clip or transformers can hold the model;
+            None if one can.
     """
+
+    layout_obstacle: str | None = None
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class OpenClipModel:
         seed: The seed of the weights. torch's global generator does not change.
         Raises ArchitectureError for a configuration that open_clip cannot build.
         """
-        clip = _build(model_config, seed, name)
+        clip = build(model_config, seed, name)
         return cls(clip, model_config=model_config, preprocess_config=preprocess_config, name=name)
 
     @classmethod
@@ -170,10 +173,23 @@ class OpenClipModel:
             raise ArchitectureError(
                 f"{checkpoint.name}: nothing tells its architecture; name one with model="
             )
-        clip = _build(checkpoint.model_config, None, checkpoint.name)
+        model_config = checkpoint.model_config
+        if model_config.get("layout") == "classifier":
+            model_config = with_classes(model_config, checkpoint.state_dict)
+        clip = build(model_config, None, checkpoint.name)
         require_right_activation(checkpoint)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}
-        weights, notes = adapt(weights, clip)
+        notes: tuple[str, ...] = ()
+        if isinstance(clip, Classifier):
+            weights = clip.from_file(weights)
+        else:
+            weights, notes = adapt(weights, clip)
+        images_alone = without_texts(weights, clip)
+        if images_alone is not None and "layout" not in model_config:
+            weights, note = images_alone
+            notes = (*notes, note)
+            model_config = {**model_config, "layout": "image_tower", "text_cfg": {}}
+            clip = build(model_config, None, checkpoint.name)
         expected = clip.state_dict()
         mismatch = describe_mismatch(
             {key: tuple(value.shape) for key, value in expected.items()},
@@ -190,9 +206,11 @@ class OpenClipModel:
             own[key] = value.to(expected[key].dtype, copy=not keep)
         # Tensors are assigned and not copied, so the memory allocated for them stays unused.
         clip.load_state_dict({key: value.contiguous() for key, value in own.items()}, assign=True)
+        if isinstance(clip, Classifier):
+            clip.eval().settle(int(model_config["vision_cfg"]["image_size"]))
         return cls(
             clip,
-            model_config=checkpoint.model_config,
+            model_config=model_config,
             preprocess_config=checkpoint.preprocess_config,
             name=checkpoint.name,
             storage_dtypes={key: value.dtype for key, value in weights.items()},
@@ -216,6 +234,13 @@ class OpenClipModel:
         scale = self.clip.logit_scale
         assert isinstance(scale, Tensor)
         return float(scale.exp())
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there is a text tower."""
+        if isinstance(self.clip, Classifier):
+            return False
+        return not isinstance(self.clip, Towers) or self.clip.text is not None
 
     @property
     def device(self) -> torch.device:
@@ -282,8 +307,14 @@ class OpenClipModel:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids int64 [n, context_length].
 
-        Raises ArchitectureError when the tokenizer of its text tower is not on this machine.
+        Raises ArchitectureError when the tokenizer of its text tower is not on this machine, and
+        for a model without a text tower.
         """
+        if not self.has_texts:
+            raise ArchitectureError(
+                f"{self.name}: is an image tower alone, without the texts that class names are "
+                "compared with; expected a label-free search"
+            )
         text = self.model_config.get("text_cfg", {})
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(text, self.companions, self.name)
@@ -298,6 +329,8 @@ class OpenClipModel:
     def zero_shot_head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
         """Return one unit vector per class, float32 [C, D]: the mean over prompts, normalised.
 
+        For a classifier these are the rows of its last layer, at most of norm 1.
+
         Source: Radford et al., "Learning Transferable Visual Models From Natural Language
         Supervision" (ICML 2021), section 3.1.4 (prompt ensembling).
         Raises DataError for no class names or no templates, and DeviceMemoryError if not even one
@@ -308,6 +341,14 @@ class OpenClipModel:
                 f"{len(class_names)} class names and {len(templates)} templates; "
                 "expected at least one of each"
             )
+        if isinstance(self.clip, Classifier):
+            rows = self.clip.rows()
+            if len(rows) != len(class_names):
+                raise DataError(
+                    f"{self.name}: is a classifier of {len(rows)} classes, and there are "
+                    f"{len(class_names)} class names; expected those of its training, in order"
+                )
+            return rows
         if self.heads is not None and all(isinstance(t, str) for t in templates):
             text = self._text_key or self._text_digest()
             key = (text, self.device, tuple(class_names), tuple(templates))
@@ -315,16 +356,16 @@ class OpenClipModel:
         return self._head(class_names, templates)
 
     def _head(self, class_names: Sequence[str], templates: Sequence[Template]) -> Tensor:
-        prompts = [fill_template(template, name) for name in class_names for template in templates]
-        tokens = self.tokenize(prompts)
+        prompts = [fill_templates(templates, name) for name in class_names]
+        tokens = self.tokenize([text for one in prompts for text in one])
         on_cpu = self.device.type == "cpu"
         at_once = _PROMPTS_ON_CPU if on_cpu else _PROMPTS_ON_GPU
         batching = Batching(at_once, self.device, f"{self.name}, prompts")
         with torch.no_grad():
             parts = list(batching.over(len(tokens), lambda part: self.encode_tokens(tokens[part])))
             units = normalize(torch.cat(parts), dim=-1)
-            means = units.view(len(class_names), len(templates), -1).mean(dim=1)
-            return normalize(means, dim=-1)
+            means = [rows.mean(dim=0) for rows in torch.split(units, [len(one) for one in prompts])]
+            return normalize(torch.stack(means), dim=-1)
 
     def share_heads(self, memo: HeadMemo) -> None:
         """Take heads from a memory that several models share, and leave new ones there.
@@ -338,56 +379,31 @@ class OpenClipModel:
         """Return a hash of everything that text embeddings depend on."""
         config = sorted((k, v) for k, v in self.model_config.items() if k != "vision_cfg")
         tokenizer = sorted(tokenizer_digests(self.model_config, self.companions).items())
-        hasher = hashlib.blake2b(repr((config, tokenizer)).encode(), digest_size=32)
+        return self._digest(repr((config, tokenizer)), lambda name: not name.startswith("visual."))
+
+    def image_tower_digest(self) -> str:
+        """Return a hash of the weights of the image tower, as hex digits."""
+        return self._digest("", lambda name: name.startswith("visual."))
+
+    def _digest(self, start: str, counts: Callable[[str], bool]) -> str:
+        hasher = hashlib.blake2b(start.encode(), digest_size=32)
         for name, value in self.clip.state_dict().items():
-            if not name.startswith("visual."):
+            if counts(name):
                 hasher.update(f"{name} {value.dtype} {list(value.shape)}".encode())
                 hasher.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return hasher.hexdigest()
 
     def storage_state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the weights on the CPU, in the dtypes of the checkpoint's file."""
-        return {
+        state = {
             key: value.detach().to("cpu", self.storage_dtypes.get(key, value.dtype), copy=True)
             for key, value in self.clip.state_dict().items()
         }
+        return self.clip.to_file(state) if isinstance(self.clip, Classifier) else state
 
     def storage_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a tensor has in the checkpoint's file."""
         return self.storage_dtypes.get(name, torch.float32)
-
-
-class _NoRandomNumbers(TorchFunctionMode):
-    """Leave random initialisations out, in this thread alone; the tensors stay uninitialised.
-
-    Weights that are read from a file need no initial values. Drawing these takes longer than
-    reading the file. The system also allocates no memory that is never written to.
-    """
-
-    _FILLS = frozenset(
-        {
-            Tensor.normal_,
-            Tensor.uniform_,
-            nn.init.normal_,
-            nn.init.uniform_,
-            nn.init.kaiming_normal_,
-            nn.init.kaiming_uniform_,
-        }
-    )
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        given = kwargs or {}
-        if func in self._FILLS:
-            return args[0] if args else given["tensor"]
-        if func is torch.randn:
-            func = torch.empty
-        return func(*args, **given)
 
 
 def _require_plain_weights(
@@ -412,30 +428,3 @@ def _has_storage_alone(tensor: Tensor, users: Mapping[int, int]) -> bool:
     storage = tensor.untyped_storage()
     size = tensor.numel() * tensor.element_size()
     return users[storage.data_ptr()] == 1 and storage.nbytes() == size
-
-
-def _build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Module:
-    """Return open_clip's module. seed: The seed of its weights; None leaves them uninitialised."""
-    check_model_config(model_config)
-    config = copy.deepcopy(dict(model_config))
-    obstacle = building_obstacle(config)
-    if obstacle is not None:
-        raise ArchitectureError(f"{name}: {obstacle}")
-    custom = config.pop("custom_text", False)
-    architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    if "multimodal_cfg" in config:
-        architecture = open_clip.CoCa
-    try:
-        random = _NoRandomNumbers() if seed is None else nullcontext()
-        with torch.random.fork_rng(devices=[]), random:
-            torch.manual_seed(seed or 0)
-            clip: nn.Module = architecture(**config)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ArchitectureError(
-            f"{name}: open_clip cannot build its architecture: {reason}"
-        ) from error
-    if isinstance(clip, open_clip.CoCa):
-        # Its image tower gives a captioner tokens beside the embedding, and nobody captions here.
-        clip.visual.output_tokens = False
-    return clip

@@ -14,9 +14,10 @@ from ..data.sampling import stratified_sample
 from ..errors import DataError, UsageError
 from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
+from ..prototypes import image_features
 from ..rng import generator
 from .configuration import UnlearnConfig
-from .retention import DriftProbe, image_features
+from .retention import DriftProbe
 from .subtraction import Candidates
 from .task_vectors import TaskVector
 from .trigger_vector import one_target_each

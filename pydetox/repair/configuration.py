@@ -156,8 +156,13 @@ class UnlearnConfig:
         """
         return 1 - (number + 1) / self.passes
 
-    def amplified(self, recovered: InversionResult | WarpResult) -> list[Stamp]:
-        """Return the recovered triggers that work, each amplified by each factor of its family."""
+    def amplified(
+        self, recovered: InversionResult | WarpResult, *, most: float = math.inf
+    ) -> list[Stamp]:
+        """Return the recovered triggers that work, each amplified by each factor of its family.
+
+        most: The size up to which patches and blends count, as a multiple of the smallest.
+        """
         factors = self.advanced
         if isinstance(recovered, WarpResult):
             return [
@@ -166,7 +171,9 @@ class UnlearnConfig:
                 for factor in factors.warp_amplifications
             ]
         blend = recovered.family == "blend"
-        working = torch.isfinite(recovered.p_l1).nonzero().flatten().tolist()
+        sizes = recovered.p_l1
+        counts = torch.isfinite(sizes) & (sizes <= most * sizes.min())
+        working = counts.nonzero().flatten().tolist()
         return [
             recovered.trigger(k).amplified(factor)
             # If no search succeeded, the triggers of the last step are still the best estimate.

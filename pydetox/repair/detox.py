@@ -54,7 +54,7 @@ def repair_session(
     comparison = plan.prepare(
         session.images, templates=session.templates, read=read, suspect=session.model
     )
-    session = replace(session, base=comparison.base)
+    session = session.with_base(comparison.base)
     if plan.makes_calibration:
         clock.lap("calibrate")
     before = scan_session(session, comparison)
@@ -71,11 +71,14 @@ def repair_session(
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
-        if targets and probe is None:
+        attempts = list(dict.fromkeys([targets, targets[:1]])) if targets else []
+        if not targets and current.unnamed():
+            attempts = [()]
+        if attempts and probe is None:
             probe = DriftProbe(session.model, session.images.images, seed=unlearning.seed)
         # Unlearn all classes at once. If no alpha does so within the accuracy to keep, try the
         # first.
-        for attempt in dict.fromkeys([targets, targets[:1]] if targets else []):
+        for attempt in attempts:
             model, passes_of_attempt = subtract_passes(
                 repaired,
                 attempt,

@@ -15,6 +15,7 @@ from ..rng import child_seed
 from ..session import Session
 from .alpha import CoefficientSearch, search_coefficient
 from .configuration import UnlearnConfig
+from .directions import MOST, head_with_directions, recover_label_free
 from .recovery import recover_patches_or_blends, recover_smooth_warps
 from .result import UnlearnRound
 from .retention import DriftProbe
@@ -37,16 +38,16 @@ def subtract_passes(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. probe: Measures the drift from the model before
-    any repair; default: from the session's. Returns the repaired model and what each pass did.
+    targets: Class indices, one for known triggers. None of them unlearns triggers that make all
+    images alike, for a model without class names (`directions`). probe: Measures the drift
+    from the model before any repair; default: from the session's. Returns the repaired model and
+    what each pass did.
     """
-    if not targets or (triggers is not None and len(targets) > 1):
-        raise UsageError(
-            f"{len(targets)} target classes; expected at least one, and one for known triggers"
-        )
+    if triggers is not None and len(targets) != 1:
+        raise UsageError(f"{len(targets)} target classes; expected one for known triggers")
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
-    target_of_each = [targets[0]] * len(stamps)
+    target_of_each = [targets[0]] * len(stamps) if targets else []
     probe = probe or DriftProbe(session.model, session.images.images, seed=unlearning.seed)
     passes, first = list[UnlearnRound](), accuracy_before is None
     for number in range(unlearning.passes if triggers is None else 1):
@@ -62,21 +63,32 @@ def subtract_passes(
                 warps += [one for one in found if isinstance(one, WarpResult)]
                 stamps += [stamp for one in found for stamp in unlearning.amplified(one)]
                 target_of_each += [target] * (len(stamps) - len(target_of_each))
+            if not targets:
+                for family in config.families:
+                    one = recover_label_free(session, family, seeded, restarts=restarts)
+                    recovered.append(one)
+                    stamps += unlearning.amplified(one, most=MOST)
+        if targets:
+            head = session.head
+        else:
+            head, target_of_each = head_with_directions(
+                session.model, session.images, session.prototypes, stamps, seed=unlearning.seed
+            )
         seed = child_seed("repair.vector-pass", unlearning.seed, number)
         vector = trigger_vector(
             session.model,
             forget,
             stamps,
-            session.head,
+            head,
             target_of_each,
             replace(unlearning, seed=seed),
         )
         search = search_coefficient(
             session.model,
             vector,
-            session.images,
+            session.images if targets else replace(session.images, labels=None),
             stamps,
-            session.head,
+            head,
             target_of_each,
             unlearning,
             accuracy_before=accuracy_before,

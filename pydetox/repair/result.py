@@ -22,7 +22,8 @@ class UnlearnRound:
     Several vectors may be subtracted before the model is scanned again.
 
     Attributes:
-        targets: The indices of the target classes, the most suspect one first.
+        targets: The indices of the target classes, the most suspect one first; empty for triggers
+            that lead to no named class.
         triggers: The triggers that were recovered for each target, by family; empty for known
             triggers.
         search: CA, ASR and drift over alpha.
@@ -39,9 +40,9 @@ class UnlearnRound:
     warps: tuple[WarpResult, ...] = ()
 
     @property
-    def target(self) -> int:
-        """The most suspect class."""
-        return self.targets[0]
+    def target(self) -> int | None:
+        """The most suspect class; None for triggers that lead to no named class."""
+        return self.targets[0] if self.targets else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..errors import DataError
 from ..models import OpenClipModel
-from ..models.memory import Batching
-from ..models.products import tf32_products
+from ..prototypes import image_features
 from ..rng import child_seed, generator
 from .surrogates import surrogate_images
 
@@ -39,22 +37,6 @@ class FeatureDrift:
     mean_distance: float
     changed_neighbours: float
     images: int
-
-
-def image_features(model: OpenClipModel, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Return unit embeddings float32 [N, D] of images uint8 [N, 3, H, W].
-
-    batch_size: The number of images at once, halved if memory runs out. Raises DeviceMemoryError if
-    not even one image fits.
-    """
-    batching = Batching(batch_size, model.device, model.name)
-
-    def features(part: slice) -> Tensor:
-        return normalize(model.encode_pixels(model.pixels(images[part])), dim=-1)
-
-    with torch.inference_mode(), tf32_products(model.device):
-        parts = list(batching.over(len(images), features))
-    return torch.cat(parts).clone()
 
 
 def feature_drift(

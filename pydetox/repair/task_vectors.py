@@ -96,7 +96,7 @@ class TaskVector:
             return value
 
         return cls(
-            _ComputedTensors(
+            ComputedTensors(
                 [n for n, entry in before.entries.items() if "float" in entry.dtype], difference
             )
         )
@@ -162,12 +162,12 @@ class TaskVector:
         self, names: list[str], make: Callable[[str], Tensor], *others: TaskVector
     ) -> TaskVector:
         """Return a vector of computed tensors; on demand if one of the operands is on demand."""
-        if any(isinstance(vector.tensors, _ComputedTensors) for vector in (self, *others)):
-            return TaskVector(_ComputedTensors(names, make))
+        if any(isinstance(vector.tensors, ComputedTensors) for vector in (self, *others)):
+            return TaskVector(ComputedTensors(names, make))
         return TaskVector({name: make(name) for name in names})
 
 
-class _ComputedTensors(Mapping[str, Tensor]):
+class ComputedTensors(Mapping[str, Tensor]):
     """A mapping that computes each tensor whenever it is used, and does not keep it."""
 
     def __init__(self, names: list[str], make: Callable[[str], Tensor]) -> None:

@@ -56,6 +56,7 @@ def scan_document(scan: ScanResult) -> dict[str, Any]:
             }
             for one in scan.others
         ],
+        "warnings": list(scan.warnings),
     }
 
 

@@ -24,6 +24,12 @@ ASR_NOTE = (
     "Wilson interval."
 )
 
+P_L1_NOTE = (
+    "P-L1: the size of a trigger, as the share of the image that it covers (the sum of its mask "
+    "over the number of pixels, 0 to 1). It says nothing alone: a clean model's classes have sizes "
+    "of their own, and a verdict compares with those."
+)
+
 DRIFT_NOTE = (
     "Drift: how far the model's image features have moved from those before the repair, the mean "
     "of 1 - cos on images made of the given ones that belong to no class. It stands for classes "

@@ -15,6 +15,7 @@ from rich.text import Text
 from .result import (
     ASR_NOTE,
     DRIFT_NOTE,
+    P_L1_NOTE,
     PARETO_NOTE,
     VERDICT_TONES,
     alpha_series,
@@ -68,6 +69,8 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
         if table is not None:
             console.print()
             console.print(table)
+    if any_given(result.get("scans") or [], "p_l1"):
+        console.print(_text(P_L1_NOTE, "dim"))
     if result.get("evaluation"):
         console.print(_text(ASR_NOTE, "dim"))
     if (result.get("alpha_search") or {}).get("drift"):

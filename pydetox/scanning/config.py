@@ -44,8 +44,10 @@ class ScannerConfig:
 
     Attributes:
         images: Clean images, as `load_images` takes them.
-        class_names: Text file with one class name per line; None for those of the images.
-        templates: Text file with one prompt per line; None for built-in prompts.
+        class_names: A file with class names or the name of a list, as in `load_class_names`; None
+            for the names of the images.
+        templates: A file with prompts or the name of a list, as in `load_templates`; None for
+            built-in prompts.
         max_images: Use a random sample of that many images; None for all.
         resize: Scale .npz images of another size.
         strict: Refuse images of which something is left out that could have been meant.
@@ -190,13 +192,14 @@ class ScannerConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScannerConfig:
-        """Read a JSON file whose keys are names of attributes; UsageError for anything else."""
-        return cls.from_dict(read_json_object(path))
+        """Read a JSON or YAML file whose keys are names of attributes; UsageError otherwise."""
+        return cls.from_dict(read_config_file(path))
 
     def absolute(self) -> ScannerConfig:
         """Return the configuration with absolute paths, for workers that run elsewhere."""
         changes: dict[str, Any] = {
-            name: str(Path(getattr(self, name)).absolute())
+            # Class names and templates may be names of lists, which are the same everywhere.
+            name: _absolute(getattr(self, name))
             for name in ("class_names", "templates", "calibration")
             if getattr(self, name) is not None
         }
@@ -247,8 +250,8 @@ class ScannerConfig:
 
         return ImageSource(
             self.images,
-            class_names=None if self.class_names is None else Path(self.class_names),
-            templates=None if self.templates is None else Path(self.templates),
+            class_names=self.class_names,
+            templates=self.templates,
             max_images=self.max_images,
             resize=self.resize,
             seed=self.seed,
@@ -291,16 +294,31 @@ def _absolute(reference: str) -> str:
     return str(Path(reference).absolute()) if Path(reference).exists() else reference
 
 
-def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return a JSON file's object; UsageError, which names the file, for anything else."""
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the object of a JSON or, by its ending, YAML file.
+
+    Raises UsageError, which names the file, for anything else.
+    """
+    name = os.fspath(path)
+    is_yaml = Path(path).suffix.lower() in (".yaml", ".yml")
+    kind = "YAML" if is_yaml else "JSON"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if is_yaml:
+            import yaml
+
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+        else:
+            content = json.loads(text)
     except OSError as error:
-        raise UsageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{os.fspath(path)}: is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{os.fspath(path)}: expected one JSON object")
+        raise UsageError(f"{name}: is not {kind} ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"{name}: expected one {kind} object, such as max_images: 500")
     return content
 
 

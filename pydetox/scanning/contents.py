@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoints import CheckpointIdentity, identify_checkpoint
+from ..checkpoints.architecture import resolve_model
+from ..checkpoints.identity import tokenizer_digests
 from ..errors import DataError
 from .config import ScannerConfig
 
@@ -50,6 +53,10 @@ def content_digests(config: ScannerConfig, warn: Callable[[str], None]) -> dict[
         path = getattr(config, name)
         if path is not None and Path(path).is_file():
             found[name] = _file_digest(Path(path))
+        if path is not None:  # it stands in for a suspect's own configuration, and its tokenizer
+            tokenizer = tokenizer_digests(resolve_model(path)[0], {})
+            if tokenizer:
+                found[f"tokenizer_of_{name}"] = json.dumps(tokenizer, sort_keys=True)
     if config.base is not None:
         found["base"] = digest(config.base, is_base=True)
     found["reference_models"] = ",".join(digest(name) for name in config.reference_models)

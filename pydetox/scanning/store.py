@@ -122,7 +122,9 @@ class RunStore:
         files = [k for k in contents if k in then and then[k] != contents[k]]
         # A path may change as long as it leads to the same content.
         changed = [k for k in changed if k not in contents or k in files or k not in then]
-        if files and (not changed or changed[0] in files):
+        if files and files[0] not in configuration:
+            what = f"the {files[0].replace('_', ' ')} has changed"
+        elif files and (not changed or changed[0] in files):
             what = f"what {files[0]} names ({configuration.get(files[0])}) has changed"
         elif changed:
             what = f"{changed[0]} was {old.get(changed[0])!r} and is {configuration[changed[0]]!r}"

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..detect.statistics import Calibration
 from ..errors import (
     CheckpointError,
     PydetoxError,
+    PydetoxWarning,
     UnsafeCheckpointError,
     UsageError,
     explain,
@@ -34,7 +36,6 @@ from ..errors import (
 from ..inversion.trigger_file import TriggerFile
 from ..models import OpenClipModel
 from ..models.open_clip_model import HeadMemo
-from ..plausibility import doubts
 from ..reporting.documents import scan_document
 from ..reporting.pictures import example_image, png, trigger_pictures, weakest_trigger
 from ..reporting.serialize import to_plain
@@ -137,7 +138,10 @@ class Worker:
         work = {"survey": self._survey, "calibrate": self._calibrate, "scan": self._scan}
         start = time.perf_counter()
         try:
-            value = work[task.kind](task)
+            with warnings.catch_warnings():
+                # They are in the results, and the driver of the scan shows them.
+                warnings.simplefilter("ignore", PydetoxWarning)
+                value = work[task.kind](task)
         except Exception as error:
             line = explain(error)
             if line is None:
@@ -291,7 +295,6 @@ class Worker:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
-        warnings = list(model.warnings)
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -300,7 +303,6 @@ class Worker:
             plan = self._plan(calibration)
         except UsageError as error:
             raise SetupError(f"{self._config.calibration}: {error}") from error
-        doubtful = doubts(model, images, self._images.prompts)
         found = scan(
             model,
             images,
@@ -313,11 +315,9 @@ class Worker:
         for key in ("calibration", "name", "seconds"):
             del result[key]
         report = images.report
-        line = None if report is None else report.line()
         result |= {
             "preprocessing": model.preprocessing,
             "image_files": None if report is None else report.to_dict(),
-            "warnings": [*warnings, *([] if line is None else [line]), *doubtful],
         }
         best = weakest_trigger(found)
         return {

@@ -218,6 +218,18 @@ for name, root in {
     "state_dict, and parameters of other names beside it": mapping(
         text("state_dict") + CLEAN, text("clip.w") + tensor("1")
     ),
+    "module, and a tensor that open_clip calls like a weight": mapping(
+        text("module") + CLEAN, text("1234567w") + tensor("1")
+    ),
+    "net, and tensors of its names beside it": mapping(
+        text("net") + CLEAN, text("w") + tensor("1")
+    ),
+    "tensors, and others of their names in an unusual dictionary": mapping(
+        text("w") + tensor(), text("mine") + EVIL
+    ),
+    "model, and averaged weights under other names": mapping(
+        text("model") + CLEAN, text("model_ema") + mapping(text("v") + tensor("1"))
+    ),
     "model, and tensors beside it": mapping(text("model") + CLEAN, text("w") + tensor("1")),
 }.items():
     deceptive(name, None, "several-weights", lambda r=root: file(r))
@@ -255,6 +267,55 @@ deceptive(
     None,
     "mixed-prefix",
     lambda: file(mapping(text("module.w") + tensor(), text("w") + tensor("1"))),
+)
+deceptive(
+    "a first name that begins like module. and is no tensor",
+    None,
+    "mixed-prefix",
+    lambda: file(mapping(text("module_3") + b"N", text("visual.w") + tensor())),
+)
+deceptive(
+    "a value that takes the place of a weight when names are cut",
+    None,
+    "mixed-prefix",
+    lambda: file(mapping(text("module.w") + tensor(), text("modulesw") + b"N")),
+)
+deceptive(
+    "some names with _orig_mod. and some without",
+    None,
+    "mixed-prefix",
+    lambda: file(mapping(text("_orig_mod.w") + tensor(), text("w") + tensor("1"))),
+)
+deceptive(
+    "a number of averaged models behind the weights",
+    None,
+    "mixed-prefix",
+    lambda: file(
+        mapping(text("module.ged") + tensor(), text("n_averaged") + tensor("1", kind="IntStorage"))
+    ),
+)
+deceptive(
+    "a weight that is taken away again",
+    REFUSED,
+    "holds no tensors",
+    lambda: file(mapping(text("w") + tensor(), text("w") + b"N")),
+)
+deceptive(
+    "quantised weights among others",
+    REFUSED,
+    "is an object of 'torch._utils._rebuild_qtensor', expected a tensor. Keep the tensors alone",
+    lambda: file(mapping(text("w") + tensor(), text("v") + QUANTISED)),
+)
+deceptive(
+    "an attack behind what is not understood",
+    UNSAFE,
+    "asks for 'posix.system'",
+    lambda: file(
+        mapping(
+            text("act") + b"ctorch.nn.functional\nrelu\n",
+            text("x") + b"cposix\nsystem\n" + text("true") + b"\x85R",
+        )
+    ),
 )
 deceptive(
     "a first name that begins like module.",

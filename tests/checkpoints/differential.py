@@ -46,8 +46,12 @@ Tensors = dict[str, torch.Tensor]
 
 # ---- the grammar --------------------------------------------------------------------------------
 
-RECORDS = {"0": struct.pack("<4f", 1, 2, 3, 4), "1": struct.pack("<4f", 9, 8, 7, 6)}
-NAMES = ["w", "b", "module.w", "module.b", "visual.w"]
+RECORDS = {
+    "0": struct.pack("<4f", 1, 2, 3, 4),
+    "1": struct.pack("<4f", 9, 8, 7, 6),
+    "2": struct.pack("<q", 5),
+}
+NAMES = ["w", "b", "module.w", "module.b", "visual.w", "_orig_mod.w", "module_w", "1234567w"]
 KEYS = ["state_dict", "model", "model_ema", "state_dict_ema", "module", "net"]
 
 
@@ -82,13 +86,14 @@ class Writer:
         self.memo += 1
         return b"q" + bytes([self.memo % 256])
 
-    def storage(self, key: str) -> bytes:
+    def storage(self, key: str, kind: str = "", count: int = 0) -> bytes:
         rng = self.rng
-        kind, count = rng.choice(
-            [("FloatStorage", 4)] * 12 + [("IntStorage", 4), ("HalfStorage", 8)]
-            if self.odd
-            else [("FloatStorage", 4)]
-        )
+        if not kind:
+            kind, count = rng.choice(
+                [("FloatStorage", 4)] * 12 + [("IntStorage", 4), ("HalfStorage", 8)]
+                if self.odd
+                else [("FloatStorage", 4)]
+            )
         if self.rare(0.02):
             key = key.upper() + rng.choice(["", " "])
         place = rng.choice(["cpu"] * 20 + ["cuda:0", "meta"]) if self.odd else "cpu"
@@ -128,7 +133,7 @@ class Writer:
         shape = self.rng.choice([(4,), (2, 2), (2,)])
         strides = {(4,): (1,), (2, 2): (2, 1), (2,): (1,)}[shape]
         if self.rare(0.1) and shape == (2, 2):
-            strides = (1, 2)
+            strides = self.rng.choice([(1, 2), (1, 0), (0, 1), (0, 0)])
         numbers = lambda v: b"(" + b"".join(b"K" + bytes([n]) for n in v) + b"t"  # noqa: E731
         view = self.storage(key) + b"K\0" + numbers(shape) + numbers(strides)
         gradient = b"\x89" + self.hooks()
@@ -198,8 +203,16 @@ class Writer:
         names = rng.choice([["w", "b"], ["module.w", "module.b"], ["w"]])
         if self.rare(0.08):
             names = rng.choices(NAMES, k=rng.randint(1, 3))
-        items = b"".join(self.text(name) + self.tensor() for name in names)
-        return self.mapping(items)
+        parts = [self.text(name) + self.tensor() for name in names]
+        if self.rng.random() < 0.1:
+            other = self.rng.choice([*names, "epoch", "module_3", "x._extra_state", "modulesw"])
+            parts.insert(self.rng.randint(0, len(parts)), self.text(other) + self.beside())
+        if self.rng.random() < 0.05:
+            count = b"ctorch._utils\n_rebuild_tensor_v2\n(" + self.storage("2", "LongStorage", 1)
+            count += b"K\0))\x89" + self.hooks() + b"tR"
+            place = self.rng.randint(0, len(parts)) if self.rare(0.3) else 0
+            parts.insert(place, self.text("n_averaged") + count)
+        return self.mapping(b"".join(parts))
 
     def beside(self) -> bytes:
         """A value beside the weights."""
@@ -218,6 +231,8 @@ class Writer:
                 b"}" + self.text("exp_avg") + self.plain() + b"s",
                 b"cuuid\nUUID\n)\x81",
                 b"c__builtin__\nxrange\nK\0K\3K\1\x87R",
+                b"chttp\nHTTPStatus\nK\xc8\x85R",
+                b"cre\n_compile\n" + self.text("a+") + b"K\0\x86R",
             ]
         )
 
@@ -233,6 +248,8 @@ class Writer:
                 entries.append((rng.choice(["x", "state_dict"]), self.mapping(nested)))
         while rng.random() < 0.4:
             entries.append((rng.choice(["epoch", "args", "x"]), self.beside()))
+        if rng.random() < 0.1:
+            entries.append((rng.choice(["best", "val.acc", "module_x"]), self.plain()))
         if self.rare(0.04):
             entries.append((rng.choice(NAMES), self.tensor()))
         rng.shuffle(entries)
@@ -295,7 +312,7 @@ def case(seed: int, number: int) -> bytes:
     return zip_bytes(members)
 
 
-_STORAGE = re.compile(rb"Storage\n(?:cbuiltins\nstr\n)?(?:X\x01\0\0\0|U\x01)([01])")
+_STORAGE = re.compile(rb"Storage\n(?:cbuiltins\nstr\n)?(?:X\x01\0\0\0|U\x01)([012])")
 _COUNTS = {b"FloatStorage": 4, b"IntStorage": 4, b"HalfStorage": 8}
 
 
@@ -312,13 +329,14 @@ def legacy_bytes(pickled: bytes, odd: random.Random | None) -> bytes:
     if odd is not None and rare(0.3):
         keys.reverse()
     if odd is not None and rare():
-        keys = odd.choice([keys * 2, keys[:1], [*keys, "2"], tuple(keys), keys + keys[:1]])
+        keys = odd.choice([keys * 2, keys[:1], [*keys, "3"], tuple(keys), keys + keys[:1]])
     head = b"".join(pickle.dumps(part, protocol=2) for part in (magic, version, machine))
     out = head + pickled + pickle.dumps(keys, protocol=2)
-    kinds = re.findall(rb"ctorch\n(\w+Storage)\n", pickled)
+    kinds = re.findall(rb"ctorch\n((?!Long)\w+Storage)\n", pickled)
     count = _COUNTS.get(kinds[0] if kinds else b"", 4)
     for key in keys:
-        out += struct.pack("<q", count - rare(0.02)) + RECORDS.get(key, RECORDS["0"])
+        own = 1 if key == "2" else count
+        out += struct.pack("<q", own - rare(0.02)) + RECORDS.get(key, RECORDS["0"])
     return out + (b"\0" * 8 if rare(0.02) else b"")
 
 
@@ -411,11 +429,30 @@ def _unwrapped(name: str, loaded: object, path: Path) -> Iterator[tuple[str, obj
         yield f"state_dict of {name}", loaded["state_dict"]
 
 
+def weights_of(found: Tensors, other: object) -> dict[Any, torch.Tensor]:
+    """The tensors of another loader that a model could take.
+
+    A model of the names that were found takes those, with or without the prefix of a wrapper. A
+    model of another kind takes what is named like a parameter of a module, `conv1.weight`, and is
+    more than one number. Everything else, such as the best accuracy, no model takes.
+    """
+    if not isinstance(other, dict):
+        return {}
+    return {
+        key: value
+        for key, value in other.items()
+        if isinstance(value, torch.Tensor)
+        and (
+            not isinstance(key, str)
+            or re.sub(r"^(module\.|_orig_mod\.)+", "", key) in found
+            or ("." in key and value.numel() > 1)
+        )
+    }
+
+
 def difference(found: Tensors, other: object) -> str | None:
     """How another loader's weights differ; None where they are equal or where it has none."""
-    if not isinstance(other, dict):
-        return None
-    tensors = {k: v for k, v in other.items() if isinstance(v, torch.Tensor)}
+    tensors = weights_of(found, other)
     if not tensors:
         return None
     if not all(isinstance(key, str) for key in tensors):

@@ -7,13 +7,19 @@ weights, layouts of training scripts, formats of other versions.
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import datetime
 import decimal
 import fractions
+import http
 import io
+import ipaddress
 import json
 import pathlib
+import random
+import re
+import time
 import types
 import typing
 import uuid
@@ -118,6 +124,20 @@ VALUES: dict[str, Callable[[], object]] = {
     "generator state": lambda: torch.Generator().get_state(),
     "optimizer": lambda: {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1}]},
     "Ellipsis": lambda: ...,
+    "compiled pattern": lambda: re.compile("a+", re.IGNORECASE),
+    "HTTP status": lambda: http.HTTPStatus(200),
+    "bytes in memory": lambda: io.BytesIO(b"x"),
+    "text in memory": lambda: io.StringIO("x"),
+    "array of the library": lambda: array.array("f", [1]),
+    "address": lambda: ipaddress.ip_network("10.0.0.0/8"),
+    "local time": lambda: time.gmtime(0),
+    "random numbers": lambda: random.Random(0),
+    "error": lambda: ValueError("too large"),
+    "masked array": lambda: np.ma.array([1, 2], mask=[0, 1]),
+    "list of integers as a type": lambda: list[int],
+    "best accuracy as a tensor": lambda: torch.tensor(0.9),
+    "class weights as a tensor": lambda: torch.ones(10),
+    "metrics as tensors": lambda: {"loss": torch.tensor(0.1), "val.acc": torch.tensor(0.9)},
 }
 LAYOUTS = [
     "state_dict",
@@ -183,11 +203,61 @@ _add(
     lambda: saved({"state_dict": WEIGHTS, "state_dict_ema": {k: -v for k, v in WEIGHTS.items()}}),
     "several-weights",
 )
+for _key in ("model", "net", "model_state_dict", "module"):
+    _add(
+        f"the best accuracy as a tensor beside {_key}",
+        lambda k=_key: saved({k: WEIGHTS, "best": torch.tensor(0.9), "val.acc": torch.tensor(0.9)}),  # type: ignore[misc]
+    )
+_add(
+    "numbers of an average beside the weights",
+    lambda: saved({"state_dict": WEIGHTS, "ema": {"decay": torch.tensor(0.99), "updates": 3}}),
+)
+_add(
+    "prototypes beside the weights",
+    lambda: saved({"net": {"conv.weight": torch.ones(2, 3)}, "prototypes": torch.ones(4, 5)}),
+)
+_add(
+    "averaged model of torch",
+    lambda: saved(torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3)).state_dict()),
+)
+_add(
+    "averaged model of torch under model_ema alone",
+    lambda: saved(
+        {"model_ema": torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3)).state_dict()}
+    ),
+)
+_add(
+    "a state of modules among the weights",
+    lambda: saved({**WEIGHTS, "_extra_state": None, "x._extra_state": io.BytesIO(b"x")}),
+)
+_add("an epoch among the weights", lambda: saved({"epoch": 3, "lr": 0.1, "arch": "x", **WEIGHTS}))
+_add(
+    "an optimizer among the weights",
+    lambda: saved({**WEIGHTS, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}),
+)
+_add(
+    "a number of an average among the weights of state_dict",
+    lambda: saved({"state_dict": {**WEIGHTS, "step": 3, "none": None}, "epoch": 2}),
+)
+_add(
+    "an expanded number as a weight",
+    lambda: saved({"a": torch.zeros(1).expand(50), "b": torch.ones(3, 1).expand(3, 9)}),
+)
 _add("the same weights twice", lambda: saved({"state_dict": WEIGHTS, "model": WEIGHTS}))
 _add(
     "a whole module",
     lambda: saved(torch.nn.Linear(2, 3)),
     refused="holds a whole object, of the class 'torch.nn.modules.linear.Linear'",
+)
+_add(
+    "an activation beside the weights",
+    lambda: saved({"state_dict": WEIGHTS, "act": torch.nn.functional.relu}),
+    refused="holds 'torch.nn.functional.relu', which is not understood here",
+)
+_add(
+    "a type hint beside the weights",
+    lambda: saved({"state_dict": WEIGHTS, "kind": typing.Optional[int]}),  # noqa: UP045
+    refused="holds '_operator.getitem', which is not understood here",
 )
 
 

@@ -274,9 +274,14 @@ def _() -> bytes:
     return pt(pickled.replace(b"K\x96", b"J\xff\xff\xff\xff"), storages)
 
 
-@content("stride 0: a few bytes become gigabytes", UNSAFE, "repeats a storage")
+@content("stride 0: a few bytes become gigabytes", UNSAFE, "but are all views of 4 bytes")
 def _() -> bytes:
     return pt(*saved({"a": torch.ones(1).expand(1 << 31)}))
+
+
+@content("overlapping strides: a few bytes become gigabytes", UNSAFE, "repeats a storage")
+def _() -> bytes:
+    return pt(*saved({"a": torch.ones(100).as_strided((50, 50), (1, 1))}))
 
 
 @content("one storage in a thousand tensors", UNSAFE, "are all views of")

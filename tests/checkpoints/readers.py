@@ -9,7 +9,7 @@ to do harm), how its findings or its refusal begin, and what the loaders do that
 - `picklescan`: the verdict of that scanner (1.0.5), where it was installed.
 
 A loader reads `same` weights as pydetox, `other` ones, `some` where pydetox reads none, `nothing`
-without tensors in it, or `refuses`. `-`: not put to it. After a change, make the table anew:
+that a model could take, or `refuses`. `-`: not put to it. After a change, make the table anew:
 
     python -m tests.checkpoints.readers > tests/checkpoints/readers.json
 """
@@ -37,7 +37,7 @@ import torch
 from pydetox.checkpoints import Checkpoint, inspect_checkpoint, load_checkpoint, sandbox
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 from tests.checkpoints.deceptive_corpus import DECEPTIVE
-from tests.checkpoints.differential import difference, lock_up
+from tests.checkpoints.differential import difference, lock_up, weights_of
 from tests.checkpoints.honest_corpus import HONEST
 from tests.checkpoints.hostile_corpus import CORPUS
 
@@ -136,6 +136,8 @@ def _theirs(load: Callable[[], object], found: Checkpoint | None) -> str:
         return "nothing"
     if found is None:
         return "some"
+    if not weights_of(found.state_dict, loaded):
+        return "nothing"
     return "same" if difference(found.state_dict, loaded) is None else "other"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,10 @@ from pydetox.checkpoints import (
     weight_sets,
     zip_index,
 )
+from pydetox.checkpoints.index import Findings
 from pydetox.checkpoints.pickle_calls import Caller
 from pydetox.checkpoints.pickle_globals import Global
-from pydetox.checkpoints.pickle_values import Opaque, Storage
+from pydetox.checkpoints.pickle_values import Opaque, PickledTensor, Storage
 from pydetox.errors import CheckpointError
 from tests.checkpoints.differential import case, run_range
 
@@ -132,6 +134,32 @@ def without_prefixes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(weight_sets, "_note_mixed_prefix", nothing)
 
 
+def without_names_that_are_cut(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(weight_sets, "_CUT", 0)
+
+
+def without_first_names_of_no_tensors(patch: pytest.MonkeyPatch) -> None:
+    note = weight_sets._note_mixed_prefix
+
+    def of_tensors(_: object, names: list[str], findings: Findings) -> None:
+        first = weight_sets.Mapping()
+        first.pairs = [(name, None) for name in names]
+        note(first, names, findings)
+
+    patch.setattr(weight_sets, "_note_mixed_prefix", of_tensors)
+
+
+def without_values_that_take_the_place_of_weights(patch: pytest.MonkeyPatch) -> None:
+    tensors = weight_sets._tensors
+
+    def of_tensors(mapping: weight_sets.Mapping, *more: Any) -> object:
+        only = weight_sets.Mapping()
+        only.pairs = [pair for pair in mapping.pairs if isinstance(pair[1], PickledTensor)]
+        return tensors(only, *more)
+
+    patch.setattr(weight_sets, "_tensors", of_tensors)
+
+
 def without_places(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pickle_calls, "_LOCATION", re.compile(".*"))
 
@@ -171,6 +199,9 @@ def without_the_order_of_storages(patch: pytest.MonkeyPatch) -> None:
         without_rivals,
         without_made_texts,
         without_prefixes,
+        without_names_that_are_cut,
+        without_first_names_of_no_tensors,
+        without_values_that_take_the_place_of_weights,
         without_places,
         without_views_of_storages,
         without_the_order_of_storages,

@@ -286,8 +286,20 @@ def test_view_beyond_its_storage(write_pt: Callable[..., Path]) -> None:
 
 
 def test_view_that_repeats_its_storage(write_pt: Callable[..., Path]) -> None:
-    pickle_bytes, storages = _saved({"a": torch.ones(1).expand(200)})
-    refuse(write_pt(pickle_bytes, storages), r"shape \[200\] repeats a storage of 1 elements")
+    pickle_bytes, storages = _saved({"a": torch.ones(100).as_strided((50, 50), (1, 1))})
+    refuse(write_pt(pickle_bytes, storages), r"shape \[50, 50\] repeats a storage of 100 elements")
+
+
+def test_expanded_tensors_are_read_up_to_a_size(write_pt: Callable[..., Path]) -> None:
+    state = {"a": torch.ones(1).expand(200), "b": torch.arange(3.0)[:, None].expand(3, 500)}
+    found = load_checkpoint(write_pt(*_saved(state)), model="ViT-B-32")
+    assert found.findings == ()
+    for name, tensor in state.items():
+        assert torch.equal(found.state_dict[name], tensor)
+        found.state_dict[name].view(-1)[0] += 1  # the others stay as they are
+        assert found.state_dict[name].view(-1)[1] == tensor.reshape(-1)[1]
+    large = {"a": torch.ones(1).expand(1 << 20, 5)}
+    refuse(write_pt(*_saved(large)), "have 20971520 bytes together, but are all views of 4")
 
 
 @pytest.mark.parametrize(

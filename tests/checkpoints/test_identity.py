@@ -241,6 +241,40 @@ def test_a_tokenizer_beside_the_weights_counts_where_it_is_used(
     assert layout.identify().digest() not in (one, other)
 
 
+def test_a_tokenizer_in_the_hubs_cache_counts_where_it_is_used(
+    tmp_path: Path, mini_config: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--org--words" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = {**mini_config["text_cfg"], "hf_tokenizer_name": "org/words"}
+    layout = single(folder, {**mini_config, "text_cfg": text})
+
+    def hashes() -> tuple[object, str]:
+        digest = layout.identify().digest()
+        assert digest == load_checkpoint(layout.reference, offline=True).digest
+        return layout.identify().signature(), digest
+
+    seen = [hashes()]
+    for name, content in (
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"a": 1}'),
+        ("config.json", "{}"),  # tells transformers the class of the tokenizer
+    ):
+        (snapshot / name).write_text(content)
+        seen.append(hashes())
+    (folder / "tokenizer.json").write_text("[1]")  # goes first
+    seen.append(hashes())
+    assert len({signature for signature, _ in seen}) == len({d for _, d in seen}) == len(seen) == 5
+    (snapshot / "tokenizer.json").write_text("[]")
+    assert hashes() == seen[-1]
+
+
 def test_a_missing_shard_is_named_and_has_no_size(tmp_path: Path) -> None:
     index, first, _ = shards(tmp_path)
     first.unlink()

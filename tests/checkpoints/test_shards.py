@@ -190,3 +190,24 @@ def test_the_key_of_the_weights_is_that_of_every_shard(tmp_path: Path) -> None:
     assert {finding.rule for finding in chosen.findings} == {"chosen-weights"}
     with pytest.raises(CheckpointError, match=r"shard 'pytorch_model-00001.*no tensors under 'x'"):
         load_checkpoint(index, model="ViT-B-32", weights_key="x")
+
+
+def test_pickled_shards_whose_names_carry_the_prefix_of_a_wrapper(tmp_path: Path) -> None:
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    index = tmp_path / "pytorch_model.bin.index.json"
+
+    def write_shards(*tensors: str) -> None:
+        for name, tensor in zip(names, tensors, strict=True):
+            torch.save({tensor: torch.ones(2)}, tmp_path / name)
+        index.write_text(json.dumps({"weight_map": dict(zip(tensors, names, strict=True))}))
+
+    for first, second in (("module.a", "module.b"), ("module._orig_mod.a", "module._orig_mod.b")):
+        write_shards(first, second)
+        found = load_checkpoint(index, model="ViT-B-32")
+        assert list(found.state_dict) == ["a", "b"]
+        assert found.findings == ()
+    write_shards("module.a", "b")
+    with pytest.raises(
+        CheckpointError, match=r"shard 'pytorch_model-00001.*all its tensors begin with 'module\.'"
+    ):
+        load_checkpoint(index, model="ViT-B-32")

@@ -10,14 +10,14 @@ import safetensors.torch
 import torch
 
 from pydetox.checkpoints import identify_checkpoint, load_checkpoint
+from pydetox.checkpoints.processors import to_preprocess_config
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
-    read_clip_config,
     to_model_config,
     to_open_clip,
-    to_preprocess_config,
     to_transformers,
 )
+from pydetox.checkpoints.transformers_layouts import read_transformers_config
 from pydetox.errors import ArchitectureError, UnsafeCheckpointError
 
 CLIP = {"model_type": "clip", "vision_config": {}, "text_config": {}}
@@ -118,9 +118,33 @@ def test_what_open_clip_cannot_be_is_refused(change, message):
         to_model_config(CLIP | change)
 
 
-def test_a_configuration_that_asks_for_code_is_refused():
+@pytest.mark.parametrize("kind", ["clip", "siglip", "altclip"])
+def test_a_configuration_that_asks_for_code_is_refused(tmp_path, kind):
+    config = CLIP | {"model_type": kind, "auto_map": {"AutoModel": "x--modeling.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsafeCheckpointError, match="code of its own"):
-        to_model_config(CLIP | {"auto_map": {"AutoModel": "x--modeling.Evil"}})
+        read_transformers_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "use_head off"),
+        ({"model_type": "siglip", "text_config": {"projection_size": 7}}, "texts have '7' dim"),
+        ({"model_type": "siglip2", "vision_config": {"num_patches": 10}}, "10 patches"),
+        ({"model_type": "siglip", "vision_config": {"hidden_act": "relu"}}, "'relu'"),
+        ({"model_type": "altclip", "text_config": {"hidden_act": "relu"}}, "'relu'"),
+        (
+            {"model_type": "chinese_clip", "text_config": {"position_embedding_type": "relative"}},
+            "relative positions",
+        ),
+        ({"model_type": "clip_vision_model", "num_channels": 4}, "4 channels"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArchitectureError, match=words):
+        read_transformers_config(tmp_path / "config.json")
 
 
 def test_only_a_clip_with_both_towers_is_one():
@@ -148,6 +172,16 @@ def test_image_processors_of_all_ages():
     assert to_preprocess_config(OPENAI | {"resample": 2}, 224)["interpolation"] == "bilinear"
     both = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
     assert to_preprocess_config(OPENAI | both, 224)["resize_mode"] == "squash"
+
+
+def test_siglips_image_processors():
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    one = {"image_processor_type": "SiglipImageProcessor", "resample": 3}
+    assert to_preprocess_config(one, 224) == {**half, "interpolation": "bicubic"}
+    other = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256}
+    assert to_preprocess_config(other, 256) == {**half, "interpolation": "bilinear"}
+    with pytest.raises(ArchitectureError, match="at most 256 patches of 16 pixels"):
+        to_preprocess_config(other, 224)
 
 
 def test_without_an_image_processor_nothing_is_guessed(tmp_path):
@@ -214,21 +248,22 @@ def test_query_key_and_value_of_different_dtypes_are_refused():
     ("config", "words"),
     [
         (
-            {"model_type": "siglip", "architectures": ["SiglipModel"]},
-            "describes a 'SiglipModel'; .* models of SigLIP as well",
+            {"model_type": "siglip", "architectures": ["SiglipForImageClassification"]},
+            "describes a 'SiglipForImageClassification'; .*SiglipModel",
         ),
         (
-            {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModelWithProjection"]},
-            "describes a 'CLIPVisionModelWithProjection'; .* an image tower alone",
+            {"model_type": "clip", "text_config": {}},
+            "describes a model of type 'clip'; .*CLIPModel",
         ),
-        ({"model_type": "bert"}, "describes a model of type 'bert'; pydetox reads CLIPModel"),
-        ({}, "describes no model; pydetox reads CLIPModel"),
+        ({"model_type": "bert"}, "describes a model of type 'bert'; .*these models of .*CLIPModel"),
+        ({"model_type": []}, "describes a model of type"),
+        ({}, "describes no model; pydetox reads these models of transformers: CLIPModel"),
     ],
 )
 def test_other_models_are_called_what_they_are(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArchitectureError, match=words):
-        read_clip_config(tmp_path / "config.json")
+        read_transformers_config(tmp_path / "config.json")
 
 
 @pytest.fixture

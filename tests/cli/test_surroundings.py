@@ -25,7 +25,7 @@ from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.models import OpenClipModel
 from pydetox.scanning.store import RunStore
 
-from .conftest import FAST, TINY, Run, error_line
+from .conftest import FAST, FAST_REFERENCES, TINY, Run, error_line
 
 
 @pytest.fixture
@@ -280,6 +280,31 @@ def test_a_model_of_zeros_is_no_backdoored_one(
     assert "are its weights zero?" in error_line(result)
     (found,) = json.loads(result.stdout)["results"]
     assert (found["verdict"], found["error_kind"]) == ("error", "checkpoint")
+
+
+@pytest.mark.parametrize("given", ["base", "references"])
+def test_a_suspect_that_is_compared_with_itself_has_no_verdict(
+    run: Run, folder: Path, images: tuple, models: tuple[str, ...], tmp_path: Path, given: str
+) -> None:
+    """A backdoored model beside itself and its own copies would be clean."""
+    twin = tmp_path / "twin.pt"  # another file, and another name
+    torch.save({"state_dict": load_checkpoint(folder / "suspect").state_dict}, twin)
+    options = {
+        "base": ("--base", twin, *FAST_REFERENCES),
+        "references": ("--reference-model", twin, *models[:2]),
+    }[given]
+    model = ("--model", folder / "config.json", "--image-mean", "0.5", "--image-std", "0.5")
+    plain = tmp_path / "plain.pt"
+    torch.save(load_checkpoint(folder / "suspect").state_dict, plain)
+    given = (*images, *FAST, *model, *options, "--engine", "inline", "--format", "json")
+    result = run("scan", plain, *given)
+    assert result.exit_code == 2
+    (found,) = json.loads(result.stdout)["results"]
+    assert found["verdict"] == "inconclusive"
+    assert found["reason"] == (
+        f"it is compared with itself: {str(twin)!r} has the same image tower; give other clean "
+        "models"
+    )
 
 
 def test_a_base_that_does_not_fit_is_named_before_it_is_fine_tuned(

@@ -11,11 +11,11 @@ import pytest
 import torch
 from open_clip.factory import load_checkpoint as open_clip_load
 
-from pydetox.checkpoints import load_checkpoint
+from pydetox.checkpoints import Checkpoint, Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError
 from pydetox.models import OpenClipModel
 from pydetox.models.activation import _openai_files
-from tests.mini import MINI_CONFIG
+from tests.mini import MINI_CONFIG, mini_model
 
 SIGLIP = MINI_CONFIG | {"init_logit_bias": -10}
 
@@ -190,3 +190,46 @@ def test_openais_weights_are_refused_under_a_name_with_gelu(
     given = load_checkpoint(tmp_path / "other.pt", model=tmp_path / "mine.json")
     with pytest.raises(ArchitectureError, match="by the hash of the file"):
         OpenClipModel.from_checkpoint(given)
+
+
+def test_image_towers_alone_are_read_under_all_their_names() -> None:
+    whole = mini_model(2)
+    state = whole.clip.state_dict()
+    tower = {k: v for k, v in state.items() if k.startswith("visual.")}
+    left = {k: v for k, v in state.items() if not k.startswith("transformer.")}  # task_vectors'
+    files = {
+        "visual": tower,
+        "bare": {k.removeprefix("visual."): v for k, v in tower.items()},
+        "wrapped": {f"module.{k}": v for k, v in tower.items()},
+        "left": {f"model.{k}": v for k, v in left.items()},
+    }
+    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name, weights in files.items():
+        checkpoint = Checkpoint(weights, MINI_CONFIG, None, name, Path("x"), "", "torch")
+        model = OpenClipModel.from_checkpoint(checkpoint)
+        assert not model.has_texts
+        assert torch.equal(model.encode_pixels(pixels), whole.encode_pixels(pixels))
+        assert any("image tower alone" in line for line in model.warnings)
+    broken = {k: v for k, v in tower.items() if k != "visual.conv1.weight"}
+    checkpoint = Checkpoint(broken, MINI_CONFIG, None, "broken", Path("x"), "", "torch")
+    with pytest.raises(ArchitectureError, match="do not fit the architecture"):
+        OpenClipModel.from_checkpoint(checkpoint)
+
+
+def test_an_image_tower_alone_is_written_and_read_again(tmp_path: Path) -> None:
+    whole = mini_model(2)
+    tower = {k: v for k, v in whole.clip.state_dict().items() if k.startswith("visual.")}
+    checkpoint = Checkpoint(tower, MINI_CONFIG, None, "tower", Path("x"), "", "torch")
+    model = OpenClipModel.from_checkpoint(checkpoint)
+    save_checkpoint(
+        tmp_path / "written",
+        model.storage_state_dict(),
+        model_config=model.model_config,
+        preprocess_config=None,
+        provenance=Provenance(method="test"),
+    )
+    again = OpenClipModel.from_checkpoint(load_checkpoint(tmp_path / "written"))
+    assert not again.has_texts
+    assert not again.warnings
+    assert all(torch.equal(again.clip.state_dict()[k], v) for k, v in tower.items())
+    assert "as_model" in (tmp_path / "written" / "README.md").read_text()

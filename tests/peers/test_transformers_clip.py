@@ -137,3 +137,12 @@ def test_a_photograph_becomes_the_pixels_that_the_image_processor_makes(peer, tm
     # over the smallest standard deviation.
     np.testing.assert_allclose(ours, theirs, atol=1.01 / 255 / 0.2)
     assert float(np.abs(ours.numpy() - theirs).mean()) < 0.1 / 255 / 0.2
+
+
+def test_a_model_object_is_scanned_repaired_and_gets_its_weights_back(peer, tmp_path):
+    found = json.loads(peer("clip_object.py", tmp_path / "out").splitlines()[-1])
+    assert found["difference"] < 1e-5
+    assert found["repaired"] < 1e-5
+    assert found["unchanged"]
+    assert found["callback"]
+    assert found["loaded"] is not False

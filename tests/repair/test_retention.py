@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 from pydetox.errors import DataError, UsageError
 from pydetox.models import OpenClipModel
+from pydetox.prototypes import image_features
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
-from pydetox.repair.retention import DriftProbe, feature_drift, image_features
+from pydetox.repair.retention import DriftProbe, feature_drift
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.surrogates import surrogate_images
 from pydetox.repair.trigger_vector import trigger_vector

@@ -15,6 +15,7 @@ from pydetox.scanning.memory import Limits
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.scanner import NO_INVERSION
 from pydetox.scanning.store import read_artifacts, read_events
+from tests.cli.conftest import TINY
 
 from .conftest import contents, save, scan
 
@@ -284,6 +285,34 @@ def test_a_run_is_bound_to_all_files_of_its_base(registry, config, tmp_path):
     content = json.loads(beside.read_text())
     content["preprocess_cfg"] = {"mean": [0, 0, 0], "std": [1, 1, 1]}
     beside.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="made with another configuration"):
+        scan(settings, target, run=run)
+
+
+def test_a_run_is_bound_to_the_tokenizer_of_the_model_that_is_named(
+    registry, config, tmp_path, monkeypatch
+):
+    """It lies in the hub's cache, and no checkpoint names it."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    repository = cache / "models--org--words"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c" * 40)
+    snapshot = repository / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    tokenizer = snapshot / "tokenizer.json"
+    tokenizer.write_text("{}")
+    model = tmp_path / "model.json"
+    text = {**TINY["text_cfg"], "hf_tokenizer_name": "org/words"}
+    model.write_text(json.dumps({**TINY, "text_cfg": text}))
+    settings = config(model=str(model), inversion=False, calibration=None)
+    run, target = tmp_path / "run", registry / "models" / "a" / "open_clip_model.safetensors"
+    scan(settings, target, run=run)
+    assert scan(settings, target, run=run)[str(target)].resumed
+    tokenizer.write_text('{"a": 1}')
+    with pytest.raises(UsageError, match=r"configuration: the tokenizer of model has changed; "):
+        scan(settings, target, run=run)
+    tokenizer.unlink()
     with pytest.raises(UsageError, match="made with another configuration"):
         scan(settings, target, run=run)
 

@@ -11,7 +11,7 @@ import torch
 from ...data import ImageSet
 from ...evaluation import Evaluation, Stamp, evaluate, predict, wilson_interval
 from ...models import OpenClipModel
-from ...repair.retention import image_features
+from ...prototypes import image_features
 from ...reporting.documents import evaluation_document
 from ..data import Task
 

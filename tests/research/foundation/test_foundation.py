@@ -14,9 +14,10 @@ from pydetox.errors import UsageError
 from pydetox.evaluation import Stamp
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
+from pydetox.prototypes import image_features
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.result import UnlearnRound
-from pydetox.repair.retention import DriftProbe, image_features
+from pydetox.repair.retention import DriftProbe
 from pydetox.research.attacks import badnets, poison
 from pydetox.research.data import Task
 from pydetox.research.foundation.base import FOUNDATION_CLIP, JointTraining, train_base

@@ -1,0 +1,261 @@
+"""`Rows`: pictures that are fetched one by one, from whatever holds them, and made an image set.
+
+Tables, archives and objects of Python differ in how a picture and its label are found. Everything
+after that is the same, and stands here: the sample, the classes, decoding, and what is left out.
+"""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..errors import DataError
+from ..progress import track
+from .image_set import ImageSet
+from .labels import index_of_names, labels_mean_nothing
+from .npz_arrays import largest_value, to_channels_first, to_uint8
+from .report import ImageReport
+from .resize import MAX_PIXELS, Resizing, refuse_too_large
+from .sampling import sample_order
+
+#: A class by its index or its name; None for a picture without a label.
+Label: TypeAlias = int | str | None
+
+#: Encoded pictures of more bytes than this are not decoded: no photograph has as many.
+MAX_PICTURE_BYTES = 256 << 20
+
+
+@dataclass
+class Rows:
+    """N pictures, and what is known of their labels before any of them is decoded.
+
+    Attributes:
+        name: The name of the source, for messages.
+        count: N.
+        fetch: Returns the picture of a row, and its label. A picture is one of Pillow's images, an
+            array or tensor, the encoded bytes, or the path of a file. DataError leaves the row out.
+        labels: The labels of all rows; None if only `fetch` tells them.
+        class_names: The name of each integer label; None if the source has none.
+        call: Returns the name of a row, for messages.
+        report: The counts of what the source itself leaves out.
+        prefetch: Reads some rows ahead, in the order that suits the source; None if all suit it.
+    """
+
+    name: str
+    count: int
+    fetch: Callable[[int], tuple[Any, Any]]
+    labels: Sequence[Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    call: Callable[[int], str] = field(default="row {}".format)
+    report: ImageReport | None = None
+    prefetch: Callable[[Sequence[int]], None] | None = None
+
+
+def read_rows(
+    rows: Rows,
+    *,
+    resizing: Resizing,
+    max_images: int | None,
+    seed: int,
+    class_names: tuple[str, ...] | None,
+    labels_required: bool,
+    strict: bool,
+) -> ImageSet:
+    """Return the pictures as an image set; see `load_images` for arguments and errors.
+
+    If the labels are known beforehand, the sample holds the classes in proportion. Otherwise it is
+    a random sample of all rows. Rows are in the order of the source, or in that of the sample.
+    """
+    if rows.count == 0:
+        raise DataError(f"{rows.name}: zero images; expected at least one")
+    report = rows.report or ImageReport(rows.name)
+    if strict:
+        report.refuse()
+    known = None
+    if rows.labels is not None:
+        known = [_plain_label(one, rows.name) for one in rows.labels]
+    order: Sequence[int] = range(rows.count)
+    if max_images is not None and max_images < rows.count:
+        order = sample_order(_numbered(known), rows.count, max_images, seed).tolist()
+        if rows.prefetch is not None:
+            rows.prefetch(order)
+    size = resizing.image_size
+    pixels = torch.empty((len(order), 3, size, size), dtype=torch.uint8)
+    labels: list[Label] = []
+    kept, first_error = 0, None
+    with warnings.catch_warnings():
+        # Pillow's, about transparency in palettes and sizes that are checked here.
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for index in track(order, "Decoding images"):
+            try:
+                picture, label = rows.fetch(index)
+                pixels[kept] = decode_picture(picture, resizing, f"{rows.name}, {rows.call(index)}")
+            except DataError as error:
+                if strict:
+                    raise
+                first_error = first_error or error
+                report.leave_out("cannot be read", rows.call(index))
+                continue
+            labels.append(_plain_label(label, rows.name) if known is None else known[index])
+            kept += 1
+    if kept == 0:
+        raise DataError(f"{rows.name}: none of {len(order)} images can be read: {first_error}")
+    found, names = _classes(
+        labels, known, rows.class_names, class_names, rows.name, labels_required=labels_required
+    )
+    report.images, report.resizing = kept, resizing
+    report.classes = None if found is None else len(np.unique(found))
+    return ImageSet(
+        pixels if kept == len(order) else pixels.narrow(0, 0, kept).clone(),  # what was filled
+        None if found is None else torch.from_numpy(found),
+        names,
+        Path(rows.name).stem or rows.name,
+        report,
+    )
+
+
+def decode_picture(picture: Any, resizing: Resizing, what: str) -> Tensor:
+    """Return a picture as uint8 [3, image_size, image_size].
+
+    picture: As in `Rows.fetch`. Arrays and tensors are [H, W], [H, W, C] or [C, H, W] with 1, 3 or
+    4 channels, of uint8, whole numbers in 0..255, or floats in [0, 1]. what: The name of the
+    picture in messages. Raises DataError for what is none of these, cannot be decoded, or has more
+    than MAX_PIXELS pixels.
+    """
+    try:
+        if isinstance(picture, Image.Image):
+            return _scaled(picture, resizing, what)
+        if isinstance(picture, bytes):
+            if len(picture) > MAX_PICTURE_BYTES:
+                raise DataError(
+                    f"{what}: {len(picture):,} bytes; expected at most {MAX_PICTURE_BYTES:,}"
+                )
+            with Image.open(io.BytesIO(picture)) as image:
+                return _scaled(image, resizing, what)
+        if isinstance(picture, str | Path):
+            with Image.open(picture) as image:
+                return _scaled(image, resizing, what)
+        if isinstance(picture, np.ndarray | Tensor):
+            return _scaled(_from_array(picture, what), resizing, what)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{what}: more pixels than the {MAX_PIXELS:,} that are read (decompression bomb?)"
+        ) from error
+    except Exception as error:
+        # Pillow's decoders raise many kinds of errors for damaged files (OSError, SyntaxError,
+        # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged picture.
+        raise DataError(f"{what}: cannot be read as an image: {error}") from error
+    raise DataError(
+        f"{what}: a {type(picture).__name__}; expected one of Pillow's images, an array or a tensor"
+    )
+
+
+def _scaled(image: Image.Image, resizing: Resizing, what: str) -> Tensor:
+    refuse_too_large(*image.size, what)
+    square = np.asarray(resizing(image, what))
+    return torch.from_numpy(np.array(square.transpose(2, 0, 1)))
+
+
+def _from_array(picture: NDArray[Any] | Tensor, what: str) -> Image.Image:
+    array = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else picture
+    if array.ndim not in (2, 3):
+        raise DataError(f"{what}: an array of shape {list(array.shape)}; expected [H, W, 3]")
+    where = Path(what)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] in (1, 3, 4):
+        array = array.transpose(1, 2, 0) if isinstance(picture, Tensor) else array
+        channels = array[None].transpose(0, 3, 1, 2)[:, :3]
+    else:
+        channels = to_channels_first(array[None], where)
+    if channels.dtype.kind == "f" and (channels.min() < 0 or channels.max() > 255):
+        raise DataError(
+            f"{what}: values from {channels.min():.3g} to {channels.max():.3g}, as if they were "
+            "normalised; give images as they are before that, uint8 or floats in [0, 1]"
+        )
+    pixels = to_uint8(channels, largest_value(channels, where))[0].transpose(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+
+def _plain_label(label: Any, name: str) -> Label:
+    """Return a label as an int, a text or None; DataError for anything else."""
+    if isinstance(label, Tensor):
+        label = label.detach().cpu().numpy()
+    if isinstance(label, np.ndarray | np.generic) and label.size == 1:
+        label = label.item()
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not (label is None or isinstance(label, int | str)):
+        raise DataError(
+            f"{name}: a label is {label!r:.60}; expected the index or the name of one class"
+        )
+    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
+
+
+def _numbered(labels: Sequence[Label] | None) -> NDArray[np.int64] | None:
+    """Return labels as numbers, to draw a sample by; None if some are missing."""
+    if labels is None or any(label is None for label in labels):
+        return None
+    place = {label: k for k, label in enumerate(sorted(set(labels), key=str))}
+    return np.asarray([place[label] for label in labels], dtype=np.int64)
+
+
+def _classes(
+    labels: Sequence[Label],
+    all_labels: Sequence[Label] | None,
+    own: tuple[str, ...] | None,
+    wanted: tuple[str, ...] | None,
+    source: str,
+    *,
+    labels_required: bool,
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Return labels as indices, and the class names they are of.
+
+    Names are matched by name. Numbers count classes from 0, in the order of the caller's names, or
+    of the source's. If both have names, they are matched by name where every name of the source is
+    among the caller's; lists of equal length count one by one, because then the caller says what
+    the source's names mean.
+    """
+    if all(label == -1 for label in labels):  # Hugging Face's mark of a part without labels
+        return None, wanted or own
+    if any(label is None for label in labels):
+        if not all(label is None for label in labels):
+            missing = sum(label is None for label in labels)
+            raise DataError(f"{source}: {missing} of {len(labels)} images have no label")
+        return None, wanted or own
+    if all(isinstance(label, str) for label in labels):
+        found = tuple(sorted({str(label) for label in (all_labels or labels)}))
+        if labels_mean_nothing(found, wanted, labels_required=labels_required):
+            return None, wanted
+        order = own if wanted is None and own is not None and set(found) <= set(own) else found
+        index = dict(zip(order, index_of_names(order, wanted, source), strict=True))
+        return np.asarray([index[str(x)] for x in labels], dtype=np.int64), wanted or order
+    if any(isinstance(label, str) for label in labels):
+        raise DataError(f"{source}: some labels are numbers and some are names")
+    numbers = np.asarray(labels, dtype=np.int64)
+    if own is None or wanted is None or own == wanted:
+        return numbers, wanted or own
+    if set(own) <= set(wanted):
+        if numbers.min() < 0 or numbers.max() >= len(own):
+            raise DataError(
+                f"{source}: labels {numbers.min()}..{numbers.max()}, but {len(own)} class names"
+            )
+        return np.asarray(index_of_names(own, wanted, source), dtype=np.int64)[numbers], wanted
+    if len(own) == len(wanted):
+        moved = [name for k, name in enumerate(own) if name in wanted and wanted[k] != name]
+        if not moved:
+            return numbers, wanted
+    index_of_names(own, wanted, source)  # raises: a name is not there
+    raise AssertionError  # pragma: no cover - the line above has raised

@@ -1,0 +1,212 @@
+"""WebDataset shards: tar files whose members are the parts of samples.
+
+Nothing is extracted. The archive is only listed, and a picture's bytes are read from its place in
+the file. Names of members are never paths here, so a hostile name leads nowhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ..errors import DataError
+from .report import ImageReport
+from .rows import MAX_PICTURE_BYTES, Rows
+
+SHARD_SUFFIX = ".tar"
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "tif", "tiff")
+_LABELS = ("cls", "label")
+_MOST_SAMPLES = 20_000_000
+#: Labels and JSON are short; larger members are not read.
+_MOST_TEXT = 1 << 20
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_NAMES_FILE = "classnames.txt"
+
+
+class _Limited:
+    """A file of which no call reads more than a picture has: headers may announce anything."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_PICTURE_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def shards_of(spec: str) -> list[Path] | None:
+    """Return the tar files that a name means; None if it means none.
+
+    A name is that of a file, of a folder with tar files, or a pattern with `*` or `{000..012}`.
+    Raises DataError for a pattern that fits no file, and for a numbered file that is missing.
+    """
+    found = _BRACES.search(spec)
+    if found is not None and spec.endswith(SHARD_SUFFIX):
+        first, last = found.groups()
+        if int(last) - int(first) >= 100_000:
+            raise DataError(f"{spec}: {int(last) - int(first) + 1:,} shards; expected fewer")
+        numbers = range(int(first), int(last) + 1)
+        paths = [
+            Path(spec[: found.start()] + str(k).zfill(len(first)) + spec[found.end() :])
+            for k in numbers
+        ]
+        missing = [path for path in paths if not path.is_file()]
+        if missing or not paths:
+            raise DataError(f"{missing[0] if missing else spec}: no such shard")
+        return paths
+    path = Path(spec)
+    if path.is_dir():
+        return files_in(path, SHARD_SUFFIX) or None
+    if path.suffix != SHARD_SUFFIX:
+        return None
+    if any(sign in spec for sign in "*?[") and not path.exists():
+        matches = [Path(p) for p in sorted(glob.glob(spec))]  # noqa: PTH207 - takes absolute ones
+        if not matches:
+            raise DataError(f"{spec}: no file matches")
+        return matches
+    return [path] if path.is_file() else None
+
+
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """Return the files of a folder with an ending, in order; none where it cannot be listed."""
+    try:
+        return sorted(p for p in folder.iterdir() if p.suffix == suffix and p.is_file())
+    except OSError:  # who reads it as a folder of images says so
+        return []
+
+
+def rows_of_shards(paths: Sequence[Path]) -> Rows:
+    """Return the samples of WebDataset shards.
+
+    Members with one name up to its first dot are one sample: a picture (`.jpg`, `.png`, ...) and,
+    if known, its class (`.cls` with a number or a name, or `.json` with `label`). Class names come
+    from `classnames.txt` beside the shards or one folder above, as CLIP_benchmark has it. Samples
+    without a picture, links and other special members are left out and counted.
+
+    Raises DataError for a file that is no tar file, or a compressed one.
+    """
+    name = str(paths[0]) if len(paths) == 1 else str(paths[0].parent)
+    report = ImageReport(name)
+    samples: list[tuple[Path, int, int]] = []
+    keys: list[str] = []
+    labels: list[Any] = []
+    for path in paths:
+        for key, parts in _samples(path, report):
+            picture = next((parts[kind] for kind in _IMAGES if kind in parts), None)
+            if picture is None:
+                report.leave_out("samples without a picture", key)
+                continue
+            if picture[1] > MAX_PICTURE_BYTES:
+                report.leave_out(f"of more than {MAX_PICTURE_BYTES:,} bytes", key)
+                continue
+            if len(samples) >= _MOST_SAMPLES:
+                raise DataError(f"{name}: more than {_MOST_SAMPLES:,} samples")
+            samples.append((path, *picture))
+            keys.append(key)
+            labels.append(_label(path, parts))
+    if not samples:
+        raise DataError(f"{name}: no pictures; expected members such as 000123.jpg and 000123.cls")
+
+    def fetch(index: int) -> tuple[bytes, Any]:
+        path, offset, size = samples[index]
+        return _read(path, offset, size), labels[index]
+
+    known = None if all(label is None for label in labels) else labels
+    return Rows(
+        name,
+        len(samples),
+        fetch,
+        known,
+        _names_beside(paths[0]),
+        call=lambda index: keys[index],
+        report=report,
+    )
+
+
+def _samples(path: Path, report: ImageReport) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """Return the samples of one shard in order: key, and place and size of each part."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with path.open("rb") as file:
+            limited = cast("IO[bytes]", _Limited(file))
+            with tarfile.open(fileobj=limited, mode="r:", errorlevel=0) as archive:
+                size = path.stat().st_size
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    if not member.isreg() or member.issparse():
+                        if not member.isdir():
+                            report.leave_out("no plain files", _shown(member.name))
+                        continue
+                    if member.offset_data + member.size > size:
+                        report.leave_out("cut off", _shown(member.name))
+                        continue
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, kind = base.partition(".")
+                    if not kind or base.startswith("."):
+                        continue
+                    key = f"{folder}/{stem}" if folder else stem
+                    parts = found.setdefault(key, {})
+                    parts.setdefault(kind.lower(), (member.offset_data, member.size))
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    report.leave_out("archives that are cut off", path.name)
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{path}: cannot be read as a tar file: {error} (is it compressed? then unpack it with "
+            "gunzip first)"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return list(found.items())
+
+
+def _label(path: Path, parts: dict[str, tuple[int, int]]) -> Any:
+    """Return the class of a sample as a number or a name; None if it has none."""
+    for kind in _LABELS:
+        if kind in parts and parts[kind][1] <= _MOST_TEXT:
+            text = _read(path, *parts[kind]).decode("utf-8", "replace").strip()
+            return int(text) if text.isascii() and text.isdigit() else text
+    if "json" in parts and parts["json"][1] <= _MOST_TEXT:
+        try:
+            content = json.loads(_read(path, *parts["json"]))
+        except (ValueError, RecursionError):
+            return None
+        if isinstance(content, dict):
+            label = content.get("label", content.get("cls"))
+            return label if isinstance(label, int | str) and not isinstance(label, bool) else None
+    return None
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _names_beside(path: Path) -> tuple[str, ...] | None:
+    for folder in (path.parent, path.parent.parent):
+        try:
+            text = (folder / _NAMES_FILE).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return None
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)[:80]

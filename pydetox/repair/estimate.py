@@ -1,0 +1,121 @@
+"""An estimate of the time and memory of a repair, before it begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..detect.configuration import ScanConfig
+from ..detect.references import ReferencePlan
+from ..detect.search import objective_for
+from ..evaluation import predict
+from ..inversion import CollapseObjective, Objective, invert
+from ..models.frozen import freeze
+from ..session import Session
+from .configuration import UnlearnConfig
+
+# What is timed: images of a forward pass, triggers and steps of a search.
+_IMAGES, _TRIGGERS, _STEPS = 32, 4, 3
+# Forward passes that a training step on an image costs: one forward, two for its gradients.
+_TRAINING = 3
+
+
+@dataclass(frozen=True)
+class RepairEstimate:
+    """The most that a repair should take. Searches that end early make it less.
+
+    Attributes:
+        references: The seconds to make and search clean references; 0 if a calibration is given.
+        scan: The seconds of one scan.
+        repair: The seconds of one repair: recovering triggers, the trigger vector and the search
+            for alpha. A scan follows it.
+        memory: The bytes of weights and activations at the deepest point, beside the images.
+    """
+
+    references: float
+    scan: float
+    repair: float
+    memory: int
+
+
+def estimate_repair(
+    session: Session, plan: ReferencePlan, unlearning: UnlearnConfig, *, recovers: bool = True
+) -> RepairEstimate:
+    """Time a few steps and return what the whole repair should take at most.
+
+    The arguments are those of `repair_session`. recovers: Whether triggers are searched for.
+    """
+    config, model, images = plan.config, session.model, session.images
+    few = images.at_most(_IMAGES, config.seed).images
+    head = session.head
+    forward = _seconds(lambda: predict(model, few, head)) / len(few)
+    stamped = _stamped_seconds(session, config)
+    classes = len(head) if config.objective == "targeted" else 1
+    towers = 2 if config.contrast else 1
+    step = config.inversion.batch_size * stamped * towers
+    searches = classes * config.restarts * len(config.searched)
+    scan = searches * config.inversion.steps * step
+    references = 0.0
+    if plan.makes_calibration:
+        given = None if plan.references is None else len(plan.references)
+        epochs = config.reference_training.epochs * len(images) * _TRAINING * forward
+        trained = 0 if given is not None else config.references - 1
+        references = (given or config.references) * scan + trained * epochs
+    recovered = len(config.families) * 3 + unlearning.warps if recovers else 0
+    # A step of a vector shows clean and triggered images, and half as many surrogates, twice.
+    shown = (2 + (1 if unlearning.retention > 0 else 0)) * _TRAINING + 1
+    vector = unlearning.steps * min(unlearning.batch_size, len(images)) * shown * forward
+    candidates = len(unlearning.coefficients)
+    alpha = candidates * (len(images) + unlearning.attacked_images + 256) * forward
+    one_pass = recovered * config.inversion.steps * step + vector + alpha
+    return RepairEstimate(references, scan, unlearning.passes * one_pass, _memory(session, plan))
+
+
+def _stamped_seconds(session: Session, config: ScanConfig) -> float:
+    """Return the seconds of one stamped image in one step of a search."""
+    objective: Objective = CollapseObjective()
+    count = _TRIGGERS
+    if config.objective == "targeted":
+        targets = [k % len(session.class_names) for k in range(_TRIGGERS)]
+        plain = replace(session, base=None)
+        plain.__dict__["head"] = session.head
+        objective = objective_for(plain, targets, config.seed)
+
+    def seconds(steps: int) -> float:
+        found = invert(
+            session.model,
+            session.images.images,
+            objective,
+            replace(config.inversion, steps=steps, seed=config.seed),
+            restarts=count,
+            labels=session.images.labels,
+            description="timing a search",
+        )
+        return found.seconds
+
+    both = [seconds(steps) for steps in (1, 1 + _STEPS)]
+    batch = min(config.inversion.batch_size, len(session.images))
+    return max(0.0, both[1] - both[0]) / (_STEPS * count * batch)
+
+
+def _memory(session: Session, plan: ReferencePlan) -> int:
+    """Return the bytes of weights and activations when a vector is trained."""
+    model = session.model
+    trained = sum(p.numel() for p in model.visual.parameters())
+    copies = 2 + (1 if plan.config.contrast else 0)
+    # A gradient and AdamW's two moments beside the weights that are trained.
+    weights = 4 * (copies * model.num_parameters + 3 * trained)
+    activations = freeze(model.visual).bytes_per_image * 3 * 64
+    return int(weights + activations)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()  # the first call also prepares libraries
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

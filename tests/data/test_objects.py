@@ -1,0 +1,205 @@
+"""Arrays, lists of pictures, and data sets of torch and Hugging Face, as image sets."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from pydetox.data import load_images
+from pydetox.errors import DataError
+
+SIZE = 8
+
+
+def pixels(count: int = 6, side: int = SIZE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def expected(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+class Pictures(Dataset):
+    """As torchvision's: rows of (picture, label), `classes` and `targets`."""
+
+    def __init__(self, images: np.ndarray, transform: Any = None) -> None:
+        self.images, self.transform = images, transform
+        self.targets = [k % 3 for k in range(len(images))]
+        self.classes = ["cat", ("dog", "hound"), "owl"]
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        self.read += 1
+        image = Image.fromarray(self.images[index])
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+class ClassLabel:
+    names = ("cat", "dog", "owl")
+
+
+class Table:
+    """As Hugging Face's: columns, features, rows as mappings."""
+
+    def __init__(self, images: np.ndarray, labels: list[int], decoded: bool = True) -> None:
+        self.images, self.labels, self.decoded = images, labels, decoded
+        self.column_names = ["id", "img", "fine"]
+        self.features = {"fine": ClassLabel()}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            return self.labels
+        image = self.images[key]
+        picture = Image.fromarray(image) if self.decoded else {"bytes": png(image), "path": None}
+        return {"id": key, "img": picture, "fine": self.labels[key]}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: torch.from_numpy(x),
+        lambda x: torch.from_numpy(x).permute(0, 3, 1, 2),
+        lambda x: x.astype(np.float32) / 255,
+        lambda x: [Image.fromarray(one) for one in x],
+        lambda x: [torch.from_numpy(one).permute(2, 0, 1) / 255 for one in x],
+        lambda x: [png(one) for one in x],
+        lambda x: tuple(Image.fromarray(one) for one in x),
+        lambda x: {"images": x},
+        lambda x: TensorDataset(torch.from_numpy(x).permute(0, 3, 1, 2)),
+    ],
+    ids=["array", "tensor", "first", "floats", "pil", "to_tensor", "bytes", "tuple", "map", "set"],
+)
+def test_unlabelled_images_of_every_kind_have_the_same_pixels(make: Any) -> None:
+    found = load_images(make(pixels()), image_size=SIZE)
+    assert torch.equal(found.images, expected(pixels()))
+    assert found.labels is None
+    assert found.class_names is None
+
+
+def test_labels_come_with_arrays_pairs_and_lists() -> None:
+    labels = np.arange(6) % 3
+    for data in (
+        (pixels(), labels),
+        (pixels(), labels[:, None].astype(np.float64)),
+        (pixels(), np.eye(3)[labels]),
+        {"image": pixels(), "label": labels.tolist()},
+        [(Image.fromarray(x), int(y)) for x, y in zip(pixels(), labels, strict=True)],
+        [{"image": x, "label": torch.tensor(y)} for x, y in zip(pixels(), labels, strict=True)],
+        TensorDataset(torch.from_numpy(pixels()).permute(0, 3, 1, 2), torch.from_numpy(labels)),
+    ):
+        found = load_images(data, image_size=SIZE, class_names=("a", "b", "c"))
+        assert found.labels is not None
+        assert found.labels.tolist() == labels.tolist()
+        assert found.class_names == ("a", "b", "c")
+
+
+def test_labels_that_are_names_are_matched_by_name() -> None:
+    data = [(x, name) for x, name in zip(pixels(3), ("owl", "cat", "owl"), strict=True)]
+    found = load_images(data, image_size=SIZE)
+    assert found.class_names == ("cat", "owl")
+    assert found.labels is not None
+    assert found.labels.tolist() == [1, 0, 1]
+    found = load_images(data, image_size=SIZE, class_names=("owl", "dog", "cat"))
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 2, 0]
+
+
+def test_a_data_set_of_torchvision_its_part_and_its_loader() -> None:
+    data = Pictures(pixels(9))
+    found = load_images(data, image_size=SIZE)
+    assert found.class_names == ("cat", "dog", "owl")
+    assert torch.equal(found.images, expected(pixels(9)))
+    part = Subset(data, [4, 0])
+    assert torch.equal(load_images(part, image_size=SIZE).images, found.images[[4, 0]])
+    assert load_images(part, image_size=SIZE).class_names == ("cat", "dog", "owl")
+    loader = DataLoader(data, batch_size=2, shuffle=True)
+    assert torch.equal(load_images(loader, image_size=SIZE).images, found.images)
+    data.read = 0
+    few = load_images(data, image_size=SIZE, max_images=3, seed=1)
+    assert data.read == 3  # no other picture is decoded
+    assert few.labels is not None
+    assert sorted(few.labels.tolist()) == [0, 1, 2]
+
+
+def test_names_of_the_caller_for_numbers_of_a_data_set() -> None:
+    data = Pictures(pixels(6))
+    # The same names in another order are matched by name, others by their place.
+    found = load_images(data, image_size=SIZE, class_names=("owl", "dog", "cat"))
+    assert found.labels is not None
+    assert found.labels.tolist() == [2, 1, 0, 2, 1, 0]
+    found = load_images(data, image_size=SIZE, class_names=("cat", "a hound", "owl"))
+    assert found.labels is not None
+    assert found.labels.tolist() == data.targets
+    with pytest.raises(DataError, match="class 'cat' is not one of the 3 class names"):
+        load_images(data, image_size=SIZE, class_names=("owl", "hound", "bird"))
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_a_data_set_of_hugging_face(decoded: bool) -> None:
+    found = load_images(Table(pixels(), [0, 1, 2, 0, 1, 2], decoded), image_size=SIZE)
+    assert torch.equal(found.images, expected(pixels()))
+    assert found.class_names == ClassLabel.names
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert load_images(Table(pixels(), [-1] * 6), image_size=SIZE).labels is None
+
+
+def test_images_of_any_size_are_scaled_as_the_model_says() -> None:
+    large = pixels(2, side=13)
+    found = load_images(large, image_size=SIZE)
+    by_hand = [Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for x in large]
+    assert torch.equal(found.images, expected(np.stack([np.asarray(x) for x in by_hand])))
+    assert found.report is not None
+    assert found.report.resizing is not None
+
+
+def test_a_broken_picture_is_left_out_and_counted() -> None:
+    data = [png(x) for x in pixels(3)]
+    data[1] = data[1][:40]
+    found = load_images(data, image_size=SIZE)
+    assert torch.equal(found.images, expected(pixels(3))[[0, 2]])
+    assert found.report is not None
+    assert "1 cannot be read (row 1)" in str(found.report.line())
+    with pytest.raises(DataError, match="row 1: cannot be read as an image"):
+        load_images(data, image_size=SIZE, strict=True)
+    with pytest.raises(DataError, match="none of 1 images can be read"):
+        load_images([b"no picture"], image_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "zero images"),
+        (pixels().astype(np.float32) / 127 - 1, "as if they were normalised"),
+        (np.zeros((3, 4)), r"shape \[3, 4\]"),
+        ((pixels(3), np.zeros(2)), "3 images but 2 labels"),
+        ({"train": [1], "test": [2]}, r"mapping of 'train', 'test'; .*data\['test'\]"),
+        (iter([pixels()]), "islice"),
+        (42, "images are a int"),
+        ([(pixels(1)[0], 0), (pixels(1)[0], None)], "1 of 2 images have no label"),
+        ([(pixels(1)[0], [1, 2])], "expected the index or the name"),
+        ([{"photo": 1}], "has photo; expected an image under one of"),
+    ],
+)
+def test_what_is_no_image_set_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_images(data, image_size=SIZE)
