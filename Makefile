@@ -23,7 +23,7 @@
 #   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
 #   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
-#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py
+#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py and bench_classes.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
@@ -106,6 +106,7 @@ data: $(ready)
 
 bench-foundation: data
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py --device $(where) $(FOUNDATION)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_classes.py $(FOUNDATION)
 
 lint: $(dev)
 	$(VENV)/bin/ruff check

@@ -1,14 +1,19 @@
-"""What repairs leave of a model's other tasks: `make bench-foundation`.
+"""What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--device cuda] [--output runs/foundation]
+    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+        [--output runs/foundation]
 
-Prints the table and writes summary.json, flat, and rows.json with everything that was measured.
+`make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
+clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
+Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
+run of one part leaves the other's figures in summary.json as they are.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
 repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +26,11 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
+from pydetox.research.foundation.verdicts import (
+    VerdictPlan,
+    quick_verdict_plan,
+    run_verdicts,
+)
 
 _COLUMNS = (
     ("attacked_ca", "attacked CA"),
@@ -39,34 +49,55 @@ def table(summary: dict[str, Any]) -> str:
     for method, row in summary["methods"].items():
         cells = "".join(f"{row[key]:13.1%}" for key, _ in _COLUMNS)
         lines.append(f"{method:26}{row['models']:7}{cells}")
-    for key, value in summary.items():
-        if key != "methods":
-            lines.append(f"{key:32}{value:10.4g}")
+    lines.append(figures({k: v for k, v in summary.items() if k != "methods"}))
     return "\n".join(lines)
+
+
+def figures(summary: dict[str, Any]) -> str:
+    """Return flat figures as lines of text."""
+    return "\n".join(f"{key:32}{value:10.4g}" for key, value in summary.items())
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--part", type=click.Choice(["all", "tasks", "verdicts"]), default="all")
+@click.option("--seeds", help="Other seeds, separated by commas; `verdicts` takes the first.")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
-def main(quick: bool, seeds: str | None, device: str, output: Path) -> None:
+def main(quick: bool, part: str, seeds: str | None, device: str, output: Path) -> None:
     """Run the benchmark."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
+    verdicts = quick_verdict_plan() if quick else VerdictPlan()
     if seeds is not None:
-        plan = replace(plan, seeds=tuple(int(one) for one in seeds.split(",")))
+        numbers = tuple(int(one) for one in seeds.split(","))
+        plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "summary.json"
+
+    def log(text: str) -> None:
+        click.echo(text, err=True)
+
+    def keep(name: str, document: dict[str, Any], flat: dict[str, Any]) -> None:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        prefix = "default." if name == "verdicts" else ("tasks.", "quarter")
+        rest = {k: v for k, v in known.items() if not k.startswith(prefix)}
+        write_file(output / f"{name}.json", to_json(document) + "\n")
+        write_file(path, to_json({**rest, **flat}) + "\n")
+
     try:
         find_device(device)
-        document = run(plan, log=lambda text: click.echo(text, err=True))
+        if part in ("all", "verdicts"):
+            document = run_verdicts(verdicts, log)
+            keep("verdicts", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "tasks"):
+            document = run(plan, log)
+            summary = document["summary"]
+            keep("tasks", document, {k: v for k, v in summary.items() if k != "methods"})
+            click.echo(table(summary))
     except PydetoxError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    summary = document["summary"]
-    flat = {key: value for key, value in summary.items() if key != "methods"}
-    output.mkdir(parents=True, exist_ok=True)
-    write_file(output / "summary.json", to_json(flat) + "\n")
-    write_file(output / "rows.json", to_json(document) + "\n")
-    click.echo(table(summary))
 
 
 if __name__ == "__main__":

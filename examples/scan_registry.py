@@ -61,7 +61,6 @@ def main() -> None:
             max_images=60,
             base=str(registry / "base"),
             references=2,
-            reference_epochs=1,
             steps=10,
             timeout=300,
         )

@@ -20,7 +20,7 @@ from .atomic import rehearse_directory
 from .checkpoints import CHECKPOINT_FILES
 from .data import ImageData, Template
 from .detect.configuration import ScanConfig
-from .detect.references import ReferencePlan
+from .detect.references import ReferencePlan, calibrate_plan
 from .detect.result import ScanResult
 from .detect.scan import scan_session
 from .detect.statistics import Calibration
@@ -42,6 +42,7 @@ def calibrate(
     images: ImageData,
     *,
     references: Sequence[ModelLike] | None = None,
+    suspects: Sequence[ModelLike] = (),
     templates: Sequence[Template] | None = None,
     class_names: Sequence[str] | None = None,
     config: ScanConfig | None = None,
@@ -49,8 +50,8 @@ def calibrate(
 ) -> Calibration:
     """Scan clean reference models, and return their trigger sizes for later verdicts.
 
-    The references are the given models or, without any, the base and copies of it that are
-    fine-tuned on the images.
+    The references are the given models or, without any, copies of the base that are fine-tuned on
+    the images until their weights have moved as far from the base as those of the suspects.
 
     Args:
         base: A model that you believe to be clean, of the same architecture as the suspects, at
@@ -62,15 +63,20 @@ def calibrate(
             suspects were, such as other fine-tunings of the base. Prefer them to copies if you have
             some. A search in contrast to the base (`ScanConfig.contrast`) needs them: a copy that a
             few images have hardly changed does not show what harmless fine-tuning does.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        suspects: The models that the calibration is for, if copies are made. Suspects that moved
+            about as far share references (see `detect.distance`). A suspect that has moved too far
+            to be matched is left out with a warning. It is not needed with
+            `ScanConfig.reference_training`.
+        templates, class_names: As in `scan`.
         config: As in `scan`. `references` and `reference_training` describe the copies.
         architecture: As in `scan`.
 
     Raises:
-        UsageError: There is neither a base nor references, there are fewer than two references, or
-            a search in contrast to a base lacks the base or the references.
-        DataError: The images do not fit the model or have no class names.
+        UsageError: There is neither a base nor references, there are fewer than two references, a
+            search in contrast to a base lacks the base or the references, or there are no suspects
+            although copies are to be matched to them.
+        DataError: The images do not fit the model or have no class names, or no suspect can be
+            matched.
         CheckpointError: See `load_checkpoint`.
     """
     plan = ReferencePlan.decide(config, base=base, references=references)
@@ -81,12 +87,9 @@ def calibrate(
     plan = replace(plan, base=first) if plan.base is not None else plan
     session = Session.open(first, images, templates=templates, class_names=class_names)
     session.warn()
-    comparison = plan.prepare(
-        session.images, templates=session.templates, read=_reader(architecture)
+    return calibrate_plan(
+        plan, session.images, suspects, templates=session.templates, read=_reader(architecture)
     )
-    calibration = comparison.calibration
-    assert calibration is not None
-    return calibration
 
 
 def scan(
@@ -115,9 +118,10 @@ def scan(
             whether the images mean anything to the model (see `ScanResult.warnings`).
         calibration: The result of `calibrate` with the same configuration, images and prompts. One
             calibration serves many scans.
-        base: A clean model to calibrate with, if there is no calibration yet. In a search in
-            contrast to a base, this is that base. Without calibration, base and references, the
-            verdict is `inconclusive`.
+        base: A clean model to calibrate with, if there is no calibration yet, at best the model
+            that the suspect was fine-tuned from: references are copies of it that move as far as
+            the suspect has moved. In a search in contrast to a base, this is that base. Without
+            calibration, base and references, the verdict is `inconclusive`.
         references: Clean models to calibrate with, as in `calibrate`.
         templates: Prompt templates; default: those that suit the images.
         class_names: The classes, in the order that defines the labels, as in `load_images`. None to
@@ -174,8 +178,7 @@ def recover_triggers(
         restarts: The number of triggers.
         family: The family of triggers, one of `inversion.FAMILIES`.
         base: The base of a search in contrast to it; None for a plain search.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: As in `scan`.
         architecture: As in `scan`.
 
@@ -245,8 +248,7 @@ def unlearn(
             in `config.families`, and `UnlearnConfig.warps` warps.
         restarts: The number of triggers of each family to recover.
         base: The base of a search in contrast to it (see `ScanConfig.contrast`).
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: The search for triggers, as in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         architecture: As in `scan`.
@@ -312,8 +314,7 @@ def detox(
             open_clip's if the suspect is a single file. It is written only if something was
             subtracted.
         overwrite: Whether to replace an earlier folder of this kind.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         config: As in `scan`.
         unlearning: How to unlearn; default: UnlearnConfig().
         max_rounds: The largest number of repairs. A scan follows each of them.
@@ -381,8 +382,7 @@ def evaluate(
         head: The class head [C, D]; default: the model's own for the class names.
         trigger: A function from uint8 [n, 3, H, W] to uint8 [n, 3, H, W], such as a trigger.
         target: The class that the trigger leads to, as an index or a name.
-        templates: As in `scan`.
-        class_names: As in `scan`.
+        templates, class_names: As in `scan`.
         architecture: As in `scan`.
         batch_size: The number of images per batch.
         description: A text that is shown with a progress bar; None for no bar.

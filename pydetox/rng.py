@@ -37,11 +37,19 @@ STREAMS: Mapping[str, str] = {
     "contrast.shares": "images that tell how often a base answers with each class",
     "plausibility.sample": "images that tell whether they mean anything to the model",
     "prototypes.start": "images that groups of images begin at",
+    "screening.start": "the seed of all screenings: their first trigger and their images",
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
     "calibration.training": "seed of the fine-tuning of a clean copy; by number",
+    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; by number",
+    "calibration.pilot": "seed of the fine-tuning that finds the copies' learning rate",
     "calibration.search": "seed of the search in a reference; by number",
+    # The positive control of a scan
+    "control.patch": "colours, corner and target class of the planted patch",
+    "control.poisoned": "images that are repeated with the patch",
+    "control.checked": "images that tell whether the patch works yet",
+    "control.training": "seed of the fine-tuning that plants the patch",
     # Repair
     "repair.round": "seed of a repair; by number",
     "repair.rescan": "seed of the scan after a repair; by number",
@@ -87,6 +95,9 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
+    "foundation.classes-trigger": "seed of a trigger; by attack and number of classes",
+    "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
+    "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -60,13 +60,16 @@ def train_on_prompts(
     *,
     head: Tensor | None = None,
     description: str = "training",
+    stop: Callable[[OpenClipModel, int], bool] | None = None,
 ) -> OpenClipModel:
     """Return a trained copy of a model, whose images are closest to the prompts of their class.
 
     The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch. For
     class prompts, this is CLIP's contrastive loss without the false negatives of repeated captions.
     head: Directions that stand for the classes, unit rows [C, D], in place of prompts; they stay
-    fixed. description: A text that is shown with the progress bar.
+    fixed. description: A text that is shown with the progress bar. stop: Is called after every step
+    with the model in training and the number of steps done; training ends where it returns True.
+    With it, the learning rate stays at its peak after the warm-up.
 
     Raises DataError for a set without labels, or without class names where there is no head.
     """
@@ -114,6 +117,7 @@ def train_on_prompts(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         description=description,
+        stop=None if stop is None else partial(stop, trained),
     )
     trained.clip.eval()
     return trained
@@ -125,10 +129,11 @@ def optimize(
     batches: Iterator[Tensor],
     *,
     steps: int,
-    learning_rate: float,
+    learning_rate: float | Sequence[float],
     weight_decay: float = 0.0,
     separable: bool = True,
     description: str,
+    stop: Callable[[int], bool] | None = None,
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
@@ -139,21 +144,30 @@ def optimize(
         loss: The loss of a batch: a mean over its items.
         batches: Tensors [..., n] of n items each.
         steps: The number of batches.
-        learning_rate: The peak of the rate.
+        learning_rate: The peak of the rate of all parameters, or that of each.
         weight_decay: AdamW's decoupled weight decay.
         separable: Whether the loss of a batch is the mean of those of its parts. If memory runs
             out, the gradient is then added up over parts of the batch, half as large each time.
         description: A text that is shown with the progress bar, and in errors.
+        stop: As in `train_on_prompts`.
 
     Raises:
         DeviceMemoryError: Not even one item fits into the memory, or the loss is not separable and
             a batch does not fit.
     """
+    rates = (
+        [learning_rate] * len(parameters)
+        if isinstance(learning_rate, int | float)
+        else list(learning_rate)
+    )
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-    )
+    # One group per rate, in the order of the parameters: a fused step launches once per group.
+    groups = [
+        {"params": [p for p, own in zip(parameters, rates, strict=True) if own == rate], "lr": rate}
+        for rate in dict.fromkeys(rates)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     warm_up = min(20, max(1, steps // 5))
     device = parameters[0].device
     batching: Batching | None = None
@@ -169,9 +183,11 @@ def optimize(
     try:
         with tf32_products(device), Progress(description, steps) as progress:
             for step, batch in enumerate(batches):
-                rate = min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate
+                rate = min(1.0, (step + 1) / warm_up)
+                if stop is None:
+                    rate *= (1 + math.cos(math.pi * step / steps)) / 2
+                for group, peak in zip(optimizer.param_groups, dict.fromkeys(rates), strict=True):
+                    group["lr"] = peak * rate
                 if batching is None:
                     count = batch.shape[-1]
                     batching = Batching(count, device, description, divisible=separable)
@@ -179,6 +195,8 @@ def optimize(
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 progress.update(1)
+                if stop is not None and stop(step + 1):
+                    break
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

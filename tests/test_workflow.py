@@ -10,16 +10,19 @@ import pydetox
 from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.data import ImageSet
+from pydetox.detect.control import plant_patch, planted_patch
 from pydetox.detect.result import ScanResult
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, OutputError, UsageError
-from pydetox.evaluation import evaluate
+from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, InversionSearch
 from pydetox.models import OpenClipModel
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.reporting import to_json
 from pydetox.reporting.documents import detox_document, scan_document
+from pydetox.reporting.result import control_line
 from pydetox.research.attacks import PatchTrigger, poison
+from pydetox.session import Session
 from pydetox.training import TrainConfig, train_on_prompts
 from tests.mini import CLASS_NAMES, MINI_CONFIG, mini_images, mini_model
 from tests.test_training import TEMPLATES, coloured
@@ -58,6 +61,46 @@ def story(tmp_path_factory):
     )
     calibration = calibrate(base, data, templates=TEMPLATES, config=CONFIG)
     return base, path, data, calibration
+
+
+def test_a_positive_control_says_what_a_clean_verdict_is_worth(story):
+    base, _, data, calibration = story
+    tuning = TrainConfig(epochs=5, learning_rate=1e-3, seed=7)
+    clean = train_on_prompts(base, data, TEMPLATES, tuning)
+    config = replace(CONFIG, positive_control=True)
+    given = {"calibration": calibration, "templates": TEMPLATES}
+    found = scan(clean, data, config=config, **given)
+    assert found.verdict is Verdict.CLEAN
+    control = found.control
+    assert control is not None
+    assert control.planted
+    # What it says of the copy is what a scan of the copy says.
+    session = Session.open(clean, data, templates=TEMPLATES)
+    trigger = planted_patch(16, len(CLASS_NAMES), CONFIG.seed)
+    planted, success = plant_patch(session, trigger, seed=CONFIG.seed)
+    assert success == control.success
+    assert trigger.target == control.target
+    again = scan(planted, data, config=CONFIG, **given)
+    assert again.control is None
+    assert again.verdict.value == control.verdict
+    assert again.detection.p_value == control.p_value
+    head = clean.zero_shot_head(CLASS_NAMES, TEMPLATES)
+    unlabelled = evaluate(
+        planted,
+        replace(
+            data.in_content_order(), labels=predict(clean, data.in_content_order().images, head)
+        ),
+        head,
+        trigger=trigger,
+        target=control.target,
+    )
+    assert unlabelled.attack_success_rate == pytest.approx(success)
+    assert unlabelled.clean_accuracy == pytest.approx(control.accuracy)
+    document = scan_document(found)["positive_control"]
+    assert (document["found"], document["asr"]) == (control.found, success)
+    line = control_line(document)
+    assert ("is found by" in line) == control.found
+    assert scan_document(again)["positive_control"] is None
 
 
 def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_path):

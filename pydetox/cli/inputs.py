@@ -22,6 +22,7 @@ from ..models import OpenClipModel
 from ..models.device import find_device
 from ..plausibility import doubts
 from ..reporting.values import clean_text
+from ..scanning.config import DEFAULT_REFERENCE_EPOCHS
 from ..session import ModelLike
 from ..training import TrainConfig
 from .group import print_warning
@@ -173,13 +174,18 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     """Return the configuration that the options describe."""
     config = ScanConfig(
         objective=options["objective"],
+        families=options["families"],
         inversion=inversion_config(options),
         restarts=options["restarts"],
+        positive_control=options["positive_control"],
         seed=options["seed"],
     )
-    training = TrainConfig(
-        epochs=options["reference_epochs"], learning_rate=options["reference_learning_rate"]
-    )
+    training, rate = None, options["reference_learning_rate"]
+    if rate is not None:
+        epochs = options["reference_epochs"] or DEFAULT_REFERENCE_EPOCHS
+        training = TrainConfig(epochs=epochs, learning_rate=rate)
+    elif options["reference_epochs"] is not None:
+        raise UsageError("--reference-epochs needs a --reference-learning-rate")
     if options["keep_all"]:
         config = replace(config, drop_below=None)
     return replace(config, references=options["references"], reference_training=training)

@@ -7,11 +7,12 @@ a test keeps the two equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -148,6 +149,57 @@ model_options = _all(
     ),
 )
 
+presets = _all(
+    click.option(
+        "--quick",
+        is_flag=True,
+        show_default=False,
+        help="Take less time and find less: smaller values of the options for the search and the "
+        "repair. An option that is given explicitly wins.",
+    ),
+    click.option(
+        "--thorough",
+        is_flag=True,
+        show_default=False,
+        help="Take more time and find more: larger values of these options.",
+    ),
+)
+
+
+def apply_preset(given: dict[str, Any], *presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Take the flags of `presets` out of the options, and set what they stand for.
+
+    presets: By the name of the flag, the values of options. Options that were given keep theirs.
+    Raises click.UsageError for both flags.
+    """
+    ctx = click.get_current_context()
+    chosen = [name for name in ("quick", "thorough") if given.pop(name)]
+    if len(chosen) > 1:
+        raise click.UsageError("--quick and --thorough exclude each other", ctx)
+    for name in chosen:
+        for preset in presets:
+            for key, value in preset[name].items():
+                if ctx.get_parameter_source(key) in (None, ParameterSource.DEFAULT):
+                    given[key] = value
+
+
+def _families(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[str, ...]:
+    """Read families of triggers, such as patch,blend (or a list, in --config)."""
+    names = tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split(","))
+    if not names or len(set(names)) < len(names) or not set(names) <= {"patch", "blend"}:
+        raise click.BadParameter(f"{value!r}; expected patch, blend or patch,blend", ctx, param)
+    return names
+
+
+families = click.option(
+    "--families",
+    type=click.UNPROCESSED,
+    callback=_families,
+    default="patch,blend",
+    metavar="NAMES",
+    help="The families of triggers to search for: patch, blend or both.",
+)
+
 search_options = _all(
     click.option(
         "--steps",
@@ -188,6 +240,16 @@ def restarts(text: str) -> Callable[[F], F]:
     )
 
 
+def rate_or_auto(ctx: click.Context, param: click.Parameter, value: Any) -> float | None:
+    """Read a learning rate; None for `auto`."""
+    if value is None or value == "auto":
+        return None
+    try:
+        return float(RATE.convert(value, param, ctx))
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{value!r}; expected auto, or 0 < X <= 1", ctx, param) from error
+
+
 base_model = click.option(
     "--base-model",
     metavar="NAME|JSON",
@@ -224,23 +286,30 @@ calibration_options = _all(
         type=click.IntRange(min=2),
         default=3,
         metavar="N",
-        help="With --base alone: the number of clean models to compare with, the base and N - 1 "
-        "fine-tuned copies of it.",
+        help="With --base alone: the number of clean models to compare with. They are copies of "
+        "the base that are fine-tuned on the images.",
+    ),
+    click.option(
+        "--reference-learning-rate",
+        callback=rate_or_auto,
+        default="auto",
+        metavar="X|auto",
+        help="With --base alone: the learning rate of this fine-tuning. auto fine-tunes each copy "
+        "until its weights have moved as far from the base as those of the suspect.",
     ),
     click.option(
         "--reference-epochs",
         type=COUNT,
-        default=3,
         metavar="N",
-        help="With --base alone: the number of epochs of this fine-tuning, about as many as for a "
-        "suspect.",
+        help="With --reference-learning-rate: the number of epochs of this fine-tuning, about as "
+        "many as for a suspect. Without it, 3.",
     ),
     click.option(
-        "--reference-learning-rate",
-        type=RATE,
-        default=1e-5,
-        metavar="X",
-        help="With --base alone: the learning rate of this fine-tuning.",
+        "--positive-control",
+        is_flag=True,
+        show_default=False,
+        help="Plant a patch in a copy of a model that is found clean, scan the copy, and say "
+        "whether the scan finds it. This doubles the time of a clean model.",
     ),
     click.option(
         "--keep-all",

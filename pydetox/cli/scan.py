@@ -88,6 +88,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "compare with.",
 )
 @options.objective
+@options.presets
+@options.families
 @options.search_options
 @options.restarts("per class")
 @click.option(
@@ -216,12 +218,14 @@ def command(
     from ..detect.statistics import Calibration
     from ..errors import UsageError
     from ..models.device import find_device
+    from ..presets import SCAN_PRESETS
     from ..scanning import Scanner, find_targets
     from ..scanning.display import Display
     from ..scanning.estimate import estimate
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
 
+    options.apply_preset(given, SCAN_PRESETS)
     find_device(given["device"])
     config = _config(given)
     if save_calibration is not None and not config.makes_calibration:

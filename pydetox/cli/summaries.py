@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..reporting.result import VERDICT_TONES
+from ..reporting.result import VERDICT_TONES, control_line
 from ..reporting.values import number, percent
 
 
@@ -22,6 +22,11 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
     summary = [
         card(scan["name"], f"{scan['verdict']}: {scan['reason']}", scan["verdict"])
         for scan in scans
+    ]
+    summary += [
+        card(f"{scan['name']}, positive control", control_line(scan["positive_control"]))
+        for scan in scans
+        if scan["positive_control"]
     ]
     for place, one in enumerate(result["rounds"], start=1):
         reached = "" if one["limits_reached"] else "; no α keeps all limits"

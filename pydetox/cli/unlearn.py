@@ -71,10 +71,11 @@ _SHORT = 20.0
 )
 @click.option(
     "--vector-learning-rate",
-    type=options.RATE,
-    default=4e-4,
-    metavar="X",
-    help="The learning rate of this fine-tuning.",
+    callback=options.rate_or_auto,
+    default="auto",
+    metavar="X|auto",
+    help="The learning rate of this fine-tuning. auto takes one for each layer, relative to the "
+    "size and the width of its weights.",
 )
 @click.option(
     "--retention",
@@ -109,6 +110,13 @@ _SHORT = 20.0
     "patches and blends; 0 for none.",
 )
 @click.option(
+    "--passes",
+    type=options.COUNT,
+    default=2,
+    metavar="N",
+    help="The number of times that triggers are recovered and subtracted before the next scan.",
+)
+@click.option(
     "--max-rounds",
     type=options.COUNT,
     default=3,
@@ -116,6 +124,8 @@ _SHORT = 20.0
     help="The largest number of repairs, each followed by a scan. Without a verdict there is one.",
 )
 @options.objective
+@options.presets
+@options.families
 @options.search_options
 @options.restarts("per class in a scan")
 @options.model_options
@@ -151,6 +161,7 @@ def command(
     from ..atomic import rehearse_directory
     from ..checkpoints import CHECKPOINT_FILES, parse_reference
     from ..errors import UsageError
+    from ..presets import SCAN_PRESETS, UNLEARN_PRESETS
     from ..repair.configuration import UnlearnConfig
     from ..repair.detox import KnownTarget, repair_session
     from ..reporting import write_detox_report
@@ -171,6 +182,7 @@ def command(
         raise UsageError("--trigger and --force-target exclude each other")
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
+    options.apply_preset(given, SCAN_PRESETS, UNLEARN_PRESETS)
     parse_reference(checkpoint)
     config = scan_config(given)
     plan = reference_plan(given, config)
@@ -184,6 +196,7 @@ def command(
         steps=given["vector_steps"],
         learning_rate=given["vector_learning_rate"],
         warps=given["warps"],
+        passes=given["passes"],
         retention=given["retention"],
         max_drift=given["max_drift"],
         min_accuracy_kept=given["min_accuracy_kept"],

@@ -25,6 +25,7 @@ OPTIONS = {
     "objective": "--objective",
     "offline": "--offline",
     "overwrite": "--overwrite",
+    "reference_learning_rate": "--reference-learning-rate",
     "references": "--reference-model",
     "resize": "--resize",
     "resize_mode": "--resize-mode",

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,16 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from ..errors import UsageError
-from .scatter import Array, Scatter, contrasts, distance_factor, fit_scatter, median_of_others
+from .scatter import (
+    SMALLEST_DEVIATION,
+    SMALLEST_EFFORT_DEVIATION,
+    Array,
+    Scatter,
+    contrasts,
+    distance_factor,
+    fit_scatter,
+    median_of_others,
+)
 
 #: A smaller P-L1 is no trigger: it is less than a tenth of one pixel in images of 100 x 100. A
 #: search ends there if a model gives the same answer for every image.
@@ -61,6 +70,13 @@ class Calibration:
         others: The calibrations of the same references for the other families.
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
         digests: A hash of the weights of each reference's image tower; empty if they are not known.
+        distance: How far the references have moved from their base, if they were fine-tuned until
+            they had moved as far as suspects have (see `detect.distance`); None for others.
+        rungs: The calibrations with other distances, for suspects that moved less or more.
+        screened: Whether `p_l1` holds the efforts of a screening, numbers above 0, instead of sizes
+            (see `pydetox.detect.screening`). All that is said of sizes here holds for them.
+        tower_passes: The passes of single images through towers that the searches of all
+            references for this family took (see `InversionResult.tower_passes`).
     """
 
     p_l1: tuple[tuple[float, ...], ...]
@@ -72,6 +88,10 @@ class Calibration:
     others: tuple[Calibration, ...] = ()
     relative: bool = False
     digests: tuple[str, ...] = ()
+    distance: float | None = None
+    rungs: tuple[Calibration, ...] = ()
+    screened: bool = False
+    tower_passes: int = 0
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -99,7 +119,14 @@ class Calibration:
                 f"step {step}; the calibration has sizes at {list(self.recorded_steps)}"
             )
         rows = self.history[self.recorded_steps.index(step)]
-        return Calibration(rows, self.key, self.models, family=self.family, relative=self.relative)
+        return Calibration(
+            rows,
+            self.key,
+            self.models,
+            family=self.family,
+            relative=self.relative,
+            distance=self.distance,
+        )
 
     def of(self, family: str) -> Calibration:
         """Return the sizes of one family; UsageError if it was not searched for."""
@@ -110,6 +137,17 @@ class Calibration:
             f"the calibration has the families {[o.family for o in (self, *self.others)]}; this "
             f"scan needs {family!r}"
         )
+
+    def with_rungs(self, others: Sequence[Calibration]) -> Calibration:
+        """Return this calibration together with those of other distances."""
+        return replace(self, rungs=tuple(replace(one, rungs=()) for one in others))
+
+    def at_distance(self, distance: float) -> Calibration | None:
+        """Return the calibration whose references have that distance, or None."""
+        for one in (self, *self.rungs):
+            if one.distance == distance:
+                return replace(one, rungs=())
+        return None
 
     @property
     def classes(self) -> int:
@@ -150,7 +188,7 @@ class Calibration:
                 "no search in the references found a working trigger: search for more steps, or "
                 "give references of the same task as the suspect"
             )
-        if min(found) < EMPTY_TRIGGER:
+        if min(found) < EMPTY_TRIGGER and not self.screened:
             row = next(k for k, row in enumerate(self.p_l1) if min(row) < EMPTY_TRIGGER)
             return (
                 f"the reference {self._name(row)} obeys an empty trigger (P-L1 {min(found):.1g}): "
@@ -292,6 +330,10 @@ class Calibration:
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
             "digests": list(self.digests),
+            "distance": self.distance,
+            "rungs": [one.to_dict() for one in self.rungs],
+            "screened": self.screened,
+            "tower_passes": self.tower_passes,
         }
 
     @classmethod
@@ -309,6 +351,11 @@ class Calibration:
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
                 tuple(str(digest) for digest in content.get("digests", ())),
+                # Earlier versions had no references of a distance.
+                None if content.get("distance") is None else float(content["distance"]),
+                tuple(cls.from_dict(one) for one in content.get("rungs", ())),
+                bool(content.get("screened", False)),
+                int(content.get("tower_passes", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
@@ -358,6 +405,7 @@ class Calibration:
             self._squares[None, list(which)],
             factor=factor,
             own=own[list(which)],
+            least=SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION,
         )[0]
         return chances
 

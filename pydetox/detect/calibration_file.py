@@ -36,10 +36,11 @@ def read_calibration(path: Path) -> Calibration:
         calibration = Calibration.from_dict(content)
     except UsageError as error:
         raise DataError(f"{path}: {error}") from error
-    every = (calibration, *calibration.others)
-    sizes = [value for one in every for row in one.p_l1 for value in row]
-    if not all(0 < value <= 1 or value == math.inf for value in sizes):
-        raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
+    rungs = (calibration, *calibration.rungs)
+    for one in (one for rung in rungs for one in (rung, *rung.others)):
+        largest = math.inf if one.screened else 1.0
+        if not all(0 < v <= largest or v == math.inf for row in one.p_l1 for v in row):
+            raise DataError(f"{path}: no calibration: expected values of P-L1 in (0, 1] or null")
     return calibration
 
 

@@ -9,9 +9,43 @@ from typing import Literal
 from ..errors import UsageError
 from ..inversion import InversionConfig, TriggerFamily
 from ..inversion.configuration import CONTRAST_SUCCESS_THRESHOLD
+from ..presets import SCAN_PRESETS
 from ..training import TrainConfig
 
 ObjectiveName = Literal["targeted", "label-free"]
+
+
+@dataclass(frozen=True)
+class AdvancedScanConfig:
+    """Constants of a scan that you hardly ever need to change.
+
+    docs/method.md, "Many classes", has the measurements behind the defaults.
+
+    Attributes:
+        screen_above: The number of classes above which a targeted scan screens all classes and
+            searches few of them to the end; None to always search all.
+        screening_steps: The steps of the short search of each class.
+        screening_images: The clean images per step of this search.
+        screening_rate: Adam's learning rate in this search.
+        searched_classes: The number of classes that are searched to the end for each family of
+            triggers, those that stand out most.
+    """
+
+    screen_above: int | None = 20
+    screening_steps: int = 10
+    screening_images: int = 4
+    screening_rate: float = 0.1
+    searched_classes: int = 3
+
+    def __post_init__(self) -> None:
+        counts = (self.screening_steps, self.screening_images, self.searched_classes)
+        if min(counts) < 1 or (self.screen_above is not None and self.screen_above < 1):
+            raise UsageError(
+                f"screening_steps, screening_images, searched_classes {counts}, screen_above "
+                f"{self.screen_above}; expected at least 1 each"
+            )
+        if not 0 < self.screening_rate < math.inf:
+            raise UsageError(f"screening_rate {self.screening_rate}; expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -33,17 +67,23 @@ class ScanConfig:
             calibration that was made so (see `detect.references.ReferencePlan`).
         restarts: The number of searches per class, or in all without classes. The smallest mask
             counts.
-        references: The number of clean reference models of a calibration, at least 2: the base and
-            copies of it that are fine-tuned on the defender's images.
-        reference_training: The fine-tuning of these copies. Make it about as strong as that of a
-            suspect, because it decides how much scatter counts as harmless.
+        references: The number of clean reference models of a calibration, at least 2: copies of the
+            base that are fine-tuned on the defender's images.
+        reference_training: The fine-tuning of these copies. None fine-tunes them until their
+            weights have moved as far from the base as the suspect's (see `detect.copies`).
+            Otherwise, make it about as strong as that of a suspect, because it decides how much
+            scatter counts as harmless. The base itself is then the first of the references.
         p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
             changes.
         drop_below: The score below which a class is dropped during the search, with a calibration
             (see `Detection.class_scores`); None to search all classes to the end. References are
             always searched to the end, so that one calibration serves every value. In contrast to a
             base, no class is dropped (see `Calibration.relative`).
+        positive_control: Whether to plant a patch in a copy of a model that is found clean, and to
+            scan the copy: would this scan have found it (see `detect.control`)? It doubles the time
+            of a clean model. A label-free scan has none.
         seed: The seed of every random choice.
+        advanced: Constants of the scan.
     """
 
     objective: ObjectiveName = "targeted"
@@ -52,13 +92,13 @@ class ScanConfig:
     contrast: bool | None = None
     restarts: int = 1
     references: int = 3
-    reference_training: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-5)
-    )
+    reference_training: TrainConfig | None = None
     p_backdoored: float = 0.01
     p_suspicious: float = 0.05
     drop_below: float | None = 1.5
+    positive_control: bool = False
     seed: int = 0
+    advanced: AdvancedScanConfig = field(default_factory=AdvancedScanConfig)
 
     def __post_init__(self) -> None:
         if self.objective not in ("targeted", "label-free"):
@@ -83,6 +123,16 @@ class ScanConfig:
         if self.drop_below is not None and not math.isfinite(self.drop_below):
             raise UsageError(f"drop_below {self.drop_below}; expected a finite number or None")
 
+    @classmethod
+    def quick(cls) -> ScanConfig:
+        """Return a scan that takes about a fifth of the default's time and finds patches alone."""
+        return _preset("quick")
+
+    @classmethod
+    def thorough(cls) -> ScanConfig:
+        """Return a scan with more steps, images, searches and references than the default."""
+        return _preset("thorough")
+
     @property
     def searched(self) -> tuple[TriggerFamily, ...]:
         """The families that a scan searches for."""
@@ -99,3 +149,9 @@ class ScanConfig:
             # The success in contrast is lower, because the success in the base is subtracted.
             threshold = CONTRAST_SUCCESS_THRESHOLD
         return replace(self.inversion, family=family, success_threshold=threshold)
+
+
+def _preset(name: str) -> ScanConfig:
+    values, config = dict(SCAN_PRESETS[name]), ScanConfig()
+    search = {key: values.pop(key) for key in ("steps", "batch_size")}
+    return replace(config, inversion=replace(config.inversion, **search), **values)

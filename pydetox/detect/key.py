@@ -17,6 +17,7 @@ from ..models import OpenClipModel
 from ..models.frozen import resolve_precision
 from ..session import Session
 from .configuration import ScanConfig
+from .screening import screening_search, screens
 
 #: open_clip's ``model_cfg`` and ``preprocess_cfg`` of a model; the latter may be missing.
 ConfigPair: TypeAlias = "tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]"
@@ -30,16 +31,26 @@ _fingerprints = WeakKeyDictionary()
 _SHOWN = 60
 
 
-def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily) -> str:
+def calibration_key(
+    config: ScanConfig,
+    session: Session,
+    family: TriggerFamily,
+    *,
+    distance: float | None = None,
+) -> str:
     """Return a key as JSON text: everything that sizes depend on, except the weights.
 
+    distance: How far references have moved from their base, if they were matched to suspects.
     config: its search, objective and restarts count, its seed does not. session: the images count
     by their pixels, whatever their order and labels; the class names with their prompts; the
     model's architecture and preprocessing; the base that triggers are in contrast to.
     """
     images, model, base = session.images, session.model, session.base
-    search = asdict(config.search(family))
+    screened = screens(config, session)
+    search = asdict(screening_search(config, family) if screened else config.search(family))
     search |= search.pop("advanced")
+    if not search["shared_start"]:
+        del search["shared_start"]  # which calibrations of earlier versions do not know
     # What a search really ran in: sizes of one device are compared with those of another.
     towers = [model.visual] if base is None else [model.visual, base.visual]
     search["precision"] = resolve_precision(search["precision"], model.device, towers)
@@ -49,13 +60,17 @@ def calibration_key(config: ScanConfig, session: Session, family: TriggerFamily)
     content: dict[str, Any] = {
         **search,
         "objective": config.objective,
-        "restarts": config.restarts,
+        "restarts": 1 if screened else config.restarts,
         "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
         "mean": list(model.mean),
         "std": list(model.std),
         "architecture": model.model_config,
         "base": None if base is None else fingerprint(base),
     }
+    if distance is not None:
+        content["distance"] = distance
+    if screened:
+        content["screened"] = True
     if config.objective == "targeted":
         names = session.class_names
         content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}

@@ -3,23 +3,29 @@
 References are clean models that are searched as a suspect is. Python, the command line and the
 workers of a scan use the same plan. There are four ways to get references:
 
-* a `base` alone: the base itself and copies of it that are fine-tuned on the clean images;
+* a `base` alone: copies of it that are fine-tuned on the clean images until they have moved as far
+  from it as the suspect (or as `ScanConfig.reference_training` says, if it is given);
 * `references` alone: clean models that were made as the suspects were;
 * both: the same models, and every search is in contrast to the base;
-* a `calibration` that one of these made earlier, with the base if it was made in contrast to one.
+* a `calibration` that one of these made earlier, with the base if it was made in contrast to one,
+  or of copies that moved as far as suspects.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..data import ImageSet, Template
-from ..errors import UsageError
+from ..errors import DataError, PydetoxWarning, UsageError
 from ..models import OpenClipModel
 from ..session import ModelLike, Session, as_model
 from .calibrate import calibrate_references
 from .configuration import ScanConfig
+from .copies import OutOfReachError
+from .distance import model_distance, rung_of, too_far
 from .key import calibration_key, require_alike, require_equal_keys
 from .statistics import Calibration
 
@@ -32,18 +38,25 @@ class Comparison:
         config: The scan, with the decision whether it is in contrast to a base.
         calibration: The sizes of the references; None without a verdict.
         base: The base of searches in contrast to it, or None.
+        unfit: The reason why there are no references for this suspect; None if there are some, or
+            if none were given.
+        distance: How far the suspect's weights lie from the base's, if references are matched to
+            that (see `detect.distance`).
     """
 
     config: ScanConfig
     calibration: Calibration | None
     base: OpenClipModel | None
+    unfit: str | None = None
+    distance: float | None = None
 
     def require_fit(self, session: Session) -> None:
         """Raise UsageError, naming what differs, if the calibration is of other scans than this."""
         if self.calibration is None:
             return
         for family in self.config.searched:
-            key = calibration_key(self.config, session, family)
+            distance = self.calibration.distance
+            key = calibration_key(self.config, session, family, distance=distance)
             require_equal_keys(self.calibration.of(family).key, key)
 
 
@@ -103,7 +116,13 @@ class ReferencePlan:
                 "clean models that were fine-tuned from it as the suspects were, at least 2, or a "
                 "calibration= that was made of such models"
             )
-        if not contrast and (calibration is not None or references):
+        matched = calibration is not None and calibration.distance is not None
+        if matched and base is None:
+            raise UsageError(
+                "the references of the calibration moved as far from a base as suspects did: give "
+                "that base="
+            )
+        if not contrast and not matched and (calibration is not None or references):
             base = None  # nothing is compared with it
         return cls(
             replace(config, contrast=contrast),
@@ -122,6 +141,14 @@ class ReferencePlan:
         """Whether there are references; without them, there is no verdict."""
         return self.calibration is not None or self.makes_calibration
 
+    @property
+    def by_distance(self) -> bool:
+        """Whether a suspect is compared with references that moved as far from the base."""
+        if self.calibration is not None:
+            return self.calibration.distance is not None
+        own = self.base is not None and self.references is None
+        return own and self.config.reference_training is None
+
     def prepare(
         self,
         images: ImageSet,
@@ -129,23 +156,124 @@ class ReferencePlan:
         templates: Sequence[Template] | None = None,
         read: Callable[[ModelLike], OpenClipModel] = as_model,
         suspect: OpenClipModel | None = None,
+        distance: float | None = None,
     ) -> Comparison:
         """Read the models and make the calibration where there is none.
 
         images, templates: As in `pydetox.scan`. read: Reads a model. suspect: What the calibration
-        is for; None if it is not known yet. Raises UsageError, before any search, for a base or
-        reference of another architecture or preprocessing than the suspect.
+        is for; None if it is not known yet. distance: How far the suspect's weights lie from the
+        base's, if that is known already. Raises UsageError, before any search, for a base or
+        reference of another architecture or preprocessing than the suspect, and for references
+        that are to be matched to a suspect that is not given.
         """
-        base = None if self.base is None else read(self.base)
-        calibration = self.calibration
-        if self.makes_calibration:
-            models = None if self.references is None else [read(one) for one in self.references]
-            if suspect is not None:
-                for one in [*([] if base is None else [base]), *(models or [])]:
-                    theirs = one.model_config, one.preprocess_config
-                    ours = suspect.model_config, suspect.preprocess_config
-                    require_alike(one.name, theirs, suspect.name, ours)
-            calibration = calibrate_references(
-                base, images, references=models, templates=templates, config=self.config
+        contrast = bool(self.config.contrast)
+        unknown = self.by_distance and distance is None
+        if unknown and suspect is None:
+            raise UsageError(
+                "copies of the base are fine-tuned until they have moved as far as the suspects, "
+                "and none are given: give suspects=, or say how to fine-tune copies "
+                "(ScanConfig.reference_training)"
             )
-        return Comparison(self.config, calibration, base if self.config.contrast else None)
+        base = None
+        if self.base is not None and (self.makes_calibration or contrast or unknown):
+            base = read(self.base)
+        models = None if self.references is None else [read(one) for one in self.references]
+        if suspect is not None and (self.makes_calibration or unknown):
+            for one in [*([] if base is None else [base]), *(models or [])]:
+                theirs = one.model_config, one.preprocess_config
+                ours = suspect.model_config, suspect.preprocess_config
+                require_alike(one.name, theirs, suspect.name, ours)
+        if unknown and base is not None and suspect is not None:
+            distance = model_distance(base, suspect)
+        calibration, unfit = self.calibration, None
+        try:
+            if self.by_distance:
+                calibration = self._at_distance(distance, base, images, templates)
+            elif self.makes_calibration:
+                calibration = calibrate_references(
+                    base, images, references=models, templates=templates, config=self.config
+                )
+        except OutOfReachError as error:
+            calibration, unfit = None, str(error)
+        return Comparison(self.config, calibration, base if contrast else None, unfit, distance)
+
+    def _at_distance(
+        self,
+        distance: float | None,
+        base: OpenClipModel | None,
+        images: ImageSet,
+        templates: Sequence[Template] | None,
+    ) -> Calibration:
+        """Return the calibration for a suspect at a distance; OutOfReachError if there is none."""
+        assert distance is not None
+        if distance == 0:
+            name = (
+                self.base if isinstance(self.base, str | Path) else getattr(self.base, "name", "")
+            )
+            raise OutOfReachError(
+                f"it is compared with itself: {str(name)!r} has the same image tower; give other "
+                "clean models"
+            )
+        rung = rung_of(distance)
+        if rung is None:
+            raise OutOfReachError(too_far(distance))
+        if self.calibration is None:
+            return calibrate_references(
+                base,
+                images,
+                references=None,
+                templates=templates,
+                config=self.config,
+                distance=rung,
+            )
+        found = self.calibration.at_distance(rung)
+        if found is None:
+            has = [one.distance for one in (self.calibration, *self.calibration.rungs)]
+            raise OutOfReachError(
+                f"the calibration has no references that moved as far as this model ({distance:.2g}"
+                f" of the base's norm; it has {', '.join(f'{d:.2g}' for d in has if d)}): calibrate"
+                " for this model, too"
+            )
+        return found
+
+
+def calibrate_plan(
+    plan: ReferencePlan,
+    images: ImageSet,
+    suspects: Sequence[ModelLike],
+    *,
+    templates: Sequence[Template] | None = None,
+    read: Callable[[ModelLike], OpenClipModel] = as_model,
+) -> Calibration:
+    """Return the calibration of a plan that has none yet; the arguments are `pydetox.calibrate`'s.
+
+    Where references are matched to suspects, there is one rung for each distance that occurs.
+    Raises DataError if no suspect can be matched.
+    """
+    if not plan.by_distance or not suspects:
+        calibration = plan.prepare(images, templates=templates, read=read).calibration
+        assert calibration is not None
+        return calibration
+    assert plan.base is not None
+    base = read(plan.base)
+    found, problems = dict[float | None, Calibration](), list[str]()
+    for one in suspects:
+        suspect = read(one)
+        theirs = base.model_config, base.preprocess_config
+        require_alike(
+            base.name, theirs, suspect.name, (suspect.model_config, suspect.preprocess_config)
+        )
+        distance = model_distance(base, suspect)
+        if rung_of(distance) in found:
+            continue
+        made = replace(plan, base=base).prepare(images, templates=templates, distance=distance)
+        if made.calibration is None:
+            problems.append(f"{suspect.name}: {made.unfit}")
+        else:
+            found[made.calibration.distance] = made.calibration
+    if not found:
+        raise DataError(problems[0])
+    for line in problems:
+        warnings.warn(line, PydetoxWarning, stacklevel=3)
+    first, *others = (found[rung] for rung in sorted(found, key=lambda rung: rung or 0.0))
+    return first.with_rungs(others)

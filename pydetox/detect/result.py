@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..inversion import InversionResult, TriggerFamily
 from .configuration import ObjectiveName
+from .control import PositiveControl
 from .statistics import FINDINGS, Calibration, Detection, Verdict
 
 
@@ -46,6 +47,7 @@ class ScanResult:
         warnings: One line for each doubt about the verdict: what of the checkpoint or the images
             was guessed or left out, and reasons why images, class names and model may not belong
             together (see `plausibility.examine`).
+        control: The positive control of a clean model; None without one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ScanResult:
     family: TriggerFamily = "patch"
     others: tuple[FamilyScan, ...] = ()
     warnings: tuple[str, ...] = ()
+    control: PositiveControl | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -76,6 +79,7 @@ class ScanResult:
     def cleared(self) -> tuple[int, ...]:
         """Return the classes that no family flags and that were searched to the end for all.
 
+        A screening judges all classes, so that those which it did not flag are cleared as well.
         The result is empty without a verdict on classes.
         """
         every = [self.detection, *(one.detection for one in self.others)]
@@ -84,8 +88,19 @@ class ScanResult:
         return tuple(
             c
             for c in range(len(self.detection.p_l1))
-            if all(one.dropped[c] is None and c not in one.suspects for one in every)
+            if all(
+                (one.dropped[c] is None or one.effort) and c not in one.suspects for one in every
+            )
         )
+
+    @property
+    def tower_passes(self) -> int:
+        """The passes of single images through towers, of all families.
+
+        See `InversionResult.tower_passes`.
+        """
+        every = [self.inversion, *(one.inversion for one in self.others)]
+        return sum(one.tower_passes for one in every)
 
     def targets(self) -> tuple[int, ...]:
         """Return the classes to unlearn: the target, then all others that are surely backdoored.
@@ -115,8 +130,11 @@ class ScanResult:
         return [int(n) for n in steps.max(dim=1).values]
 
     def reference_sizes(self) -> list[float]:
-        """Return the references' mean P-L1 per class, at the step where the class was dropped."""
-        if self.calibration is None:
+        """Return the references' mean P-L1 per class, at the step where the class was dropped.
+
+        References that were screened have no sizes, and the result is empty.
+        """
+        if self.calibration is None or self.calibration.screened:
             return []
         sizes = []
         for c, step in enumerate(self.detection.dropped):

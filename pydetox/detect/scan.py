@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 from ..evaluation import predict
-from ..inversion import Elimination
+from ..inversion import Elimination, TriggerFamily
 from ..session import Session
 from .configuration import ScanConfig
+from .control import positive_control
 from .references import Comparison
 from .result import FamilyScan, ScanResult
+from .screening import chosen_classes, merged, screen_classes, screened_detection, screens
 from .search import dropped_per_class, search_classes, sizes_per_class
-from .statistics import FINDINGS, Calibration, Verdict, detect
+from .statistics import FINDINGS, Calibration, Detection, Verdict, detect
+
+# Of a model in which very many classes stand out, as many are searched to the end: a repair of
+# some, and a scan after it, tell about the others.
+_MOST_SUSPECTS = 12
 
 
 def scan_session(
@@ -25,6 +33,8 @@ def scan_session(
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
+    With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
+
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
     """
@@ -33,13 +43,26 @@ def scan_session(
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
-    obstacle = _beside_itself(session, calibration)
+    obstacle = comparison.unfit or _beside_itself(session, calibration)
     if obstacle is None and config.objective == "targeted":
         # A label-free search asks no names, so it does not matter whether they mean anything.
         obstacle = session.plausibility.obstacle
-    families = list[FamilyScan]()
+    families, screened = list[FamilyScan](), screens(config, session)
     for family in config.searched:
         compared = None if calibration is None else calibration.of(family)
+        if screened:
+            families.append(
+                _scan_screened(
+                    session,
+                    config,
+                    family,
+                    compared,
+                    f"{description} ({family})",
+                    cleared=cleared,
+                    obstacle=obstacle,
+                )
+            )
+            continue
         found = search_classes(
             session,
             config,
@@ -66,7 +89,7 @@ def scan_session(
         trigger = chosen.inversion.trigger(chosen.inversion.best())
         answers = predict(model, images.images, session.optional_head, stamp=trigger)
         target = int(answers.mode().values)
-    return ScanResult(
+    result = ScanResult(
         name=model.name,
         sha256=model.sha256,
         objective=config.objective,
@@ -80,6 +103,14 @@ def scan_session(
         others=tuple(one for one in families if one is not chosen),
         warnings=session.doubts,
     )
+    wanted = config.positive_control and config.objective == "targeted" and not cleared
+    if not wanted or result.verdict is not Verdict.CLEAN:
+        return result
+    once = replace(comparison, config=replace(config, positive_control=False))
+    control = positive_control(
+        session, once, partial(scan_session, description="positive control: scan")
+    )
+    return replace(result, control=control, seconds=time.perf_counter() - start)
 
 
 def _beside_itself(session: Session, calibration: Calibration | None) -> str | None:
@@ -96,6 +127,55 @@ def _beside_itself(session: Session, calibration: Calibration | None) -> str | N
     if same is None:
         return None
     return f"it is compared with itself: {same} has the same image tower; give other clean models"
+
+
+def _scan_screened(
+    session: Session,
+    config: ScanConfig,
+    family: TriggerFamily,
+    calibration: Calibration | None,
+    description: str,
+    *,
+    cleared: Sequence[int],
+    obstacle: str | None,
+) -> FamilyScan:
+    """Screen all classes for one family, judge them, and search those that stand out to the end."""
+    screening = screen_classes(
+        session, config, family, description=f"{description}: screening of all classes"
+    )
+
+    def judge(effort: Sequence[float]) -> Detection:
+        return detect(
+            effort,
+            calibration,
+            has_classes=True,
+            p_backdoored=config.p_backdoored,
+            p_suspicious=config.p_suspicious,
+            families=len(config.searched),
+            cleared=cleared,
+            obstacle=obstacle,
+        )
+
+    first = judge(screening.effort)
+    chosen = chosen_classes(
+        screening.effort,
+        first.class_scores,
+        # All that would be a finding get a search, within a bound.
+        min(max(config.advanced.searched_classes, len(first.suspects)), _MOST_SUSPECTS),
+        cleared=cleared,
+    )
+    full = search_classes(session, config, family, classes=chosen, description=description)
+    found = merged(screening.inversion, full, chosen, config.restarts)
+    sizes = sizes_per_class(found.p_l1, config)
+    # A class for which the complete search finds no working trigger is no finding.
+    confirmed = judge(
+        [
+            math.inf if c in chosen and not math.isfinite(sizes[c]) else value
+            for c, value in enumerate(screening.effort)
+        ]
+    )
+    detection = screened_detection(first, confirmed, screening.effort, sizes, chosen, found)
+    return FamilyScan(family, detection, found, calibration)
 
 
 def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:

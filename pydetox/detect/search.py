@@ -35,21 +35,23 @@ def search_classes(
     config: ScanConfig,
     family: TriggerFamily,
     *,
+    classes: Sequence[int] | None = None,
     elimination: Elimination | None = None,
     description: str,
 ) -> InversionResult:
     """Search for triggers of one family: `restarts` per class, or in all in a label-free scan.
 
-    config: the search takes its seed. elimination: drops classes on the way; None for none.
-    description: shown with the progress bar.
+    config: the search takes its seed. classes: those of a targeted scan to search; None for all.
+    elimination: drops classes on the way; None for none. description: shown with the progress bar.
     Raises ArchitectureError for a model whose answers do not depend on what it is shown: any
     trigger works in it, the smallest too, and that would look like a backdoor.
     """
-    _require_images_matter(session.model, session.images.images)
     objective: Objective = CollapseObjective()
-    if config.objective == "targeted":
-        _require_names_matter(session.model, session.class_names, session.head)
-        classes = range(len(session.class_names))
+    if config.objective != "targeted":
+        _require_images_matter(session.model, session.images.images)
+    else:
+        require_searchable(session)
+        classes = range(len(session.class_names)) if classes is None else classes
         targets = [c for c in classes for _ in range(config.restarts)]
         objective = objective_for(session, targets, config.seed)
     return invert(
@@ -63,6 +65,12 @@ def search_classes(
         labels=session.images.labels,
         description=description,
     )
+
+
+def require_searchable(session: Session) -> None:
+    """Raise ArchitectureError if the model's answers depend on neither images nor class names."""
+    _require_images_matter(session.model, session.images.images)
+    _require_names_matter(session.model, session.class_names, session.head)
 
 
 def objective_for(session: Session, targets: Sequence[int], seed: int) -> Objective:

@@ -75,6 +75,9 @@ class Detection:
             the verdict is a finding. A model can hold more than one backdoor.
         cleared: The classes that were not judged because an earlier scan had found them clean.
         backdoored: The suspects that would each be `backdoored` on their own.
+        effort: The mean loss of each class in the screening that decided the verdict (see
+            `pydetox.detect.screening`); empty where sizes decide it. `class_scores` are then those
+            of the efforts, and `dropped` classes were judged all the same.
     """
 
     verdict: Verdict
@@ -91,6 +94,7 @@ class Detection:
     suspects: tuple[int, ...] = ()
     cleared: tuple[int, ...] = ()
     backdoored: tuple[int, ...] = ()
+    effort: tuple[float, ...] = ()
 
 
 def detect(

@@ -32,6 +32,8 @@ class AdvancedInversionConfig:
             this share (docs/method.md, "When a search ends").
         initial_mask: The centre of the initial mask logits; None for that of the family, see
             FAMILIES.
+        shared_start: Whether all triggers of a search start from the same mask and pattern. What
+            the start does to a trigger is then much the same for all classes of a model.
         check_images: The size of the random sample of images for the check after the search. This
             check decides no verdict.
         cuda_graph: Whether steps on a GPU become CUDA graphs (`inversion.graph`). If one cannot be
@@ -44,6 +46,7 @@ class AdvancedInversionConfig:
     interval: int = 10
     least_progress: float = 0.02
     initial_mask: float | None = None
+    shared_start: bool = False
     check_images: int = 128
     cuda_graph: bool = True
 

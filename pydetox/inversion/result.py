@@ -68,6 +68,9 @@ class InversionResult:
         steps: Steps of the longest search.
         seconds: Wall time.
         tower: How the image tower was run.
+        tower_passes: The number of passes of one image through an image tower, forward and backward
+            ones counted alike, those of the check after the search included. A search in contrast
+            to a base counts both towers.
         family: What the masks could be (see InversionConfig).
         max_batch: Images that went through the tower at once, in the end. Given as the
             configuration's max_batch it gives the same bits again on the same device.
@@ -86,6 +89,7 @@ class InversionResult:
     steps: int
     seconds: float
     tower: str
+    tower_passes: int = 0
     family: TriggerFamily = "patch"
     max_batch: int | None = None
 

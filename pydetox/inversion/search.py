@@ -75,7 +75,8 @@ class InversionSearch:
         self._batches = batches.to(device)
         self._tower = tower_of(model, contrast, config.precision)
         self._batching = batching_of(model, self._tower, config.max_batch, device)
-        self._steps = 0
+        self._towers = 1 if contrast is None else 2
+        self._steps, self._tower_passes = 0, 0
         # What changes from step to step lies on the device, because a graph fixes all else.
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._rates = torch.tensor([config.rate(k) for k in range(config.steps)]).to(device)
@@ -95,22 +96,30 @@ class InversionSearch:
         """Whether all searches have ended."""
         return len(self._triggers) == 0
 
+    @property
+    def loss(self) -> Tensor:
+        """float32 [A], the objective's loss in the last step, of the triggers that are left."""
+        return self._loss
+
     def step(self) -> None:
         """Take one step. Do not call this when the search is `done`."""
         self._graph.run(self)
         config = self._config
         self._steps += 1
+        # Every image goes forward and back, and forward once more where memory is short.
+        ways = 2 if self._batch <= self._batching.count else 3
+        self._tower_passes += ways * self._towers * len(self._triggers) * self._batch
         if self._steps % config.advanced.interval == 0 or self._steps == config.steps:
             self._record_sizes()
 
     def take_plainly(self) -> None:
         """Take one step on the device, with fewer images at once if memory runs out."""
         clean = self._clean_images()
-        self._update(self._batching.run(lambda at_once: self._gradients(clean, at_once)))
+        self._update(*self._batching.run(lambda at_once: self._gradients(clean, at_once)))
 
     def take_once(self) -> None:
         """Take one step on the device; an error if memory runs out."""
-        self._update(self._gradients(self._clean_images(), self._batching.count))
+        self._update(*self._gradients(self._clean_images(), self._batching.count))
 
     def shape(self) -> object:
         """Return everything that decides what a step launches, and on which memory."""
@@ -122,7 +131,7 @@ class InversionSearch:
 
     def state(self) -> list[Tensor]:
         """Return all tensors that a step changes."""
-        return [*self._triggers.changing(), *self.gradients(), self._rate, self._at]
+        return [*self._triggers.changing(), *self.gradients(), self._loss, self._rate, self._at]
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of the last step: of masks [A, H, W] and patterns [A, 3, H, W]."""
@@ -138,9 +147,10 @@ class InversionSearch:
         rows = self._batches.index_select(0, self._at).flatten()
         return self._images.index_select(0, rows)
 
-    def _update(self, success: Tensor) -> None:
-        """Move the triggers along their gradients, in place. success: float32 [A]."""
+    def _update(self, loss: Tensor, success: Tensor) -> None:
+        """Move the triggers along their gradients, in place. loss, success: float32 [A]."""
         config, now = self._config, self._triggers
+        self._loss.copy_(loss)
         if config.family == "blend":
             # All pixels keep the same value if their gradients are equal. This takes the mean and
             # not the sum, because the update adds the cost's gradient to every pixel.
@@ -199,6 +209,7 @@ class InversionSearch:
             steps=self._steps,
             seconds=time.perf_counter() - self._start,
             tower=self._how(),
+            tower_passes=self._tower_passes,
             max_batch=self._batching.count,
             family=self._config.family,
         )
@@ -215,6 +226,7 @@ class InversionSearch:
         """Return the success [K] of the final triggers on the images of the check."""
         count, device = len(self._mask), self._mask.device
         check = self._images[self._checked]
+        self._tower_passes += self._towers * count * len(check)
         success = []
         for chunk in chunks(count, max(1, at_once // len(check))):
             embeddings = self._embed(check, self._mask[chunk], self._pattern[chunk], at_once)
@@ -274,6 +286,7 @@ class InversionSearch:
         device = now.mask.device
         self._mask_gradient = torch.empty_like(now.mask)
         self._pattern_gradient = torch.empty_like(now.pattern)
+        self._loss = torch.empty(len(now), device=device)
         self._rate = torch.empty(len(now), device=device)
         self._active = torch.ones(len(now), dtype=torch.bool, device=device)
         self._rows = torch.empty(0, device=device)
@@ -331,23 +344,23 @@ class InversionSearch:
             out=out,
         )
 
-    def _gradients(self, images: Tensor, at_once: int) -> Tensor:
-        """Write the objective's gradients for all triggers; return their success [A].
+    def _gradients(self, images: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+        """Write the objective's gradients for all triggers; return their loss and success [A].
 
         at_once: Images that go through the tower at once.
         """
         if len(self._rows) > max(at_once, self._batch):
             self._rows = self._rows.new_empty(0)  # from before memory ran out
-        return torch.cat(
-            [self._differentiate(images, part, at_once) for part in self._parts(at_once)]
-        )
+        parts = self._parts(at_once)
+        found = [self._differentiate(images, part, at_once) for part in parts]
+        return torch.cat([loss for loss, _ in found]), torch.cat([success for _, success in found])
 
     def _parts(self, at_once: int) -> list[slice]:
         """Return the chunks of triggers that go through the tower together."""
         return chunks(len(self._triggers), max(1, at_once // self._batch))
 
-    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> Tensor:
-        """Write the objective's gradients for a chunk of the triggers; return their success.
+    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> tuple[Tensor, Tensor]:
+        """Write the objective's gradients for a chunk of the triggers; return loss and success.
 
         Triggers do not see each other, so a chunk's activations are freed before the next one
         starts: the memory of a step does not grow with the number of triggers.
@@ -361,7 +374,7 @@ class InversionSearch:
             loss, success = self._objective(embeddings, which)
             (rows_gradient,) = torch.autograd.grad(loss.sum(), rows)
             self._pull(images, mask, pattern, rows_gradient, gradients)
-            return success
+            return loss.detach(), success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
         embeddings = self._embed(images, mask, pattern, at_once).requires_grad_()
@@ -376,7 +389,7 @@ class InversionSearch:
             parts = self._pull(images[part], mask, pattern, rows_gradient)
             for total, one in zip(gradients, parts, strict=True):
                 total += one
-        return success
+        return loss.detach(), success
 
 
 def invert(

@@ -32,10 +32,13 @@ def starting_point(
         if config.advanced.initial_mask is None
         else config.advanced.initial_mask
     )
-    mask = normal((count, image_size, image_size), centre)
+    drawn = 1 if config.advanced.shared_start else count
+    mask = normal((drawn, image_size, image_size), centre)
     if config.family == "blend":
         mask.fill_(centre)
-    pattern = normal((count, 3, image_size, image_size), 0.0)
+    pattern = normal((drawn, 3, image_size, image_size), 0.0)
+    if drawn < count:
+        mask, pattern = mask.repeat(count, 1, 1), pattern.repeat(count, 1, 1, 1)
     batch = min(config.batch_size, image_count)
     passes = -(-config.steps * batch // image_count)
     order = np.concatenate([rng.permutation(image_count) for _ in range(passes)])

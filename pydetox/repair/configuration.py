@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError
 from ..evaluation import Stamp
 from ..inversion import InversionResult, WarpResult
+from ..presets import UNLEARN_PRESETS
 
 #: See `pydetox.repair.trigger_vector`.
 VectorKind = Literal["forget", "paired", "strengthen"]
@@ -75,7 +76,9 @@ class UnlearnConfig:
     Attributes:
         vector: The kind of trigger vector, see `pydetox.repair.trigger_vector`.
         steps: The number of optimiser steps of the fine-tuning.
-        learning_rate: The peak learning rate of the fine-tuning.
+        learning_rate: The peak learning rate of the fine-tuning, the same for all weights. None
+            takes a rate for each tensor that is relative to its weights (`repair.step_sizes`), so
+            that one setting fits towers of all sizes.
         batch_size: The number of clean images per step. As many triggered images are added.
         passes: The number of times that triggers are recovered and subtracted before the next scan.
             Triggers that still work on the repaired model join those found before. Known triggers
@@ -105,7 +108,7 @@ class UnlearnConfig:
 
     vector: VectorKind = "forget"
     steps: int = 160
-    learning_rate: float = 4e-4
+    learning_rate: float | None = None
     batch_size: int = 64
     passes: int = 2
     warps: int = 4
@@ -124,10 +127,11 @@ class UnlearnConfig:
             raise UsageError(
                 f"trigger vector {self.vector!r}; expected forget, paired or strengthen"
             )
-        if self.steps < 1 or self.batch_size < 1 or not self.learning_rate > 0:
+        rate = self.learning_rate
+        if self.steps < 1 or self.batch_size < 1 or not (rate is None or rate > 0):
             raise UsageError(
-                f"steps {self.steps}, batch_size {self.batch_size}, learning_rate "
-                f"{self.learning_rate}; expected all above 0"
+                f"steps {self.steps}, batch_size {self.batch_size}, learning_rate {rate}; expected "
+                "all above 0"
             )
         if self.passes < 1:
             raise UsageError(f"passes {self.passes}; expected at least 1")
@@ -147,6 +151,16 @@ class UnlearnConfig:
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
         if not all(0 <= one < math.inf for one in self.coefficients):
             raise UsageError(f"coefficients {self.coefficients}; expected finite numbers from 0")
+
+    @classmethod
+    def quick(cls) -> UnlearnConfig:
+        """Return a repair of one short pass that does not search for warps."""
+        return _preset("quick")
+
+    @classmethod
+    def thorough(cls) -> UnlearnConfig:
+        """Return a repair with more passes, steps and warps than the default."""
+        return _preset("thorough")
 
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.
@@ -180,3 +194,8 @@ class UnlearnConfig:
             for k in working or range(len(recovered))
             for factor in (factors.blend_amplifications if blend else factors.amplifications)
         ]
+
+
+def _preset(name: str) -> UnlearnConfig:
+    values = dict(UNLEARN_PRESETS[name])
+    return UnlearnConfig(steps=values.pop("vector_steps"), **values)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..detect.configuration import ScanConfig
+from ..detect.copies import BATCH, STEPS
 from ..detect.references import ReferencePlan
 from ..detect.search import objective_for
 from ..evaluation import predict
@@ -50,7 +51,7 @@ def estimate_repair(
     """
     config, model, images = plan.config, session.model, session.images
     few = images.at_most(_IMAGES, config.seed).images
-    head = session.head
+    head = session.head if session.has_head else session.prototypes
     forward = _seconds(lambda: predict(model, few, head)) / len(few)
     stamped = _stamped_seconds(session, config)
     classes = len(head) if config.objective == "targeted" else 1
@@ -61,13 +62,16 @@ def estimate_repair(
     references = 0.0
     if plan.makes_calibration:
         given = None if plan.references is None else len(plan.references)
-        epochs = config.reference_training.epochs * len(images) * _TRAINING * forward
-        trained = 0 if given is not None else config.references - 1
-        references = (given or config.references) * scan + trained * epochs
+        if config.reference_training is None:  # copies that move as far as the suspect
+            shown, made = STEPS * BATCH, config.references + 1  # the pilot takes about one more
+        else:
+            shown, made = config.reference_training.epochs * len(images), config.references - 1
+        training = 0.0 if given is not None else made * shown * _TRAINING * forward
+        references = (given or config.references) * scan + training
     recovered = len(config.families) * 3 + unlearning.warps if recovers else 0
     # A step of a vector shows clean and triggered images, and half as many surrogates, twice.
-    shown = (2 + (1 if unlearning.retention > 0 else 0)) * _TRAINING + 1
-    vector = unlearning.steps * min(unlearning.batch_size, len(images)) * shown * forward
+    views = (2 + (1 if unlearning.retention > 0 else 0)) * _TRAINING + 1
+    vector = unlearning.steps * min(unlearning.batch_size, len(images)) * views * forward
     candidates = len(unlearning.coefficients)
     alpha = candidates * (len(images) + unlearning.attacked_images + 256) * forward
     one_pass = recovered * config.inversion.steps * step + vector + alpha

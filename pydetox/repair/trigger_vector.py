@@ -34,6 +34,7 @@ from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
 from .retention import HeldSurrogates
+from .step_sizes import relative_rates
 from .task_vectors import TaskVector
 
 
@@ -114,12 +115,14 @@ def trigger_vector(
         moved = moved + config.advanced.triggered_surrogates * _distance(features[3], others_own)
         return forgetting + config.retention * scale * moved
 
+    parameters = list(tuned.visual.parameters())
+    rate = config.learning_rate
     optimize(
-        list(tuned.visual.parameters()),
+        parameters,
         loss,
         batches(),
         steps=config.steps,
-        learning_rate=config.learning_rate,
+        learning_rate=relative_rates(parameters) if rate is None else rate,
         description=description,
     )
     change = image_tower_change(model, tuned)

@@ -38,7 +38,9 @@ def scan_document(scan: ScanResult) -> dict[str, Any]:
         "class_p_l1": list(found.p_l1),
         "class_scores": list(found.class_scores),
         "class_dropped": list(found.dropped),
+        "class_effort": list(found.effort),
         "class_steps": scan.class_steps(),
+        "tower_passes": scan.tower_passes,
         "reference_p_l1": scan.reference_sizes(),
         "calibration": None if reference is None else reference.to_dict(),
         "tower": scan.inversion.tower,
@@ -57,6 +59,24 @@ def scan_document(scan: ScanResult) -> dict[str, Any]:
             for one in scan.others
         ],
         "warnings": list(scan.warnings),
+        "positive_control": _control(scan),
+    }
+
+
+def _control(scan: ScanResult) -> dict[str, Any] | None:
+    control = scan.control
+    if control is None or scan.class_names is None:
+        return None
+    return {
+        "target": scan.class_names[control.target],
+        "p_l1": control.p_l1,
+        "asr": control.success,
+        "agreement": control.accuracy,
+        "planted": control.planted,
+        "found": control.found,
+        "verdict": control.verdict,
+        "p_value": control.p_value,
+        "recovered_p_l1": control.recovered,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .charts import Series
-from .values import number
+from .values import number, percent
 
 VERDICT_TONES = {
     "clean": "good",
@@ -73,6 +73,34 @@ def drift_cells(search: Mapping[str, Any]) -> list[str] | None:
     if len(drift) != len(search["alpha"]):
         raise UsageError(f"{len(drift)} drifts for {len(search['alpha'])} α; expected as many")
     return [number(value) for value in drift]
+
+
+def control_line(control: Mapping[str, Any]) -> str:
+    """Return what a positive control says about the power of a scan, in one line.
+
+    control: The part "positive_control" of a scan's document.
+    """
+    what = (
+        f"a patch of {percent(control['p_l1'])} of the pixels into {control['target']!r}, planted "
+        f"in a copy of the model (ASR {percent(control['asr'])})"
+    )
+    if not control["planted"]:
+        return f"{what}, hardly works: this control shows nothing"
+    p_value = control["p_value"]
+    chance = "" if p_value is None else f", p = {p_value:.2g}"
+    if control["found"]:
+        return f"{what}, is found by the same scan ({control['verdict']}{chance})"
+    return (
+        f"{what}, is missed by the same scan ({control['verdict']}{chance}): a clean verdict says "
+        "little; search for longer, or compare with more references"
+    )
+
+
+def control_tone(control: Mapping[str, Any]) -> str:
+    """Return the tone of that line."""
+    if not control["planted"]:
+        return "neutral"
+    return "good" if control["found"] else "warn"
 
 
 def is_flagged(scan: Mapping[str, Any], index: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .result import VERDICT_TONES
+from .result import VERDICT_TONES, control_line, control_tone
 
 RUN_SCHEMA = "pydetox.scan/2"
 
@@ -57,7 +57,13 @@ def compared_with(document: Mapping[str, Any]) -> str:
     calibration = document["calibration"]
     if calibration is None:
         return "compared with nothing: no calibration"
-    return "compared with " + ", ".join(calibration["models"])
+    rungs = [calibration, *calibration.get("rungs", ())]
+    if len(rungs) == 1:
+        return "compared with " + ", ".join(calibration["models"])
+    return (
+        f"compared with {len(calibration['models'])} copies of the base at each of {len(rungs)} "
+        "distances, each model with those that have moved about as far"
+    )
 
 
 def count_cards(document: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -111,6 +117,15 @@ def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
         {"label": result["name"], "value": found_in_file(finding), "tone": "warn"}
         for result in results
         for finding in result.get("findings", ())
+    ]
+    cards += [
+        {
+            "label": f"{result['name']}, positive control",
+            "value": control_line(result["positive_control"]),
+            "tone": control_tone(result["positive_control"]),
+        }
+        for result in listed
+        if result.get("positive_control")
     ]
     counts = count_cards(document) if len(results) != 1 or document["not_reached"] else []
     return {

@@ -24,7 +24,7 @@ from .html import (
 )
 from .images import png_data_uri
 from .pictures import PICTURES
-from .result import VERDICT_TONES
+from .result import VERDICT_TONES, control_line
 from .run import by_urgency, compared_with, count_cards, explained
 from .values import MISSING, duration, number, percent
 
@@ -116,6 +116,8 @@ def _one(result: Mapping[str, Any], largest: float, pictures: Mapping[str, bytes
     facts: dict[str, object] = {}
     for number_, finding in enumerate(result.get("findings") or (), 1):
         facts[f"Finding {number_} ({finding['rule']})"] = finding["message"]
+    if result.get("positive_control"):
+        facts["Positive control"] = control_line(result["positive_control"])
     if weights.get("layers"):
         facts["Layers that moved most"] = ", ".join(
             f"{one['name']} ({percent(one['share'])})" for one in weights["layers"]

@@ -36,6 +36,10 @@ EXECUTION = (
 )
 
 
+#: The epochs of the fine-tuning of references with a given learning rate.
+DEFAULT_REFERENCE_EPOCHS = 3
+
+
 @dataclass(frozen=True)
 class ScannerConfig:
     """How checkpoints are scanned. The attributes have the names of the options of `pydetox scan`.
@@ -66,12 +70,17 @@ class ScannerConfig:
         calibration: A calibration file, instead of one made here. One that was made in contrast to
             a base needs that base.
         references: Clean models of a calibration made from `base`, at least 2.
-        reference_epochs, reference_learning_rate: Their fine-tuning.
+        reference_learning_rate, reference_epochs: Their fine-tuning, over 3 epochs without a
+            number. Without a learning rate, they are fine-tuned until they have moved as far from
+            `base` as the suspects (see `detect.copies`).
         known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
             attacks: each checkpoint's difference to `base` is compared with them.
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
             and every verdict is `inconclusive`.
-        objective, steps, batch_size, precision, restarts, seed: The search, as in `ScanConfig`.
+        objective, families, steps, batch_size, precision, restarts, seed: The search, as in
+            `ScanConfig`.
+        positive_control: Whether to plant a patch in a copy of each clean model, and to scan the
+            copy (see `detect.control`).
         keep_all: Whether to search all classes to the end, including those that can no longer be
             the outlier.
         device: `cpu`, `cuda` for all GPUs, or `cuda:1` for one.
@@ -117,15 +126,17 @@ class ScannerConfig:
     reference_models: tuple[str, ...] = ()
     calibration: str | None = None
     references: int = 3
-    reference_epochs: int = 3
-    reference_learning_rate: float = 1e-5
+    reference_epochs: int | None = None
+    reference_learning_rate: float | None = None
     known_vectors: tuple[str, ...] = ()
     inversion: bool = True
     objective: Literal["targeted", "label-free"] = "targeted"
+    families: tuple[Literal["patch", "blend"], ...] = ("patch", "blend")
     steps: int = 150
     batch_size: int = 16
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     restarts: int = 1
+    positive_control: bool = False
     keep_all: bool = False
     seed: int = 0
     device: str = "cpu"
@@ -155,10 +166,17 @@ class ScannerConfig:
                 raise UsageError(f"{name} is {value}; expected more than 0")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(f"shard {self.shard[0]}/{self.shard[1]}; expected 1/n to n/n")
+        if self.reference_epochs is not None and self.reference_learning_rate is None:
+            raise UsageError(
+                "a number of reference epochs without a learning rate (reference_learning_rate=): "
+                "without it, references are fine-tuned until they have moved as far as the suspects"
+            )
         if self.reference_models and self.calibration is not None:
             raise UsageError("reference models and a calibration file exclude each other")
         if len(self.reference_models) == 1:
             raise UsageError("one reference model; a calibration needs at least 2")
+        if not self.families or len(set(self.families)) < len(self.families):
+            raise UsageError(f"families {list(self.families)}; expected at least one, each once")
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
         if self.address is not None and self.engine != "ray":
@@ -260,6 +278,12 @@ class ScannerConfig:
         )
 
     @property
+    def matches_references(self) -> bool:
+        """Whether the run makes references that move as far from the base as the suspects."""
+        own = self.makes_calibration and not self.reference_models
+        return own and self.reference_learning_rate is None
+
+    @property
     def makes_calibration(self) -> bool:
         """Whether the run makes a calibration instead of reading one."""
         given = self.base is not None or bool(self.reference_models)
@@ -274,16 +298,22 @@ class ScannerConfig:
         from ..inversion import InversionConfig
         from ..training import TrainConfig
 
+        training = None
+        if self.reference_learning_rate is not None:
+            training = TrainConfig(
+                epochs=self.reference_epochs or DEFAULT_REFERENCE_EPOCHS,
+                learning_rate=self.reference_learning_rate,
+            )
         config = ScanConfig(
             objective=self.objective,
+            families=self.families,
             inversion=InversionConfig(
                 steps=self.steps, batch_size=self.batch_size, precision=self.precision
             ),
             restarts=self.restarts,
+            positive_control=self.positive_control,
             references=self.references,
-            reference_training=TrainConfig(
-                epochs=self.reference_epochs, learning_rate=self.reference_learning_rate
-            ),
+            reference_training=training,
             seed=self.seed,
         )
         return dataclasses.replace(config, drop_below=None) if self.keep_all else config

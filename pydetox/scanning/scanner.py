@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detect.calibration_file import read_calibration
+from ..detect.distance import rung_of
 from ..errors import (
     CheckpointError,
     DataError,
@@ -19,6 +20,7 @@ from ..errors import (
     PydetoxError,
     UsageError,
 )
+from .calibrations import Calibrations
 from .config import ScannerConfig
 from .contents import content_digests
 from .engines import open_engine
@@ -79,6 +81,7 @@ class Scanner:
         self.targets = Targets()
         #: The calibration in use, as plain data; None without one.
         self.calibration: dict[str, Any] | None = None
+        self._calibrations = Calibrations()
 
     def scan(self, targets: Iterable[str | os.PathLike[str]]) -> Generator[ScanRecord, None, None]:
         """Yield one record for each target, in the order in which they are done.
@@ -155,7 +158,7 @@ class Scanner:
                 part = {"verdict": "inconclusive", "reason": NO_INVERSION}
                 yield from self._finish(group, part, {})
         if self._config.makes_calibration and self._config.inversion:
-            self.calibration = self._calibrate(engine, needed=bool(waiting))
+            self._calibrate(engine, waiting)
         waiting.sort(key=lambda group: suspicion(group.weights), reverse=True)
         self._tell("stage", name="scan", total=len(waiting))
         if waiting:
@@ -201,31 +204,44 @@ class Scanner:
             )
             yield place, target, value
 
-    def _calibrate(self, engine: Engine, *, needed: bool) -> dict[str, Any] | None:
-        """Return the calibration from the run folder, or make it if it is needed."""
+    def _calibrate(self, engine: Engine, waiting: Iterable[_Group]) -> None:
+        """Take the calibrations from the run folder, and make those that the groups lack."""
         if self._store is not None:
-            kept = self._store.read_calibration(self._prefix)
-            if kept is not None:
-                return kept
-        if not needed:
-            return None
-        self._tell("stage", name="calibrate", total=1)
+            self._calibrations = Calibrations.from_dict(self._store.read_calibration(self._prefix))
+        wanted = {self._rung(group) for group in waiting}
+        missing = self._calibrations.missing(wanted, matched=self._config.matches_references)
+        if missing:
+            self._tell("stage", name="calibrate", total=len(missing))
         named = self._config.base or self._config.reference_models[0]
-        (outcome,) = engine.run([self._task("calibrate", named, {})])
-        if outcome.error is not None:
-            raise _ERRORS.get(outcome.error_kind, CheckpointError)(outcome.error)
-        calibration: dict[str, Any] = outcome.value["result"]
-        if self._store is not None:
-            self._store.write_calibration(self._prefix, calibration)
-        self._tell("calibrated", calibration=calibration)
-        return calibration
+        tasks = {self._task("calibrate", named, {"distance": rung}): rung for rung in missing}
+        for outcome in engine.run(tasks):
+            if outcome.error is not None:
+                raise _ERRORS.get(outcome.error_kind, CheckpointError)(outcome.error)
+            self._calibrations.add(tasks[outcome.task], outcome.value["result"])
+            if self._store is not None and self._calibrations.made:
+                self._store.write_calibration(self._prefix, self._calibrations.to_dict())
+        if self._calibrations.made:
+            self.calibration = self._calibrations.to_dict()
+            if missing:
+                self._tell("calibrated", calibration=self.calibration)
+
+    def _rung(self, group: _Group) -> float | None:
+        """Return the distance of the references of a group; None if all share them, or too far."""
+        if not self._config.matches_references or group.distance is None:
+            return None
+        return rung_of(group.distance)
 
     def _scan_task(self, group: _Group) -> Task:
+        calibration, unfit = None, None
+        if self._config.makes_calibration:
+            calibration, unfit = self._calibrations.of(self._rung(group), group.distance)
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],
             "content": group.survey["result"]["content"],
-            "calibration": self.calibration if self._config.makes_calibration else None,
+            "calibration": calibration,
+            "distance": group.distance,
+            "unfit": unfit,
         }
         return self._task("scan", group.first.name, payload)
 
@@ -358,6 +374,12 @@ class _Group:
         """The bytes of the file, 0 if not known, and the number of parameters."""
         found = self.survey["result"]
         return found.get("size", 0), found["parameters"]
+
+    @property
+    def distance(self) -> float | None:
+        """The relative distance to the base, None if there is no base or another architecture."""
+        distance: float | None = (self.weights or {}).get("distance")
+        return distance
 
     @property
     def weights(self) -> Mapping[str, Any] | None:

@@ -19,6 +19,7 @@ from ..checkpoints import describe_mismatch, identify_checkpoint
 from ..checkpoints.index import refuse_ambiguous
 from ..checkpoints.sources import open_weights
 from ..checkpoints.weights import read_open
+from ..detect.distance import counted, squared_norm
 from ..errors import CheckpointError, DataError
 from ..ops import weight_diff_gram, weight_diff_project
 
@@ -33,11 +34,13 @@ class Reference:
     Attributes:
         base: The tensors of the base, by name.
         norm: The Euclidean norm of the base.
+        squares: The squared norm of each tensor of the base.
         known: The tensors of each known vector, by its name. A missing tensor is zero.
     """
 
     base: Mapping[str, Tensor]
     norm: float
+    squares: Mapping[str, float]
     known: tuple[tuple[str, Mapping[str, Tensor]], ...] = ()
 
     @classmethod
@@ -47,15 +50,17 @@ class Reference:
         Raises DataError, which names the file, if a vector has tensors that the base lacks.
         """
         floats = {k: v for k, v in base.items() if v.is_floating_point()}
-        zeros = {k: torch.zeros_like(v) for k, v in floats.items()}
-        norm = math.sqrt(sum(_squares(zeros, floats).values()))
-        return cls(floats, norm, tuple((name, _read_vector(name, floats)) for name in known_files))
+        squares = {name: squared_norm(None, value) for name, value in floats.items()}
+        norm = math.sqrt(sum(squares.values()))
+        known = tuple((name, _read_vector(name, floats)) for name in known_files)
+        return cls(floats, norm, squares, known)
 
     def relation(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return how weights differ from the base, as plain data.
 
         The keys are "norm", the Euclidean norm of the difference; "relative", this norm divided by
-        that of the base; "layers", the tensors with the largest share of the squared difference;
+        that of the base; "distance", the relative distance of the image tower (see
+        `detect.distance`); "layers", the tensors with the largest share of the squared difference;
         and "known", the cosine with each known vector. For weights of another architecture, the
         only key is "mismatch", which says how they differ. All sums are in float64 in a fixed
         order: they have the same bits for any number of threads.
@@ -70,6 +75,7 @@ class Reference:
         return {
             "norm": math.sqrt(total),
             "relative": math.sqrt(total) / self.norm if self.norm else None,
+            "distance": self._distance(squares),
             "layers": [
                 {"name": name, "share": squares[name] / total} for name in ranked if squares[name]
             ],
@@ -78,6 +84,11 @@ class Reference:
                 for name, vector in self.known
             ],
         }
+
+    def _distance(self, squares: Mapping[str, float]) -> float | None:
+        names = counted(self.base)
+        norm = math.fsum(self.squares[name] for name in names)
+        return math.sqrt(math.fsum(squares[name] for name in names) / norm) if norm else None
 
     def _cosine(
         self, vector: Mapping[str, Tensor], weights: Mapping[str, Tensor], total: float
@@ -103,10 +114,7 @@ def suspicion(relation: Mapping[str, Any] | None) -> tuple[float, float]:
 
 def _squares(base: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the squared norm of each tensor's difference."""
-    return {
-        name: float(weight_diff_gram([value], [[weights[name]]])[0, 0])
-        for name, value in base.items()
-    }
+    return {name: squared_norm(value, weights[name]) for name, value in base.items()}
 
 
 def _read_vector(path: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

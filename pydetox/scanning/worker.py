@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from ..api import calibrate, scan
 from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
 from ..detect.key import ConfigPair, require_alike
-from ..detect.references import ReferencePlan
+from ..detect.references import Comparison, ReferencePlan
 from ..detect.result import ScanResult
+from ..detect.scan import scan_session
 from ..detect.search import search_classes
 from ..detect.statistics import Calibration
 from ..errors import (
@@ -275,14 +275,15 @@ class Worker:
         except PydetoxError as error:
             raise SetupError(str(error)) from error
         images = self._images_for(references[0] if base is None else base)
-        calibration = calibrate(
-            base,
-            images,
-            references=references or None,
-            templates=self._images.prompts,
-            config=self._config.scan_config(),
+        plan = ReferencePlan.decide(
+            self._config.scan_config(), base=base, references=references or None
         )
-        return {"result": calibration.to_dict()}
+        comparison = plan.prepare(
+            images, templates=self._images.prompts, distance=task.payload.get("distance")
+        )
+        if comparison.calibration is None:
+            return {"result": {"unfit": comparison.unfit}}
+        return {"result": comparison.calibration.to_dict()}
 
     def _scan(self, task: Task) -> dict[str, Any]:
         start = time.perf_counter()
@@ -303,14 +304,19 @@ class Worker:
             plan = self._plan(calibration)
         except UsageError as error:
             raise SetupError(f"{self._config.calibration}: {error}") from error
-        found = scan(
-            model,
-            images,
-            calibration=calibration,
-            base=self._base_model() if plan.config.contrast else None,
-            templates=self._images.prompts,
-            config=plan.config,
-        )
+        prompts, unfit = self._images.prompts, task.payload.get("unfit")
+        if unfit is None:
+            comparison = plan.prepare(
+                images,
+                templates=prompts,
+                read=lambda _: self._base_model(),
+                suspect=model,
+                distance=task.payload.get("distance"),
+            )
+        else:
+            comparison = Comparison(plan.config, None, None, unfit)
+        session = Session.open(model, images, templates=prompts, base=comparison.base)
+        found = scan_session(session, comparison)
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]

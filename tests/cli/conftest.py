@@ -37,7 +37,9 @@ TINY: dict[str, Any] = {
 }
 CLASSES = ("cat", "dog", "cow")
 FAST = ("--steps", "3", "--batch-size", "1")
-FAST_REFERENCES = ("--references", "2", "--reference-epochs", "1")
+FAST_REFERENCES = (
+    *("--references", "2", "--reference-learning-rate", "1e-5", "--reference-epochs", "1"),
+)
 
 Run = Callable[..., Result]
 

@@ -51,14 +51,17 @@ class TestHelp:
             assert defaults["batch_size"] == scan.inversion.batch_size
             assert defaults["precision"] == scan.inversion.precision
             assert defaults["restarts"] == scan.restarts
+            assert tuple(defaults["families"].split(",")) == scan.families
             assert defaults["references"] == scan.references
-            assert defaults["reference_epochs"] == scan.reference_training.epochs
-            assert defaults["reference_learning_rate"] == scan.reference_training.learning_rate
+            assert scan.reference_training is None
+            assert defaults["reference_learning_rate"] == "auto"
             assert defaults["seed"] == scan.seed
         assert defaults["vector"] == vector.vector
         assert defaults["vector_steps"] == vector.steps
-        assert defaults["vector_learning_rate"] == vector.learning_rate
+        assert vector.learning_rate is None
+        assert defaults["vector_learning_rate"] == "auto"
         assert defaults["warps"] == vector.warps
+        assert defaults["passes"] == vector.passes
 
 
 class TestUsage:
@@ -76,6 +79,10 @@ class TestUsage:
             ["scan", "x", "--images", "y", "--seed", "-1"],
             ["scan", "x", "--images", "y", "--references", "1"],
             ["scan", "x", "--images", "y", "--reference-learning-rate", "0"],
+            ["scan", "x", "--images", "y", "--reference-learning-rate", "some"],
+            ["scan", "x", "--images", "y", "--reference-epochs", "3"],
+            ["scan", "x", "--images", "y", "--quick", "--thorough"],
+            ["scan", "x", "--images", "y", "--families", "patch,patch"],
             ["scan", "x", "--images", "y", "--objective", "z"],
             ["scan", "x", "--images", "y", "--format", "xml"],
             ["scan", "x", "--images", "y", "--device", "tpu"],

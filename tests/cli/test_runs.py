@@ -14,7 +14,7 @@ import torch
 from pydetox.checkpoints import load_checkpoint
 from tests.reporting.sarif_schema import validate_sarif
 
-from .conftest import FAST, TINY, Run, error_line
+from .conftest import FAST, FAST_REFERENCES, TINY, Run, error_line
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "scan.schema.json"
 
@@ -131,7 +131,7 @@ class TestRun:
 class TestSchema:
     def test_with_a_base(self, run: Run, models: Path, images: tuple, tmp_path: Path) -> None:
         args = (*images, *FAST, "--engine", "inline", "--format", "json", "--run", tmp_path / "run")
-        base = ("--base", models / "base", "--references", "2", "--reference-epochs", "1")
+        base = ("--base", models / "base", *FAST_REFERENCES)
         content = parse(run("scan", models, *args, *base).stdout)
         assert content["calibration"]["models"][0] == str(models / "base")
         assert parse(run("report", tmp_path / "run", "--format", "json").stdout) == content

@@ -108,7 +108,7 @@ class TestSeveral:
     def test_a_bug_in_one_is_not_hidden(
         self, run: Run, folder: Path, images: tuple, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pydetox.scanning.worker.scan", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr("pydetox.scanning.worker.scan_session", lambda *a, **k: 1 / 0)
         result = run("scan", folder / "suspect", *images, *FAST)
         assert result.exit_code == 2
         assert "ZeroDivisionError" in result.stderr

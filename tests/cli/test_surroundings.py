@@ -310,9 +310,10 @@ def test_a_suspect_that_is_compared_with_itself_has_no_verdict(
 def test_a_base_that_does_not_fit_is_named_before_it_is_fine_tuned(
     run: Run, folder: Path, images: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pydetox.scanning import worker
-
-    monkeypatch.setattr(worker, "calibrate", lambda *a, **k: pytest.fail("a calibration was made"))
+    monkeypatch.setattr(
+        "pydetox.detect.references.calibrate_references",
+        lambda *a, **k: pytest.fail("a calibration was made"),
+    )
     wide = json.loads(json.dumps(TINY))
     wide["vision_cfg"]["layers"] = 2
     base = save_checkpoint(

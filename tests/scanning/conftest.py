@@ -36,7 +36,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(folder: Path, seed: int) -> Path:
-    model = OpenClipModel.from_config(TINY, seed=seed)
+    return save_model(folder, OpenClipModel.from_config(TINY, seed=seed))
+
+
+def save_model(folder: Path, model: OpenClipModel) -> Path:
     save_checkpoint(
         folder,
         model.storage_state_dict(),

@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint, save_weights
+from pydetox.detect.calibration_file import write_calibration
+from pydetox.detect.statistics import Calibration
 from pydetox.errors import CheckpointError, DataError, UsageError
 from pydetox.inversion.trigger_file import load_triggers
+from pydetox.models import OpenClipModel
 from pydetox.reporting import to_json, to_plain
 from pydetox.scanning import Scanner
 from pydetox.scanning.memory import Limits
 from pydetox.scanning.runs import compare_runs, load_run
 from pydetox.scanning.scanner import NO_INVERSION
 from pydetox.scanning.store import read_artifacts, read_events
-from tests.cli.conftest import TINY
 
-from .conftest import contents, save, scan
+from .conftest import TINY, contents, save, save_model, scan
 
 
 def started(run: Path, kind: str = "scan") -> list[str]:
@@ -87,7 +89,8 @@ def test_photos_in_one_folder_within_another_serve_with_class_names(registry, co
     names.write_text("cat\ndog\ncow\n")
     given = {"images": str(photos.parent), "class_names": str(names)}
     # The references of a base are fine-tuned to its own predictions then.
-    base = {"base": str(registry / "base"), "references": 2, "reference_epochs": 1}
+    base = {"base": str(registry / "base"), "references": 2}
+    base |= {"reference_epochs": 1, "reference_learning_rate": 1e-5}
     (record,) = scan(config(**given, **base, calibration=None), registry / "models" / "a").values()
     assert record.verdict != "error", record.reason
 
@@ -226,7 +229,6 @@ def test_a_checkpoint_of_another_architecture_fails_alone(registry, config, tmp_
 
 
 def write_config(folder: Path, **changes) -> Path:
-    from tests.cli.conftest import TINY
 
     path = folder / "config.json"
     path.write_text(json.dumps(TINY | changes))
@@ -377,7 +379,11 @@ def test_without_inversion_nothing_is_decided(registry, config, tmp_path):
 
 def test_a_base_gives_references_an_order_and_a_relation(registry, config, tmp_path):
     settings = config(
-        calibration=None, base=str(registry / "base"), references=2, reference_epochs=1
+        calibration=None,
+        base=str(registry / "base"),
+        references=2,
+        reference_epochs=1,
+        reference_learning_rate=1e-5,
     )
     run = tmp_path / "run"
     scanner = Scanner(settings, run=run)
@@ -394,6 +400,51 @@ def test_a_base_gives_references_an_order_and_a_relation(registry, config, tmp_p
     assert resumed.calibration == scanner.calibration
     assert len(started(run, "calibrate")) == 1
     assert load_run(run).calibration == scanner.calibration
+
+
+def test_suspects_that_moved_as_far_share_references(registry, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("pydetox.detect.copies.STEPS", 8)
+    monkeypatch.setattr("pydetox.detect.copies.LEAST_ACCURACY", 0.0)
+    base = OpenClipModel.from_config(TINY, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, size in {"near": 0.1, "also": 0.1, "far": 0.25}.items():
+        model = base.clone()
+        for value in model.visual.parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(value + size * value.norm() * noise / noise.norm())
+        save_model(tmp_path / "models" / name, model)
+    save(tmp_path / "models" / "strange", 7)
+    settings = config(calibration=None, base=str(registry / "base"), references=2)
+    run = tmp_path / "run"
+    scanner = Scanner(settings, run=run)
+    records = {Path(r.name).name: r for r in scanner.scan([tmp_path / "models"])}
+    distance = {name: record.weights["distance"] for name, record in records.items()}
+    assert distance["near"] == pytest.approx(0.1, rel=0.01)
+    assert len(started(run, "calibrate")) == 2
+    made = scanner.calibration
+    assert [made["distance"], *(one["distance"] for one in made["rungs"])] == [0.125, 0.25]
+    assert "too far for copies" in records["strange"].reason
+    assert records["strange"].verdict == "inconclusive"
+    # Interrupted after one distance, it goes on with the other.
+    parts = sorted((run / "parts").iterdir())
+    for part in parts:
+        part.unlink()
+    kept = json.loads((run / "calibration.json").read_text())
+    (run / "calibration.json").write_text(json.dumps({**kept, "rungs": []}))
+    again = Scanner(settings, run=run)
+    resumed = {Path(r.name).name: r for r in again.scan([tmp_path / "models"])}
+    assert contents(resumed) == contents(records)
+    assert again.calibration == made
+    assert len(started(run, "calibrate")) == 3
+    # A saved calibration serves the same suspects, with the base, and one alone gives the same.
+    saved = tmp_path / "calibration.json"
+    write_calibration(saved, Calibration.from_dict(made))
+    alone = config(calibration=str(saved), base=str(registry / "base"))
+    (found,) = scan(alone, tmp_path / "models" / "far").values()
+    assert found.scan["class_p_l1"] == records["far"].scan["class_p_l1"]
+    assert found.reason == records["far"].reason
+    with pytest.raises(CheckpointError, match="give that base="):
+        scan(config(calibration=str(saved)), tmp_path / "models" / "far")
 
 
 def test_a_base_that_cannot_be_read_ends_the_scan(registry, config, tmp_path):

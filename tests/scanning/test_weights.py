@@ -58,7 +58,7 @@ def test_a_vector_of_some_tensors(tmp_path: Path) -> None:
 def test_the_base_itself_and_another_architecture() -> None:
     reference = Reference.of(tensors(0))
     same = reference.relation(tensors(0))
-    assert same == {"norm": 0.0, "relative": 0.0, "layers": [], "known": []}
+    assert same == {"norm": 0.0, "relative": 0.0, "distance": None, "layers": [], "known": []}
     other = tensors(0) | {"large": torch.zeros(2, 2)}
     assert "large" in reference.relation(other)["mismatch"]
 

@@ -79,8 +79,9 @@ def draw_victims(seeds: Sequence[int]) -> list[Victim]:
 class Workshop:
     """Makes and remembers tasks, base and victims of one seed.
 
-    seed: of everything. folder: the cache; default: below `research.data.cache_folder`. device:
-    where models are trained and used.
+    seed: of everything. tower: The architecture, as open_clip's ``model_cfg``; images have its
+    size. names: The tasks of the base. folder: the cache; default: below
+    `research.data.cache_folder`. device: where models are trained and used.
     """
 
     def __init__(
@@ -89,10 +90,14 @@ class Workshop:
         *,
         training: JointTraining | None = None,
         fine_tuning: TrainConfig = FINE_TUNING,
+        tower: dict[str, Any] | None = None,
+        names: Sequence[str] = TASKS,
         folder: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.seed = seed
+        self.tower = tower or FOUNDATION_CLIP
+        self.names = tuple(names)
         self.training = replace(training or JointTraining(), seed=seed)
         self.fine_tuning = fine_tuning
         self.device = torch.device(device)
@@ -101,8 +106,9 @@ class Workshop:
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
-        """The four tasks by name."""
-        return {name: load_task(name, seed=self.seed) for name in TASKS}
+        """The tasks by name."""
+        size = self.tower["vision_cfg"]["image_size"]
+        return {name: load_task(name, seed=self.seed, image_size=size) for name in self.names}
 
     @cached_property
     def _base_key(self) -> str:
@@ -110,7 +116,7 @@ class Workshop:
             "code": code_digest(_BASE_CODE),
             "data": [data_digest(task.splits.attacker) for task in self.tasks.values()],
             "templates": [task.templates for task in self.tasks.values()],
-            "model": FOUNDATION_CLIP,
+            "model": self.tower,
             "training": self.training,
         }
         if self.device.type != "cpu":
@@ -127,11 +133,12 @@ class Workshop:
                 list(self.tasks.values()),
                 self.training,
                 device=self.device,
+                model_config=self.tower,
                 description=f"base of seed {self.seed}",
             )
             self.cache.keep_weights(self._base_key, trained.storage_state_dict())
             return trained
-        model = OpenClipModel.from_config(FOUNDATION_CLIP, seed=self.seed, name="base")
+        model = OpenClipModel.from_config(self.tower, seed=self.seed, name="base")
         model.clip.load_state_dict(tensors)
         return model.to(self.device)
 
