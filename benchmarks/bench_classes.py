@@ -1,6 +1,7 @@
 """Many classes: what screening costs and decides, beside the search of every class.
 
-    python benchmarks/bench_classes.py [--quick] [--seeds 20,21] [--output runs/foundation]
+    python benchmarks/bench_classes.py [--quick] [--seeds 20,21] [--device cuda]
+        [--output runs/foundation]
 
 Prints one line per suspect and the figures, and writes classes.json with everything that was
 measured. The figures are added to summary.json, which `benchmarks/bench_foundation.py` writes, too.
@@ -19,6 +20,7 @@ import click
 
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
+from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.classes import ClassesPlan, quick_classes_plan
 from pydetox.research.foundation.classes_benchmark import run_classes
@@ -27,14 +29,16 @@ from pydetox.research.foundation.classes_benchmark import run_classes
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of under a minute that shows that it works.")
 @click.option("--seeds", help="Other seeds for every number of classes, separated by commas.")
+@click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
-def main(quick: bool, seeds: str | None, output: Path) -> None:
+def main(quick: bool, seeds: str | None, device: str, output: Path) -> None:
     """Run the benchmark."""
-    plan = quick_classes_plan() if quick else ClassesPlan()
+    plan = replace(quick_classes_plan() if quick else ClassesPlan(), device=device)
     if seeds is not None:
         chosen = tuple(int(one) for one in seeds.split(","))
         plan = replace(plan, seeds=(chosen,) * len(plan.classes))
     try:
+        find_device(device)
         document = run_classes(plan, log=lambda text: click.echo(text, err=True))
     except PydetoxError as error:
         click.echo(f"error: {error}", err=True)

@@ -67,7 +67,7 @@ def figures(summary: dict[str, Any]) -> str:
 def main(quick: bool, part: str, seeds: str | None, device: str, output: Path) -> None:
     """Run the benchmark."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
-    verdicts = quick_verdict_plan() if quick else VerdictPlan()
+    verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])

@@ -1,6 +1,6 @@
 """Which learning rate a trigger vector needs in towers of several sizes.
 
-    python benchmarks/vector_steps.py [--sizes 3] [--seeds 0,1]
+    python benchmarks/vector_steps.py [--sizes 3] [--seeds 0,1] [--device cuda]
 
 Trains CLIPs of several sizes on digits, plants a BadNets patch in each by fine-tuning, and
 subtracts the vector of the known trigger, made with one learning rate for all weights, or with
@@ -18,6 +18,7 @@ import click
 from pydetox.data import DIGIT_TEMPLATES, ImageSet
 from pydetox.evaluation import evaluate
 from pydetox.models import OpenClipModel
+from pydetox.models.device import find_device
 from pydetox.repair.alpha import search_coefficient
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.retention import DriftProbe
@@ -80,8 +81,10 @@ def row(
 @click.command()
 @click.option("--sizes", default=len(SIZES), help="As many of the sizes, from the smallest.")
 @click.option("--seeds", default="0", help="Seeds, separated by commas.")
-def main(sizes: int, seeds: str) -> None:
+@click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
+def main(sizes: int, seeds: str, device: str) -> None:
     """Print the table."""
+    place = find_device(device)
     click.echo(
         f"{'rate':>8} {'alpha':>6} {'before':>7} {'ASR':>7} {'CA kept':>8} {'drift':>8} limits"
     )
@@ -91,7 +94,7 @@ def main(sizes: int, seeds: str) -> None:
             # The rate of training falls with the width, as that of hidden weights should.
             rate = 0.1 / width
             base = train_on_prompts(
-                OpenClipModel.from_config(tower(layers, width), seed=seed),
+                OpenClipModel.from_config(tower(layers, width), seed=seed).to(place),
                 splits.attacker,
                 DIGIT_TEMPLATES,
                 TrainConfig(epochs=25, learning_rate=min(3e-3, rate), train_text=True, seed=seed),

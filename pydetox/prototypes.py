@@ -42,8 +42,8 @@ def image_prototypes(model: OpenClipModel, images: Tensor, *, seed: int = 0) -> 
         raise DataError(f"{model.name}: gives all images one embedding, which makes no groups")
     units = normalize(centred, dim=1)
     count = max(2, min(_MOST, len(images) // _LEAST_IMAGES))
-    centres = units[_beginning(units, count, seed)]
-    group = torch.zeros(len(units), dtype=torch.int64)
+    centres = units[torch.tensor(_beginning(units, count, seed), device=units.device)]
+    group = torch.zeros(len(units), dtype=torch.int64, device=units.device)
     for _ in range(_ROUNDS):
         previous, group = group, (units @ centres.T).argmax(dim=1)
         present = torch.unique(group)

@@ -73,13 +73,15 @@ class RecordedStep(TorchDispatchMode):
 
     def _keep(self, tensor: Tensor) -> None:
         if _storage(tensor) not in self._kept:
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            storage = _on_cpu(tensor).untyped_storage()
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             self._kept[_storage(tensor)] = (whole, whole.clone())
 
     def _describe(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return repr(leaf)
         place = self._made.get(_storage(leaf), _storage(leaf))
+        leaf = _on_cpu(leaf)
         return (place, leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), str(leaf.dtype))
 
     def undo(self) -> None:
@@ -90,7 +92,8 @@ class RecordedStep(TorchDispatchMode):
 
     def replay(self) -> None:
         """Make all calls again, on the memory of the recording."""
-        with torch.no_grad():
+        # What was recorded is below the level at which a pretended GPU sees devices.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
             for call in self.calls:
                 args, kwargs = tree_unflatten(call.arguments, call.structure)
                 found = call.operator(*args, **kwargs)
@@ -120,5 +123,11 @@ class OperatorRecorder:
         return step
 
 
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return the tensor that holds the values; of a pretended GPU, the one within."""
+    inner = getattr(tensor, "inner", None)
+    return inner if isinstance(inner, Tensor) else tensor
+
+
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return _on_cpu(tensor).untyped_storage()._cdata

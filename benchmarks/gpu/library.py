@@ -15,13 +15,12 @@ from torch.nn.functional import normalize
 
 import pydetox
 from benchmarks.demo_models import splits, suspects
-from pydetox import evaluation, training
+from pydetox import evaluation, prototypes, training
 from pydetox.data import DIGIT_TEMPLATES
 from pydetox.inversion import CollapseObjective, InversionSearch, TargetObjective
 from pydetox.inversion.configuration import AdvancedInversionConfig
 from pydetox.models import attention as kernels
 from pydetox.models.frozen import FrozenVisionTransformer, freeze
-from pydetox.repair import retention
 from pydetox.research.demo import MINI_CLIP, demo_scan_config
 
 __all__ = ["DIGIT_TEMPLATES", "MINI_CLIP", "demo_scan_config", "freeze", "splits", "suspects"]
@@ -121,7 +120,7 @@ def few_at_once(images: int) -> Iterator[None]:
 @contextmanager
 def without_tf32(wanted: bool) -> Iterator[None]:
     """Let prediction and training compute in float32 proper, if it is wanted."""
-    users = (evaluation, training, retention)
+    users = (evaluation, training, prototypes)
     before = evaluation.tf32_products
     if wanted:
         for module in users:

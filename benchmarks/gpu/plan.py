@@ -43,8 +43,8 @@ STAGES = (
     Stage("attention", "the attention kernels that torch can choose from", 20, 60),
     Stage("profile", "where the time of a step goes", 15, 60),
     Stage("steps_l14", "a step of the search on ViT-L-14", 30, 90),
-    Stage("compiled", "torch.compile of the plain code, beside the operators", 60, 150),
     Stage("scan_l14", "a scan of ten classes, two families, 150 steps on ViT-L-14", 110, 220),
+    Stage("compiled", "torch.compile of the plain code, beside the operators", 60, 150),
     Stage("sharing", "a scan of six ViT-B-32 with one, two and three workers", 70, 180),
 )
 

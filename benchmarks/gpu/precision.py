@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from pydetox import ImageSet
 from pydetox.evaluation import predict
-from pydetox.repair.retention import image_features
+from pydetox.prototypes import image_features
 from pydetox.training import TrainConfig, train_on_prompts
 
 from .library import random_model, without_tf32

@@ -49,8 +49,8 @@ RUN: dict[str, Callable[[Session], None]] = {
     "attention": steps.attention_backends,
     "profile": profiling.measure,
     "steps_l14": steps.vit_l14,
-    "compiled": compiled.measure,
     "scan_l14": scans.vit_l14,
+    "compiled": compiled.measure,
     "sharing": sharing.measure,
 }
 

@@ -171,6 +171,8 @@ class GraphedStep:
         self.description = "steps as CUDA graphs"
 
     def _give_up(self, error: BaseException) -> None:
+        # The end of a capture that failed raises an error of its own, which says less.
+        error = error.__context__ or error
         said = one_line(str(error).partition("\n")[0])
         reason = textwrap.shorten(said, 100, placeholder=" ...") or type(error).__name__
         self.description = f"no CUDA graph: {reason}"

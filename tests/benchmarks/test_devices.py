@@ -24,8 +24,8 @@ from tests.mini import CLASS_NAMES, mini_images, mini_model
 from tests.pretended import OnDevice, PretendedGpu
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-#: Arithmetic of plain numbers, and what reads results: no device computes anything.
-WITHOUT = {"false_alarms.py", "cuda_report.py", "sass.py"}
+#: Arithmetic of plain numbers and of files, and what reads results: no device computes anything.
+WITHOUT = {"false_alarms.py", "compat.py", "cuda_report.py", "sass.py"}
 
 
 def options_of(path: Path) -> set[str]:

@@ -141,6 +141,16 @@ class Wrong(OperatorRecorder):
         return recording
 
 
+class EndsBadly(OperatorRecorder):
+    """The end of a capture complains about what the capture has raised already."""
+
+    def record(self, work):
+        try:
+            raise RuntimeError("a sort needs the host")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+
 class RunsOut(OperatorRecorder):
     def record(self, work):
         super().record(work)
@@ -152,6 +162,7 @@ class RunsOut(OperatorRecorder):
     [
         (Raises, "no CUDA graph: CUDA error: operation not permitted when stream is capturing"),
         (Wrong, "no CUDA graph: its gradients are off by"),
+        (EndsBadly, "no CUDA graph: a sort needs the host"),
         (RunsOut, "no CUDA graph: CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )

@@ -17,15 +17,18 @@ from pydetox.inversion import (
     InversionSearch,
     TargetObjective,
     WarpConfig,
+    graph,
     invert,
     invert_warps,
 )
+from pydetox.inversion.configuration import AdvancedInversionConfig
 from pydetox.models import attention, memory
 from pydetox.models.frozen import freeze, resolve_precision
 from pydetox.models.products import tf32_products
 from pydetox.session import Session
 from tests.mini import CLASS_NAMES, mini_images, mini_model
 from tests.pretended import PretendedGpu
+from tests.recorded import OperatorRecorder
 
 
 @pytest.fixture
@@ -71,6 +74,46 @@ def test_a_step_waits_for_nothing_and_sends_nothing(gpu, kind, precision):
     assert gpu.sent == 0
     search.step()  # it ends with a look, which waits once
     assert gpu.syncs == ["tolist"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_steps_that_are_replayed_wait_for_nothing_and_have_the_same_bits(
+    gpu, monkeypatch, precision
+):
+    recorder = OperatorRecorder()
+    monkeypatch.setattr(graph, "recorder_for", lambda device: recorder)
+    found = []
+    for cuda_graph in (False, True):
+        model = mini_model().to("cuda")
+        config = InversionConfig(
+            steps=12,
+            batch_size=4,
+            precision=precision,
+            max_batch=7,
+            advanced=AdvancedInversionConfig(cuda_graph=cuda_graph),
+        )
+        objective = objective_for(model, "targeted")
+        search = InversionSearch(model, mini_images().images, objective, config)
+        for _ in range(2):  # the second one is recorded, and tried
+            search.step()
+        gpu.syncs.clear()
+        gpu.sent = 0
+        for _ in range(7):
+            search.step()
+        assert (gpu.syncs, gpu.sent) == ([], 0)
+        while not search.done:
+            search.step()
+        found.append(search.result())
+    assert (len(recorder.recordings), search._graph.replayed) == (1, 11)
+    for name in ("mask_logits", "pattern_logits", "p_l1"):
+        assert torch.equal(getattr(found[0], name).cpu(), getattr(found[1], name).cpu())
+
+
+def test_where_nothing_can_be_captured_the_result_says_so(gpu):
+    model = mini_model().to("cuda")
+    config = InversionConfig(steps=2, batch_size=4, precision="float32")
+    found = invert(model, mini_images().images, objective_for(model, "targeted"), config)
+    assert "; no CUDA graph: " in found.tower  # this machine has no GPU
 
 
 def test_the_images_of_a_search_are_sent_once_as_bytes_and_results_are_the_cpus(gpu):

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -353,3 +354,21 @@ def test_a_clone_hashes_its_own_text_tower():
     twin.share_heads(model.heads)
     names = ["cat", "dog"], ["a {c}"]
     assert not torch.equal(model.zero_shot_head(*names), twin.zero_shot_head(*names))
+
+
+def test_images_are_sent_as_bytes():
+    images = mini_images(20).images
+    with PretendedGpu() as gpu:
+        model = mini_model().to("cuda")
+        gpu.sent = 0
+        pixels = model.pixels(images)
+        assert gpu.sent == images.nbytes
+        assert pixels.dtype == torch.float32
+        assert torch.equal(pixels.cpu(), mini_model().pixels(images))
+
+
+def test_nothing_makes_floats_of_images_before_it_sends_them():
+    """`images.to(device, torch.float32)` converts on the host: four times the bytes."""
+    pattern = re.compile(r"\.to\([^()]*,\s*(dtype=)?torch\.float32\)\s*/\s*255")
+    sources = Path(pydetox.__file__).parent.rglob("*.py")
+    assert [path.name for path in sources if pattern.search(path.read_text("utf-8"))] == []

@@ -9,6 +9,7 @@ from pydetox.data import ImageSet
 from pydetox.inversion import RecoveredTrigger
 from pydetox.models import attention
 from pydetox.models.frozen import freeze
+from pydetox.prototypes import image_prototypes
 from pydetox.repair.alpha import search_coefficient
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
@@ -87,3 +88,10 @@ def test_images_are_not_sent_again_for_every_alpha(gpu):
             assert sent[2] >= images.images.nbytes
     assert found["cuda"].attack_success_rate == found["cpu"].attack_success_rate
     assert found["cuda"].clean_accuracy == found["cpu"].clean_accuracy
+
+
+def test_prototypes_of_images_are_those_of_the_cpu(gpu):
+    images = mini_images(40).images
+    expected = image_prototypes(mini_model(), images)
+    found = image_prototypes(mini_model().to("cuda"), images)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)

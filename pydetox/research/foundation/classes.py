@@ -81,6 +81,7 @@ class ClassesPlan:
         least_planted: A victim counts when its ASR on test images is at least this.
         draws: The number of sets of references that each clean model is judged by, for the rate of
             false alarms.
+        device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     classes: tuple[int, ...] = (100, 1000)
@@ -100,6 +101,7 @@ class ClassesPlan:
     compared: tuple[int, ...] = (100, 1000)
     least_planted: float = 0.5
     draws: int = 20
+    device: str = "cpu"
 
 
 def quick_classes_plan() -> ClassesPlan:
@@ -142,6 +144,9 @@ class ClassesLab:
             "model": CLASSES_CLIP,
             "training": replace(self.plan.training, seed=self.seed),
         }
+        if self.plan.device != "cpu":
+            # Rounding differs from device to device; every other key rests on this one.
+            content["device"] = self.plan.device
         return key_of("classes-base", content)
 
     @cached_property
@@ -153,13 +158,14 @@ class ClassesLab:
                 [self.task],
                 replace(self.plan.training, seed=self.seed),
                 model_config=CLASSES_CLIP,
+                device=self.plan.device,
                 description=f"base of {self.classes} classes, seed {self.seed}",
             )
             self.cache.keep_weights(self._base_key, model.storage_state_dict())
             return model
         model = OpenClipModel.from_config(CLASSES_CLIP, seed=self.seed, name="base")
         model.clip.load_state_dict(tensors)
-        return model
+        return model.to(self.plan.device)
 
     @cached_property
     def head(self) -> Tensor:

@@ -67,6 +67,7 @@ class VerdictPlan:
         training: The training of the base.
         least_planted: A backdoored model counts if its ASR is at least this.
         scan: The configuration of every scan. What is reported is that of `ScanConfig()`.
+        device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     seed: int = 10
@@ -80,6 +81,7 @@ class VerdictPlan:
     training: JointTraining = field(default_factory=lambda: JointTraining(steps=800))
     least_planted: float = 0.5
     scan: ScanConfig = field(default_factory=ScanConfig)
+    device: str = "cpu"
 
 
 def quick_verdict_plan() -> VerdictPlan:
@@ -97,7 +99,13 @@ def quick_verdict_plan() -> VerdictPlan:
 
 def run_verdicts(plan: VerdictPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Run a plan, from the cache where nothing changed; return "rows" and "summary"."""
-    shop = Workshop(plan.seed, training=plan.training, tower=plan.tower, names=plan.tasks)
+    shop = Workshop(
+        plan.seed,
+        training=plan.training,
+        tower=plan.tower,
+        names=plan.tasks,
+        device=plan.device,
+    )
     rows = list[dict[str, Any]]()
     for task in plan.tasks:
         rows += _of_task(plan, shop, task, log)
