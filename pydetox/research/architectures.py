@@ -174,8 +174,8 @@ def _transformers_section() -> list[str]:
         "",
         "A folder with `config.json`, a processor's file and weights (`model.safetensors`, shards, "
         "or a `.bin`, which nothing unpickles) is read without transformers. A repaired model has "
-        "the same layout. `tests/peers` compares all of them with transformers itself: embeddings of "
-        "images and texts, pixels, and what it loads from a repaired folder.",
+        "the same layout. `tests/peers` compares all of them with transformers itself: embeddings "
+        "of images and texts, pixels, and what it loads from a repaired folder.",
         "",
         "| `model_type` | classes | image tower | texts |",
         "|---|---|---|---|",
