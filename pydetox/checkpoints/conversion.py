@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from pydetox.atomic import rehearse_file
+from pydetox.checkpoints.adapters import adapter_scale, merge_adapter
 from pydetox.checkpoints.architecture import nonfinite_findings
-from pydetox.checkpoints.index import Finding, quote
+from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
 from pydetox.checkpoints.naming import parse_reference
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
@@ -23,6 +26,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     weights_key: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> tuple[Finding, ...]:
     """Write the weights of an untrusted checkpoint as one ``.safetensors`` file.
 
@@ -36,6 +40,9 @@ def convert_checkpoint(
         output: The file to write. It appears complete or not at all.
         overwrite: Whether to replace an existing file.
         weights_key: As in :func:`pydetox.checkpoints.load_checkpoint`.
+        base: The file or folder of the model that a LoRA adapter of peft was trained for, if
+            ``reference`` is the folder of such an adapter. The merged weights are written, under
+            the names and in the dtypes of the base.
 
     Returns:
         The findings about the source, including NaN and infinite weights.
@@ -54,9 +61,12 @@ def convert_checkpoint(
         raise UsageError(f"{os.fspath(output)}: expected a name ending in .safetensors")
     rehearse_file(output, overwrite=overwrite)
     path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+    extra: dict[str, object] = {}
     try:
         with open_weights(path, weights_key) as weights:
             state_dict, digest = read_open(weights)
+            if base is not None:
+                state_dict, extra = _merged(state_dict, path.parent, base)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
     unfit = [n for n, entry in weights.tensors.items() if entry.dtype not in DTYPE_CODES]
@@ -67,10 +77,10 @@ def convert_checkpoint(
         )
     findings = (*weights.findings, *nonfinite_findings(state_dict))
     provenance = Provenance(
-        method="convert",
+        method="convert" if base is None else "merge of a LoRA adapter",
         source_name=path.name,
         source_sha256=digest,
-        extra={"source_format": weights.format, "findings": [f.message for f in findings]},
+        extra={"source_format": weights.format, "findings": [f.message for f in findings], **extra},
     )
     kept = {key: text for key, text in weights.metadata.items() if key != METADATA_KEY}
     earlier = weights.metadata.get(METADATA_KEY)
@@ -79,3 +89,19 @@ def convert_checkpoint(
     metadata = {"format": "pt", **kept, METADATA_KEY: provenance.to_json()}
     save_weights(output, state_dict, metadata=metadata, overwrite=overwrite)
     return findings
+
+
+def _merged(
+    adapter: dict[str, torch.Tensor], folder: Path, base: str | os.PathLike[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return an adapter merged into its base, and what the provenance says about the base."""
+    scale = adapter_scale(folder)
+    named = parse_reference(base)
+    if named.path is None:
+        raise UsageError(f"{named.text}: expected a file or folder on this machine as base=")
+    path = find_weights(named.path, folder_expected=named.kind == "local-dir")
+    with open_weights(path) as weights:
+        refuse_ambiguous(weights.findings)
+        state_dict, digest = read_open(weights)
+    merged = merge_adapter(adapter, state_dict, scale)
+    return merged, {"base_name": path.name, "base_sha256": digest, "adapter_scale": scale}

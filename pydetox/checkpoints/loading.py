@@ -224,7 +224,7 @@ def _refuse_adapters(weights: OpenWeights) -> None:
         raise ArchitectureError(
             f"holds adapters ({len(adapters)} tensors such as {quote(adapters[0])}), which are no "
             "model of their own: merge them into the model that they were trained for and save "
-            "that (peft: PeftModel.from_pretrained(base, folder).merge_and_unload())"
+            "that, by converting the folder with base=, or with peft (merge_and_unload())"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pydetox.checkpoints import transformers_bert, transformers_clip, transformers_siglip
+from pydetox.checkpoints.architecture import check_model_config
 from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.renaming import Rule, renamed, renamed_back
 from pydetox.checkpoints.transformers_clip import (
@@ -103,7 +104,7 @@ def read_transformers_config(config_file: str | os.PathLike[str]) -> Config:
         kind = config.get("model_type")
         layout = LAYOUTS.get(kind) if isinstance(kind, str) else None
         names = config.get("architectures")
-        names = names if isinstance(names, list) else []
+        names = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
         other = bool(names) and layout is not None and not set(layout.classes) & set(names)
         if layout is None or other or (kind == "clip" and not is_clip_config(config)):
             known = ", ".join(name for one in LAYOUTS.values() for name in one.classes)
@@ -113,7 +114,9 @@ def read_transformers_config(config_file: str | os.PathLike[str]) -> Config:
             )
         if config.get("auto_map") or config.get("trust_remote_code"):
             raise UnsafeCheckpointError("its config.json asks for code of its own (auto_map)")
-        return layout.to_model_config(config)
+        model_config = layout.to_model_config(config)
+        check_model_config(model_config)
+        return model_config
     except CheckpointError as error:
         raise type(error)(f"{os.fspath(config_file)}: {error}") from error
 

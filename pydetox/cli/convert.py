@@ -15,8 +15,16 @@ from .wording import in_options
 @click.argument("source", metavar="IN")
 @click.argument("output", type=options.FILE, metavar="OUT.safetensors")
 @click.option("--overwrite", is_flag=True, show_default=False, help="Replace an existing file.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="Of a LoRA adapter of peft: the file or folder of the model that it was trained for. The "
+    "merged weights are written, under the names that the base has.",
+)
 @options.weights_key
-def command(source: str, output: Path, overwrite: bool, weights_key: str | None) -> int:
+def command(
+    source: str, output: Path, overwrite: bool, base: str | None, weights_key: str | None
+) -> int:
     """Write the weights of an untrusted checkpoint as a .safetensors file.
 
     IN is a .pt file, or anything else on this machine that `inspect` takes. Nothing in it is
@@ -29,7 +37,9 @@ def command(source: str, output: Path, overwrite: bool, weights_key: str | None)
     from ..checkpoints import convert_checkpoint
     from .outputs import to_stdout
 
-    findings = convert_checkpoint(source, output, overwrite=overwrite, weights_key=weights_key)
+    findings = convert_checkpoint(
+        source, output, overwrite=overwrite, weights_key=weights_key, base=base
+    )
     for finding in findings:
         line = f"finding ({finding.rule}): {in_options(finding.message)}"
         click.echo(one_line(line), err=True)

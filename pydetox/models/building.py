@@ -16,6 +16,7 @@ from ..checkpoints import check_model_config
 from ..errors import ArchitectureError
 from .catalogue import building_obstacle
 from .classifiers import build_classifier
+from .hub_towers import built_here, is_missing
 from .towers import build_towers
 
 
@@ -67,7 +68,13 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
     obstacle = None if "layout" in config else building_obstacle(config)
     if obstacle is not None:
         raise ArchitectureError(f"{name}: {obstacle}")
-    custom = config.pop("custom_text", False)
+    tower = config.get("text_cfg", {}).get("hf_model_name")
+    if tower and is_missing():
+        raise ArchitectureError(
+            f"{name}: its text tower is {tower!r} of transformers: pip install transformers (an "
+            "image tower alone, with the text tower left out of its file, needs none)"
+        )
+    custom = config.pop("custom_text", False) or bool(tower)
     architecture = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     if "multimodal_cfg" in config:
         architecture = open_clip.CoCa
@@ -79,7 +86,8 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
                 return build_classifier(config)
             if "layout" in config:
                 return build_towers(config)
-            clip: nn.Module = architecture(**config)
+            with built_here(config) as plain:
+                clip: nn.Module = architecture(**plain)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ArchitectureError(f"{name}: its architecture cannot be built: {reason}") from error

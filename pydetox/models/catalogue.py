@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoints.architecture import named_config
 from ..checkpoints.preprocessing import describe, preparation_of
+from .hub_towers import tower_obstacle
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,7 @@ class ListedModel:
 def building_obstacle(config: Mapping[str, Any]) -> str | None:
     """Return why a model of that ``model_cfg`` is not built, or None if it is."""
     tower = config.get("text_cfg", {}).get("hf_model_name")
-    if tower:
-        return (
-            f"its text tower is {str(tower)!r} of transformers, whose configuration only the hub "
-            "has; expected a model whose towers open_clip builds itself"
-        )
-    return None
+    return tower_obstacle(str(tower)) if tower else None
 
 
 def listed_models() -> tuple[ListedModel, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoints.layout import TOKENIZER_NAMES
 from ..errors import ArchitectureError
+from .hub_towers import vocabulary_of
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -34,11 +35,14 @@ def tokenizer_of(text: Mapping[str, Any], companions: Mapping[str, bytes], name:
     """
     wanted = text.get("hf_tokenizer_name")
     length = int(text.get("context_length", 77))
-    vocabulary = text.get("vocab_size", 49408)
+    vocabulary = vocabulary_of(text)
     if wanted:
         return _of_the_hub(str(wanted), text, length, companions, name)
     if text.get("hf_model_name"):
-        raise ArchitectureError(f"{name}: its text tower is one of transformers, which is not read")
+        raise ArchitectureError(
+            f"{name}: its configuration names no tokenizer for its text tower; expected "
+            "hf_tokenizer_name in text_cfg"
+        )
     if text.get("tokenizer_kwargs"):
         given: Tokenizer = _plain_with(length, tuple(sorted(text["tokenizer_kwargs"].items())))
         return given
@@ -109,8 +113,8 @@ def tokenize(
 ) -> Tensor:
     """Return token ids int64 [n, context_length]; ArchitectureError for one out of the table."""
     tokens = tokenizer(list(prompts))
-    vocabulary = text.get("vocab_size", 49408)
-    if type(vocabulary) is int and tokens.numel() and int(tokens.max()) >= vocabulary:
+    vocabulary = vocabulary_of(text)
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ArchitectureError(
             f"{name}: its tokenizer gives token {int(tokens.max())}, and its text tower knows "
             f"{vocabulary}: it is another model's"

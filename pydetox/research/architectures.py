@@ -21,7 +21,9 @@ from torch.nn.functional import cosine_similarity
 
 from ..checkpoints import Provenance, load_checkpoint, save_checkpoint
 from ..checkpoints.architecture import named_config
+from ..checkpoints.classifier_names import BACKDOORBENCH
 from ..checkpoints.preprocessing import preparation_of
+from ..checkpoints.transformers_layouts import LAYOUTS
 from ..errors import ArchitectureError, explain
 from ..inversion import CollapseObjective, InversionConfig, invert
 from ..models import OpenClipModel
@@ -85,6 +87,8 @@ def measure_model(name: str) -> Measured:
 def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``model_cfg`` whose transformers have at most two layers."""
     result = copy.deepcopy(dict(config))
+    if result["text_cfg"].get("hf_model_name"):
+        result["text_cfg"]["layers"] = _LAYERS
     for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         layers = result.get(part, {}).get("layers")
         if isinstance(layers, int):
@@ -123,7 +127,10 @@ def _measure(name: str, start: float) -> Measured:
             InversionConfig(steps=1, batch_size=2),
         )
         save_checkpoint(second, model.storage_state_dict(), **given)
-        again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
+        if config["text_cfg"].get("hf_model_name"):  # open_clip would ask the hub for the tower
+            again: Any = OpenClipModel.from_checkpoint(load_checkpoint(second)).clip
+        else:
+            again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
         with torch.no_grad():
             back = _cosine(_embed(again.eval(), normalized), model.encode_normalized(normalized))
     problem = None
@@ -160,6 +167,45 @@ def _text_cosine(model: OpenClipModel, theirs: Any) -> float | None:
         return _cosine(model.encode_tokens(tokens), theirs.encode_text(tokens))
 
 
+def _transformers_section() -> list[str]:
+    """Return the lines of the page about models that are not open_clip's."""
+    lines = [
+        "## Models of transformers",
+        "",
+        "A folder with `config.json`, a processor's file and weights (`model.safetensors`, shards, "
+        "or a `.bin`, which nothing unpickles) is read without transformers. A repaired model has "
+        "the same layout. `tests/peers` compares all of them with transformers itself: embeddings "
+        "of images and texts, pixels, and what it loads from a repaired folder.",
+        "",
+        "| `model_type` | classes | image tower | texts |",
+        "|---|---|---|---|",
+    ]
+    for kind, layout in LAYOUTS.items():
+        tower = "as in SigLIP" if kind.startswith("siglip") else "as in CLIP"
+        texts = "yes" if layout.has_texts else "none: label-free scans alone"
+        classes = ", ".join(f"`{name}`" for name in layout.classes)
+        lines.append(f"| `{kind}` | {classes} | {tower} | {texts} |")
+    return [
+        *lines,
+        "",
+        "A `Siglip2Model` takes images of any proportions. Here it takes square images of its "
+        "largest size, and others are squashed.",
+        "",
+        "## Image towers and classifiers",
+        "",
+        "A file that holds an image tower alone (`visual.` and more, the same names without that "
+        "prefix, or a model whose text transformer was deleted) is read with `--model`, and "
+        "scanned with `--objective label-free`. Class names are needed nowhere.",
+        "",
+        "`--model timm:NAME`, `torchvision:NAME` and `backdoorbench:NAME` name a classifier, with "
+        "`@SIZE` for images of another size, such as `timm:resnet18@32`. BackdoorBench's "
+        "`attack_result.pt` is read as it is; its architectures are "
+        f"{', '.join(f'`{name}`' for name in BACKDOORBENCH)}. The last layer is the head: class "
+        "names must be those of the training, in its order. A repair leaves that layer as it is.",
+        "",
+    ]
+
+
 def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured]) -> str:
     """Return the page that docs/models.md is."""
     count = sum(one.obstacle is None for one in models)
@@ -178,7 +224,11 @@ def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured
         "float32), are searched for a step, and are written back as a folder that open_clip "
         f"reads with equal embeddings. Texts were compared for {texts}: the tokenizers of the "
         "others come from the hub. Such a model needs transformers, and its tokenizer beside the "
-        "weights or in the hub's cache; a label-free scan needs neither.",
+        "weights or in the hub's cache; a label-free scan needs neither. Text towers of "
+        "transformers (`roberta-base` and others) need transformers in any case.",
+        "",
+        *_transformers_section(),
+        "## open_clip's architectures",
         "",
         "| architecture | pixels | resize mode | tokenizer | images | texts | searched in "
         "| seconds |",

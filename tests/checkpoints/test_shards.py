@@ -156,8 +156,8 @@ def test_names_of_transformers(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(ArchitectureError, match=r"no config\.json beside it"):
         load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(ArchitectureError, match="describes a model of type 'siglip'"):
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    with pytest.raises(ArchitectureError, match="describes a model of type 'blip'"):
         load_checkpoint(tmp_path)
     with pytest.raises(ArchitectureError, match="the weights are not those of its configuration"):
         load_checkpoint(tmp_path, model="ViT-B-32")

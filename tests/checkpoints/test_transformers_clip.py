@@ -139,6 +139,10 @@ def test_a_configuration_that_asks_for_code_is_refused(tmp_path, kind):
             "relative positions",
         ),
         ({"model_type": "clip_vision_model", "num_channels": 4}, "4 channels"),
+        ({"model_type": "siglip", "vision_config": {"num_hidden_layers": 10**9}}, "beyond"),
+        ({"model_type": "altclip", "text_config": {"num_hidden_layers": 5000}}, "at most 1000"),
+        ({"model_type": "altclip", "projection_dim": "512"}, "positive integer 'embed_dim'"),
+        ({"model_type": "siglip", "architectures": [{}], "text_config": []}, "no object"),
     ],
 )
 def test_what_cannot_be_built_is_refused(tmp_path, config, words):

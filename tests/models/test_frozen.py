@@ -7,19 +7,21 @@ from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pydetox.errors import UsageError
 from pydetox.models import OpenClipModel
+from pydetox.models.blocks import _Attention
 from pydetox.models.frozen import (
     FrozenVisionTransformer,
     ModuleTower,
     TowerPair,
-    _Attention,
     freeze,
     obstacle,
 )
+from pydetox.models.towers import TimmTower
 from pydetox.ops.reference import to_patch_rows
 from tests.mini import MINI_CONFIG, mini_model
 
@@ -310,3 +312,54 @@ def test_float32_weights_are_not_copied_for_a_factor():
     mlp = model.visual.transformer.resblocks[0].mlp
     assert tower._blocks[0].expand.weight.data_ptr() == mlp.c_fc.weight.data_ptr()
     assert tower._blocks[0].expand.output_factor == 1.702
+
+
+def siglip(layout: str = "siglip", **changes: object) -> OpenClipModel:
+    """A tiny model of SigLIP's kind, whose weights are none of a beginning's."""
+    vision = {
+        "image_size": 24,
+        "patch_size": 8,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "mlp_ratio": 2.5,
+        "activation": "gelu_pytorch_tanh",
+        "epsilon": 1e-6,
+    }
+    text = {"context_length": 8, "vocab_size": 30, "width": 32, "heads": 1, "layers": 1}
+    text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+    config = {"embed_dim": 32, "layout": layout, "vision_cfg": vision | changes, "text_cfg": text}
+    model = OpenClipModel.from_config(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in model.visual.parameters():
+            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_siglips_tower_equals_its_module_with_its_gradient(activation: str, layers: int) -> None:
+    model = siglip(activation=activation, layers=layers)
+    tower = freeze(model.visual)
+    assert tower.patch_size == 8
+    assert tower.description.startswith("frozen vision transformer of SigLIP, float32")
+    images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(3))
+    images.requires_grad_()
+    theirs = model.visual(images)
+    (their_gradient,) = torch.autograd.grad(theirs.square().sum(), images)
+    ours = tower(to_patch_rows(images, 8))
+    (our_gradient,) = torch.autograd.grad(ours.square().sum(), images)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(our_gradient, their_gradient, atol=1e-4, rtol=1e-3)
+    half = freeze(model.visual, "bfloat16")
+    rows = to_patch_rows(images.detach(), 8).bfloat16()
+    assert float(torch.cosine_similarity(half(rows), theirs).min()) > 0.99
+
+
+def test_other_towers_of_timm_run_through_their_module() -> None:
+    assert obstacle(siglip(activation="quick_gelu").visual) == "its activation is QuickGELU"
+    trunk = timm.create_model("test_vit", num_classes=0)
+    assert obstacle(TimmTower(trunk)) == "it does not pool by attention, as SigLIP does"
+    trunk = timm.create_model("test_resnet", num_classes=0)
+    assert "not a vision transformer" in str(obstacle(TimmTower(trunk)))
