@@ -93,15 +93,17 @@ def read_rows(
     size = resizing.image_size
     pixels = torch.empty((len(order), 3, size, size), dtype=torch.uint8)
     labels: list[Label] = []
-    kept, first_error = 0, None
+    good, first_error = list[int](), None
     with warnings.catch_warnings():
         # Pillow's, about transparency in palettes and sizes that are checked here.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for index in track(order, "Decoding images"):
+        for place, index in enumerate(track(order, "Decoding images")):
             try:
                 picture, label = rows.fetch(index)
-                pixels[kept] = decode_picture(picture, resizing, f"{rows.name}, {rows.call(index)}")
+                pixels[place] = decode_picture(
+                    picture, resizing, f"{rows.name}, {rows.call(index)}"
+                )
             except DataError as error:
                 if strict:
                     raise
@@ -109,16 +111,16 @@ def read_rows(
                 report.leave_out("cannot be read", rows.call(index))
                 continue
             labels.append(_plain_label(label, rows.name) if known is None else known[index])
-            kept += 1
-    if kept == 0:
+            good.append(place)
+    if not good:
         raise DataError(f"{rows.name}: none of {len(order)} images can be read: {first_error}")
     found, names = _classes(
         labels, known, rows.class_names, class_names, rows.name, labels_required=labels_required
     )
-    report.images, report.resizing = kept, resizing
+    report.images, report.resizing = len(good), resizing
     report.classes = None if found is None else len(np.unique(found))
     return ImageSet(
-        pixels if kept == len(order) else pixels.narrow(0, 0, kept).clone(),  # what was filled
+        pixels if len(good) == len(order) else pixels[good],
         None if found is None else torch.from_numpy(found),
         names,
         Path(rows.name).stem or rows.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -64,7 +64,7 @@ def calibration_key(
         "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
         "mean": list(model.mean),
         "std": list(model.std),
-        "architecture": model.model_config,
+        "architecture": _resolved(model.model_config),
         "base": None if base is None else fingerprint(base),
     }
     if distance is not None:
@@ -114,9 +114,28 @@ def _of_model(
     model_config: Mapping[str, Any] | None, preprocess_config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     prepared = describe(preprocess_config)
-    content = {"architecture": model_config, "mean": prepared["mean"], "std": prepared["std"]}
+    content = {
+        "architecture": _resolved(model_config),
+        "mean": prepared["mean"],
+        "std": prepared["std"],
+    }
     plain: dict[str, Any] = json.loads(json.dumps(content))
     return plain
+
+
+def _resolved(model_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a configuration with open_clip's defaults, which some sources write out."""
+    if model_config is None:
+        return None
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    result: dict[str, Any] = {"quick_gelu": False, "custom_text": False, **model_config}
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        given = model_config.get(part)
+        if isinstance(given, Mapping):
+            defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+            result[part] = {**defaults, **given}
+    return result
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +203,10 @@ def _checkpoint(
     )
 
 
-def _configurations(module: Any) -> list[dict[str, Any]]:
-    """Return configurations that may have built a module: its own, and open_clip's of its shape."""
-    found = []
+def _configurations(module: Any) -> Iterator[dict[str, Any]]:
+    """Yield configurations that may have built a module: its own, and open_clip's of its shape."""
     if type(module) is open_clip.CLIP and type(module.visual) is VisionTransformer:
-        found.append(_own_configuration(module))
+        yield _own_configuration(module)
     size = module.visual.image_size
     side = size[0] if isinstance(size, tuple | list) else size
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -228,8 +227,7 @@ def _configurations(module: Any) -> list[dict[str, Any]]:
         except ArchitectureError:
             continue
         if {key: tuple(value.shape) for key, value in empty.state_dict().items()} == shapes:
-            found.append(config)
-    return found
+            yield config
 
 
 def _own_configuration(module: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pydetox
 from pydetox import ScanConfig, copy_weights, evaluate, from_encoder
 from pydetox.data import DEFAULT_TEMPLATES, ImageSet
+from pydetox.detect.key import require_alike
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import ArchitectureError, DataError, OutputError, UsageError
 from pydetox.evaluation import predict
@@ -121,6 +122,16 @@ def test_a_scan_and_a_repair_take_objects_and_give_objects_back(tmp_path) -> Non
         )
     with pytest.raises(ArchitectureError, match="do not fit a Net"):
         copy_weights(result.model, Net())
+
+
+def test_an_object_is_compared_with_a_base_of_its_architecture_that_a_file_names(tmp_path) -> None:
+    # The file leaves defaults of the configuration out, which an object shows.
+    base, given = mini_model(), as_model(mini_model(1).clip)
+    assert base.model_config != given.model_config
+    require_alike("base", (base.model_config, None), "object", (given.model_config, None))
+    other = {**base.model_config, "quick_gelu": True}
+    with pytest.raises(UsageError, match="quick_gelu is true there and false here"):
+        require_alike("base", (other, None), "object", (given.model_config, None))
 
 
 def test_the_last_layer_of_a_classifier_is_its_head() -> None:
