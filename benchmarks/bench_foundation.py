@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from pydetox.atomic import write_file
+from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
@@ -62,15 +63,30 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option("--part", type=click.Choice(["all", "tasks", "verdicts"]), default="all")
 @click.option("--seeds", help="Other seeds, separated by commas; `verdicts` takes the first.")
+@click.option("--models", type=int, help="Part verdicts: clean models, instead of 40.")
+@click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
-def main(quick: bool, part: str, seeds: str | None, device: str, output: Path) -> None:
-    """Run the benchmark."""
+def main(
+    quick: bool,
+    part: str,
+    seeds: str | None,
+    models: int | None,
+    search: str,
+    device: str,
+    output: Path,
+) -> None:
+    """Run the benchmark. --search is of the part verdicts."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])
+    if models is not None:
+        verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 8))
+    if search != "default":
+        scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
+        verdicts = replace(verdicts, scan=scan)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "summary.json"
 

@@ -1,6 +1,7 @@
 """Which learning rate a trigger vector needs in towers of several sizes.
 
-    python benchmarks/vector_steps.py [--sizes 3] [--seeds 0,1] [--device cuda]
+    python benchmarks/vector_steps.py [--sizes 1,2] [--seeds 0,1] [--rates 4e-4,auto]
+        [--device cuda]
 
 Trains CLIPs of several sizes on digits, plants a BadNets patch in each by fine-tuning, and
 subtracts the vector of the known trigger, made with one learning rate for all weights, or with
@@ -29,9 +30,7 @@ from pydetox.research.data import load_task
 from pydetox.training import TrainConfig, train_on_prompts
 
 #: Layers and channels; images of 16 pixels in patches of 8.
-SIZES = ((1, 32), (2, 96), (6, 256))
-
-RATES: tuple[float | None, ...] = (1e-4, 4e-4, 1.6e-3, None)
+SIZES = ((1, 32), (2, 96), (4, 192))
 
 
 def tower(layers: int, width: int) -> dict[str, Any]:
@@ -79,18 +78,20 @@ def row(
 
 
 @click.command()
-@click.option("--sizes", default=len(SIZES), help="As many of the sizes, from the smallest.")
+@click.option("--sizes", default="1,2,3", help="Which of the sizes, by number.")
 @click.option("--seeds", default="0", help="Seeds, separated by commas.")
+@click.option("--rates", default="1e-4,4e-4,1.6e-3,auto", help="Learning rates.")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
-def main(sizes: int, seeds: str, device: str) -> None:
+def main(sizes: str, seeds: str, rates: str, device: str) -> None:
     """Print the table."""
     place = find_device(device)
+    tried = [None if one == "auto" else float(one) for one in rates.split(",")]
     click.echo(
         f"{'rate':>8} {'alpha':>6} {'before':>7} {'ASR':>7} {'CA kept':>8} {'drift':>8} limits"
     )
     for seed in map(int, seeds.split(",")):
         splits = load_task("digits", seed=seed, image_size=16).splits
-        for layers, width in SIZES[:sizes]:
+        for layers, width in (SIZES[int(one) - 1] for one in sizes.split(",")):
             # The rate of training falls with the width, as that of hidden weights should.
             rate = 0.1 / width
             base = train_on_prompts(
@@ -105,7 +106,7 @@ def main(sizes: int, seeds: str, device: str) -> None:
             training = TrainConfig(epochs=10, learning_rate=min(3e-3, rate) / 2, seed=seed)
             victim = train_on_prompts(base, poisoned, DIGIT_TEMPLATES, training)
             click.echo(f"seed {seed}, {layers} layers of {width} channels")
-            for one in RATES:
+            for one in tried:
                 click.echo(row(victim, splits.defender, splits.test, trigger, one))
 
 

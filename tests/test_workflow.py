@@ -657,7 +657,7 @@ def test_a_base_that_does_not_fit_is_named_before_any_work(story, monkeypatch):
     base, _, data, _ = story
     monkeypatch.setattr(InversionSearch, "step", lambda self: pytest.fail("a step was taken"))
     monkeypatch.setattr(
-        "pydetox.detect.calibrate.train_on_prompts", lambda *a, **k: pytest.fail("was fine-tuned")
+        "pydetox.detect.copies.train_on_prompts", lambda *a, **k: pytest.fail("was fine-tuned")
     )
     wide = copy.deepcopy(MINI_CONFIG)
     wide["vision_cfg"]["layers"] = 2
