@@ -29,6 +29,10 @@ from .configuration import ScanConfig
 from .search import objective_for, require_searchable
 from .statistics import FINDINGS, Detection, Verdict
 
+# By family, the learning rate in units of that for patches. A blend moves all pixels at once, and a
+# larger rate gets so close to a loss of zero that log efforts of clean models have heavy tails.
+_RATES: dict[TriggerFamily, float] = {"patch": 1.0, "blend": 0.3}
+
 # A smaller loss is that of a trigger that always works, and tells nothing more.
 _LEAST_EFFORT = 1e-4
 
@@ -61,7 +65,7 @@ def screening_search(config: ScanConfig, family: TriggerFamily) -> InversionConf
         search,
         steps=advanced.screening_steps,
         batch_size=advanced.screening_images,
-        learning_rate=advanced.screening_rate,
+        learning_rate=_RATES[family] * advanced.screening_rate,
         patience=advanced.screening_steps + 1,  # all take the same steps
         seed=child_seed("screening.start", 0),
         advanced=replace(

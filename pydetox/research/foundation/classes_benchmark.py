@@ -45,7 +45,7 @@ def run_classes(plan: ClassesPlan, log: Callable[[str], None] = lambda _: None) 
             lab = ClassesLab(plan, classes, seed)
             log(f"{classes} classes, seed {seed}")
             suspects = [("clean", k) for k in range(plan.clean)]
-            suspects += [(attack, 0) for attack in plan.attacks]
+            suspects += [(attack, k) for attack in plan.attacks for k in range(plan.victims)]
             for kind, number in suspects:
                 row = _row(lab, kind, number)
                 log(f"  {row['name']}: {_told(row)}")
@@ -144,7 +144,7 @@ def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
     found = lab.cache.document(key)
     if found is not None:
         return dict(found)
-    backdoor = None if kind == "clean" else lab.backdoor(kind)
+    backdoor = None if kind == "clean" else lab.backdoor(kind, number)
     test = lab.task.splits.test
     if backdoor is None:
         measured = evaluate(model, test, lab.head)
