@@ -177,7 +177,7 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
         epochs=options["reference_epochs"], learning_rate=options["reference_learning_rate"]
     )
     if options["keep_all"]:
-        config = replace(config, drop_below=None)
+        config = config.every_class()
     return replace(config, references=options["references"], reference_training=training)
 
 

@@ -128,6 +128,10 @@ class ScanConfig:
         """Return the same scan in contrast to a base, without any other change."""
         return replace(self, contrast=True)
 
+    def every_class(self) -> ScanConfig:
+        """Return the scan that searches every class to the end: none is screened or dropped."""
+        return replace(self, drop_below=None, advanced=replace(self.advanced, screen_above=None))
+
     def search(self, family: TriggerFamily) -> InversionConfig:
         """Return the search for one family, with the success that its triggers need."""
         threshold = self.inversion.needed_success

@@ -28,11 +28,6 @@ from ...session import Session
 from .classes import ClassesLab, ClassesPlan
 
 
-def every_class(config: ScanConfig) -> ScanConfig:
-    """Return the scan that searches every class to the end: the truth."""
-    return replace(config, drop_below=None, advanced=replace(config.advanced, screen_above=None))
-
-
 def run_classes(plan: ClassesPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Run a plan, from the cache where nothing changed.
 
@@ -159,7 +154,7 @@ def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
         "ca": measured.clean_accuracy,
         "planted": measured.attack_success_rate,
         "screened": _scanned(lab, model, plan.scan),
-        "full": _scanned(lab, model, every_class(plan.scan)) if compared else None,
+        "full": _scanned(lab, model, plan.scan.every_class()) if compared else None,
     }
     return dict(lab.cache.keep_document(key, row))
 
