@@ -51,6 +51,9 @@ _FOUND_NOTHING = 1.0
 # (see median_variance).
 _CONTROLS = 5
 
+# The distance between the quartiles of the standard normal distribution.
+_QUARTILES = 1.349
+
 # Smaller chances are reported as this one.
 _LEAST_CHANCE = 1e-300
 
@@ -233,8 +236,15 @@ class Calibration:
         shifts: Sequence[float],
         among: Sequence[int] | None = None,
     ) -> tuple[float, ...]:
-        """Return `score` from the margins and the values that each is compared with."""
+        """Return `score` from the margins and the values that each is compared with.
+
+        Of a screening, all distances are divided by how much more than expected they scatter in
+        this model. All screenings have the same start and images, so that efforts differ by nothing
+        but the models, and clean models that were trained differently differ more (docs/method.md).
+        """
         distance = np.array(margins) - np.array(shifts)
+        if self.screened:
+            distance = distance / self._excess(distance, among)
         chance = np.maximum(self._chances(np.abs(distance), among), _LEAST_CHANCE)
         return tuple(float(v) for v in np.copysign(-ndtri(chance), distance))
 
@@ -346,6 +356,39 @@ class Calibration:
         squares = self._squares[list(self.comparable)]
         return fit_scatter(squares[None], len(self.p_l1) - 1)
 
+    def _excess(self, distance: Array, among: Sequence[int] | None) -> float:
+        """Return how many times wider than expected a model's distances scatter, at least 1.
+
+        The width is the distance between the quartiles, which a few backdoors do not change.
+        """
+        which = range(self.classes)
+        expected = self._scatter.deviation(
+            self._squares[None],
+            factor=self._factor(among, which),
+            own=np.isfinite(np.array(self.p_l1)).any(axis=0),
+            least=self._least,
+        )[0]
+        relative = (distance / expected)[np.isfinite(distance)]
+        if len(relative) < 2:
+            return 1.0
+        first, third = np.quantile(relative, [0.25, 0.75])
+        return max(1.0, float(third - first) / _QUARTILES)
+
+    @property
+    def _least(self) -> float:
+        return SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION
+
+    def _factor(self, among: Sequence[int] | None, which: Sequence[int]) -> Array:
+        """Return the variance of the distances of classes over that of their contrasts."""
+        if self.classes == 1:
+            return np.full(len(which), 1 + 1 / len(self.p_l1))
+        among = self.comparable if among is None else among
+        inside, outside = (
+            distance_factor(len(self.p_l1), len(self.comparable), max(count, 1))
+            for count in (len(among) - 1, len(among))
+        )
+        return np.where(np.isin(which, among), inside, outside)
+
     def _chances(
         self, distance: Array, among: Sequence[int] | None, which: Sequence[int] | None = None
     ) -> Array:
@@ -354,22 +397,14 @@ class Calibration:
         distance: One value of at least 0 per class of `which` (default: all classes).
         """
         which = range(self.classes) if which is None else which
-        factor = np.full(len(which), 1 + 1 / len(self.p_l1))
-        if self.classes > 1:
-            among = self.comparable if among is None else among
-            inside, outside = (
-                distance_factor(len(self.p_l1), len(self.comparable), max(count, 1))
-                for count in (len(among) - 1, len(among))
-            )
-            factor = np.where(np.isin(which, among), inside, outside)
         # If no reference found anything, all sizes are the same bound and do not scatter.
         own = np.isfinite(np.array(self.p_l1)).any(axis=0)
         chances: Array = self._scatter.tail(
             distance[None],
             self._squares[None, list(which)],
-            factor=factor,
+            factor=self._factor(among, which),
             own=own[list(which)],
-            least=SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION,
+            least=self._least,
         )[0]
         return chances
 
