@@ -30,8 +30,8 @@ from .search import objective_for, require_searchable
 from .statistics import FINDINGS, Detection, Verdict
 
 # By family, the learning rate, and the steps and images, in units of those for patches. A blend
-# moves all pixels at once: a longer search gets so close to a loss of zero that log efforts of clean
-# models have heavy tails.
+# moves all pixels at once: a longer search gets so close to a loss of zero that log efforts of
+# clean models have heavy tails.
 _SHORTER: dict[TriggerFamily, tuple[float, float]] = {"patch": (1.0, 1.0), "blend": (0.3, 0.5)}
 
 # A smaller loss is that of a trigger that always works, and tells nothing more.
