@@ -53,11 +53,9 @@ _FOUND_NOTHING = 1.0
 # (see median_variance).
 _CONTROLS = 5
 
-# The distance between the quartiles of the standard normal distribution.
-_QUARTILES = 1.349
-
-# Smaller chances are reported as this one.
-_LEAST_CHANCE = 1e-300
+# The distance between the quartiles of the standard normal distribution, and the smallest chance
+# that is reported.
+_QUARTILES, _LEAST_CHANCE = 1.349, 1e-300
 
 
 @dataclass(frozen=True)
