@@ -87,14 +87,14 @@ def test_a_file_that_changed_after_its_survey_is_read_again(
 def test_a_suspect_that_does_not_fit_is_an_error_and_the_scan_goes_on(
     config: MakeConfig, registry: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    search = worker.scan
+    search = worker.scan_session
 
-    def too_large(model, *args, **options):
-        if model.name.endswith("b"):
+    def too_large(session, *args, **options):
+        if session.model.name.endswith("b"):
             raise error
-        return search(model, *args, **options)
+        return search(session, *args, **options)
 
-    monkeypatch.setattr(worker, "scan", too_large)
+    monkeypatch.setattr(worker, "scan_session", too_large)
     found = scan(config(), *(registry / "models" / name for name in "abc"))
     verdicts = {Path(name).name: record.verdict for name, record in found.items()}
     assert verdicts == {"a": "inconclusive", "b": "error", "c": "inconclusive"}
