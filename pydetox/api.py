@@ -57,7 +57,7 @@ def calibrate(
         base: A model that you believe to be clean, of the same architecture as the suspects, at
             best the pre-trained model that they were fine-tuned from. If references are given as
             well, triggers are searched in contrast to this base; None then searches them plainly.
-        images: As in `scan`, with class names. Copies learn their labels or the predictions of base.
+        images: As in `scan`, with class names. Copies learn labels, or the base's predictions.
         references: At least two models that you believe to be clean and that were made as the
             suspects were, such as other fine-tunings of the base. Prefer them to copies if you have
             some. A search in contrast to the base (`ScanConfig.contrast`) needs them: a copy that a

@@ -95,7 +95,7 @@ STREAMS: Mapping[str, str] = {
     "foundation.victim": "seed of a victim's fine-tuning",
     "foundation.attacker": "images that the attacker optimises a trigger on",
     "foundation.names": "the quarter of the classes that the defender knows",
-    "foundation.classes-trigger": "seed of a trigger; by attack and number of classes",
+    "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: the benchmark

@@ -187,7 +187,7 @@ def scan_config(options: dict[str, Any]) -> ScanConfig:
     elif options["reference_epochs"] is not None:
         raise UsageError("--reference-epochs needs a --reference-learning-rate")
     if options["keep_all"]:
-        config = replace(config, drop_below=None)
+        config = config.every_class()
     return replace(config, references=options["references"], reference_training=training)
 
 

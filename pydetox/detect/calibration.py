@@ -28,11 +28,13 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from ..errors import UsageError
+from ..reporting.serialize import rows_from_json, rows_to_json
 from .scatter import (
     SMALLEST_DEVIATION,
     SMALLEST_EFFORT_DEVIATION,
     Array,
     Scatter,
+    adjusted,
     contrasts,
     distance_factor,
     fit_scatter,
@@ -51,8 +53,9 @@ _FOUND_NOTHING = 1.0
 # (see median_variance).
 _CONTROLS = 5
 
-# Smaller chances are reported as this one.
-_LEAST_CHANCE = 1e-300
+# The distance between the quartiles of the standard normal distribution, and the smallest chance
+# that is reported.
+_QUARTILES, _LEAST_CHANCE = 1.349, 1e-300
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,15 @@ class Calibration:
         shifts: Sequence[float],
         among: Sequence[int] | None = None,
     ) -> tuple[float, ...]:
-        """Return `score` from the margins and the values that each is compared with."""
+        """Return `score` from the margins and the values that each is compared with.
+
+        Of a screening, all distances are divided by how much more than expected they scatter in
+        this model. All screenings have the same start and images, so that efforts differ by nothing
+        but the models, and clean models that were trained differently differ more (docs/method.md).
+        """
         distance = np.array(margins) - np.array(shifts)
+        if self.screened:
+            distance = distance / self._excess(distance, among)
         chance = np.maximum(self._chances(np.abs(distance), among), _LEAST_CHANCE)
         return tuple(float(v) for v in np.copysign(-ndtri(chance), distance))
 
@@ -321,11 +331,11 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; infinite values are null."""
         return {
-            "p_l1": _rows_to_json(self.p_l1),
+            "p_l1": rows_to_json(self.p_l1),
             "key": self.key,
             "models": list(self.models),
             "recorded_steps": list(self.recorded_steps),
-            "history": [_rows_to_json(rows) for rows in self.history],
+            "history": [rows_to_json(rows) for rows in self.history],
             "family": self.family,
             "others": [one.to_dict() for one in self.others],
             "relative": self.relative,
@@ -341,12 +351,12 @@ class Calibration:
         """Read back what `to_dict` wrote; UsageError for anything else."""
         try:
             return cls(
-                _rows_from_json(content["p_l1"]),
+                rows_from_json(content["p_l1"]),
                 str(content["key"]),
                 tuple(str(name) for name in content["models"]),
                 # Earlier versions wrote this key as "looks".
                 tuple(int(step) for step in content.get("recorded_steps", content.get("looks"))),
-                tuple(_rows_from_json(rows) for rows in content["history"]),
+                tuple(rows_from_json(rows) for rows in content["history"]),
                 str(content["family"]),
                 tuple(cls.from_dict(one) for one in content["others"]),
                 bool(content["relative"]),
@@ -382,6 +392,39 @@ class Calibration:
         squares = self._squares[list(self.comparable)]
         return fit_scatter(squares[None], len(self.p_l1) - 1)
 
+    def _excess(self, distance: Array, among: Sequence[int] | None) -> float:
+        """Return how many times wider than expected a model's distances scatter, at least 1.
+
+        The width is the distance between the quartiles, which a few backdoors do not change.
+        """
+        which = range(self.classes)
+        expected = self._scatter.deviation(
+            self._squares[None],
+            factor=self._factor(among, which),
+            own=np.isfinite(np.array(self.p_l1)).any(axis=0),
+            least=self._least,
+        )[0]
+        relative = (distance / expected)[np.isfinite(distance)]
+        if len(relative) < 2:
+            return 1.0
+        first, third = np.quantile(relative, [0.25, 0.75])
+        return max(1.0, float(third - first) / _QUARTILES)
+
+    @property
+    def _least(self) -> float:
+        return SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION
+
+    def _factor(self, among: Sequence[int] | None, which: Sequence[int]) -> Array:
+        """Return the variance of the distances of classes over that of their contrasts."""
+        if self.classes == 1:
+            return np.full(len(which), 1 + 1 / len(self.p_l1))
+        among = self.comparable if among is None else among
+        inside, outside = (
+            distance_factor(len(self.p_l1), len(self.comparable), max(count, 1))
+            for count in (len(among) - 1, len(among))
+        )
+        return np.where(np.isin(which, among), inside, outside)
+
     def _chances(
         self, distance: Array, among: Sequence[int] | None, which: Sequence[int] | None = None
     ) -> Array:
@@ -390,38 +433,17 @@ class Calibration:
         distance: One value of at least 0 per class of `which` (default: all classes).
         """
         which = range(self.classes) if which is None else which
-        factor = np.full(len(which), 1 + 1 / len(self.p_l1))
-        if self.classes > 1:
-            among = self.comparable if among is None else among
-            inside, outside = (
-                distance_factor(len(self.p_l1), len(self.comparable), max(count, 1))
-                for count in (len(among) - 1, len(among))
-            )
-            factor = np.where(np.isin(which, among), inside, outside)
         # If no reference found anything, all sizes are the same bound and do not scatter.
         own = np.isfinite(np.array(self.p_l1)).any(axis=0)
         chances: Array = self._scatter.tail(
             distance[None],
             self._squares[None, list(which)],
-            factor=factor,
+            factor=self._factor(among, which),
             own=own[list(which)],
-            least=SMALLEST_EFFORT_DEVIATION if self.screened else SMALLEST_DEVIATION,
+            least=self._least,
         )[0]
         return chances
 
 
-def adjusted(chance: float, tries: int) -> float:
-    """Return the chance of at least one success in that many independent tries (Sidak)."""
-    return -math.expm1(tries * math.log1p(-min(chance, 1 - 1e-16)))
-
-
 def _logarithm(value: float) -> float:
     return math.log(value if math.isfinite(value) else _FOUND_NOTHING)
-
-
-def _rows_to_json(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    return [[v if math.isfinite(v) else None for v in row] for row in rows]
-
-
-def _rows_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(math.inf if v is None else float(v) for v in row) for row in rows)

@@ -19,6 +19,7 @@ All functions take N calibrations at once, so that simulations run the code that
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -77,18 +78,43 @@ class Scatter:
         False for classes without an s_c^2 of their own, so that only the other classes inform about
         them. least: The smallest deviation that counts.
         """
-        rest = (...,) + (None,) * (distance.ndim - 1)
-        variance, weight = self.variance[rest], self.weight[rest]  # [K, N, ...]
-        prior = self.prior_degrees.reshape(-1, *(1,) * distance.ndim)
+        moderated, prior, weight, degrees = self._moderated(distance.ndim, squares, own)
+        scale = np.sqrt(np.maximum(moderated, least**2) * factor)
         pooled = np.isinf(prior)
         finite = np.where(pooled, 1.0, prior)
-        degrees = self.own_degrees * np.asarray(own)
-        moderated = (finite * variance + degrees * squares) / (finite + degrees)
-        moderated = np.where(pooled, variance, moderated)
-        scale = np.sqrt(np.maximum(moderated, least**2) * factor)
         chances = stdtr(np.where(pooled, self.pooled_degrees, finite + degrees), -distance / scale)
         chance: Array = (weight * chances).sum(axis=0)
         return chance
+
+    def deviation(
+        self,
+        squares: Array,
+        *,
+        factor: float | Array = 1.0,
+        own: bool | NDArray[np.bool_] = True,
+        least: float = SMALLEST_DEVIATION,
+    ) -> Array:
+        """Return the expected deviation of such a distance, [N, ...]; the arguments are `tail`'s.
+
+        squares: [N, ...], the s_c^2 of the classes.
+        """
+        moderated, _, weight, _ = self._moderated(squares.ndim, squares, own)
+        expected = (weight * np.maximum(moderated, least**2)).sum(axis=0)
+        deviation: Array = np.sqrt(expected * factor)
+        return deviation
+
+    def _moderated(
+        self, dimensions: int, squares: Array, own: bool | NDArray[np.bool_]
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return the moderated variances, d0, weights and own degrees, for [K, N, ...]."""
+        rest = (...,) + (None,) * (dimensions - 1)
+        variance, weight = self.variance[rest], self.weight[rest]  # [K, N, ...]
+        prior = self.prior_degrees.reshape(-1, *(1,) * dimensions)
+        pooled = np.isinf(prior)
+        finite = np.where(pooled, 1.0, prior)
+        degrees = self.own_degrees * np.asarray(own, dtype=np.float64)
+        moderated = (finite * variance + degrees * squares) / (finite + degrees)
+        return np.where(pooled, variance, moderated), prior, weight, degrees
 
 
 def fit_scatter(squares: Array, degrees: int) -> Scatter:
@@ -179,3 +205,8 @@ def distance_factor(references: int, classes: int, others: int) -> float:
     median is taken of.
     """
     return (1 + 1 / references) * (1 + median_variance(others)) / (1 + 1 / (classes - 1))
+
+
+def adjusted(chance: float, tries: int) -> float:
+    """Return the chance of at least one success in that many independent tries (Sidak)."""
+    return -math.expm1(tries * math.log1p(-min(chance, 1 - 1e-16)))

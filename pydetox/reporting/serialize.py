@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -51,3 +51,13 @@ def to_plain(value: object) -> Any:
     if isinstance(value, PurePath):
         return to_plain(str(value))
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def rows_to_json(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    """Return rows of numbers as lists, with null for those that are not finite."""
+    return [[v if math.isfinite(v) else None for v in row] for row in rows]
+
+
+def rows_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    """Return what `rows_to_json` wrote, with infinity for null."""
+    return tuple(tuple(math.inf if v is None else float(v) for v in row) for row in rows)

@@ -316,7 +316,7 @@ class ScannerConfig:
             reference_training=training,
             seed=self.seed,
         )
-        return dataclasses.replace(config, drop_below=None) if self.keep_all else config
+        return config.every_class() if self.keep_all else config
 
 
 def _absolute(reference: str) -> str:

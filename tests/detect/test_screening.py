@@ -70,7 +70,8 @@ def test_many_classes_are_screened_and_few_are_searched(scanned):
         assert inversion.targets == tuple(range(24))
         steps = inversion.trigger_steps.tolist()
         gone = [steps[c] for c in range(24) if c not in searched]
-        assert gone == [advanced.screening_steps] * len(gone)
+        short = advanced.screening_steps // (1 if result.family == "patch" else 2)
+        assert gone == [short] * len(gone)
         assert all(inversion.endings[c] != "dropped" for c in searched)
         assert detection.target is None or detection.target in searched
         assert inversion.history.shape == (len(inversion.recorded_steps), 24)
@@ -85,7 +86,8 @@ def test_many_classes_are_screened_and_few_are_searched(scanned):
 def test_the_passes_through_the_tower_are_counted_exactly(scanned):
     base, _, found = scanned
     advanced = CONFIG.advanced
-    screening = 24 * advanced.screening_images * (2 * advanced.screening_steps + 1)
+    short = screening_search(CONFIG, found.family)
+    screening = 24 * short.batch_size * (2 * short.steps + 1)
     steps = found.inversion.trigger_steps.tolist()
     full = sum(n for n, step in zip(steps, found.detection.dropped, strict=True) if step is None)
     passes = screening + 2 * 8 * full + advanced.searched_classes * 32

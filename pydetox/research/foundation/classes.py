@@ -72,7 +72,8 @@ class ClassesPlan:
         seeds: Of bases and suspects, for each number of classes; those below 10 were developed on.
         training, fine_tuning: Of base and models.
         images: The number of images that the base is trained on, for each number of classes.
-        attacks: One backdoored suspect for each, per seed.
+        attacks: How the backdoored suspects are attacked.
+        victims: The number of suspects for each attack and seed.
         rate: The poisoned share of the fine-tuning images.
         clean: The number of clean suspects per seed.
         references: The number of clean references.
@@ -92,8 +93,9 @@ class ClassesPlan:
     )
     images: tuple[int, ...] = (6_000, 8_000)
     attacks: tuple[str, ...] = ("badnets", "blended", "sig")
+    victims: int = 2
     rate: float = 0.1
-    clean: int = 3
+    clean: int = 5
     references: int = 3
     scan: ScanConfig = field(
         default_factory=lambda: ScanConfig(inversion=InversionConfig(precision="bfloat16"))
@@ -113,6 +115,7 @@ def quick_classes_plan() -> ClassesPlan:
         fine_tuning=TrainConfig(epochs=1, learning_rate=3e-4, batch_size=64),
         images=(1_200,),
         attacks=("badnets",),
+        victims=1,
         clean=1,
         scan=ScanConfig(inversion=InversionConfig(steps=40), families=("patch",)),
         compared=(40,),
@@ -172,10 +175,10 @@ class ClassesLab:
         """The zero-shot head, the same for all models."""
         return self.base.zero_shot_head(self.task.class_names, self.task.templates)
 
-    def backdoor(self, attack: str) -> Backdoor:
-        """Return what an attack plants."""
+    def backdoor(self, attack: str, number: int) -> Backdoor:
+        """Return what an attack plants in its suspect of that number."""
         view = AttackerView(self.base, self.task.splits.test.images, self.head)
-        seed = child_seed("foundation.classes-trigger", self.seed, attack, self.classes)
+        seed = child_seed("foundation.classes-trigger", self.seed, attack, number, self.classes)
         (drawn,) = draw_attack(attack, view, rate=self.plan.rate, seed=seed)
         return drawn
 
@@ -195,7 +198,7 @@ class ClassesLab:
             seed = child_seed("foundation.classes-model", self.seed, kind, number, self.classes)
             images = self.task.splits.attacker.split((_OWN_SHARE,), seed=seed)[0]
             if kind not in ("reference", "clean"):
-                images, _ = plant(images, [self.backdoor(kind)], seed=seed)
+                images, _ = plant(images, [self.backdoor(kind, number)], seed=seed)
             trained = train_on_prompts(
                 self.base,
                 images,
@@ -222,6 +225,8 @@ class ClassesLab:
             "code": code_digest(_SCAN_CODE),
             "name": name,
             "scan": config,
-            "plan": replace(self.plan, seeds=(), draws=0, clean=0, attacks=()),
+            "fine_tuning": self.plan.fine_tuning,
+            "rate": self.plan.rate,
+            "references": self.plan.references,
         }
         return key_of(kind, content)

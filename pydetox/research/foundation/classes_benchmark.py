@@ -16,9 +16,9 @@ import numpy as np
 
 from ...api import scan
 from ...detect.calibrate import calibrate_references
-from ...detect.calibration import adjusted
 from ...detect.configuration import ScanConfig
 from ...detect.result import ScanResult
+from ...detect.scatter import adjusted
 from ...detect.screening import screen_classes
 from ...detect.statistics import FINDINGS, Calibration, Verdict, detect
 from ...evaluation import evaluate, wilson_interval
@@ -26,11 +26,6 @@ from ...models import OpenClipModel
 from ...rng import generator
 from ...session import Session
 from .classes import ClassesLab, ClassesPlan
-
-
-def every_class(config: ScanConfig) -> ScanConfig:
-    """Return the scan that searches every class to the end: the truth."""
-    return replace(config, drop_below=None, advanced=replace(config.advanced, screen_above=None))
 
 
 def run_classes(plan: ClassesPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def run_classes(plan: ClassesPlan, log: Callable[[str], None] = lambda _: None) 
             lab = ClassesLab(plan, classes, seed)
             log(f"{classes} classes, seed {seed}")
             suspects = [("clean", k) for k in range(plan.clean)]
-            suspects += [(attack, 0) for attack in plan.attacks]
+            suspects += [(attack, k) for attack in plan.attacks for k in range(plan.victims)]
             for kind, number in suspects:
                 row = _row(lab, kind, number)
                 log(f"  {row['name']}: {_told(row)}")
@@ -144,7 +139,7 @@ def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
     found = lab.cache.document(key)
     if found is not None:
         return dict(found)
-    backdoor = None if kind == "clean" else lab.backdoor(kind)
+    backdoor = None if kind == "clean" else lab.backdoor(kind, number)
     test = lab.task.splits.test
     if backdoor is None:
         measured = evaluate(model, test, lab.head)
@@ -159,7 +154,7 @@ def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
         "ca": measured.clean_accuracy,
         "planted": measured.attack_success_rate,
         "screened": _scanned(lab, model, plan.scan),
-        "full": _scanned(lab, model, every_class(plan.scan)) if compared else None,
+        "full": _scanned(lab, model, plan.scan.every_class()) if compared else None,
     }
     return dict(lab.cache.keep_document(key, row))
 
