@@ -110,16 +110,16 @@ class ClassesPlan:
 def quick_classes_plan() -> ClassesPlan:
     """Return a run of under a minute that shows that everything works, not how well."""
     return ClassesPlan(
-        classes=(40,),
+        classes=(30,),
         seeds=((10,),),
-        training=JointTraining(steps=100, per_task=48),
+        training=JointTraining(steps=80, per_task=48),
         fine_tuning=TrainConfig(epochs=1, learning_rate=3e-4, batch_size=64),
         images=(1_200,),
         attacks=("badnets",),
         victims=1,
         clean=1,
-        scan=ScanConfig(inversion=InversionConfig(steps=40), families=("patch",)),
-        compared=(40,),
+        scan=ScanConfig(inversion=InversionConfig(steps=20), families=("patch",)),
+        compared=(30,),
         least_planted=0.0,
     )
 
