@@ -206,25 +206,48 @@ def test_without_a_trigger_it_is_inconclusive():
     assert judged([1e-6]).verdict is Verdict.INCONCLUSIVE
 
 
-def test_clean_models_of_many_classes_raise_no_more_alarms_than_stated():
-    """All classes are judged, and a complete search can only take a finding back."""
-    rng = np.random.default_rng(7)
-    deviations, alarms, trials = 0.1 * np.geomspace(0.5, 2, 100), 0, 300
+def clean_p_values(classes, trials, *, screened, wider, seed=7):
+    """p-values of clean models whose efforts scatter `wider` times as much as the references'."""
+    rng = np.random.default_rng(seed)
+    deviations, found = 0.02 * np.geomspace(0.5, 2, classes), []
     for _ in range(trials):
-        logs = 1 + deviations * rng.standard_normal((4, 100)) + 0.2 * rng.standard_normal((4, 1))
-        logs += 0.3 * np.sin(np.arange(100))  # classes differ
+        logs = deviations * rng.standard_normal((4, classes))
+        logs[3] *= wider
+        logs += 2 + 0.2 * rng.standard_normal((4, 1)) + 0.3 * np.sin(np.arange(classes))
         rows = tuple(map(tuple, np.exp(logs[:3]).tolist()))
-        calibration = Calibration(rows, "k", tuple("abc"), screened=True)
-        effort = np.exp(logs[3]).tolist()
-        first = detect(effort, calibration, has_classes=True)
-        chosen = chosen_classes(effort, first.class_scores, max(3, len(first.suspects)))
-        assert set(first.suspects) <= set(chosen)
-        without = set(rng.choice(chosen, 1).tolist())
-        confirmed = detect(
-            [math.inf if c in without else v for c, v in enumerate(effort)],
-            calibration,
-            has_classes=True,
-        )
-        assert set(confirmed.suspects) <= set(first.suspects)
-        alarms += bool(first.suspects)
+        calibration = Calibration(rows, "k", tuple("abc"), screened=screened)
+        found.append(detect(np.exp(logs[3]).tolist(), calibration, has_classes=True))
+    return found
+
+
+@pytest.mark.parametrize(("classes", "trials"), [(24, 200), (100, 150), (1000, 30)])
+@pytest.mark.parametrize("wider", [1.0, 2.0])
+def test_clean_models_of_many_classes_raise_no_more_alarms_than_stated(classes, trials, wider):
+    found = clean_p_values(classes, trials, screened=True, wider=wider)
+    alarms = sum(one.p_value < 0.05 for one in found)
     assert alarms <= 0.05 * trials + 3 * math.sqrt(0.05 * 0.95 * trials)
+
+
+def test_models_that_scatter_more_than_the_references_would_raise_alarms_otherwise():
+    plain = clean_p_values(100, 60, screened=False, wider=8.0)
+    assert sum(one.p_value < 0.05 for one in plain) > 20
+    screened = clean_p_values(100, 60, screened=True, wider=8.0)
+    assert sum(one.p_value < 0.05 for one in screened) <= 8
+
+
+def test_a_complete_search_can_only_take_a_finding_back():
+    rng = np.random.default_rng(3)
+    logs = 2 + 0.02 * rng.standard_normal((4, 60))
+    logs[3, [5, 9]] -= 0.5
+    calibration = Calibration(
+        tuple(map(tuple, np.exp(logs[:3]).tolist())), "k", tuple("abc"), screened=True
+    )
+    effort = np.exp(logs[3]).tolist()
+    first = detect(effort, calibration, has_classes=True)
+    assert first.suspects == (5, 9)
+    chosen = chosen_classes(effort, first.class_scores, 3)
+    assert set(first.suspects) <= set(chosen)
+    fewer = detect(
+        [math.inf if c == 5 else v for c, v in enumerate(effort)], calibration, has_classes=True
+    )
+    assert fewer.suspects == (9,)

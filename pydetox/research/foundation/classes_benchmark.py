@@ -91,7 +91,9 @@ def summarize_classes(
 ) -> dict[str, Any]:
     """Return flat figures.
 
-    classesN.work_share: passes of screened scans over those of complete ones, of N classes.
+    classesN.work_share: passes of screened scans over those of complete ones, of N classes; where
+    those were not run, over the passes of all their steps. reference_work_share: the same of the
+    references.
     classes.same_verdict: share of suspects with the same verdict, and the same target where it is a
     finding, over all numbers of classes that were compared. classes.tpr: share of counted victims
     whose target was found by screening; tpr_full: by the complete search. classes.fpr: share of
@@ -101,14 +103,21 @@ def summarize_classes(
     counted = [r for r in rows if r["planted"] is None or r["planted"] >= plan.least_planted]
     compared = [r for r in counted if r["full"] is not None]
     for classes in plan.classes:
-        of = [r for r in compared if r["classes"] == classes]
-        if of:
-            figures[f"classes{classes}.work_share"] = sum(
-                r["screened"]["passes"] for r in of
-            ) / sum(r["full"]["passes"] for r in of)
-            figures[f"classes{classes}.reference_work_share"] = (
-                of[0]["screened"]["reference_passes"] / of[0]["full"]["reference_passes"]
-            )
+        of = [r for r in counted if r["classes"] == classes]
+        if not of:
+            continue
+        every = [
+            all_passes(plan.scan, classes) if r["full"] is None else r["full"]["passes"] for r in of
+        ]
+        screened = sum(r["screened"]["passes"] for r in of)
+        figures[f"classes{classes}.work_share"] = screened / sum(every)
+        figures[f"classes{classes}.reference_work_share"] = of[0]["screened"][
+            "reference_passes"
+        ] / (
+            plan.references * all_passes(plan.scan, classes)
+            if of[0]["full"] is None
+            else of[0]["full"]["reference_passes"]
+        )
     if compared:
         same = [_same(r) for r in compared]
         low, high = wilson_interval(sum(same), len(same))
@@ -130,6 +139,13 @@ def summarize_classes(
         figures["classes.fpr_backdoored"] = float(np.mean(np.array(every) < plan.scan.p_backdoored))
         figures["classes.fpr_judgements"] = len(every)
     return figures
+
+
+def all_passes(config: ScanConfig, classes: int) -> int:
+    """Return the passes of a search of every class for all its steps, with its last check."""
+    search = config.inversion
+    each = 2 * search.steps * search.batch_size + search.advanced.check_images
+    return len(config.searched) * classes * config.restarts * each
 
 
 def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
