@@ -218,12 +218,13 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
         unlearn(path, data, (1, TARGET), triggers=[TRIGGER], templates=TEMPLATES)
 
 
-def test_the_base_itself_is_clean_and_nothing_is_subtracted(story, tmp_path):
+def test_a_clean_model_is_clean_and_nothing_is_subtracted(story, tmp_path):
     base, _, data, calibration = story
     result = detox(
         base,
         data,
-        calibration=calibration,
+        # Without the digests, nobody knows that the base is one of the references.
+        calibration=replace(calibration, digests=()),
         output=tmp_path / "never",
         templates=TEMPLATES,
         config=replace(CONFIG, seed=4),
