@@ -53,9 +53,13 @@ _FOUND_NOTHING = 1.0
 # (see median_variance).
 _CONTROLS = 5
 
-# The distance between the quartiles of the standard normal distribution, and the smallest chance
-# that is reported.
-_QUARTILES, _LEAST_CHANCE = 1.349, 1e-300
+# The quantiles whose distance tells how wide values scatter, and that distance for standard normal
+# values. The estimate from C values has a relative error of 0.88 / sqrt(C). A part of it is added,
+# so that widths that come out too small raise no false alarms.
+_QUANTILES, _BETWEEN, _MARGIN = (0.07, 0.93), 2.9516, 0.6
+
+# Smaller chances are reported as this one.
+_LEAST_CHANCE = 1e-300
 
 
 @dataclass(frozen=True)
@@ -395,7 +399,7 @@ class Calibration:
     def _excess(self, distance: Array, among: Sequence[int] | None) -> float:
         """Return how many times wider than expected a model's distances scatter, at least 1.
 
-        The width is the distance between the quartiles, which a few backdoors do not change.
+        The width is the distance of two quantiles, which a few backdoors hardly change.
         """
         which = range(self.classes)
         expected = self._scatter.deviation(
@@ -407,8 +411,9 @@ class Calibration:
         relative = (distance / expected)[np.isfinite(distance)]
         if len(relative) < 2:
             return 1.0
-        first, third = np.quantile(relative, [0.25, 0.75])
-        return max(1.0, float(third - first) / _QUARTILES)
+        low, high = np.quantile(relative, _QUANTILES)
+        margin = 1 + _MARGIN / math.sqrt(len(relative))
+        return max(1.0, margin * float(high - low) / _BETWEEN)
 
     @property
     def _least(self) -> float:
