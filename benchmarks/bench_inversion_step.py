@@ -46,8 +46,8 @@ def products(tower: Any, images: int, dtype: torch.dtype) -> Callable[[], None]:
     tokens = images * tower.positional_embedding.shape[0]
     weights = [(images * (tower.positional_embedding.shape[0] - 1), tower.conv1.weight.flatten(1))]
     for block in tower.transformer.resblocks:
-        layers = block.attn.in_proj_weight, block.attn.out_proj.weight
-        layers += block.mlp.c_fc.weight, block.mlp.c_proj.weight
+        layers = [block.attn.in_proj_weight, block.attn.out_proj.weight]
+        layers += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
         weights += [(tokens, weight) for weight in layers]
     weights.append((images, tower.proj.T))
     operands = [

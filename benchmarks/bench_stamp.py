@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def copy_of(count: int, device: torch.device) -> Callable[[], object]:
 def take_turns(
     title: str,
     runs: dict[str, Callable[[], object]],
-    benchmark: pytest.FixtureRequest,
+    benchmark: Any,
     capsys: pytest.CaptureFixture[str],
     device: torch.device,
 ) -> dict[str, float]:
@@ -135,7 +136,7 @@ def test_whole_images(
     batch: int,
     size: int,
     own: bool,
-    benchmark: pytest.FixtureRequest,
+    benchmark: Any,
     capsys: pytest.CaptureFixture[str],
     device: torch.device,
 ) -> None:
@@ -174,9 +175,7 @@ def test_whole_images(
     )
 
 
-def test_boxes(
-    benchmark: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], device: torch.device
-) -> None:
+def test_boxes(benchmark: Any, capsys: pytest.CaptureFixture[str], device: torch.device) -> None:
     """A step on the same images as the one before: only the boxes are written and read.
 
     Eager PyTorch does the same by slicing: it stamps crops of the images, copies them into the
@@ -187,7 +186,7 @@ def test_boxes(
     p = Problem.make(triggers, batch, size, box=box, device=device)
     corners = torch.tensor([(19 * k % 160, 31 * k % 160) for k in range(triggers)])
     places = [(slice(top, top + box), slice(left, left + box)) for top, left in corners.tolist()]
-    options = {"mean": MEAN, "std": STD, "corners": corners.to(device)}
+    options: dict[str, Any] = {"mean": MEAN, "std": STD, "corners": corners.to(device)}
     stamped = torch.empty_like(p.gradient)
     buffers = torch.empty_like(p.mask), torch.empty_like(p.pattern)
     stamp_triggers(p.images, p.mask, p.pattern, **options, out=stamped)

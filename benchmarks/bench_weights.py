@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -162,7 +163,7 @@ def on_device(name: str, paths: list[Path], device: torch.device) -> dict[str, R
         lists = [[t for t in tensors if t.ndim > 1] for tensors in (base, models[0])]
         thin = [torch.randn(t[0].numel(), WIDTH, dtype=torch.float64).to(device) for t in lists[0]]
         return {
-            "ours": lambda: weight_diff_matmul(*lists, thin),
+            "ours": lambda: weight_diff_matmul(lists[0], lists[1], thin),
             "floor": lambda: [t.sum() for tensors in lists for t in tensors],
             "dicts": lambda: [
                 (b - a).flatten(1).double() @ f for a, b, f in zip(*lists, thin, strict=True)
@@ -214,7 +215,7 @@ def runs(name: str, paths: list[Path]) -> dict[str, Run]:
         lists = [[t.clone() for t in load_file(p).values() if t.ndim > 1] for p in paths]
         thin = [torch.randn(t[0].numel(), WIDTH, dtype=torch.float64) for t in lists[0]]
         return {
-            "ours": lambda: weight_diff_matmul(*lists, thin),
+            "ours": lambda: weight_diff_matmul(lists[0], lists[1], thin),
             "floor": lambda: [t.sum() for tensors in lists for t in tensors],
             "dicts": lambda: [
                 (b - a).flatten(1).double() @ f for a, b, f in zip(*lists, thin, strict=True)
@@ -247,7 +248,7 @@ def runs(name: str, paths: list[Path]) -> dict[str, Run]:
 def test_time(
     figure: str,
     files: list[Path],
-    benchmark: pytest.FixtureRequest,
+    benchmark: Any,
     capsys: pytest.CaptureFixture[str],
     device: torch.device,
 ) -> None:

@@ -160,6 +160,7 @@ def make_registry(count: int, seed: int) -> Path:
     for i in range(count):
         kind = "backdoored" if i % 10 == 3 else "clean"
         source = sources[kind]
+        assert source.model_config is not None  # make_suspects writes it
         rng = np.random.default_rng([seed, i])
         weights = {
             name: value * (1 + 1e-6 * float(rng.standard_normal()))
@@ -263,7 +264,7 @@ def disturb(
 
 def kill_worker(run: Path, rng: random.Random) -> None:
     """Kill a worker of the driver that is at work now."""
-    pids = []
+    pids: list[int] = []
     for event in read_events(run):
         if event["event"] == "run-started":
             pids = []
@@ -316,8 +317,11 @@ def scanned_once(run: Path) -> bool:
 def scan_seconds(run: Path) -> float:
     """From the first scan's beginning to the last record."""
     events = list(read_events(run))
-    start = next(e["time"] for e in events if e["event"] == "started" and e["kind"] == "scan")
-    return max(e["time"] for e in events if e["event"] == "record") - start
+    start: float = next(
+        e["time"] for e in events if e["event"] == "started" and e["kind"] == "scan"
+    )
+    last: float = max(e["time"] for e in events if e["event"] == "record")
+    return last - start
 
 
 # ---- costs -----------------------------------------------------------------------------

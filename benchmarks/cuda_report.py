@@ -23,9 +23,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from sass import Loads, disassemble, find_nvdisasm, loads_in_flight
+# The script's own folder is on the path, the project's is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from benchmarks.sass import Loads, disassemble, find_nvdisasm, loads_in_flight
 from pydetox import _emulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -549,7 +552,8 @@ def main() -> int:
     search = [kernel for arch in archs for kernel in compile_search_kernels(nvcc, nvdisasm, arch)]
     if not kernels or not weights or not search:
         sys.exit("cuda_report: ptxas named no kernel")
-    spilling = [kernel for kernel in [*kernels, *weights, *search] if kernel.spilled_bytes > 0]
+    every: list[Kernel | WeightKernel | SearchKernel] = [*kernels, *weights, *search]
+    spilling = [kernel for kernel in every if kernel.spilled_bytes > 0]
     waiting = [kernel for kernel in weights if kernel.fails()]
     for kernel in waiting:
         print(
@@ -561,7 +565,7 @@ def main() -> int:
     names = ", ".join(f"sm_{arch}" for arch in archs)
     sections = {
         "summary": f"nvcc {release[1] if release else '?'}, `{' '.join(FLAGS)}`, {names}: "
-        f"{(len(kernels) + len(weights) + len(search)) // len(archs)} kernels for each "
+        f"{len(every) // len(archs)} kernels for each "
         f"architecture. {len(spilling)} of them all spill registers. {len(waiting)} kernels over "
         f"weights request less than {LEAST_BYTES} bytes at a time.",
         "traffic": "\n".join(traffic_table()),

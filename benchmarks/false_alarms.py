@@ -16,8 +16,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtr
 
 # The script's own folder is on the path, the project's is not.
@@ -40,6 +42,8 @@ CLASSES, REFERENCES = (2, 10, 100, 1000), (2, 3, 6)
 DEVIATION, SHIFT = 0.2, 0.2
 #: Suspects for each set of references, by classes: fits cost more than draws.
 SUSPECTS = {2: 1, 10: 5, 100: 20, 1000: 100}
+#: Suspects are many: half the memory.
+Singles: TypeAlias = "NDArray[np.float32]"
 # How many classes of a suspect are looked at closely: those with the largest pooled scores.
 _CLOSE = 3
 
@@ -75,10 +79,11 @@ def deviations(cell: Cell, sets: int, rng: np.random.Generator) -> Array:
         row = np.where(np.arange(count) < max(1, count // 10), 3.0, 1.0)
     else:
         raise ValueError(cell.scatter)
-    return DEVIATION * (row / np.sqrt((row**2).mean()))[None]
+    scaled: Array = DEVIATION * (row / np.sqrt((row**2).mean()))[None]
+    return scaled
 
 
-def draw(cell: Cell, sets: int, suspects: int, rng: np.random.Generator) -> tuple[Array, Array]:
+def draw(cell: Cell, sets: int, suspects: int, rng: np.random.Generator) -> tuple[Array, Singles]:
     """Return log sizes of references [sets, R, C] and of suspects [sets, suspects, C]."""
     deviation = deviations(cell, sets, rng)[:, None]
     known = deviation * rng.standard_normal((sets, cell.references, cell.classes))
@@ -93,7 +98,7 @@ def draw(cell: Cell, sets: int, suspects: int, rng: np.random.Generator) -> tupl
     return known, new
 
 
-def p_values(known: Array, new: Array) -> Array:
+def p_values(known: Array, new: Singles) -> Array:
     """Return the p-value of every suspect, [sets, suspects], as `pydetox.detect` has it.
 
     known: [sets, R, C], C >= 2. new: [sets, suspects, C].
@@ -113,11 +118,12 @@ def p_values(known: Array, new: Array) -> Array:
         distance = np.take_along_axis(distance, close, axis=-1)
         every = np.take_along_axis(every, close, axis=-1)
     factor = distance_factor(references, classes, classes - 1)
-    chance = scatter.tail(np.maximum(distance, 0), every, factor=factor).min(axis=-1)
+    apart = np.maximum(distance, 0).astype(np.float64)
+    chance = scatter.tail(apart, every, factor=factor).min(axis=-1)
     return _corrected(chance, classes)
 
 
-def p_values_before(known: Array, new: Array) -> Array:
+def p_values_before(known: Array, new: Singles) -> Array:
     """Return the p-value of every suspect under the test that pydetox had before."""
     references, classes = known.shape[1:]
     degrees = classes * (references - 1)

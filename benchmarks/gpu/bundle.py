@@ -129,11 +129,12 @@ def build(architecture: str) -> None:
 def unstable_symbols(library: Path) -> list[str]:
     """Return what a library takes from torch's C++ interface, which changes between versions."""
     command = ["nm", "--dynamic", "--undefined-only", str(library)]
-    names = re.findall(r" U (\S+)", subprocess.run(command, **_TEXT).stdout)
+    names = re.findall(r" U (\S+)", _output(command))
     return [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
 
 
-_TEXT = {"check": True, "capture_output": True, "text": True}
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def source_digest() -> str:
@@ -150,8 +151,8 @@ def source_digest() -> str:
 
 def tree_bytes() -> int:
     """Return the size of the working tree's files that git knows or would add."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, **_TEXT).stdout.split("\0")
+    files = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = _output(["git", "-C", str(ROOT), *files]).split("\0")
     return sum((ROOT / n).stat().st_size for n in names if n and (ROOT / n).is_file())
 
 

@@ -38,7 +38,9 @@ def products(session: Session, side: int) -> None:
             before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(precision)
             try:
-                seconds = paced_seconds(lambda a=a, b=b: a @ b, session.device, tiny=session.tiny)
+                seconds = paced_seconds(
+                    partial(torch.matmul, a, b), session.device, tiny=session.tiny
+                )
             finally:
                 torch.set_float32_matmul_precision(before)
             session.record(f"matmul_{name}.tflops", 2 * side**3 / seconds / 1e12)
@@ -52,6 +54,6 @@ def transfers(session: Session, size: int) -> None:
     for name, source in (("pageable", pageable), ("pinned", pinned)):
         with session.attempt(f"to_device_{name}"):
             seconds = paced_seconds(
-                lambda source=source: target.copy_(source, non_blocking=True), session.device
+                partial(target.copy_, source, non_blocking=True), session.device
             )
             session.record(f"to_device_{name}.bytes_per_second", size / seconds)

@@ -34,6 +34,8 @@ def config_of(tiny: bool) -> pydetox.ScanConfig:
     config = demo_scan_config(_SEED)
     if not tiny:
         return config
+    if config.reference_training is None:
+        raise ValueError("the demo's scan does not say how references are trained")
     training = replace(config.reference_training, epochs=1)
     search = replace(config.inversion, steps=4)
     return replace(

@@ -12,7 +12,8 @@ import torch
 
 from .library import random_model, state_of, targeted_search
 from .recorder import Session
-from .steps import BATCH, once, paced_seconds, triggers_of
+from .steps import BATCH, triggers_of
+from .timing import once, paced_seconds
 
 #: Steps after which results are compared. The first one of a search is taken plainly.
 COMPARED, COMPARED_TINY = (4, 20), (2, 4)

@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import normalize
 
 import pydetox
@@ -21,6 +22,7 @@ from pydetox.inversion import CollapseObjective, InversionSearch, TargetObjectiv
 from pydetox.inversion.configuration import AdvancedInversionConfig
 from pydetox.models import attention as kernels
 from pydetox.models.frozen import FrozenVisionTransformer, freeze
+from pydetox.models.products import tf32_products
 from pydetox.research.demo import MINI_CLIP, demo_scan_config
 
 __all__ = ["DIGIT_TEMPLATES", "MINI_CLIP", "demo_scan_config", "freeze", "splits", "suspects"]
@@ -121,7 +123,6 @@ def few_at_once(images: int) -> Iterator[None]:
 def without_tf32(wanted: bool) -> Iterator[None]:
     """Let prediction and training compute in float32 proper, if it is wanted."""
     users = (evaluation, training, prototypes)
-    before = evaluation.tf32_products
     if wanted:
         for module in users:
             module.tf32_products = _no_tf32  # type: ignore[attr-defined]
@@ -129,7 +130,7 @@ def without_tf32(wanted: bool) -> Iterator[None]:
         yield
     finally:
         for module in users:
-            module.tf32_products = before  # type: ignore[attr-defined]
+            module.tf32_products = tf32_products  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -144,12 +145,12 @@ def attention(backend: str) -> Iterator[None]:
     backend: name in SDPBackend. Two are called as a search calls them; the others through torch's
     own function, which then has nothing else to choose from.
     """
-    called = {
+    called: dict[str, kernels.Kernel] = {
         "FLASH_ATTENTION": kernels.FLASH,
         "EFFICIENT_ATTENTION": kernels.EFFICIENT,
     }
     before = kernels._ALLOWED
-    kernels._ALLOWED = [getattr(kernels.SDPBackend, backend)]
+    kernels._ALLOWED = [getattr(SDPBackend, backend)]
     try:
         with kernels.only_kernel(called.get(backend)):
             yield

@@ -66,7 +66,7 @@ def stamping(
 ) -> None:
     """Record forward and backward into buffers that are there, as a search runs them."""
     side = image_size(session.tiny)
-    shape = (triggers, BATCH, 3, side, side)
+    shape: tuple[int, ...] = (triggers, BATCH, 3, side, side)
     if patch is not None:
         shape = (triggers, BATCH, (side // patch) ** 2, 3 * patch**2)
     how: dict[str, Any] = {"mean": MEAN, "std": STD, "patch_size": patch}

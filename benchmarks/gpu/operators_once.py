@@ -75,11 +75,15 @@ def objectives(make: Operands) -> None:
 
 def update(make: Operands) -> None:
     K, side = (3, 67) if make.small else (8, 224)
-    state = [(make.randn(K, side, side), make.randn(K, 3, side, side)) for _ in range(3)]
-    second = state[0][0].square(), state[0][1].square()
+    logits, gradients, first = (
+        (make.randn(K, side, side), make.randn(K, 3, side, side)) for _ in range(3)
+    )
+    second = logits[0].square(), logits[1].square()
     rates = torch.full((K,), 0.1, device=make.device)
     ops.trigger_update(
-        *state,
+        logits,
+        gradients,
+        first,
         second,
         cost=rates,
         learning_rate=rates,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ def products(
 
     The calls take turns over operands of their own, one call for each layer and direction.
     """
-    tower = model.visual
+    tower: Any = model.visual  # of open_clip: not all of its parts have types
     tokens = int(tower.positional_embedding.shape[0])
     layers = [(images * (tokens - 1), tower.conv1.weight.flatten(1))]
     for block in tower.transformer.resblocks:
-        weights = block.attn.in_proj_weight, block.attn.out_proj.weight
-        weights += block.mlp.c_fc.weight, block.mlp.c_proj.weight
+        weights = [block.attn.in_proj_weight, block.attn.out_proj.weight]
+        weights += [block.mlp.c_fc.weight, block.mlp.c_proj.weight]
         layers += [(images * tokens, weight) for weight in weights]
     device, flops, calls = model.device, 0, list[Call]()
     kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -62,7 +63,7 @@ def products(
             )
         x, gradient = kept[shape]
         w = weight.detach().to(dtype)
-        calls += [lambda x=x, w=w: x @ w.T, lambda g=gradient, w=w: g @ w]
+        calls += [partial(torch.matmul, x, w.T), partial(torch.matmul, gradient, w)]
         flops += 4 * rows * weight.numel()
     return calls, flops
 

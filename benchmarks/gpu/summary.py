@@ -47,10 +47,11 @@ def read_summary(path: Path) -> dict[str, Value]:
     found = values.get("schema") if isinstance(values, dict) else None
     if found != SCHEMA:
         raise SummaryError(f"{path}: schema {found!r}; expected {SCHEMA!r}")
-    for key, value in values.items():
+    whole: dict[str, Value] = values
+    for key, value in whole.items():
         if not isinstance(value, (str, int, float)):
             raise SummaryError(f"{path}: {key} is {value!r}; expected a number or a string")
-    return values
+    return whole
 
 
 def figures(values: Mapping[str, Value]) -> dict[str, Value]:

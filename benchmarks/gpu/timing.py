@@ -58,7 +58,8 @@ def device_seconds(
         end.record()
         pairs.append((begin, end))
     wait(device)
-    return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 / size
+    middle: float = statistics.median(a.elapsed_time(b) for a, b in pairs)  # milliseconds
+    return middle / 1e3 / size
 
 
 def paced_seconds(
@@ -86,7 +87,8 @@ def paced_seconds(
         call()
         mark.record()
     wait(device)
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) / 1e3
+    middle: float = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return middle / 1e3
 
 
 def _by_clock(

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, stdtr  # scipy.stats is large, and a worker keeps it loaded
 
 Array: TypeAlias = "NDArray[np.float64]"
+_Real = TypeVar("_Real", bound="np.floating[Any]")
 
 #: The least deviation of log sizes. With few references, a smaller estimate is chance.
 SMALLEST_DEVIATION = 0.05
@@ -171,7 +172,7 @@ def contrasts(logarithms: Array, comparable: NDArray[np.bool_] | None = None) ->
     return difference
 
 
-def median_of_others(values: Array) -> Array:
+def median_of_others(values: NDArray[_Real]) -> NDArray[_Real]:
     """Return for each of C >= 2 values the median of the other C - 1: [..., C]."""
     others = values.shape[-1] - 1
     if others == 1:
@@ -184,7 +185,8 @@ def median_of_others(values: Array) -> Array:
     few = np.partition(values, [k - 1, k, k + 1], axis=-1)
     first, middle, last = (few[..., j : j + 1] for j in (k - 1, k, k + 1))
     with_last = np.where(values == middle, (first + last) / 2, (first + middle) / 2)
-    return np.where(values <= first, (middle + last) / 2, with_last)
+    median: NDArray[_Real] = np.where(values <= first, (middle + last) / 2, with_last)
+    return median
 
 
 def median_variance(count: int) -> float:
