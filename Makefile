@@ -106,7 +106,7 @@ data: $(ready)
 
 bench-foundation: data
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py --device $(where) $(FOUNDATION)
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_classes.py --device $(where) $(FOUNDATION)
+	$(if $(findstring --part,$(FOUNDATION)),@true,OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_classes.py --device $(where) $(FOUNDATION))
 
 lint: $(dev)
 	$(VENV)/bin/ruff check

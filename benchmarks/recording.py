@@ -49,7 +49,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "gram8.over_read": ("<=", 1.5),
     "project16.over_read": ("<=", 1.3),
     "sketch4096.over_read": ("<=", 2.0),
-    "matmul32.over_read": ("<=", 3.0),
+    "matmul32.over_floor": ("<=", 1.5),
     "apply.over_add": ("<=", 1.3),
     # MiB of resident memory, above what a process begins with.
     "stream.extra_mib": ("<=", 64.0),

@@ -31,8 +31,8 @@ RowTiling row_tiling(const ZeroShotParams& params, int64_t threads) {
 namespace pydetox {
 namespace {
 
-// Elements of embeddings that are worth a thread of their own (as many as torch gives one: they take
-// some 10 us, waking a thread takes less), and products of them with a head.
+// Elements of embeddings that are worth a thread of their own (as many as torch gives one: they
+// take some 10 us, waking a thread takes less), and products of them with a head.
 constexpr int64_t kGrainElements = 1 << 15, kGrainProducts = 1 << 21;
 
 int64_t grain(const Embeddings& z) {

@@ -48,18 +48,15 @@ EMPTY_TRIGGER = 1e-5
 # A mask cannot be larger than the image. A search that found nothing counts as a mask of this size.
 _FOUND_NOTHING = 1.0
 
-# The number of classes that are searched to the end whatever their score is, so that the others can
-# be judged relative to them. Their median has a variance of 0.29; that of nine classes has 0.17
-# (see median_variance).
+# The number of classes that are searched to the end whatever their score is, so that others can be
+# judged beside them. The variance of their median is 0.29, of nine classes 0.17 (median_variance).
 _CONTROLS = 5
 
-# The quantiles whose distance tells how wide values scatter, and that distance for standard normal
-# values. The estimate from C values has a relative error of 0.88 / sqrt(C). A part of it is added,
-# so that widths that come out too small raise no false alarms.
+# The quantiles whose distance is a width, that of standard normal values, and what is added: a part
+# of the estimate's relative error 0.88 / sqrt(C), so that too small widths raise no false alarms.
 _QUANTILES, _BETWEEN, _MARGIN = (0.07, 0.93), 2.9516, 0.6
 
-# Smaller chances are reported as this one.
-_LEAST_CHANCE = 1e-300
+_LEAST_CHANCE = 1e-300  # smaller chances are reported as this one
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Calibration:
             )
 
     def reference(self, digest: str) -> str | None:
-        """Return the name of the reference whose image tower has that digest; None for none."""
+        """Return the name of the reference with that digest; None for none."""
         return self._name(self.digests.index(digest)) if digest in self.digests else None
 
     def at(self, step: int) -> Calibration:
@@ -125,9 +122,8 @@ class Calibration:
             raise UsageError(
                 f"step {step}; the calibration has sizes at {list(self.recorded_steps)}"
             )
-        rows = self.history[self.recorded_steps.index(step)]
         return Calibration(
-            rows,
+            self.history[self.recorded_steps.index(step)],
             self.key,
             self.models,
             family=self.family,
