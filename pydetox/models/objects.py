@@ -124,7 +124,13 @@ def _of_transformers(module: Any) -> OpenClipModel:
     content["architectures"] = ["CLIPModel"]
     companions = {"config.json": f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode()}
     checkpoint = _checkpoint(weights, config, None, name, digest, "OpenAI's CLIP", companions)
-    return OpenClipModel.from_checkpoint(checkpoint)
+    model = OpenClipModel.from_checkpoint(checkpoint)
+    model.warnings = (
+        *model.warnings,
+        f"{name}: a CLIPModel does not know its processor: images are prepared as for OpenAI's CLIP; "
+        "give the folder instead if its preprocessor_config.json says otherwise",
+    )
+    return model
 
 
 def _of_open_clip(module: Any, architecture: str | None) -> OpenClipModel:

@@ -73,6 +73,7 @@ sys.stdout.write(
             "unchanged": unchanged,
             "written": result.path is not None,
             "loaded": loaded,
+            "warned": any("processor" in line for line in model.warnings),
             "callback": issubclass(ScanCallback, TrainerCallback),
         }
     )

@@ -145,4 +145,5 @@ def test_a_model_object_is_scanned_repaired_and_gets_its_weights_back(peer, tmp_
     assert found["repaired"] < 1e-5
     assert found["unchanged"]
     assert found["callback"]
+    assert found["warned"], "an object does not know its processor"
     assert found["loaded"] is not False
