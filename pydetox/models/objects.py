@@ -127,8 +127,8 @@ def _of_transformers(module: Any) -> OpenClipModel:
     model = OpenClipModel.from_checkpoint(checkpoint)
     model.warnings = (
         *model.warnings,
-        f"{name}: a CLIPModel does not know its processor: images are prepared as for OpenAI's CLIP; "
-        "give the folder instead if its preprocessor_config.json says otherwise",
+        f"{name}: a CLIPModel does not know its processor: images are prepared as for OpenAI's "
+        "CLIP; give the folder instead if its preprocessor_config.json says otherwise",
     )
     return model
 
