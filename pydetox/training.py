@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import ImageSet, Template, fill_template
 from .errors import DataError, UsageError
@@ -90,10 +91,16 @@ def train_on_prompts(
     rng = generator("training.batches", config.seed)
     steps_per_epoch = math.ceil(len(image_set) / config.batch_size)
 
+    prompt = 0
+
     def batches() -> Iterator[Tensor]:
+        nonlocal prompt
         for _ in range(config.epochs):
             order = torch.from_numpy(rng.permutation(len(image_set)))
-            yield from torch.split(order, config.batch_size)
+            for batch in torch.split(order, config.batch_size):
+                if tokens:  # one for the batch, also if memory runs out and it is split
+                    prompt = int(rng.integers(len(tokens)))
+                yield batch
 
     labels, images = image_set.labels, image_set.images
 
@@ -101,8 +108,7 @@ def train_on_prompts(
         embeddings = normalize(trained.encode_pixels(trained.pixels(images[index])), dim=-1)
         directions = head
         if directions is None:
-            prompts = tokens[int(rng.integers(len(tokens)))]
-            directions = normalize(trained.encode_tokens(prompts), dim=-1)
+            directions = normalize(trained.encode_tokens(tokens[prompt]), dim=-1)
         scale = trained.clip.logit_scale
         assert isinstance(scale, Tensor)
         logits = scale.exp().clamp(max=100) * embeddings @ directions.T
@@ -116,6 +122,8 @@ def train_on_prompts(
         steps=config.epochs * steps_per_epoch,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        # Batch normalisation makes the loss of an image depend on the others.
+        separable=not any(isinstance(one, _BatchNorm) for one in trained.clip.modules()),
         description=description,
         stop=None if stop is None else partial(stop, trained),
     )

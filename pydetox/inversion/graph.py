@@ -10,7 +10,9 @@ state in place.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -49,6 +51,12 @@ class Recorder(Protocol):
         ...
 
 
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream for captures on a device: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class CudaRecorder:
     """CUDA's stream capture, on a stream beside the current one.
 
@@ -57,7 +65,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(device)
 
     def warm_up(self, work: Work) -> None:
         """Do the work on the other stream, after what is on this one and before what follows."""
@@ -72,13 +80,50 @@ class CudaRecorder:
     def record(self, work: Work) -> Recording:
         """Capture the work; RuntimeError if it does what no graph can hold."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            # Other threads of the process may use the GPU meanwhile.
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            work()
+        current = torch.cuda.current_stream(self._device)
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            with (
+                torch.cuda.device(self._device),
+                # Other threads of the process may use the GPU meanwhile.
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                work()
+        except BaseException:
+            # Where the end of a capture fails, torch leaves what it began before.
+            torch.cuda.set_stream(current)
+            _forget_pool(self._device, pool)
+            raise
         return graph
+
+
+@contextmanager
+def _refusing_to_wait(device: torch.device) -> Iterator[None]:
+    """Make torch raise, on a GPU, where the host would wait for it: no graph can hold that."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # there are pretended GPUs
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _forget_pool(device: torch.device, pool: Any) -> None:
+    """Take back what a capture that failed has told the allocator.
+
+    Otherwise the allocator believes that a capture is going on, and gives no memory back. After a
+    capture that ended in order, the first call raises, and there is nothing to do.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    library: Any = torch._C  # torch has no public name for these
+    with suppress(RuntimeError, AttributeError, TypeError):
+        library._cuda_endAllocateToPool(index, pool)
+        library._cuda_releasePool(index, pool)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -114,7 +159,7 @@ class GraphedStep:
             try:
                 self._recorder = recorder_for(device)
             except (RuntimeError, AssertionError) as error:
-                self._give_up(error)
+                self._give_up(_said(error))
 
     def run(self, step: Steps) -> None:
         """Take a step."""
@@ -146,13 +191,15 @@ class GraphedStep:
         """Record a step and take it."""
         assert self._recorder is not None
         before: list[Tensor] | None = None
+        failure = ""
         try:
             expected = None
             if not self.recorded:
                 # A plain step, and back. It comes before the recording, because the two need as
                 # much memory each; a capture gives back what a plain step has left in the cache.
                 before = [tensor.clone() for tensor in step.state()]
-                step.take_once()
+                with _refusing_to_wait(self._device):
+                    step.take_once()
                 expected = [tensor.clone() for tensor in step.gradients()]
                 _write(step.state(), before)
             recording = self._recorder.record(step.take_once)
@@ -162,7 +209,10 @@ class GraphedStep:
         except Exception as error:  # noqa: BLE001 - whatever a capture throws, plain steps go on
             if before is not None:
                 _write(step.state(), before)
-            self._give_up(error)
+            failure = _said(error)
+        if failure:
+            # Out here the error is gone, and with its traceback the tensors of the failed capture.
+            self._give_up(failure)
             step.take_plainly()
             return
         self._recording = recording
@@ -170,11 +220,7 @@ class GraphedStep:
         self.replayed += 1
         self.description = "steps as CUDA graphs"
 
-    def _give_up(self, error: BaseException) -> None:
-        # The end of a capture that failed raises an error of its own, which says less.
-        error = error.__context__ or error
-        said = one_line(str(error).partition("\n")[0])
-        reason = textwrap.shorten(said, 100, placeholder=" ...") or type(error).__name__
+    def _give_up(self, reason: str) -> None:
         self.description = f"no CUDA graph: {reason}"
         self._recorder = self._recording = None
 
@@ -210,6 +256,14 @@ class Steps(Protocol):
     def gradients(self) -> Sequence[Tensor]:
         """Return the tensors that hold a step's gradients after it."""
         ...
+
+
+def _said(error: BaseException) -> str:
+    """Return in one line why a capture failed."""
+    # The end of a capture that failed raises an error of its own, which says less.
+    error = error.__context__ or error
+    said = one_line(str(error).partition("\n")[0])
+    return textwrap.shorten(said, 100, placeholder=" ...") or type(error).__name__
 
 
 def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -45,6 +45,8 @@ def subtract_passes(
     """
     if triggers is not None and len(targets) != 1:
         raise UsageError(f"{len(targets)} target classes; expected one for known triggers")
+    if not targets and config.objective != "label-free":
+        raise UsageError("no target class; expected one or more, or a label-free configuration")
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps) if targets else []
