@@ -66,6 +66,13 @@ STREAMS: Mapping[str, str] = {
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",
     "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
+    # Other projects' interfaces
+    "compat.clean": "share of the images that BackdoorBench's Neural Cleanse searches on",
+    "compat.batches": "order, shifts and reflections of images in its epochs; by epoch",
+    "compat.decree": "first masks and patterns of DECREE",
+    "compat.decree-batches": "order of the images in DECREE's epochs; by epoch",
+    "compat.art": "first masks and patterns of ART's Neural Cleanse; by class",
+    "compat.art-batches": "order of the images in its epochs; by epoch",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
