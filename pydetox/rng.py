@@ -66,6 +66,10 @@ STREAMS: Mapping[str, str] = {
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",
     "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
+    # Texts
+    "texts.sample": "the order whose beginning is a sample of a text set",
+    "texts.split": "the order that a split of a text set cuts into parts",
+    "texts.place": "the gap between words that a trigger goes into; by text",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
