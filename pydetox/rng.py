@@ -73,6 +73,10 @@ STREAMS: Mapping[str, str] = {
     "compat.decree-batches": "order of the images in DECREE's epochs; by epoch",
     "compat.art": "first masks and patterns of ART's Neural Cleanse; by class",
     "compat.art-batches": "order of the images in its epochs; by epoch",
+    # Texts
+    "texts.sample": "the order whose beginning is a sample of a text set",
+    "texts.split": "the order that a split of a text set cuts into parts",
+    "texts.place": "the gap between words that a trigger goes into; by text",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
