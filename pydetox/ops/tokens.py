@@ -1,4 +1,4 @@
-"""`mix_tokens`, its fused update, and `top_swaps`: searches for tokens over a frozen embedding table.
+"""`mix_tokens`, its fused update, and `top_swaps`: searches over a frozen embedding table.
 
 `pydetox.ops.reference` defines them in plain PyTorch.
 """
