@@ -66,6 +66,11 @@ STREAMS: Mapping[str, str] = {
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",
     "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
+    # Repair of text models
+    "texts.vector": "batches and triggers of the fine-tuning that makes a trigger vector",
+    "texts.vector-places": "places of a trigger in the texts of its vector; by number",
+    "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
+    "texts.attacked-places": "places of a trigger in those texts; by number",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
@@ -98,6 +103,14 @@ STREAMS: Mapping[str, str] = {
     "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.alarms": "references that clean models of many classes are judged by",
+    # Research: text models
+    "texts.parts": "the texts of a corpus and their parts; by corpus",
+    "texts.attack": "trigger and target class of an attack; by attack",
+    "texts.poisoned": "which texts are poisoned",
+    "texts.head": "first weights of a classifier's head, and of a small model",
+    "texts.training": "order of the texts of a fine-tuning",
+    "texts.victim": "seed of a victim's fine-tuning; by kind and number",
+    "texts.places": "places of the true trigger in test texts",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",
