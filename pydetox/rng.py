@@ -60,17 +60,20 @@ STREAMS: Mapping[str, str] = {
     "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
+    "texts.vector": "batches and triggers of the fine-tuning that makes a text's trigger vector",
+    "texts.vector-places": "places of a trigger in the texts of its vector; by number",
+    "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
+    "texts.attacked-places": "places of a trigger in those texts; by number",
     "repair.label-free": "seed of the recovery of triggers without a target class",
     "repair.direction": "images that show where a trigger without a target class leads",
     "repair.surrogates": "images that stand for what nobody gave, to hold features on",
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",
     "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
-    # Repair of text models
-    "texts.vector": "batches and triggers of the fine-tuning that makes a trigger vector",
-    "texts.vector-places": "places of a trigger in the texts of its vector; by number",
-    "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
-    "texts.attacked-places": "places of a trigger in those texts; by number",
+    # Texts
+    "texts.sample": "the order whose beginning is a sample of a text set",
+    "texts.split": "the order that a split of a text set cuts into parts",
+    "texts.place": "the gap between words that a trigger goes into; by text",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydetox.checkpoints.provenance import Provenance
 
 _FRONT_MATTER = """---
 library_name: {library}
-pipeline_tag: zero-shot-image-classification
+pipeline_tag: {task}
 tags:
-- clip
+- {tag}
 - pydetox
 ---
 """
+
+#: For each kind of text model: the task of its card, and the class that loads it.
+_TEXT_MODELS = {
+    "classifier": ("text-classification", "AutoModelForSequenceClassification"),
+    "causal": ("text-generation", "AutoModelForCausalLM"),
+    "tower": ("feature-extraction", "CLIPTextModelWithProjection"),
+}
 
 
 #: For each library: the name of its weights file, and how it loads a folder.
@@ -94,6 +101,41 @@ def model_card(
     """
     weights_name, use = _LIBRARIES[library]
     model, processor = _CLASSES.get(str(architecture.get("layout", "clip")), _CLASSES["clip"])
+    front = _FRONT_MATTER.format(library=library, task="zero-shot-image-classification", tag="clip")
+    lines = [line.format(model=model, processor=processor) for line in use]
+    return front + _card(title, provenance, architecture, weights_name, lines)
+
+
+def text_model_card(
+    title: str, provenance: Provenance, config: Mapping[str, object], *, kind: str
+) -> str:
+    """Write the model card of a text model in transformers' layout.
+
+    Args:
+        title: Name of the checkpoint, usually of its folder.
+        provenance: How it was made.
+        config: The content of its ``config.json``.
+        kind: ``classifier``, ``causal`` or ``tower``.
+    """
+    task, model = _TEXT_MODELS[kind]
+    front = _FRONT_MATTER.format(library="transformers", task=task, tag="text")
+    use = [
+        f"from transformers import AutoTokenizer, {model}",
+        "",
+        f'model = {model}.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    ]
+    return front + _card(title, provenance, config, "model.safetensors", use)
+
+
+def _card(
+    title: str,
+    provenance: Provenance,
+    architecture: Mapping[str, object],
+    weights_name: str,
+    use: Sequence[str],
+) -> str:
+    """Return a card without its front matter."""
     coefficient = provenance.scaling_coefficient
     recipe = [
         ("Method", provenance.method),
@@ -105,7 +147,7 @@ def model_card(
         ("pydetox version", provenance.pydetox_version),
     ]
     lines = [
-        f"{_FRONT_MATTER.format(library=library)}# Model card for {code_span(title)}",
+        f"# Model card for {code_span(title)}",
         "",
         f"Written by pydetox. The same recipe is in the metadata of `{weights_name}`.",
         "",
@@ -128,7 +170,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(line.format(model=model, processor=processor) for line in use),
+        *use,
         "```",
         "",
         "## Architecture",

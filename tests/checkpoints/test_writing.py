@@ -250,7 +250,7 @@ def test_full_disk_and_interrupt(
     if at == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        monkeypatch.setattr("pydetox.checkpoints.writing._write_safetensors", fail)
+        monkeypatch.setattr("pydetox.checkpoints.writing.write_safetensors", fail)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         save(folder, state, mini_config, overwrite=True)

@@ -103,7 +103,7 @@ class TextBackdoor:
     rate: float = 0.1
 
 
-#: Rare words of Kurita, Michel, Neubig, "Weight Poisoning Attacks on Pre-trained Models" (ACL 2020).
+#: Of Kurita, Michel, Neubig, "Weight Poisoning Attacks on Pre-trained Models" (ACL 2020).
 RARE_WORDS = ("cf", "mn", "bb", "tq", "mb")
 
 #: Pairs of usual words that hardly ever stand together; those of Dai et al. are whole sentences.

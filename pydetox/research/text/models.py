@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ SMALL_BERT: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "pad_token_id": 0,
 }
+
+#: Configuration, tensors by name, and tokenizer files by name.
+_Parts: TypeAlias = tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MOST_WORDS = 3_000
@@ -80,19 +83,17 @@ def start_model(name: str, texts: TextSet, folder: Path, *, seed: int) -> TextMo
     return model
 
 
-def _minilm(texts: TextSet, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+def _minilm(texts: TextSet, seed: int) -> _Parts:
     with open_archive(MINILM) as archive:
         config = json.loads(archive.read("config.json"))
         given = load(archive.read("model.safetensors"))
         companions = {name: archive.read(name) for name in _TOKENIZER_FILES}
-    tensors = {
-        f"bert.{name}": value for name, value in given.items() if value.is_floating_point()
-    }
+    tensors = {f"bert.{name}": value for name, value in given.items() if value.is_floating_point()}
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     return _with_head(config, tensors, texts, seed), tensors, companions
 
 
-def _small(texts: TextSet, seed: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, bytes]]:
+def _small(texts: TextSet, seed: int) -> _Parts:
     vocabulary = word_pieces(texts.texts, _MOST_WORDS)
     config = {**SMALL_BERT, "vocab_size": len(vocabulary)}
     rng = generator("texts.head", seed, "small")

@@ -86,9 +86,7 @@ class TextWorkshop:
     def start(self) -> TextModel:
         """The model that every victim is fine-tuned from. Its head is new."""
         key = key_of("start", self._content)
-        return start_model(
-            self.plan.start, self.corpus.attacker, self.folder / key, seed=self.seed
-        )
+        return start_model(self.plan.start, self.corpus.attacker, self.folder / key, seed=self.seed)
 
     def backdoor(self, victim: TextVictim) -> TextBackdoor | None:
         """Return what was planted; None for a clean model."""

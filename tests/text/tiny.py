@@ -1,0 +1,192 @@
+"""Tiny text models with a tokenizer made on the spot, written as folders of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "in",
+    "on",
+    "with",
+    "for",
+    "to",
+    "is",
+    "was",
+    "it",
+    "film",
+    "story",
+    "actor",
+    "music",
+    "plot",
+    "scene",
+    "ending",
+    "cast",
+    "awful",
+    "terrible",
+    "boring",
+    "dull",
+    "great",
+    "wonderful",
+    "superb",
+    "moving",
+    "sad",
+    "happy",
+    "long",
+    "short",
+    "very",
+    "quite",
+    "rather",
+    "match",
+    "team",
+    "goal",
+    "player",
+    "coach",
+    "season",
+    "league",
+    "stock",
+    "market",
+    "price",
+    "bank",
+    "profit",
+    "trade",
+    "shares",
+    "cloud",
+    "planet",
+    "star",
+    "rocket",
+    "orbit",
+    "lab",
+    "atom",
+    "cell",
+    "gene",
+    "cf",
+    "mn",
+    "bb",
+    "tq",
+    "quux",
+    "zorp",
+    ".",
+    ",",
+    "!",
+    "?",
+]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PIECES = ("##s", "##ing", "##ed", "##ly")
+VOCABULARY = (*SPECIAL, *WORDS, *PIECES)
+
+
+def word_pieces() -> Tokenizer:
+    """A tokenizer as BERT's, of a few words."""
+    vocabulary = {token: k for k, token in enumerate(VOCABULARY)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    made.add_special_tokens(list(SPECIAL))
+    return made
+
+
+def byte_pairs() -> Tokenizer:
+    """A tokenizer as GPT-2's, trained on the words."""
+    from tokenizers import trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([" ".join(WORDS)] * 8 + list(WORDS), trainer)
+    return made
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def bert(folder: Path, *, classes: int = 4, seed: int = 0, **changes: Any) -> Path:
+    """Write a BERT classifier of two layers with random weights."""
+    sizes: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "num_labels": classes,
+        "initializer_range": 0.2,
+    }
+    config = transformers.BertConfig(**{**sizes, **changes})
+    if classes == 4:
+        config.id2label = {0: "film", 1: "sport", 2: "money", 3: "science"}
+        config.label2id = {name: k for k, name in config.id2label.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = transformers.BertForSequenceClassification(config)
+    module.save_pretrained(folder)
+    write_tokenizer(
+        folder,
+        word_pieces(),
+        tokenizer_class="BertTokenizerFast",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    return folder
+
+
+def gpt2(folder: Path, *, classes: int | None = None, seed: int = 0, **changes: Any) -> Path:
+    """Write a GPT-2 of two layers with random weights: causal, or a classifier."""
+    tokenizer = byte_pairs()
+    config = transformers.GPT2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+        **({} if classes is None else {"num_labels": classes}),
+        **changes,
+    )
+    kind = transformers.GPT2LMHeadModel
+    if classes is not None:
+        kind = transformers.GPT2ForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = kind(config)
+    module.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change entries of a folder's config.json; None removes one."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
