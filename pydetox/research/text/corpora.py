@@ -157,7 +157,7 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
 def tidy(text: str) -> str:
     """Return a quotation as one line: no overstriking, no attribution, at most 28 words."""
     plain = re.sub(".\b", "", text)
-    body = re.split(r"^\s*--\s", plain, maxsplit=1, flags=re.MULTILINE)[0]
+    body = re.split(r"^\s*--", plain, maxsplit=1, flags=re.MULTILINE)[0]
     return " ".join(body.split()[:_MOST_WORDS])
 
 
