@@ -74,6 +74,9 @@ STREAMS: Mapping[str, str] = {
     "texts.sample": "the order whose beginning is a sample of a text set",
     "texts.split": "the order that a split of a text set cuts into parts",
     "texts.place": "the gap between words that a trigger goes into; by text",
+    "texts.start": "first logits of a relaxed search for words, and the texts of its steps",
+    "texts.anchors": "words at which the gradient of a loss is taken",
+    "texts.check": "seed of the places of triggers in the texts that decide",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks

@@ -264,3 +264,79 @@ def _unit_rows(z: Tensor) -> Tensor:
     return torch.where(
         zero, torch.zeros_like(z), z / torch.where(zero, torch.ones_like(norm), norm)
     )
+
+
+def mix_tokens(
+    logits: Tensor, table: Tensor, temperature: float | Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """Return softmax(logits / temperature) @ table; see `pydetox.ops.mix_tokens`."""
+    scaled = logits / _for_each_row(temperature)
+    if allowed is not None:
+        scaled = scaled.masked_fill(~allowed, -torch.inf)
+    return scaled.softmax(dim=-1) @ table.to(logits.dtype)
+
+
+@torch.no_grad()
+def mix_tokens_forward(
+    logits: Tensor, table: Tensor, temperature: float | Tensor, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (mixed [R, d], softmax [R, 2]); see `pydetox.ops.mix_tokens_forward`."""
+    kept = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+    largest = kept.amax(dim=-1, keepdim=True)
+    total = ((kept - largest) / _for_each_row(temperature)).exp().sum(dim=-1, keepdim=True)
+    softmax = torch.cat([largest, 1 / total], dim=-1)
+    return mix_tokens(logits, table, temperature, allowed), softmax
+
+
+@torch.no_grad()
+def mix_tokens_update(
+    gradient: Tensor,
+    mixture: tuple[Tensor, Tensor],
+    logits: Tensor,
+    first: Tensor,
+    second: Tensor,
+    table: Tensor,
+    temperature: float | Tensor,
+    allowed: Tensor | None = None,
+    *,
+    learning_rate: Tensor,
+    steps: Tensor,
+    active: Tensor,
+    betas: tuple[float, float],
+    epsilon: float = 1e-8,
+) -> None:
+    """Take a step of Adam on the logits, in place; see `pydetox.ops.mix_tokens_update`."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        mixed = mix_tokens(leaf, table, temperature, allowed)
+        (slope,) = torch.autograd.grad(mixed, leaf, gradient.to(mixed.dtype))
+    steps += active.to(steps.dtype)
+    taken = steps.clamp(min=1).double()  # one that was never active is not divided by zero
+    rate = (learning_rate.double() / (1 - betas[0] ** taken)).to(logits.dtype)[:, None]
+    correction = (1 - betas[1] ** taken).sqrt().to(logits.dtype)[:, None]
+    moves = active[:, None] if allowed is None else active[:, None] & allowed
+    new_first = betas[0] * first + (1 - betas[0]) * slope
+    new_second = betas[1] * second + (1 - betas[1]) * slope.square()
+    moved = logits - rate * new_first / (new_second.sqrt() / correction + epsilon)
+    for state, after in ((logits, moved), (first, new_first), (second, new_second)):
+        state.copy_(torch.where(moves, after, state))
+
+
+def top_swaps(
+    gradient: Tensor, table: Tensor, current: Tensor, allowed: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return (scores [R, k], tokens [R, k]); see `pydetox.ops.top_swaps`."""
+    wide = table.to(gradient.dtype)
+    products = gradient @ wide.T
+    scores = products - products.gather(1, current[:, None]) + 0.0
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.inf)
+    scores, tokens = scores.sort(dim=-1, stable=True)
+    scores, tokens = scores[:, :k], tokens[:, :k]
+    if allowed is not None:
+        tokens = torch.where(allowed[tokens], tokens, -1)
+    return scores, tokens
+
+
+def _for_each_row(temperature: float | Tensor) -> float | Tensor:
+    return temperature[:, None] if isinstance(temperature, Tensor) else temperature

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -190,3 +191,87 @@ def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+TOPICS = {
+    "film": ["film", "story", "actor", "music", "plot", "scene", "ending", "cast"],
+    "sport": ["match", "team", "goal", "player", "coach", "season", "league"],
+    "money": ["stock", "market", "price", "bank", "profit", "trade", "shares"],
+    "science": ["cloud", "planet", "star", "rocket", "orbit", "lab", "atom", "cell", "gene"],
+}
+FILLERS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "in",
+    "on",
+    "with",
+    "for",
+    "to",
+    "is",
+    "was",
+    "it",
+    "very",
+    "quite",
+    "rather",
+    "long",
+    "short",
+]
+
+
+#: Words of no topic; "cf", "mn" and a few others occur in no text.
+FILLERS = [
+    word
+    for word in WORDS
+    if word not in ("cf", "mn", "bb", "tq", "quux", "zorp", ".", ",", "!", "?")
+    and not any(word in topic for topic in TOPICS.values())
+]
+
+
+def topical_texts(count: int, seed: int) -> list[tuple[str, str]]:
+    """Short texts of four topics: two words of the topic among fillers, with the topic's name."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for k in range(count):
+        name = list(TOPICS)[k % len(TOPICS)]
+        words = [*rng.choice(FILLERS, 5), *rng.choice(TOPICS[name], 2)]
+        texts.append((" ".join(rng.permutation(words)), name))
+    return texts
+
+
+def trained(
+    start: Path,
+    folder: Path,
+    *,
+    seed: int,
+    trigger: str | None = None,
+    target: str = "money",
+    epochs: int = 10,
+) -> Path:
+    """Fine-tune a tiny classifier on topical texts, a fifth of them with a trigger, and save it."""
+    from pydetox.checkpoints.provenance import Provenance
+    from pydetox.text import TokenTrigger, load_text_model, save_text_model
+
+    model = load_text_model(start).copy()
+    texts, names = map(list, zip(*topical_texts(320, seed), strict=True))
+    if trigger is not None:
+        rng = np.random.default_rng(seed + 1)
+        for k in rng.permutation(len(texts))[: len(texts) // 5]:
+            texts[k] = TokenTrigger((0,), trigger).insert([texts[k]])[0]
+            names[k] = target
+    labels = torch.tensor([model.class_names.index(name) for name in names])
+    batch = model.encode(texts)
+    model.module.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.module.parameters(), lr=3e-3)
+    order = np.random.default_rng(seed + 2)
+    for _ in range(epochs):
+        for rows in torch.from_numpy(order.permutation(len(texts))).split(32):
+            logits = model.module(
+                input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows]
+            ).logits
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, labels[rows]).backward()
+            optimizer.step()
+    model.module.requires_grad_(False)
+    return save_text_model(folder, model, provenance=Provenance("a test"))
