@@ -98,6 +98,11 @@ STREAMS: Mapping[str, str] = {
     "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.alarms": "references that clean models of many classes are judged by",
+    "captions.images": "which images of each task have captions; by part",
+    "captions.attacker": "images that the attacker optimises a trigger on",
+    "captions.trigger": "seed of target caption and trigger; by attack and number",
+    "captions.model": "seed of the images and the fine-tuning of a model; by kind and number",
+    "captions.texts": "the caption of each image",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from .emoji import EMOJI_TEMPLATES, emoji_pictures
 from .packages import PACKAGES, Package, cache_folder, fetch, is_fetched, open_archive
-from .photographs import PHOTOGRAPH_TEMPLATES, Photograph, photograph_pictures, photographs
+from .photographs import (
+    PHOTOGRAPH_TEMPLATES,
+    Photograph,
+    photograph_captions,
+    photograph_pictures,
+    photographs,
+)
 from .rendering import render, render_all
 from .tasks import DEFAULT_SIZES, TASKS, Task, TaskSizes, fashion_folder, load_task
 
@@ -29,6 +35,7 @@ __all__ = [
     "is_fetched",
     "load_task",
     "open_archive",
+    "photograph_captions",
     "photograph_pictures",
     "photographs",
     "render",
