@@ -24,12 +24,12 @@ from ..data import TASKS, Task, photograph_captions
 from .base import JointTraining
 from .victims import Workshop
 
-#: Three blocks of 96 channels on 16 patches of 8 pixels.
+#: Two blocks of 96 channels on 16 patches of 8 pixels.
 CAPTION_CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {
         "image_size": 32,
-        "layers": 3,
+        "layers": 2,
         "width": 96,
         "head_width": 32,
         "patch_size": 8,
@@ -37,9 +37,9 @@ CAPTION_CLIP: dict[str, Any] = {
     "text_cfg": {
         "context_length": 16,
         "vocab_size": 49408,
-        "width": 64,
+        "width": 32,
         "heads": 2,
-        "layers": 2,
+        "layers": 1,
     },
 }
 
@@ -79,7 +79,7 @@ class CaptionTraining:
     """
 
     epochs: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch_size: int = 128
     weight_decay: float = 1e-4
     seed: int = 0
