@@ -1,12 +1,13 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+    python benchmarks/bench_foundation.py [--quick] [--part captions] [--device cuda]
         [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
+Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
-run of one part leaves the other's figures in summary.json as they are.
+run of one part leaves the others' figures in summary.json as they are.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
 repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 """
@@ -27,6 +28,11 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
+from pydetox.research.foundation.captions_benchmark import (
+    CaptionPlan,
+    quick_caption_plan,
+    run_captions,
+)
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
     quick_verdict_plan,
@@ -42,6 +48,14 @@ _COLUMNS = (
     ("asr_transfer_max", "elsewhere"),
     ("retrieval_kept", "R@1"),
 )
+
+
+#: What the figures of each part begin with in summary.json.
+_PREFIXES: dict[str, str | tuple[str, ...]] = {
+    "verdicts": "default.",
+    "captions": "captions.",
+    "tasks": ("tasks.", "quarter"),
+}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -61,7 +75,7 @@ def figures(summary: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--part", type=click.Choice(["all", "tasks", "verdicts"]), default="all")
+@click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
 @click.option("--seeds", help="Other seeds, separated by commas; `verdicts` takes the first.")
 @click.option("--models", type=int, help="Part verdicts: clean models, instead of 40.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
@@ -79,9 +93,11 @@ def main(
     """Run the benchmark. --search is of the part verdicts."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
+    captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])
+        captions = replace(captions, seeds=numbers)
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 8))
     if search != "default":
@@ -95,8 +111,7 @@ def main(
 
     def keep(name: str, document: dict[str, Any], flat: dict[str, Any]) -> None:
         known = json.loads(path.read_text()) if path.exists() else {}
-        prefix = "default." if name == "verdicts" else ("tasks.", "quarter")
-        rest = {k: v for k, v in known.items() if not k.startswith(prefix)}
+        rest = {k: v for k, v in known.items() if not k.startswith(_PREFIXES[name])}
         write_file(output / f"{name}.json", to_json(document) + "\n")
         write_file(path, to_json({**rest, **flat}) + "\n")
 
@@ -105,6 +120,10 @@ def main(
         if part in ("all", "verdicts"):
             document = run_verdicts(verdicts, log)
             keep("verdicts", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "captions"):
+            document = run_captions(captions, log)
+            keep("captions", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

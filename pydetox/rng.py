@@ -124,6 +124,11 @@ STREAMS: Mapping[str, str] = {
     "texts.training": "order of the texts of a fine-tuning",
     "texts.victim": "seed of a victim's fine-tuning; by kind and number",
     "texts.places": "places of the true trigger in test texts",
+    "captions.images": "which images of each task have captions; by part",
+    "captions.attacker": "images that the attacker optimises a trigger on",
+    "captions.trigger": "seed of target caption and trigger; by attack and number",
+    "captions.model": "seed of the images and the fine-tuning of a model; by kind and number",
+    "captions.texts": "the caption of each image",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

@@ -229,7 +229,7 @@ objective = click.option(
     "--objective",
     type=click.Choice(["targeted", "label-free"]),
     default="targeted",
-    help="What to search: a trigger into each class, or one trigger that makes all images alike.",
+    help="Search for a trigger into each class, or for one that sends all images in one direction.",
 )
 
 

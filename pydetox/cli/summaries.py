@@ -33,7 +33,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         classes = "class" if len(one["targets"]) == 1 else "classes"
         target = f"target {classes} {', '.join(one['target_names'])}"
         if not one["targets"]:
-            target = "triggers that make all images alike"
+            target = "triggers that send all images into one direction"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
         if one["warps"]:

@@ -98,19 +98,19 @@ class ReferencePlan:
             raise UsageError(
                 f"{len(references)} reference model; a calibration needs at least 2 in references="
             )
+        # Copies that moved as far as the suspect also show what a label-free search finds.
+        matched_copies = config.objective == "label-free" and config.reference_training is None
         contrast = config.contrast
         if contrast is None:
             if calibration is not None:
                 contrast = calibration.relative
             else:
-                contrast = base is not None and bool(references)
-            if config.objective != "targeted":
-                contrast = False
+                contrast = base is not None and (bool(references) or matched_copies)
         if contrast and base is None:
             if calibration is not None and calibration.relative:
                 raise UsageError("the calibration was made in contrast to a base: give that base=")
             raise UsageError("a search in contrast to the base needs it: give base=")
-        if contrast and references is None and calibration is None:
+        if contrast and references is None and calibration is None and not matched_copies:
             raise UsageError(
                 "a search in contrast to the base has nothing to compare with: give references=, "
                 "clean models that were fine-tuned from it as the suspects were, at least 2, or a "

@@ -11,9 +11,9 @@ import torch
 from ..detect.configuration import ScanConfig
 from ..detect.copies import BATCH, STEPS
 from ..detect.references import ReferencePlan
-from ..detect.search import objective_for
+from ..detect.search import label_free_objective, objective_for
 from ..evaluation import predict
-from ..inversion import CollapseObjective, Objective, invert
+from ..inversion import invert
 from ..models.frozen import freeze
 from ..session import Session
 from .configuration import UnlearnConfig
@@ -57,7 +57,7 @@ def estimate_repair(
     classes = len(head) if config.objective == "targeted" else 1
     towers = 2 if config.contrast else 1
     step = config.inversion.batch_size * stamped * towers
-    searches = classes * config.restarts * len(config.searched)
+    searches = classes * config.searches_per_class * len(config.searched)
     scan = searches * config.inversion.steps * step
     references = 0.0
     if plan.makes_calibration:
@@ -80,9 +80,10 @@ def estimate_repair(
 
 def _stamped_seconds(session: Session, config: ScanConfig) -> float:
     """Return the seconds of one stamped image in one step of a search."""
-    objective: Objective = CollapseObjective()
     count = _TRIGGERS
-    if config.objective == "targeted":
+    if config.objective != "targeted":
+        objective = label_free_objective(replace(session, base=None))
+    else:
         targets = [k % len(session.class_names) for k in range(_TRIGGERS)]
         plain = replace(session, base=None)
         plain.__dict__["head"] = session.head
