@@ -1,13 +1,14 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--part captions] [--device cuda]
-        [--output runs/foundation]
+    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+        [--minutes 50] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
-run of one part leaves the others' figures in summary.json as they are.
+run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
+`verdicts` early; the same command then goes on where it was.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
 repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 """
@@ -15,6 +16,7 @@ repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +70,28 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verdict_tables(document: dict[str, Any]) -> str:
+    """Return the models and the references of the part verdicts as lines of text."""
+    lines = [
+        f"{'model':32}{'rate':>9}{'distance':>10}{'ASR':>7}  {'verdict':14}{'p':>9}{'right':>7}"
+    ]
+    for row in sorted(document["rows"], key=lambda row: (row["attack"] or "", row["distance"])):
+        asr = "" if row["asr"] is None else f"{row['asr']:.0%}"
+        p = "" if row["p_value"] is None else f"{row['p_value']:.1e}"
+        right = "" if row["attack"] is None else ("yes" if row["target_right"] else "no")
+        lines.append(
+            f"{row['name']:32}{row['rate']:9.1e}{row['distance']:10.4f}{asr:>7}  "
+            f"{row['verdict']:14}{p:>9}{right:>7}"
+        )
+    lines += ["", f"{'references':32}{'distance':>10}{'deviation':>11}{'change':>9}{'largest':>9}"]
+    for row in document["rungs"]:
+        changes = [row["change"], row["largest_change"]]
+        cells = "".join(f"{'' if c is None or c != c else f'{c:.3f}':>9}" for c in changes)
+        name = f"{row['task']}-seed{row['seed']}, {row['family']}"
+        lines.append(f"{name:32}{row['distance']:10.4f}{row['deviation']:11.3f}{cells}")
+    return "\n".join(lines)
+
+
 def figures(summary: dict[str, Any]) -> str:
     """Return flat figures as lines of text."""
     return "\n".join(f"{key:32}{value:10.4g}" for key, value in summary.items())
@@ -76,8 +100,9 @@ def figures(summary: dict[str, Any]) -> str:
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
-@click.option("--seeds", help="Other seeds, separated by commas; `verdicts` takes the first.")
-@click.option("--models", type=int, help="Part verdicts: clean models, instead of 40.")
+@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--models", type=int, help="Part verdicts: clean models of a seed, instead of 40.")
+@click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -86,6 +111,7 @@ def main(
     part: str,
     seeds: str | None,
     models: int | None,
+    minutes: float | None,
     search: str,
     device: str,
     output: Path,
@@ -96,10 +122,10 @@ def main(
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
-        plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])
+        plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
     if models is not None:
-        verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 8))
+        verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
@@ -118,9 +144,9 @@ def main(
     try:
         find_device(device)
         if part in ("all", "verdicts"):
-            document = run_verdicts(verdicts, log)
+            document = run_verdicts(verdicts, log, minutes=minutes or math.inf)
             keep("verdicts", document, document["summary"])
-            click.echo(figures(document["summary"]))
+            click.echo(f"{verdict_tables(document)}\n\n{figures(document['summary'])}")
         if part in ("all", "captions"):
             document = run_captions(captions, log)
             keep("captions", document, document["summary"])

@@ -41,10 +41,10 @@ STREAMS: Mapping[str, str] = {
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
-    "calibration.training": "seed of the fine-tuning of a clean copy; by number",
-    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; by number",
+    "calibration.training": "seed of the fine-tuning of a clean copy; by number and distance",
+    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; likewise",
     "calibration.pilot": "seed of the fine-tuning that finds the copies' learning rate",
-    "calibration.search": "seed of the search in a reference; by number",
+    "calibration.search": "seed of the search in a reference; by number and distance",
     # The positive control of a scan
     "control.patch": "colours, corner and target class of the planted patch",
     "control.poisoned": "images that are repeated with the patch",

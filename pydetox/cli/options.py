@@ -295,7 +295,7 @@ calibration_options = _all(
         default="auto",
         metavar="X|auto",
         help="With --base alone: the learning rate of this fine-tuning. auto fine-tunes each copy "
-        "until its weights have moved as far from the base as those of the suspect.",
+        "until its weights have moved about as far from the base as those of the suspect.",
     ),
     click.option(
         "--reference-epochs",

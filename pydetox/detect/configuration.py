@@ -79,9 +79,10 @@ class ScanConfig:
         restarts: The number of searches per class; a label-free scan makes
             `AdvancedScanConfig.directions` times as many in all. The smallest mask counts.
         references: The number of clean reference models of a calibration, at least 2: copies of the
-            base that are fine-tuned on the defender's images.
+            base that are fine-tuned on the defender's images. If they are matched to the suspect,
+            there are as many at each of the two distances around its own.
         reference_training: The fine-tuning of these copies. None fine-tunes them until their
-            weights have moved as far from the base as the suspect's (see `detect.copies`).
+            weights have moved about as far from the base as the suspect's (see `detect.copies`).
             Otherwise, make it about as strong as that of a suspect, because it decides how much
             scatter counts as harmless. The base itself is then the first of the references.
         p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict

@@ -62,12 +62,14 @@ def estimate_repair(
     references = 0.0
     if plan.makes_calibration:
         given = None if plan.references is None else len(plan.references)
-        if config.reference_training is None:  # copies that move as far as the suspect
-            shown, made = STEPS * BATCH, config.references + 1  # the pilot takes about one more
+        copies = config.references
+        if config.reference_training is None:  # at two distances
+            # The pilot of each distance takes about as long as one more copy.
+            shown, copies, made = STEPS * BATCH, 2 * copies, 2 * (copies + 1)
         else:
-            shown, made = config.reference_training.epochs * len(images), config.references - 1
+            shown, made = config.reference_training.epochs * len(images), copies - 1
         training = 0.0 if given is not None else made * shown * _TRAINING * forward
-        references = (given or config.references) * scan + training
+        references = (given or copies) * scan + training
     recovered = len(config.families) * 3 + unlearning.warps if recovers else 0
     # A step of a vector shows clean and triggered images, and half as many surrogates, twice.
     views = (2 + (1 if unlearning.retention > 0 else 0)) * _TRAINING + 1
