@@ -116,7 +116,7 @@ def save_checkpoint(
         for name, content in beside.items():
             (folder / name).write_bytes(content)
         with (folder / weights_name).open("wb") as file:
-            _write_safetensors(file, state_dict, metadata)
+            write_safetensors(file, state_dict, metadata)
     return target
 
 
@@ -150,7 +150,7 @@ def save_weights(
         raise UsageError(f"{os.fspath(path)}: a .pt file holds no metadata; use .safetensors")
     with atomic_file(path, overwrite=overwrite) as file:
         if suffix == ".safetensors":
-            _write_safetensors(file, tensors, metadata or {})
+            write_safetensors(file, tensors, metadata or {})
         else:
             # Through memory: given the file itself, torch hides the reason of a failed write.
             buffer = io.BytesIO()
@@ -212,10 +212,10 @@ def safetensors_header(
     return len(raw).to_bytes(8, "little") + raw, order
 
 
-def _write_safetensors(
+def write_safetensors(
     file: BinaryIO, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file. state_dict: Name to dense tensor. metadata: Text to store along.
 
     The library's own writer puts the metadata in a random order, so that the same model would never
     hash the same twice.
