@@ -81,6 +81,34 @@ image_options = _all(
     ),
 )
 
+
+def output_format_options(function: F) -> F:
+    """Add --output-format and --lora-rank."""
+    function = click.option(
+        "--lora-rank",
+        type=COUNT,
+        metavar="N",
+        help="With --output-format lora: the rank of the adapter; default: 32.",
+    )(function)
+    return click.option(
+        "--output-format",
+        type=click.Choice(["checkpoint", "lora"]),
+        default="checkpoint",
+        help="lora writes the change alone, as a LoRA adapter of peft for the model before it, "
+        "which must be one of transformers. What the rank cuts off is said.",
+    )(function)
+
+
+def lora_rank_of(given: Mapping[str, Any]) -> int | None:
+    """Return the rank of the adapter to write, or None for a checkpoint."""
+    rank = given["lora_rank"]
+    if given["output_format"] == "checkpoint":
+        if rank is not None:
+            raise click.UsageError("--lora-rank needs --output-format lora")
+        return None
+    return 32 if rank is None else int(rank)
+
+
 weights_key = click.option(
     "--weights-key",
     metavar="KEY",

@@ -67,6 +67,15 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         )
     path = result["path"]
     summary.append(card("repaired checkpoint", path or "not written: nothing was subtracted"))
+    if adapter := result["adapter"]:
+        summary.append(
+            card(
+                "LoRA adapter",
+                f"rank {adapter['rank']} leaves out {percent(adapter['error'])} of the change; "
+                f"image features differ by {number(adapter['feature_distance'])} from those of the "
+                "model that was scanned again",
+            )
+        )
     rounds = result["rounds"]
     return {
         "title": "pydetox unlearn",
