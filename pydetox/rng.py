@@ -28,6 +28,7 @@ STREAMS: Mapping[str, str] = {
     "images.sample": "the order whose beginning is a sample of a folder, a file or an image set",
     "images.split": "the order that a split cuts into parts",
     # Models
+    "models.folding": "images of noise that a folded tower is compared with its module on",
     "models.synthetic": "smooth images that the length of an encoder's features is measured on",
     # Searches for triggers
     "inversion.start": "first masks and patterns, and the images of each step; by family",
