@@ -8,6 +8,7 @@ was; or both, and then all searches are in contrast to the base.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from .copies import OutOfReachError, copies_at_distance, copy_seed, text_distanc
 from .models import TextModel
 from .search import TextSearch, search_words
 from .texts import TextSet
+
+#: Larger losses count as this one. At 20, a class has a probability of 2e-9.
+LARGEST_LOSS = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +144,6 @@ def calibrate_words(
             family=family_of(length),
             relative=base is not None,
             digests=tuple(one.digest() for one in references),
-            screened=True,
             tower_passes=sum(search.passes for search in searches),
         )
         for length in range(1, config.length + 1)
@@ -151,8 +154,23 @@ def calibrate_words(
 
 
 def efforts(search: TextSearch, length: int, config: TextScanConfig) -> tuple[float, ...]:
-    """Return the effort of each class: the loss of its best trigger of a length, and a floor."""
-    return tuple(loss + config.advanced.floor for loss in search.losses(length))
+    """Return the effort of each class, in (0, 1]: the loss of its best trigger of a length.
+
+    A floor is added to it, and the sum is divided so that the largest loss that counts gives 1.
+    """
+    floor = config.advanced.floor
+    return tuple(
+        (min(loss, LARGEST_LOSS) + floor) / (LARGEST_LOSS + floor)
+        if math.isfinite(loss)
+        else math.inf
+        for loss in search.losses(length)
+    )
+
+
+def loss_of(effort: float, config: TextScanConfig) -> float:
+    """Return the loss that an effort stands for."""
+    floor = config.advanced.floor
+    return max(0.0, effort * (LARGEST_LOSS + floor) - floor)
 
 
 def key_of(model: TextModel, texts: TextSet, config: TextScanConfig, contrast: bool) -> str:

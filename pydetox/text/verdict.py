@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from ..detect.statistics import FINDINGS, Calibration, Detection, Verdict, detect
 from .configuration import TextScanConfig
 from .models import TextModel
-from .references import TextComparison, compare_with, efforts, family_of
+from .references import TextComparison, compare_with, efforts, family_of, loss_of
 from .search import FoundTrigger, TextSearch, search_words
 from .texts import TextSet
 
@@ -207,7 +207,7 @@ def _of_length(
         p_l1=tuple(effort),
         effort=tuple(effort),
         anomaly_index=None,
-        reason=_reason(model, search, length, detection, compared),
+        reason=_reason(model, search, length, detection, compared, config),
     )
 
 
@@ -217,20 +217,20 @@ def _reason(
     length: int,
     detection: Detection,
     calibration: Calibration | None,
+    config: TextScanConfig,
 ) -> str:
     if detection.verdict is Verdict.INCONCLUSIVE or calibration is None:
         return detection.reason
     if detection.target is None:
         return "no words were found that work in texts of other classes"
     best = search.found[detection.target][length - 1]
-    usual = sum(row[detection.target] for row in calibration.p_l1) / len(calibration.p_l1)
-    effort = detection.effort or detection.p_l1
-    value = effort[detection.target]
+    rows = calibration.p_l1
+    usual = sum(loss_of(row[detection.target], config) for row in rows) / len(rows)
     assert detection.p_value is not None
     return (
         f"the words {best.trigger.text!r} send {best.success:.0%} of the texts of other classes to "
-        f"{model.class_names[detection.target]!r} (effort {value:.3g}, and {usual:.3g} in clean "
-        f"references; p = {detection.p_value:.2g})"
+        f"{model.class_names[detection.target]!r} (loss {best.loss:.2g}; {usual:.2g} "
+        f"in clean references; p = {detection.p_value:.2g})"
     )
 
 
