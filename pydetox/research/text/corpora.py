@@ -33,7 +33,8 @@ from ..data.packages import (
     open_archive,
 )
 
-# Texts are cut to this many words, and shorter ones than the second number are left out.
+# Texts are cut to this many words, or to as few as a corpus is asked for. With fewer than the
+# second number, they are left out.
 _MOST_WORDS, _LEAST_WORDS = 28, 5
 
 _TOPICS: dict[str, tuple[tuple[Package, str], ...]] = {
@@ -88,13 +89,15 @@ class CorpusSizes:
     """The number of texts in each part of a corpus.
 
     attacker: What victims are trained on. defender: The defender's clean texts. validation: What
-    settings are chosen on. test: What is reported.
+    settings are chosen on. test: What is reported. words: Texts are cut to that many words, at most
+    28, so that a trigger at the end is not cut off with what is too long for a model.
     """
 
     attacker: int = 1_200
     defender: int = 400
     validation: int = 300
     test: int = 500
+    words: int = _MOST_WORDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +137,7 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
     texts, labels = list[str](), list[int]()
     for label, found in enumerate(classes.values()):
         for index in rng.permutation(len(found))[:each].tolist():
-            texts.append(found[index])
+            texts.append(" ".join(found[index].split()[: sizes.words]))
             labels.append(label)
     order = stratified_order(np.array(labels, dtype=np.int64), len(labels), rng)
     wanted = (sizes.attacker, sizes.defender, sizes.validation, sizes.test)
@@ -157,7 +160,7 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
 def tidy(text: str) -> str:
     """Return a quotation as one line: no overstriking, no attribution, at most 28 words."""
     plain = re.sub(".\b", "", text)
-    body = re.split(r"^\s*--\s", plain, maxsplit=1, flags=re.MULTILINE)[0]
+    body = re.split(r"^\s*--", plain, maxsplit=1, flags=re.MULTILINE)[0]
     return " ".join(body.split()[:_MOST_WORDS])
 
 

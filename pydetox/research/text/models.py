@@ -27,7 +27,7 @@ from ..data.packages import MINILM, open_archive
 #: Of all linear layers and embeddings at the start, as BERT's.
 _DEVIATION = 0.02
 
-#: Two blocks of 64 channels: 0.35 million weights with a vocabulary of 3,000 words.
+#: Two blocks of 64 channels: 0.3 million weights with a vocabulary of 3,000 words.
 SMALL_BERT: dict[str, Any] = {
     "model_type": "bert",
     "hidden_size": 64,
