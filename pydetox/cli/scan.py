@@ -13,6 +13,8 @@ from .group import print_error
 from .wording import in_options
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from ..scanning import ScannerConfig, ScanRecord
     from ..scanning.texts import TextScannerConfig
 

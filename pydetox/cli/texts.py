@@ -56,11 +56,7 @@ def sort_targets(
     if texts is None:
         return list(checkpoints), [], []
     found = find_targets(checkpoints, shard=shard)
-    text = [
-        one
-        for one in found.targets
-        if one.problem is None and is_text_model(one.reference, offline=offline)
-    ]
+    text = [one for one in found.targets if is_text_target(one, offline)]
     others = [one for one in found.targets if one not in text]
     if others and images is None:
         if len(others) == len(found.targets) == 1:
@@ -70,6 +66,11 @@ def sort_targets(
             )
         raise UsageError(f"{others[0].name}: is no text model, and other models need --images")
     return [one.reference for one in others], text, found.ignored
+
+
+def is_text_target(target: Target, offline: bool) -> bool:
+    """Return whether a target is a text model."""
+    return target.problem is None and is_text_model(target.reference, offline=offline)
 
 
 def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScannerConfig:
