@@ -85,6 +85,9 @@ STREAMS: Mapping[str, str] = {
     "texts.start": "first logits of a relaxed search for words, and the texts of its steps",
     "texts.anchors": "words at which the gradient of a loss is taken",
     "texts.check": "seed of the places of triggers in the texts that decide",
+    "texts.bootstrap": "texts that a clean copy is fine-tuned on, with replacement; by number",
+    "texts.copies": "order of the texts in the fine-tuning of a clean copy; by number",
+    "texts.references": "seed of all clean copies of a scan",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
