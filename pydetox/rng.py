@@ -62,6 +62,9 @@ STREAMS: Mapping[str, str] = {
     "repair.attacked": "images that are stamped to choose alpha on; by target class",
     "texts.vector": "batches and triggers of the fine-tuning that makes a text's trigger vector",
     "texts.vector-places": "places of a trigger in the texts of its vector; by number",
+    "texts.forget": "seed of the sample of texts that a trigger vector is made with",
+    "texts.pass": "seed of the recovery of words in a pass of a repair; by number",
+    "texts.vector-pass": "seed of the trigger vector of a pass over texts; by number",
     "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
     "texts.attacked-places": "places of a trigger in those texts; by number",
     "repair.label-free": "seed of the recovery of triggers without a target class",
@@ -116,6 +119,7 @@ STREAMS: Mapping[str, str] = {
     "texts.head": "first weights of a classifier's head, and of a small model",
     "texts.training": "order of the texts of a fine-tuning",
     "texts.victim": "seed of a victim's fine-tuning; by kind and number",
+    "texts.defense": "seed of the fine-tuning of a defence; by defence",
     "texts.places": "places of the true trigger in test texts",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
