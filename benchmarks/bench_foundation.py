@@ -1,12 +1,14 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
     python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
-        [--output runs/foundation]
+        [--minutes 50] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
+Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
-run of one part leaves the other's figures in summary.json as they are.
+run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
+`verdicts` early; the same command then goes on where it was.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
 repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 """
@@ -14,6 +16,7 @@ repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +30,11 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
+from pydetox.research.foundation.captions_benchmark import (
+    CaptionPlan,
+    quick_caption_plan,
+    run_captions,
+)
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
     quick_verdict_plan,
@@ -44,6 +52,14 @@ _COLUMNS = (
 )
 
 
+#: What the figures of each part begin with in summary.json.
+_PREFIXES: dict[str, str | tuple[str, ...]] = {
+    "verdicts": "default.",
+    "captions": "captions.",
+    "tasks": ("tasks.", "quarter"),
+}
+
+
 def table(summary: dict[str, Any]) -> str:
     """Return the methods' figures as lines of text: shares kept, and ASR, in per cent."""
     lines = [f"{'method':26}{'models':>7}" + "".join(f"{title:>13}" for _, title in _COLUMNS)]
@@ -54,6 +70,28 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verdict_tables(document: dict[str, Any]) -> str:
+    """Return the models and the references of the part verdicts as lines of text."""
+    lines = [
+        f"{'model':32}{'rate':>9}{'distance':>10}{'ASR':>7}  {'verdict':14}{'p':>9}{'right':>7}"
+    ]
+    for row in sorted(document["rows"], key=lambda row: (row["attack"] or "", row["distance"])):
+        asr = "" if row["asr"] is None else f"{row['asr']:.0%}"
+        p = "" if row["p_value"] is None else f"{row['p_value']:.1e}"
+        right = "" if row["attack"] is None else ("yes" if row["target_right"] else "no")
+        lines.append(
+            f"{row['name']:32}{row['rate']:9.1e}{row['distance']:10.4f}{asr:>7}  "
+            f"{row['verdict']:14}{p:>9}{right:>7}"
+        )
+    lines += ["", f"{'references':32}{'distance':>10}{'deviation':>11}{'change':>9}{'largest':>9}"]
+    for row in document["rungs"]:
+        changes = [row["change"], row["largest_change"]]
+        cells = "".join(f"{'' if c is None or c != c else f'{c:.3f}':>9}" for c in changes)
+        name = f"{row['task']}-seed{row['seed']}, {row['family']}"
+        lines.append(f"{name:32}{row['distance']:10.4f}{row['deviation']:11.3f}{cells}")
+    return "\n".join(lines)
+
+
 def figures(summary: dict[str, Any]) -> str:
     """Return flat figures as lines of text."""
     return "\n".join(f"{key:32}{value:10.4g}" for key, value in summary.items())
@@ -61,9 +99,10 @@ def figures(summary: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--part", type=click.Choice(["all", "tasks", "verdicts"]), default="all")
-@click.option("--seeds", help="Other seeds, separated by commas; `verdicts` takes the first.")
-@click.option("--models", type=int, help="Part verdicts: clean models, instead of 40.")
+@click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
+@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--models", type=int, help="Part verdicts: clean models of a seed, instead of 40.")
+@click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -72,6 +111,7 @@ def main(
     part: str,
     seeds: str | None,
     models: int | None,
+    minutes: float | None,
     search: str,
     device: str,
     output: Path,
@@ -79,11 +119,13 @@ def main(
     """Run the benchmark. --search is of the part verdicts."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
+    captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
-        plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seed=numbers[0])
+        plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
+        captions = replace(captions, seeds=numbers)
     if models is not None:
-        verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 8))
+        verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
@@ -95,16 +137,19 @@ def main(
 
     def keep(name: str, document: dict[str, Any], flat: dict[str, Any]) -> None:
         known = json.loads(path.read_text()) if path.exists() else {}
-        prefix = "default." if name == "verdicts" else ("tasks.", "quarter")
-        rest = {k: v for k, v in known.items() if not k.startswith(prefix)}
+        rest = {k: v for k, v in known.items() if not k.startswith(_PREFIXES[name])}
         write_file(output / f"{name}.json", to_json(document) + "\n")
         write_file(path, to_json({**rest, **flat}) + "\n")
 
     try:
         find_device(device)
         if part in ("all", "verdicts"):
-            document = run_verdicts(verdicts, log)
+            document = run_verdicts(verdicts, log, minutes=minutes or math.inf)
             keep("verdicts", document, document["summary"])
+            click.echo(f"{verdict_tables(document)}\n\n{figures(document['summary'])}")
+        if part in ("all", "captions"):
+            document = run_captions(captions, log)
+            keep("captions", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

@@ -1,20 +1,28 @@
 """Compare pydetox.compat with the projects whose interfaces it has, on the same files.
 
-    python benchmarks/compat.py --task-vectors CHECKOUT [--update-docs]
+    python benchmarks/compat.py [--task-vectors CHECKOUT] [--backdoorbench CHECKOUT]
+        [--decree CHECKOUT] [--art FOLDERS] [--update-docs]
 
-CHECKOUT is a clone of github.com/mlfoundations/task_vectors. Each side runs in a process of its
-own. The original unpickles whole modules, which current torch allows only when asked
-(`weights_only=False`); the files are made here.
+A CHECKOUT is a clone of github.com/mlfoundations/task_vectors, SCLBD/BackdoorBench or
+GiantSeaweed/DECREE. FOLDERS, with colons between them, hold adversarial-robustness-toolbox and
+tensorflow, as `pip install --target` makes them. What is not given is not compared. Each side runs
+in a process of its own, on files that are made here. The original of task_vectors unpickles whole
+modules, which current torch allows only when asked (`weights_only=False`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import compat_masks
 
 MODEL = """
 import open_clip, torch
@@ -68,57 +76,158 @@ same = theirs.keys() == ours.keys() and all(torch.equal(ours[k], theirs[k]) for 
 print(json.dumps([bool(same), sum(v.numel() for v in ours.values())]))
 """
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "compat.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "compat.md"
 
 
-def run(script: str, **names: object) -> list[float]:
+def run(script: str, **names: object) -> list[Any]:
     """Run a script in a process of its own and return the JSON list of its last line."""
     for name, value in names.items():
         script = script.replace("{" + name + "}", str(value))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     if result.returncode:
         sys.exit(result.stderr)
     lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
-    return json.loads(lines[-1]) if lines else []
+    return list(json.loads(lines[-1])) if lines else []
 
 
-def main() -> None:
-    """Compare, and print or write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--task-vectors", required=True, metavar="CHECKOUT")
-    parser.add_argument("--model", default="ViT-B-32", metavar="NAME")
-    parser.add_argument("--runs", type=int, default=3, metavar="N")
-    parser.add_argument("--update-docs", action="store_true")
-    given = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent
+def task_vectors(checkout: str, model: str, runs: int) -> str:
+    """Return the table of task_vectors."""
     with tempfile.TemporaryDirectory() as folder:
-        names = {"folder": folder, "name": given.model, "root": root}
+        names = {"folder": folder, "name": model, "root": ROOT}
         run(MODEL, **names)
         theirs, ours = list[list[float]](), list[list[float]]()
-        for number in range(given.runs):
-            theirs.append(run(THEIRS, checkout=given.task_vectors, **names))
+        for number in range(runs):
+            theirs.append(run(THEIRS, checkout=checkout, **names))
             (Path(folder) / "ours.safetensors").unlink(missing_ok=True)
             ours.append(run(OURS, **names))
             print(f"run {number + 1}: {theirs[-1]} {ours[-1]}", file=sys.stderr)
         same, count = run(CHECK, **names)
     seconds = [min(one[0] for one in side) for side in (theirs, ours)]
     memory = [min(one[1] for one in side) for side in (theirs, ours)]
-    table = (
-        f"Image tower of {given.model}, {count / 1e6:.1f} million weights in float32: "
+    return (
+        f"Image tower of {model}, {count / 1e6:.1f} million weights in float32: "
         "base - 0.3 (vector 1 + vector 2), read from three files and written to one. Fastest of "
-        f"{given.runs} runs, each in a process of its own.\n\n"
+        f"{runs} runs, each in a process of its own.\n\n"
         "| | task_vectors | pydetox.compat |\n|---|---|---|\n"
         f"| seconds | {seconds[0]:.2f} | {seconds[1]:.2f} |\n"
         f"| peak memory of the process, MiB | {memory[0]:.0f} | {memory[1]:.0f} |\n"
         f"| equal bits | | {'yes, all tensors' if same else 'NO'} |\n"
     )
-    print(table)
-    if given.update_docs:
-        text = DOCS.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        _, after = rest.split(END)
-        DOCS.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def masks_of_classes(
+    peer: str, train: str, theirs: str, ours: str, about: str, **names: object
+) -> str:
+    """Return the table of a peer that searches for a mask into each of ten classes."""
+    lines = [
+        about,
+        "",
+        f"| model | | {peer} | pydetox.compat |",
+        "|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"folder": folder, "root": ROOT, **names}
+        run(train, **given)
+        for model in ("clean", "backdoored"):
+            found = [run(script, model=model, **given) for script in (theirs, ours)]
+            print(f"{peer}, {model}: {found}", file=sys.stderr)
+            seconds, flagged, norms = zip(*found, strict=True)
+            ratios = [b / a for a, b in zip(*norms, strict=True)]
+            shown = [", ".join(map(str, one)) or "none" for one in flagged]
+            lines += [
+                f"| {model} | flagged classes | {shown[0]} | {shown[1]} |",
+                f"| | smallest norm | {min(norms[0]):.2f} | {min(norms[1]):.2f} |",
+                f"| | norms of all classes, pydetox over peer | | {min(ratios):.3f} to "
+                f"{max(ratios):.3f} |",
+                f"| | seconds | {seconds[0]:.1f} | {seconds[1]:.1f} "
+                f"({seconds[0] / seconds[1]:.1f} times as fast) |",
+            ]
+    return "\n".join([*lines, ""])
+
+
+def decree(checkout: str) -> str:
+    """Return the table of DECREE."""
+    lines = [
+        "Encoders of DECREE's SimCLR (ResNet-18, 32 pixels), trained on scikit-learn's digits; 64 "
+        "images, batches of 32, learning rate 0.5, seed 80. An encoder counts as backdoored if "
+        "P-L1 = L1 / 3072 is below 0.1. One thread.",
+        "",
+        "| encoder | | DECREE | pydetox.compat |",
+        "|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"folder": folder, "root": ROOT, "checkout": Path(checkout).resolve()}
+        run(compat_masks.TRAIN_ENCODERS, **given)
+        for model in ("clean", "backdoored"):
+            (slow, theirs), (fast, ours) = (
+                run(script, model=model, **given)
+                for script in (compat_masks.THEIR_DECREE, compat_masks.OUR_DECREE)
+            )
+            print(f"DECREE, {model}: {theirs} {slow}, {ours} {fast}", file=sys.stderr)
+            words = ["backdoored" if x / 3072 < 0.1 else "clean" for x in (theirs, ours)]
+            lines += [
+                f"| {model} | decision | {words[0]} | {words[1]} |",
+                f"| | L1 | {theirs:.2f} | {ours:.2f} ({ours / theirs:.3f}) |",
+                f"| | seconds | {slow:.1f} | {fast:.1f} ({slow / fast:.1f} times as fast) |",
+            ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Compare, and print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--task-vectors", metavar="CHECKOUT")
+    parser.add_argument("--backdoorbench", metavar="CHECKOUT")
+    parser.add_argument("--decree", metavar="CHECKOUT")
+    parser.add_argument("--art", metavar="FOLDERS")
+    parser.add_argument("--model", default="ViT-B-32", metavar="NAME", help="of task vectors")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of task vectors")
+    parser.add_argument("--epochs", type=int, default=40, metavar="N", help="of masks")
+    parser.add_argument("--update-docs", action="store_true")
+    given = parser.parse_args()
+    tables = {}
+    if given.task_vectors:
+        tables["task_vectors"] = task_vectors(given.task_vectors, given.model, given.runs)
+    if given.backdoorbench:
+        tables["backdoorbench"] = masks_of_classes(
+            "BackdoorBench",
+            compat_masks.TRAIN_CLASSIFIERS,
+            compat_masks.THEIR_NEURAL_CLEANSE,
+            compat_masks.OUR_NEURAL_CLEANSE,
+            "ResNet-18 (32 pixels) on scikit-learn's digits; 240 images, batches of 60, "
+            f"{given.epochs} epochs, otherwise BackdoorBench's settings. The peer's `train_mask` "
+            "and `outlier_detection` run as published. One thread.",
+            checkout=Path(given.backdoorbench).resolve(),
+            epochs=given.epochs,
+        )
+    if given.decree:
+        tables["decree"] = decree(given.decree)
+    if given.art:
+        tables["art"] = masks_of_classes(
+            "ART",
+            compat_masks.TRAIN_FOR_ART,
+            compat_masks.THEIR_ART,
+            compat_masks.OUR_ART,
+            "A network of two convolutions (16 pixels, grey) on scikit-learn's digits, with the "
+            f"same weights in Keras and in torch; 320 images, batches of 32, {given.epochs} "
+            "steps, norm 1, init_cost 0.1, otherwise ART's settings. One thread.",
+            paths=given.art,
+            epochs=given.epochs,
+            cost=0.1,
+        )
+    if not tables:
+        parser.error("nothing to compare with: name a checkout")
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}")
+        if given.update_docs:
+            text = DOCS.read_text(encoding="utf-8")
+            before, begin, rest = text.partition(f"<!-- {name}: begin -->")
+            _, end, after = rest.partition(f"<!-- {name}: end -->")
+            DOCS.write_text(f"{before}{begin}\n\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

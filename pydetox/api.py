@@ -51,7 +51,7 @@ def calibrate(
     """Scan clean reference models, and return their trigger sizes for later verdicts.
 
     The references are the given models or, without any, copies of the base that are fine-tuned on
-    the images until their weights have moved as far from the base as those of the suspects.
+    the images until their weights have moved about as far from the base as the suspects' have.
 
     Args:
         base: A model that you believe to be clean, of the same architecture as the suspects, at
@@ -64,7 +64,7 @@ def calibrate(
             few images have hardly changed does not show what harmless fine-tuning does.
         suspects: The models that the calibration is for, if copies are made and
             `ScanConfig.reference_training` does not say how. Suspects that moved about as far share
-            references (see `detect.distance`). One that moved too far is left out with a warning.
+            references (see `detect.references`). One that moved too far is left out with a warning.
         templates: As in `scan`.
         class_names: As in `scan`.
         config: As in `scan`. `references` and `reference_training` describe the copies.

@@ -41,10 +41,10 @@ STREAMS: Mapping[str, str] = {
     # Training
     "training.batches": "order of the images and choice of prompts in a fine-tuning",
     # Calibration
-    "calibration.training": "seed of the fine-tuning of a clean copy; by number",
-    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; by number",
+    "calibration.training": "seed of the fine-tuning of a clean copy; by number and distance",
+    "calibration.bootstrap": "images that a copy is fine-tuned on, with replacement; likewise",
     "calibration.pilot": "seed of the fine-tuning that finds the copies' learning rate",
-    "calibration.search": "seed of the search in a reference; by number",
+    "calibration.search": "seed of the search in a reference; by number and distance",
     # The positive control of a scan
     "control.patch": "colours, corner and target class of the planted patch",
     "control.poisoned": "images that are repeated with the patch",
@@ -73,6 +73,13 @@ STREAMS: Mapping[str, str] = {
     "repair.held": "seed of the surrogates whose features a vector holds",
     "repair.measured": "seed of the surrogates that the drift of features is measured on",
     "repair.retaining": "surrogates of each step of a vector that holds features, their triggers",
+    # Other projects' interfaces
+    "compat.clean": "share of the images that BackdoorBench's Neural Cleanse searches on",
+    "compat.batches": "order, shifts and reflections of images in its epochs; by epoch",
+    "compat.decree": "first masks and patterns of DECREE",
+    "compat.decree-batches": "order of the images in DECREE's epochs; by epoch",
+    "compat.art": "first masks and patterns of ART's Neural Cleanse; by class",
+    "compat.art-batches": "order of the images in its epochs; by epoch",
     # Texts
     "texts.sample": "the order whose beginning is a sample of a text set",
     "texts.split": "the order that a split of a text set cuts into parts",
@@ -80,6 +87,9 @@ STREAMS: Mapping[str, str] = {
     "texts.start": "first logits of a relaxed search for words, and the texts of its steps",
     "texts.anchors": "words at which the gradient of a loss is taken",
     "texts.check": "seed of the places of triggers in the texts that decide",
+    "texts.bootstrap": "texts that a clean copy is fine-tuned on, with replacement; by number",
+    "texts.copies": "order of the texts in the fine-tuning of a clean copy; by number",
+    "texts.references": "seed of all clean copies of a scan",
     # Pictures of reports
     "report.example": "the clean image that a trigger is shown on",
     # Research: attacks
@@ -121,6 +131,11 @@ STREAMS: Mapping[str, str] = {
     "texts.victim": "seed of a victim's fine-tuning; by kind and number",
     "texts.defense": "seed of the fine-tuning of a defence; by defence",
     "texts.places": "places of the true trigger in test texts",
+    "captions.images": "which images of each task have captions; by part",
+    "captions.attacker": "images that the attacker optimises a trigger on",
+    "captions.trigger": "seed of target caption and trigger; by attack and number",
+    "captions.model": "seed of the images and the fine-tuning of a model; by kind and number",
+    "captions.texts": "the caption of each image",
     # Research: the benchmark
     "bench.parts": "seed of the sample of each part of a data set that is too large; by part",
     "bench.poisonable": "images that suspects are fine-tuned on",

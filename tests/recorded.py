@@ -3,8 +3,9 @@
 A recording keeps every call of an operator with its arguments: numbers as they are, tensors as
 memory. A replay makes the same calls on the same memory, and writes every result where the first
 one lay. Whatever a step takes from the host is thus frozen, as in a CUDA graph. While a step is
-recorded, nothing happens: all that it writes is put back. An operator whose result the host waits
-for raises, as under a capture.
+recorded, nothing happens: all that it writes is put back. What the host waits for raises, as under
+a capture: operators such as `nonzero`, an index that is a mask, and values that Python reads
+(`tolist`, `numpy`, `cpu`), which on a CPU call no operator at all.
 """
 
 from __future__ import annotations
@@ -15,11 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 #: Operators whose results the host waits for.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "nonzero_numpy",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave",
+)
+#: Operators that wait if an index is a mask, whose true values must be counted.
+INDEXING = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
+#: Methods of tensors that give the host their values.
+READING = ("tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "__float__")
+_MASKS = (torch.bool, torch.uint8)
+_READING = {getattr(Tensor, name): name for name in READING}
 
 
 class CaptureError(RuntimeError):
@@ -57,6 +76,10 @@ class RecordedStep(TorchDispatchMode):
         if func.overloadpacket.__name__ in WAITING:
             raise CaptureError(f"{func}: operation not permitted when a stream is captured")
         leaves, structure = tree_flatten((args, kwargs or {}))
+        if func.overloadpacket.__name__ in INDEXING:
+            masks = [one for one in args[1] if one is not None and one.dtype in _MASKS]
+            if masks:
+                raise CaptureError(f"{func}: a mask as index, when a stream is captured")
         for leaf in leaves:
             if isinstance(leaf, Tensor) and _storage(leaf) not in self._made:
                 self._keep(leaf)
@@ -103,6 +126,17 @@ class RecordedStep(TorchDispatchMode):
                         old.detach().copy_(new.detach())
 
 
+class _NoReading(TorchFunctionMode):
+    """Refuses methods that read values on the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READING:
+            raise CaptureError(
+                f"Tensor.{_READING[func]}: the host reads a captured stream's result"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 class OperatorRecorder:
     """A recorder for `pydetox.inversion.graph`."""
 
@@ -115,7 +149,7 @@ class OperatorRecorder:
     def record(self, work: Callable[[], None]) -> RecordedStep:
         step = RecordedStep()
         try:
-            with step:
+            with step, _NoReading():
                 work()
         finally:
             step.undo()

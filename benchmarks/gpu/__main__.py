@@ -28,6 +28,8 @@ from .summary import Summary, Value
 WORK = ROOT / "build" / "gpu"
 FRESH = WORK / "fresh"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: All files that a run writes into its folder.
+WRITTEN = ("summary.json", "gpu.md", "figures.jsonl", "logs.tar.gz", "profile.json", "ncu.csv")
 #: Of ncu, for every kernel of pydetox: how long, and how busy memory and multiprocessors are.
 NCU_METRICS = (
     "gpu__time_duration.sum",
@@ -50,11 +52,13 @@ class Check:
         self.logs = WORK / "logs"
         shutil.rmtree(self.logs, ignore_errors=True)
         self.figures = self.out / "figures.jsonl"
-        for old in (self.figures, *(self.out / n for n in ("gpu.md", "logs.tar.gz"))):
-            old.unlink(missing_ok=True)
+        # What an earlier run has left would look like this one's.
+        for name in WRITTEN:
+            (self.out / name).unlink(missing_ok=True)
         self.summary = Summary(self.out / "summary.json")
         self.background: list[Running] = []
         self.outcomes: dict[str, Outcome] = {}
+        self.until: float | None = None  # seconds passed until which parts may run
 
     # ---- parts -------------------------------------------------------------------------
 
@@ -66,6 +70,8 @@ class Check:
     def start(self, part: Part) -> Running | Outcome:
         """Start a part, or leave it out where the time that is left is too short."""
         left = self.clock.left - plan.RESERVE
+        if self.until is not None:
+            left = min(left, self.until - self.clock.passed)
         if left < part.expected:
             return self.leave_out(part.name, f"{left:.0f} s left, {part.expected:.0f} expected")
         return Running(part, self.logs, min(part.limit, left))
@@ -129,7 +135,7 @@ class Check:
         if self.options.bundle and manifest is None:
             self.say(f"{self.options.bundle}: no bundle.json in it; make it with make gpu-bundle")
             return False
-        torch = machine.torch_facts()
+        torch = machine.torch_facts(self.options.device)
         self.save(
             {
                 **machine.facts(self.options.device, torch, manifest),
@@ -139,7 +145,7 @@ class Check:
             }
         )
         if not torch:
-            self.say(f"{sys.executable} cannot import torch")
+            self.say(f"{sys.executable} cannot import torch, or has no {self.options.device}")
             return False
         if self.gpu and "gpu" not in torch:
             self.say("torch sees no GPU; DEVICE=cpu TINY=1 tries everything on a CPU")
@@ -200,6 +206,7 @@ class Check:
 
     def correctness(self) -> None:
         """Prove what can be proved; stop what is in the background when it is time to time."""
+        self.until = plan.CORRECTNESS_SHARE * self.options.limit
         for part in self.sanitizers():
             self.start_in_background(part)
         tiny = ["--tiny"] if self.options.tiny else []
@@ -209,7 +216,7 @@ class Check:
         selftest = ["-m", "pydetox", "doctor", "--selftest", "--format", "json"]
         self.run(self.python("selftest", selftest, 120))
         self.run(self.pytest("pytest-cuda", ROOT))
-        self.finish_background(plan.CORRECTNESS_SHARE * self.options.limit)
+        self.finish_background(self.until)
         built = self.outcomes.get("build")
         if built is not None and built.passed:
             paths = [str(native.SITE), str(FRESH)]
@@ -228,6 +235,7 @@ class Check:
 
     def measure(self) -> None:
         """Run the stages, in as few processes as it takes: one that is lost is replaced."""
+        self.until = None
         names = self.options.only or [stage.name for stage in plan.STAGES]
         stages = {stage.name: stage for stage in plan.STAGES if stage.name in names}
         outcome, seconds = Outcome("measure", "passed"), self.clock.passed
@@ -257,6 +265,9 @@ class Check:
         """Note the stage in which a process ended too early."""
         stage = events.progress(events.read(self.figures)).running
         if stage is not None:
+            if outcome.unfinished:
+                events.append(self.figures, event="left out", stage=stage, reason=outcome.result)
+                return
             reason = outcome.result + (f": {outcome.tail[-300:]}" if outcome.tail else "")
             events.append(self.figures, event="end", stage=stage, seconds=0.0, error=reason)
 

@@ -1,13 +1,16 @@
 """What the measuring process tells the one that started it: one JSON object a line, appended.
 
-A line is complete or it is not there, so that whatever ends the process leaves what was measured
-before. `{"event": "start", "stage": ...}`, `{"event": "figure", "name": ..., "value": ...}`,
-`{"event": "end", "stage": ..., "seconds": ..., ["error": ...]}`, `{"event": "left out", ...}`.
+A line that is not complete counts for nothing, so that whatever ends the process leaves what was
+measured before. The lines are `{"event": "start", "stage": ...}`, `{"event": "figure", "name": ...,
+"value": ...}`, `{"event": "end", "stage": ..., "seconds": ..., ["error": ...]}` and `{"event":
+"left out", "stage": ..., "reason": ...}`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,24 @@ from .summary import Value
 
 
 def append(path: Path, **event: Value) -> None:
-    """Add one line and flush it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+    """Add one line and flush it. It never continues a line that was cut off."""
+    with path.open("ab+") as file:
+        begun = file.seek(0, os.SEEK_END) > 0
+        if begun:
+            file.seek(-1, os.SEEK_END)
+            begun = file.read(1) != b"\n"
+        file.write((("\n" if begun else "") + json.dumps(event) + "\n").encode())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the events; a last line that was cut off is left out."""
+    """Return the events. Lines that were cut off are left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 @dataclass

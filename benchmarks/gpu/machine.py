@@ -17,13 +17,13 @@ from .bundle import Manifest
 from .processes import ROOT
 from .summary import Value
 
-# Run by the interpreter that is going to measure.
+# Run by the interpreter that is going to measure, with the device as its argument.
 _TORCH = """
-import json, torch
+import json, sys, torch
 gpu = torch.cuda.is_available()
 found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 if gpu:
-    p = torch.cuda.get_device_properties(0)
+    p = torch.cuda.get_device_properties(sys.argv[1] if "cuda" in sys.argv[1] else 0)
     found |= {"gpu": p.name, "capability": f"{p.major}.{p.minor}",
               "multiprocessors": p.multi_processor_count, "l2_bytes": p.L2_cache_size,
               "memory_gib": round(p.total_memory / 2**30, 2),
@@ -43,12 +43,13 @@ def output(command: Sequence[str], timeout: float = 60.0) -> str:
     return done.stdout.strip()
 
 
-def torch_facts() -> dict[str, Value]:
-    """Return what torch says: version, CUDA, and of the first GPU name, capability, memory.
+def torch_facts(device: str) -> dict[str, Value]:
+    """Return what torch says: version, CUDA, and a GPU's name, capability and memory.
 
-    An empty dict where torch cannot be imported.
+    device: `cuda`, `cuda:N` or `cpu`; of a CPU's machine, the first GPU is described.
+    An empty dict where torch cannot be imported, or where there is no such GPU.
     """
-    text = output([sys.executable, "-c", _TORCH], timeout=180)
+    text = output([sys.executable, "-c", _TORCH, device], timeout=180)
     facts: dict[str, Value] = json.loads(text.splitlines()[-1]) if text else {}
     return facts
 

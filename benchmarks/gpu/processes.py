@@ -53,8 +53,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part went: `passed`, `failed (exit code 1)`, `stopped after 60 s`, its
-    own limit, `not finished: ...`, `left out: ...`."""
+    """How a part went.
+
+    Its result is `passed`, `failed (exit code 1)`, `stopped after 60 s` (its own limit), `not
+    finished: ...` (the limit of all parts), or `left out: ...`.
+    """
 
     name: str
     result: str
@@ -73,7 +76,11 @@ class Outcome:
 
 
 class Running:
-    """A part at work. Its whole process group ends with it."""
+    """A part at work. Its whole process group ends with it.
+
+    limit: The seconds that it gets. If they are fewer than its own limit, it is not its fault that
+    it does not finish.
+    """
 
     def __init__(self, part: Part, logs: Path, limit: float) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -116,6 +123,8 @@ class Running:
                 reason = watch() if watch is not None else None
                 if reason is None and self.seconds > self._limit:
                     reason = f"stopped after {self._limit:.0f} s"
+                    if self._limit < self.part.limit:
+                        reason = f"not finished: {reason}, no time left"
                 if reason is not None:
                     return Outcome(name, reason, self.seconds, self.tail())
                 time.sleep(0.25 if watch is not None else 0.05)

@@ -11,7 +11,7 @@ import torch
 import pydetox
 from benchmarks.decree import Decree
 
-from .library import attention, how, random_model, targeted_search
+from .library import attention, how, random_model, state_of, targeted_search
 from .recorder import Session
 from .timing import Call, device_seconds, once, paced_seconds
 
@@ -27,10 +27,17 @@ def triggers_of(session: Session, wanted: int) -> int:
 def step(
     session: Session, name: str, model: pydetox.OpenClipModel, triggers: int, **options: Any
 ) -> float:
-    """Record a step of a search and the time that the first one takes; return the former."""
+    """Record a step of a search and the time that the first one takes; return the former.
+
+    RuntimeError if its steps were to become a CUDA graph and did not.
+    """
     run = targeted_search(model, triggers, session.generator, **options)
     session.record(f"{name}.first_step_s", once(run, session.device))
     seconds = paced_seconds(run, session.device, tiny=session.tiny)
+    if options.get("graph"):
+        _, replayed, note = state_of(run)
+        if session.gpu and not replayed:
+            raise RuntimeError(note)  # what was timed are plain steps
     session.record(f"{name}.step_ms", seconds * 1e3)
     session.record(f"{name}.how", how(run))  # after it: memory may have run out
     session.record(f"{name}.images_per_second", triggers * BATCH / seconds)

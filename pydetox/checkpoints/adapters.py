@@ -26,10 +26,9 @@ from pydetox.errors import ArchitectureError, CheckpointError
 _PREFIX = "base_model.model."
 #: Options of `LoraConfig` that change what an adapter computes, with the values of plain LoRA.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
+    "bias": ("none", "all"),
     "use_dora": (False,),
     "fan_in_fan_out": (False,),
-    "modules_to_save": ([],),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "layer_replication": ([],),
@@ -73,13 +72,17 @@ def merge_adapter(
 ) -> dict[str, Tensor]:
     """Return the weights of a base with an adapter merged into them, in the base's dtypes.
 
+    Biases and modules that the adapter stores in full take the place of the base's.
+
     adapter: Name to tensor, as in ``adapter_model.safetensors``. base: Name to tensor. scale: That
     of `adapter_scale`. Products are computed in float32, or in float64 for weights in float64.
 
     Raises:
-        ArchitectureError: The adapter has a tensor that is no A or B of a matrix of the base.
+        ArchitectureError: The adapter has a tensor that is no A or B of a matrix of the base, and
+            no tensor of the base either.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     for name, value in adapter.items():
         plain = name.removeprefix(_PREFIX)
         for which in "AB":
@@ -88,12 +91,16 @@ def merge_adapter(
                 pairs.setdefault(f"{module}.weight", {})[which] = value
                 break
         else:
-            raise ArchitectureError(
-                f"tensor {quote(name)}: expected only lora_A and lora_B of linear layers"
-            )
-    if not pairs:
+            own = _name_in_base(plain)
+            if own not in base or base[own].shape != value.shape or ".lora_" in plain:
+                raise ArchitectureError(
+                    f"tensor {quote(name)}: expected lora_A and lora_B of linear layers, or biases "
+                    "and whole modules of the base"
+                )
+            whole[own] = value
+    if not pairs and not whole:
         raise ArchitectureError("the adapter holds no tensors")
-    result = dict(base)
+    result = dict(base) | {k: v.to(base[k].dtype) for k, v in whole.items()}
     for name, pair in pairs.items():
         weight = base.get(name)
         if weight is None:
@@ -119,3 +126,10 @@ def merge_adapter(
         change = scale * (up.to(wide) @ down.to(wide))
         result[name] = (weight.to(wide) + change).to(weight.dtype)
     return result
+
+
+def _name_in_base(name: str) -> str:
+    """Return the base's name of a tensor that an adapter stores in full."""
+    for wrapped in (".base_layer.", ".modules_to_save.default.", ".modules_to_save."):
+        name = name.replace(wrapped, ".")
+    return name

@@ -1,30 +1,47 @@
 """Names of image classifiers: `timm:NAME`, `torchvision:NAME` and `backdoorbench:NAME`, with @SIZE.
 
-The last layer of such a model is the head, and needs no texts.
+The last layer of such a model is the head, and needs no texts. A name of BackdoorBench may end in
+the data set that it was trained on, `backdoorbench:preactresnet18@32:gtsrb`, which tells how images
+are normalised.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydetox.errors import UsageError
 
 LIBRARIES = ("timm", "torchvision", "backdoorbench")
-#: What BackdoorBench trains beside torchvision's models, with the size of its images.
+#: Models that BackdoorBench trains, with the size of its images; torchvision's others have 32.
 BACKDOORBENCH = {
     "preactresnet18": 32,
     "preactresnet34": 32,
     "preactresnet50": 32,
     "vgg19": 32,
+    "vgg19_bn": 32,
     "vgg16": 32,
     "vit_b_16": 32,
     "convnext_tiny": 32,
 }
-_NAME = re.compile(r"(?P<library>[a-z]+):(?P<name>[A-Za-z0-9_.\-]+)(?:@(?P<size>[1-9]\d{0,3}))?")
+_NAME = re.compile(
+    r"(?P<library>[a-z]+):(?P<name>[A-Za-z0-9_.\-]+)(?:@(?P<size>[1-9]\d{0,3}))?"
+    r"(?::(?P<data>[a-z0-9]+))?"
+)
+#: The size of the images of BackdoorBench's other data sets.
+_SIZES = {"tiny": 64, "celeba": 64, "imagenet": 224}
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-#: What BackdoorBench normalises CIFAR-10 with.
-_CIFAR = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.243, 0.261]}
+#: What BackdoorBench normalises each of its data sets with.
+NORMALISATIONS: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.243, 0.261)},
+    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "mnist": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "tiny": {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2302, 0.2265, 0.2262)},
+    "gtsrb": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+    "celeba": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
 
 
 def is_classifier_name(text: str) -> bool:
@@ -45,13 +62,18 @@ def classifier_config(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     match = _NAME.fullmatch(text)
     if match is None:
         raise UsageError(f"architecture {text!r}; expected LIBRARY:NAME or LIBRARY:NAME@SIZE")
-    library, name, given = match["library"], match["name"], match["size"]
+    library, name, given, data = match.group("library", "name", "size", "data")
+    if data is not None and (library != "backdoorbench" or data not in NORMALISATIONS):
+        raise UsageError(
+            f"architecture {text!r}: no data set {data!r} of BackdoorBench is known; expected one "
+            f"of {', '.join(NORMALISATIONS)}"
+        )
     prepared: dict[str, Any] = {**_IMAGENET, "resize_mode": "squash", "interpolation": "bilinear"}
     size = 224
     if library == "backdoorbench":
-        known = name in BACKDOORBENCH
-        size = BACKDOORBENCH.get(name, 32)
-        prepared |= _CIFAR
+        known = name in BACKDOORBENCH or name in _torchvision_names()
+        size = _SIZES.get(data or "", BACKDOORBENCH.get(name, 32))
+        prepared |= {k: list(v) for k, v in NORMALISATIONS[data or "cifar10"].items()}
     elif library == "timm":
         import timm
 
@@ -62,9 +84,7 @@ def classifier_config(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 size = int(told.input_size[-1])
                 prepared |= {"mean": list(told.mean), "std": list(told.std)}
     else:
-        from torchvision.models import list_models
-
-        known = name in list_models()
+        known = name in _torchvision_names()
     if not known:
         raise UsageError(f"architecture {text!r}: {library} has no model {name!r}")
     config = {
@@ -78,3 +98,30 @@ def classifier_config(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "text_cfg": {},
     }
     return config, prepared
+
+
+def is_certain(text: str) -> bool:
+    """Return whether a classifier's name tells how its images are normalised."""
+    match = _NAME.fullmatch(text)
+    return match is not None and match["data"] is not None
+
+
+def noted_name(notes: Mapping[str, str]) -> str | None:
+    """Return the classifier's name that BackdoorBench's entries beside the weights stand for.
+
+    notes: The entries `model_name` and `clean_data`. None if nothing of that name is known.
+    """
+    name = f"backdoorbench:{notes.get('model_name', '')}"
+    data = notes.get("clean_data", "")
+    try:
+        classifier_config(name)
+    except UsageError:
+        return None
+    return f"{name}:{data}" if data in NORMALISATIONS else name
+
+
+def _torchvision_names() -> Sequence[str]:
+    from torchvision.models import list_models
+
+    names: Sequence[str] = list_models()
+    return names

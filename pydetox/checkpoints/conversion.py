@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pydetox.atomic import rehearse_file
+from pydetox.atomic import rehearse_directory, rehearse_file
+from pydetox.checkpoints.adapter_writing import (
+    ADAPTER_FILES,
+    DEFAULT_RANK,
+    Adapter,
+    make_adapter,
+    save_adapter,
+)
 from pydetox.checkpoints.adapters import adapter_scale, merge_adapter
 from pydetox.checkpoints.architecture import nonfinite_findings
 from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
@@ -17,7 +24,7 @@ from pydetox.checkpoints.safetensors_index import DTYPE_CODES
 from pydetox.checkpoints.sources import find_weights, open_weights
 from pydetox.checkpoints.weights import read_open
 from pydetox.checkpoints.writing import save_weights
-from pydetox.errors import CheckpointError, UsageError
+from pydetox.errors import ArchitectureError, CheckpointError, UsageError
 
 
 def convert_checkpoint(
@@ -89,6 +96,65 @@ def convert_checkpoint(
     metadata = {"format": "pt", **kept, METADATA_KEY: provenance.to_json()}
     save_weights(output, state_dict, metadata=metadata, overwrite=overwrite)
     return findings
+
+
+def convert_to_adapter(
+    reference: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    rank: int = DEFAULT_RANK,
+    overwrite: bool = False,
+    weights_key: str | None = None,
+) -> tuple[tuple[Finding, ...], Adapter]:
+    """Write the change from a base to a checkpoint as a LoRA adapter of peft.
+
+    Args:
+        reference: The file or folder of the changed model, with transformers' names.
+        output: The folder to write.
+        base: The file or folder of the model before the change.
+        rank: As in `make_adapter`.
+        overwrite: Whether to replace a folder that holds nothing but an adapter.
+        weights_key: Of ``reference``, as in :func:`pydetox.checkpoints.load_checkpoint`.
+
+    Returns:
+        The findings about the changed model, and the adapter.
+
+    Raises:
+        ArchitectureError: As in `make_adapter`, or the names are not those of transformers.
+        PydetoxError: All that `convert_checkpoint` raises.
+    """
+    rehearse_directory(output, overwrite=overwrite, replaceable=ADAPTER_FILES)
+    paths, states, digests, findings = [], [], [], list[Finding]()
+    for given, key in ((base, None), (reference, weights_key)):
+        parsed = parse_reference(given)
+        if parsed.path is None:
+            raise UsageError(f"{parsed.text}: expected a file or folder on this machine")
+        path = find_weights(parsed.path, folder_expected=parsed.kind == "local-dir")
+        try:
+            with open_weights(path, key) as weights:
+                refuse_ambiguous(weights.findings)
+                state_dict, digest = read_open(weights)
+                if not any(name.startswith("vision_model.") for name in state_dict):
+                    raise ArchitectureError(
+                        "its tensors are not named as in a model of transformers, onto which peft "
+                        "would load an adapter"
+                    )
+        except CheckpointError as error:
+            raise type(error)(f"{path}: {error}") from error
+        paths.append(path)
+        states.append(state_dict)
+        digests.append(digest)
+        findings = list(weights.findings)
+    adapter = make_adapter(states[0], states[1], rank=rank)
+    provenance = Provenance(
+        method="convert to a LoRA adapter",
+        source_name=paths[1].name,
+        source_sha256=digests[1],
+        extra={"base_name": paths[0].name, "base_sha256": digests[0], "error": adapter.error},
+    )
+    save_adapter(output, adapter, base=os.fspath(base), provenance=provenance, overwrite=overwrite)
+    return tuple(findings), adapter
 
 
 def _merged(

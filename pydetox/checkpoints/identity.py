@@ -25,6 +25,7 @@ from pydetox.checkpoints.layout import (
     find_weights,
 )
 from pydetox.checkpoints.naming import hint_for_missing, parse_reference
+from pydetox.checkpoints.noted import told_architecture
 from pydetox.checkpoints.shards import is_shard_index, read_shard_index, shard_path
 from pydetox.errors import CheckpointError, UsageError
 
@@ -39,7 +40,10 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class CheckpointIdentity:
-    """The files of one checkpoint. Finding them reads nothing but the index of shards.
+    """The files of one checkpoint.
+
+    Finding them reads the index of shards, and what a training noted about the architecture
+    (:mod:`noted`), and no weights.
 
     Attributes:
         reference: The name that was given.
@@ -233,6 +237,8 @@ def identify_checkpoint(
                 raise
             raise CheckpointError(f"{error}{hint_for_missing(parsed.text)}") from None
         config_file = _configuration_beside(weights)
+        if model is None and not os.path.lexists(config_file):
+            model = told_architecture(weights)
     else:
         from pydetox.checkpoints.hub import fetch_pretrained, fetch_repository  # with torch
 

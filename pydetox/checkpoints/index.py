@@ -154,7 +154,8 @@ class FileIndex:
         tensors: Name to view, in the file's order.
         storages: Key to span; the spans do not overlap.
         others: Spans that hold no weights of the model; only their checksums are looked at.
-        metadata: The text metadata of a safetensors file, empty otherwise.
+        metadata: The text metadata of a safetensors file. Of a pickle, the entries of BackdoorBench
+            that name the architecture and the data set: ``model_name`` and ``clean_data``.
         findings: What is odd about the file.
         weights_key: Under which key of the pickled dictionary the weights are, with a slash between
             the keys of nested ones; empty for the dictionary itself, and for safetensors.

@@ -20,6 +20,7 @@ from pydetox.checkpoints.architecture import (
     read_config,
     resolve_model,
 )
+from pydetox.checkpoints.classifier_names import is_certain
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.processors import read_processor
 from pydetox.checkpoints.transformers_files import read_object
@@ -93,7 +94,9 @@ def configure(
             )
         named = None if model_config is not None else model
         model_config = model_config or other
-        if found is None and other.get("layout") == "classifier" and stated is not None:
+        if found is None and stated is not None and is_certain(os.fspath(model)):
+            found = Preparation(stated, os.fspath(model))
+        elif found is None and other.get("layout") == "classifier" and stated is not None:
             why = f"nothing tells how images are prepared for {model}, and what is usual stands in"
             found = Preparation(stated, f"what is usual for {model}", ("mean", "std"), why)
         elif found is None and stated is not None:

@@ -17,7 +17,7 @@ from pydetox.checkpoints.index import (
 )
 from pydetox.checkpoints.pickle_index import MAX_PICKLE_BYTES, read_pickle
 from pydetox.checkpoints.pickle_values import PickledTensor
-from pydetox.checkpoints.weight_sets import choose_weights, strip_prefixes
+from pydetox.checkpoints.weight_sets import choose_weights, strip_prefixes, text_notes
 from pydetox.checkpoints.zip_index import NOT_TORCH, TORCHSCRIPT, read_members
 from pydetox.errors import CheckpointError, UnsafeCheckpointError
 
@@ -78,7 +78,8 @@ def index_torch(file: WeightsFile, weights_key: str | None = None) -> FileIndex:
             )
     wanted = {span.offset for span in storages.values()} | parsed.keys()
     others = tuple(span for span in members.values() if span.offset not in wanted)
-    return lay_out(key, tensors, storages, others, findings, parsed)
+    notes = {} if weights_key else text_notes(content.root)
+    return lay_out(key, tensors, storages, others, findings, parsed, notes)
 
 
 def lay_out(
@@ -88,6 +89,7 @@ def lay_out(
     others: tuple[Span, ...],
     findings: Findings,
     parsed: dict[int, bytes],
+    notes: dict[str, str] | None = None,
 ) -> FileIndex:
     """Make the index of a pickled checkpoint from its parts, after the last checks."""
     entries = {name: tensor.entry for name, tensor in tensors.items()}
@@ -99,6 +101,7 @@ def lay_out(
         tensors=entries,
         storages=storages,
         others=others,
+        metadata=notes or {},
         findings=findings.result(),
         weights_key=weights_key,
         parsed=spans,

@@ -42,6 +42,9 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 #: How a user names the dictionary that the pickle holds, rather than one in it.
 ROOT_KEY = "."
 _SHOWN = 6
+# BackdoorBench's entries beside the weights that tell what they are.
+_NOTES = ("model_name", "clean_data")
+_LONGEST_NOTE = 100
 _CUT = len("module.")  # open_clip cuts so much from all names where the first begins with "module"
 
 
@@ -104,6 +107,22 @@ def choose_weights(
             )
     _note_mixed_prefix(mapping, list(tensors), findings)
     return chosen, dict(zip(strip_prefixes(list(tensors)), tensors.values(), strict=True))
+
+
+def text_notes(root: object) -> dict[str, str]:
+    """Return the short texts that name architecture and data set beside the weights, by key.
+
+    BackdoorBench's results have both, or the first alone.
+    """
+    if not isinstance(root, Mapping):
+        return {}
+    found = {}
+    for key, value in root.pairs:
+        if key not in _NOTES or not isinstance(value, str) or len(value) > _LONGEST_NOTE:
+            continue
+        if value.isascii() and value.isprintable():
+            found[str(key)] = value
+    return found
 
 
 def strip_prefixes(names: list[str]) -> list[str]:

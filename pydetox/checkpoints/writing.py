@@ -215,7 +215,7 @@ def safetensors_header(
 def write_safetensors(
     file: BinaryIO, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file. state_dict: Name to dense tensor. metadata: Text to store along.
 
     The library's own writer puts the metadata in a random order, so that the same model would never
     hash the same twice.

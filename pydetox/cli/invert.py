@@ -212,14 +212,15 @@ def _invert(
     search: InversionConfig,
 ) -> tuple[InversionResult, list[str | None]]:
     """Return `restarts` triggers per class, and the names of the classes."""
-    from ..inversion import CollapseObjective, TargetObjective, invert
+    from ..inversion import DirectionObjective, TargetObjective, invert
+    from ..prototypes import image_features
     from .inputs import class_index, require_class_names
 
     if objective == "label-free":
         found = invert(
             model,
             images.images,
-            CollapseObjective(),
+            DirectionObjective(image_features(model, images.images), model.logit_scale),
             search,
             restarts=restarts,
             labels=images.labels,

@@ -81,6 +81,34 @@ image_options = _all(
     ),
 )
 
+
+def output_format_options(function: F) -> F:
+    """Add --output-format and --lora-rank."""
+    function = click.option(
+        "--lora-rank",
+        type=COUNT,
+        metavar="N",
+        help="With --output-format lora: the rank of the adapter; default: 32.",
+    )(function)
+    return click.option(
+        "--output-format",
+        type=click.Choice(["checkpoint", "lora"]),
+        default="checkpoint",
+        help="lora writes the change alone, as a LoRA adapter of peft for the model before it, "
+        "which must be one of transformers. What the rank cuts off is said.",
+    )(function)
+
+
+def lora_rank_of(given: Mapping[str, Any]) -> int | None:
+    """Return the rank of the adapter to write, or None for a checkpoint."""
+    rank = given["lora_rank"]
+    if given["output_format"] == "checkpoint":
+        if rank is not None:
+            raise click.UsageError("--lora-rank needs --output-format lora")
+        return None
+    return 32 if rank is None else int(rank)
+
+
 weights_key = click.option(
     "--weights-key",
     metavar="KEY",
@@ -229,7 +257,7 @@ objective = click.option(
     "--objective",
     type=click.Choice(["targeted", "label-free"]),
     default="targeted",
-    help="What to search: a trigger into each class, or one trigger that makes all images alike.",
+    help="Search for a trigger into each class, or for one that sends all images in one direction.",
 )
 
 
@@ -295,7 +323,7 @@ calibration_options = _all(
         default="auto",
         metavar="X|auto",
         help="With --base alone: the learning rate of this fine-tuning. auto fine-tunes each copy "
-        "until its weights have moved as far from the base as those of the suspect.",
+        "until its weights have moved about as far from the base as those of the suspect.",
     ),
     click.option(
         "--reference-epochs",

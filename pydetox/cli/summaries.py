@@ -33,7 +33,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         classes = "class" if len(one["targets"]) == 1 else "classes"
         target = f"target {classes} {', '.join(one['target_names'])}"
         if not one["targets"]:
-            target = "triggers that make all images alike"
+            target = "triggers that send all images into one direction"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
         if one["warps"]:
@@ -67,6 +67,15 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
         )
     path = result["path"]
     summary.append(card("repaired checkpoint", path or "not written: nothing was subtracted"))
+    if adapter := result["adapter"]:
+        summary.append(
+            card(
+                "LoRA adapter",
+                f"rank {adapter['rank']} leaves out {percent(adapter['error'])} of the change; "
+                f"image features differ by {number(adapter['feature_distance'])} from those of the "
+                "model that was scanned again",
+            )
+        )
     rounds = result["rounds"]
     return {
         "title": "pydetox unlearn",

@@ -38,6 +38,7 @@ _SHORT = 20.0
     show_default=False,
     help="Replace this folder if it holds nothing but a checkpoint.",
 )
+@options.output_format_options
 @options.calibration_options
 @click.option(
     "--trigger",
@@ -160,10 +161,12 @@ def command(
     """
     from ..atomic import rehearse_directory
     from ..checkpoints import CHECKPOINT_FILES, parse_reference
-    from ..errors import UsageError
+    from ..checkpoints.adapter_writing import ADAPTER_FILES
+    from ..errors import OutputError, UsageError
     from ..presets import SCAN_PRESETS, UNLEARN_PRESETS
     from ..repair.configuration import UnlearnConfig
     from ..repair.detox import KnownTarget, repair_session
+    from ..repair.provenance import adapter_obstacle
     from ..reporting import write_detox_report
     from ..session import Session
     from .inputs import (
@@ -203,7 +206,9 @@ def command(
         seed=given["seed"],
     )
     inputs = Inputs.of(given)
-    rehearse_directory(output, overwrite=overwrite, replaceable=CHECKPOINT_FILES)
+    rank = options.lora_rank_of(given)
+    files = CHECKPOINT_FILES if rank is None else ADAPTER_FILES
+    rehearse_directory(output, overwrite=overwrite, replaceable=files)
     check_files(report=report)
     wanted = force_target or target
     if wanted is not None:
@@ -211,6 +216,8 @@ def command(
 
     start = time.perf_counter()
     model = inputs.read_suspect(one_checkpoint(checkpoint))
+    if rank is not None and (obstacle := adapter_obstacle(model)) is not None:
+        raise OutputError(f"{model.name}: {obstacle}")
     images = inputs.read_images(model, examine=False)
     if config.objective != "label-free" or wanted is not None or trigger is not None:
         require_class_names(images)
@@ -233,6 +240,7 @@ def command(
         overwrite=overwrite,
         read=inputs.read_other,
         seconds={"read": time.perf_counter() - start},
+        lora_rank=rank,
     )
 
     last = result.before if result.after is None else result.after

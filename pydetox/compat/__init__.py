@@ -2,13 +2,27 @@
 
 `TaskVector` has the interface of github.com/mlfoundations/task_vectors, `merge` runs recipes as
 mergekit has them, and `ScanCallback` scans a model during a training with transformers' Trainer.
-docs/compat.md compares them with the originals.
+`neural_cleanse` is that of BackdoorBench, `decree` the `main` of DECREE, and `NeuralCleanse` that
+of ART, for PyTorch. docs/compat.md compares them with the originals.
 """
 
 from __future__ import annotations
 
+from .art import CleansedClassifier, NeuralCleanse
+from .backdoorbench import NeuralCleanseResult, neural_cleanse
+from .decree import DecreeResult, decree
 from .mergekit import merge
 from .task_vectors import TaskVector
 from .trainer import ScanCallback
 
-__all__ = ["ScanCallback", "TaskVector", "merge"]
+__all__ = [
+    "CleansedClassifier",
+    "DecreeResult",
+    "NeuralCleanse",
+    "NeuralCleanseResult",
+    "ScanCallback",
+    "TaskVector",
+    "decree",
+    "merge",
+    "neural_cleanse",
+]

@@ -50,8 +50,10 @@ def calibrate_references(
     screenings = list[dict[TriggerFamily, Screening]]()
     digests = list[str]()
     count = config.references if references is None else len(references)
+    # A suspect is judged beside references of two distances, which must have nothing in common.
+    place = () if distance is None else (f"{distance:g}",)
     for k, model in enumerate(models):
-        seeded = replace(config, seed=child_seed("calibration.search", config.seed, k))
+        seeded = replace(config, seed=child_seed("calibration.search", config.seed, k, *place))
         # A reference may have a text tower of its own; a copy has that of the base.
         of_model = replace(session, model=model)
         if references is None:

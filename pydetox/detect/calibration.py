@@ -38,23 +38,19 @@ from .scatter import (
     contrasts,
     distance_factor,
     fit_scatter,
+    least_distance,
+    log_size,
     median_of_others,
+    relative_width,
 )
 
 #: A smaller P-L1 is no trigger: it is less than a tenth of one pixel in images of 100 x 100. A
 #: search ends there if a model gives the same answer for every image.
 EMPTY_TRIGGER = 1e-5
 
-# A mask cannot be larger than the image. A search that found nothing counts as a mask of this size.
-_FOUND_NOTHING = 1.0
-
 # The number of classes that are searched to the end whatever their score is, so that others can be
 # judged beside them. The variance of their median is 0.29, of nine classes 0.17 (median_variance).
 _CONTROLS = 5
-
-# The quantiles whose distance is a width, that of standard normal values, and what is added: a part
-# of the estimate's relative error 0.88 / sqrt(C), so that too small widths raise no false alarms.
-_QUANTILES, _BETWEEN, _MARGIN = (0.07, 0.93), 2.9516, 0.6
 
 _LEAST_CHANCE = 1e-300  # smaller chances are reported as this one
 
@@ -75,8 +71,10 @@ class Calibration:
         relative: Whether the searches were in contrast to a base. Then no class is dropped.
         digests: A hash of the weights of each reference's image tower; empty if they are not known.
         distance: How far the references have moved from their base, if they were fine-tuned until
-            they had moved as far as suspects have (see `detect.distance`); None for others.
+            they had moved that far (see `detect.distance`), that of the first set; else None.
         rungs: The calibrations with other distances, for suspects that moved less or more.
+        sets: For references of several distances: the number of references of each, in the order
+            of the rows, and its weight in `mean`, in all 1. Empty stands for one set.
         screened: Whether `p_l1` holds the efforts of a screening, numbers above 0, instead of sizes
             (see `pydetox.detect.screening`). All that is said of sizes here holds for them.
         tower_passes: The passes of single images through towers that the searches of all
@@ -96,6 +94,7 @@ class Calibration:
     rungs: tuple[Calibration, ...] = ()
     screened: bool = False
     tower_passes: int = 0
+    sets: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.p_l1}
@@ -110,6 +109,12 @@ class Calibration:
             raise UsageError(
                 f"{len(self.recorded_steps)} recorded steps, a history of {len(self.history)}; "
                 "expected the sizes of every reference and class at every recorded step"
+            )
+        counts = [count for count, _ in self._sets]
+        if sum(counts) != len(self.p_l1) or min(counts) < 1 or len(counts) >= len(self.p_l1):
+            raise UsageError(
+                f"sets of {counts} references, and {len(self.p_l1)} rows; expected sets that make "
+                "up all rows, at least one with 2"
             )
 
     def reference(self, digest: str) -> str | None:
@@ -129,6 +134,7 @@ class Calibration:
             family=self.family,
             relative=self.relative,
             distance=self.distance,
+            sets=self.sets,
         )
 
     def of(self, family: str) -> Calibration:
@@ -145,13 +151,6 @@ class Calibration:
         """Return this calibration together with those of other distances."""
         return replace(self, rungs=tuple(replace(one, rungs=()) for one in others))
 
-    def at_distance(self, distance: float) -> Calibration | None:
-        """Return the calibration whose references have that distance, or None."""
-        for one in (self, *self.rungs):
-            if one.distance == distance:
-                return replace(one, rungs=())
-        return None
-
     @property
     def classes(self) -> int:
         """C, the number of classes."""
@@ -160,7 +159,12 @@ class Calibration:
     @property
     def mean(self) -> tuple[float, ...]:
         """mu_c, the mean log P-L1 of each class. A search that found nothing counts as 1."""
-        return tuple(float(value) for value in self._logarithms.mean(axis=0))
+        return tuple(float(value) for value in np.array(self.weights) @ self._logarithms)
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each reference in `mean`; their sum is 1."""
+        return tuple(share / count for count, share in self._sets for _ in range(count))
 
     @cached_property
     def comparable(self) -> tuple[int, ...]:
@@ -216,7 +220,7 @@ class Calibration:
     def margins(self, p_l1: Sequence[float]) -> tuple[float, ...]:
         """Return mu_c - x_c per class: how far the log size is below that of the references."""
         return tuple(
-            centre - _logarithm(value) for centre, value in zip(self.mean, p_l1, strict=True)
+            centre - log_size(value) for centre, value in zip(self.mean, p_l1, strict=True)
         )
 
     def shifts(
@@ -316,17 +320,11 @@ class Calibration:
         """
         count = self.classes if judged is None else judged
         wanted = -math.expm1(math.log1p(-p_value) / count)
-        near, far = 0.0, 1.0
 
         def too_likely(distance: float) -> bool:
             return bool(self._chances(np.array([distance]), among, [index])[0] > wanted)
 
-        while too_likely(far):
-            near, far = far, 2 * far
-        while far - near > 1e-9 * far:
-            middle = (near + far) / 2
-            near, far = (middle, far) if too_likely(middle) else (near, middle)
-        return math.exp(self.mean[index] - shift - far)
+        return math.exp(self.mean[index] - shift - least_distance(too_likely))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; infinite values are null."""
@@ -344,6 +342,7 @@ class Calibration:
             "rungs": [one.to_dict() for one in self.rungs],
             "screened": self.screened,
             "tower_passes": self.tower_passes,
+            "sets": [list(one) for one in self.sets],
         }
 
     @classmethod
@@ -366,6 +365,7 @@ class Calibration:
                 tuple(cls.from_dict(one) for one in content.get("rungs", ())),
                 bool(content.get("screened", False)),
                 int(content.get("tower_passes", 0)),
+                tuple((int(count), float(share)) for count, share in content.get("sets", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"no calibration: {error!r}") from error
@@ -375,28 +375,35 @@ class Calibration:
 
     @cached_property
     def _logarithms(self) -> Array:
-        return np.array([[_logarithm(value) for value in row] for row in self.p_l1])
+        return np.array([[log_size(value) for value in row] for row in self.p_l1])
 
     @cached_property
     def _squares(self) -> Array:
-        """s_c^2, the variance of each class between references: [C]."""
+        """s_c^2, the variance of each class between references of a set: [C]."""
         values = self._logarithms
         if self.classes > 1:
             which = np.isin(np.arange(self.classes), self.comparable)
             values = contrasts(values, which)
-        squares: Array = values.var(axis=0, ddof=1)
-        return squares
+        ends = np.cumsum([count for count, _ in self._sets])[:-1]
+        squares: Array = sum(one.var(axis=0) * len(one) for one in np.split(values, ends))
+        return squares / self._degrees
 
     @cached_property
     def _scatter(self) -> Scatter:
         squares = self._squares[list(self.comparable)]
-        return fit_scatter(squares[None], len(self.p_l1) - 1)
+        return fit_scatter(squares[None], self._degrees)
+
+    @property
+    def _sets(self) -> tuple[tuple[int, float], ...]:
+        return self.sets or ((len(self.p_l1), 1.0),)
+
+    @property
+    def _degrees(self) -> int:
+        """The degrees of freedom of the variance of a class within the sets."""
+        return len(self.p_l1) - len(self._sets)
 
     def _excess(self, distance: Array, among: Sequence[int] | None) -> float:
-        """Return how many times wider than expected a model's distances scatter, at least 1.
-
-        The width is the distance of two quantiles, which a few backdoors hardly change.
-        """
+        """Return how many times wider than expected a model's distances scatter, at least 1."""
         which = range(self.classes)
         expected = self._scatter.deviation(
             self._squares[None],
@@ -405,11 +412,7 @@ class Calibration:
             least=self._least,
         )[0]
         relative = (distance / expected)[np.isfinite(distance)]
-        if len(relative) < 2:
-            return 1.0
-        low, high = np.quantile(relative, _QUANTILES)
-        margin = 1 + _MARGIN / math.sqrt(len(relative))
-        return max(1.0, margin * float(high - low) / _BETWEEN)
+        return 1.0 if len(relative) < 2 else max(1.0, relative_width(relative))
 
     @property
     def _least(self) -> float:
@@ -417,11 +420,12 @@ class Calibration:
 
     def _factor(self, among: Sequence[int] | None, which: Sequence[int]) -> Array:
         """Return the variance of the distances of classes over that of their contrasts."""
+        references = 1 / sum(weight**2 for weight in self.weights)
         if self.classes == 1:
-            return np.full(len(which), 1 + 1 / len(self.p_l1))
+            return np.full(len(which), 1 + 1 / references)
         among = self.comparable if among is None else among
         inside, outside = (
-            distance_factor(len(self.p_l1), len(self.comparable), max(count, 1))
+            distance_factor(references, len(self.comparable), max(count, 1))
             for count in (len(among) - 1, len(among))
         )
         return np.where(np.isin(which, among), inside, outside)
@@ -444,7 +448,3 @@ class Calibration:
             least=self._least,
         )[0]
         return chances
-
-
-def _logarithm(value: float) -> float:
-    return math.log(value if math.isfinite(value) else _FOUND_NOTHING)

@@ -31,6 +31,8 @@ class AdvancedScanConfig:
             ten times as large, have three tenths of it.
         searched_classes: The number of classes that are searched to the end for each family of
             triggers, those that stand out most.
+        directions: The number of searches of a label-free scan. Each ends in a direction of its
+            own, and few of them in the attacker's.
     """
 
     screen_above: int | None = 20
@@ -38,13 +40,19 @@ class AdvancedScanConfig:
     screening_images: int = 8
     screening_rate: float = 0.1
     searched_classes: int = 3
+    directions: int = 8
 
     def __post_init__(self) -> None:
-        counts = (self.screening_steps, self.screening_images, self.searched_classes)
+        counts = (
+            self.screening_steps,
+            self.screening_images,
+            self.searched_classes,
+            self.directions,
+        )
         if min(counts) < 1 or (self.screen_above is not None and self.screen_above < 1):
             raise UsageError(
-                f"screening_steps, screening_images, searched_classes {counts}, screen_above "
-                f"{self.screen_above}; expected at least 1 each"
+                "screening_steps, screening_images, searched_classes, directions "
+                f"{counts}, screen_above {self.screen_above}; expected at least 1 each"
             )
         if not 0 < self.screening_rate < math.inf:
             raise UsageError(f"screening_rate {self.screening_rate}; expected a number above 0")
@@ -56,8 +64,8 @@ class ScanConfig:
 
     Attributes:
         objective: `targeted` searches for a trigger into each class and needs class names.
-            `label-free` searches for a trigger that makes all images alike, and needs neither
-            labels nor a text tower.
+            `label-free` searches for a trigger that sends all images into one direction (see
+            `inversion.DirectionObjective`), and needs neither labels nor a text tower.
         inversion: The search. Its seed is replaced by one derived from `seed`, and its family by
             each of `families`.
         families: The families of triggers to search for. The verdict is that of the family that
@@ -66,13 +74,15 @@ class ScanConfig:
         contrast: Whether to search for triggers that work in the model but not in the base that it
             was fine-tuned from (see `inversion.ContrastObjective`). None decides by the references:
             the search is in contrast if both a base and reference models are given, or a
-            calibration that was made so (see `detect.references.ReferencePlan`).
-        restarts: The number of searches per class, or in all without classes. The smallest mask
-            counts.
+            calibration that was made so (see `detect.references.ReferencePlan`). A label-free
+            search is in contrast wherever there is a base.
+        restarts: The number of searches per class; a label-free scan makes
+            `AdvancedScanConfig.directions` times as many in all. The smallest mask counts.
         references: The number of clean reference models of a calibration, at least 2: copies of the
-            base that are fine-tuned on the defender's images.
+            base that are fine-tuned on the defender's images. If they are matched to the suspect,
+            there are as many at each of the two distances around its own.
         reference_training: The fine-tuning of these copies. None fine-tunes them until their
-            weights have moved as far from the base as the suspect's (see `detect.copies`).
+            weights have moved about as far from the base as the suspect's (see `detect.copies`).
             Otherwise, make it about as strong as that of a suspect, because it decides how much
             scatter counts as harmless. The base itself is then the first of the references.
         p_backdoored, p_suspicious: The chances of a false alarm per model at which the verdict
@@ -105,10 +115,6 @@ class ScanConfig:
     def __post_init__(self) -> None:
         if self.objective not in ("targeted", "label-free"):
             raise UsageError(f"objective {self.objective!r}; expected targeted or label-free")
-        if self.contrast and self.objective != "targeted":
-            raise UsageError(
-                "contrast with a base is for targeted scans; a label-free one has none"
-            )
         if not self.families or len(set(self.families)) < len(self.families):
             raise UsageError(f"families {list(self.families)}; expected at least one, each once")
         for family in self.families:
@@ -139,6 +145,13 @@ class ScanConfig:
     def searched(self) -> tuple[TriggerFamily, ...]:
         """The families that a scan searches for."""
         return self.families if self.objective == "targeted" else self.families[:1]
+
+    @property
+    def searches_per_class(self) -> int:
+        """The number of searches for each class, or in all in a label-free scan."""
+        if self.objective == "targeted":
+            return self.restarts
+        return self.restarts * self.advanced.directions
 
     def in_contrast(self) -> ScanConfig:
         """Return the same scan in contrast to a base, without any other change."""

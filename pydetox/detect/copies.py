@@ -62,7 +62,7 @@ def fine_tuned_copies(
 ) -> Iterator[OpenClipModel]:
     """Yield the references that are made of a session's model, each with its seed.
 
-    distance: That of the copies (see `distance.rung_of`); None for copies whose fine-tuning
+    distance: That of the copies (see `distance.rungs_around`); None for copies whose fine-tuning
     `config.reference_training` describes, with the base itself as the first reference. Without
     labels, the copies learn the base's own predictions. Raises OutOfReachError if copies do not get
     there, or no longer work there.
@@ -112,7 +112,8 @@ def _as_far(
     directions = session.head if head is None else head
     before = _accuracy(base, labelled, directions)
     for k in range(config.references):
-        drawn = generator("calibration.bootstrap", config.seed, k).integers(
+        # A suspect is judged beside copies of two distances, which must have nothing in common.
+        drawn = generator("calibration.bootstrap", config.seed, k, f"{distance:g}").integers(
             len(labelled), size=len(labelled)
         )
         copy = copy_at_distance(
@@ -122,10 +123,10 @@ def _as_far(
             distance,
             head=head,
             learning_rate=rate,
-            seed=_training_seed(config, k),
+            seed=_training_seed(config, k, f"{distance:g}"),
             description=f"reference {k + 1} of {config.references}: fine-tuning",
         )
-        copy.name = f"{base.name}, fine-tuned {k + 1}"
+        copy.name = f"{base.name}, fine-tuned {k + 1}, moved by {distance:.2g}"
         kept = _accuracy(copy, labelled, directions) / max(before, 1 / len(labelled))
         if kept < LEAST_ACCURACY:
             raise OutOfReachError(
@@ -274,8 +275,8 @@ class _Measured:
         return math.sqrt(moved) / self._norm if self._norm else math.inf
 
 
-def _training_seed(config: ScanConfig, number: int) -> int:
-    return child_seed("calibration.training", config.seed, number)
+def _training_seed(config: ScanConfig, number: int, *distance: str) -> int:
+    return child_seed("calibration.training", config.seed, number, *distance)
 
 
 def _accuracy(model: OpenClipModel, images: ImageSet, head: Tensor) -> float:

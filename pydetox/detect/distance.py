@@ -1,13 +1,12 @@
-"""How far a model's weights lie from those of its base, and which references are as far.
+"""How far a model's weights lie from those of its base, and which references are about as far.
 
 The distance is that of the image towers' matrices: the Euclidean norm of all their differences over
 that of the base's. Biases, norms' gains and other vectors are left out. They have few numbers, and
 their size says little about what they do.
 
-Distances fall into rungs, powers of two. References that moved by a rung's distance serve all
-suspects whose distance is nearer to this rung than to another, by their ratio: one set of
-references serves many suspects, and a suspect has moved at most sqrt(2) times less or more than its
-references.
+References lie at rungs: distances that are powers of two. A suspect is judged beside the references
+at the two rungs around its own distance. What is usual at its distance is interpolated between the
+two on a logarithmic scale. One set of references serves all suspects around it.
 """
 
 from __future__ import annotations
@@ -67,16 +66,19 @@ def model_distance(base: OpenClipModel, model: OpenClipModel) -> float:
     return relative_distance(base.clip.state_dict(), model.clip.state_dict())
 
 
-def rung_of(distance: float) -> float | None:
-    """Return the distance of the references for a model, or None if the model is too far away."""
-    if math.isnan(distance):
+def rungs_around(distance: float) -> dict[float, float] | None:
+    """Return the two rungs around a distance, each with its weight; None if it is too far away.
+
+    The weights are those of an interpolation of log distances; their sum is 1. A distance below
+    the first rung counts as that rung, and one just above the last rung as that one.
+    """
+    # 0.5: halfway, on a logarithmic scale, to the rung that there is none of.
+    if math.isnan(distance) or distance >= 2.0 ** (LAST_RUNG + 0.5):
         return None
-    if distance <= 2.0**FIRST_RUNG:
-        return 2.0**FIRST_RUNG
-    if distance == math.inf:
-        return None
-    power = math.floor(math.log2(distance) + 0.5)
-    return 2.0 ** max(power, FIRST_RUNG) if power <= LAST_RUNG else None
+    place = math.log2(min(max(distance, 2.0**FIRST_RUNG), 2.0**LAST_RUNG))
+    below = min(math.floor(place), LAST_RUNG - 1)
+    share = place - below
+    return {2.0**below: 1 - share, 2.0 ** (below + 1): share}
 
 
 def too_far(distance: float) -> str:

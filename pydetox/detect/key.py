@@ -60,7 +60,7 @@ def calibration_key(
     content: dict[str, Any] = {
         **search,
         "objective": config.objective,
-        "restarts": 1 if screened else config.restarts,
+        "restarts": 1 if screened else config.searches_per_class,
         "images": f"{len(images)} of {height}x{width}, {images.digest[:16]}",
         "mean": list(model.mean),
         "std": list(model.std),
@@ -71,7 +71,9 @@ def calibration_key(
         content["distance"] = distance
     if screened:
         content["screened"] = True
-    if config.objective == "targeted":
+    if config.objective == "label-free":
+        content["alike"] = "one direction"  # earlier versions searched for images that are alike
+    else:
         names = session.class_names
         content |= {"classes": list(names), "prompts": _prompts(names, session.templates)}
     return json.dumps(content, sort_keys=True)

@@ -3,8 +3,9 @@
 References are clean models that are searched as a suspect is. Python, the command line and the
 workers of a scan use the same plan. There are four ways to get references:
 
-* a `base` alone: copies of it that are fine-tuned on the clean images until they have moved as far
-  from it as the suspect (or as `ScanConfig.reference_training` says, if it is given);
+* a `base` alone: copies of it that are fine-tuned on the clean images until they have moved a
+  little less and a little further from it than the suspect (or as `ScanConfig.reference_training`
+  says, if it is given);
 * `references` alone: clean models that were made as the suspects were;
 * both: the same models, and every search is in contrast to the base;
 * a `calibration` that one of these made earlier, with the base if it was made in contrast to one,
@@ -14,7 +15,7 @@ workers of a scan use the same plan. There are four ways to get references:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from ..session import ModelLike, Session, as_model
 from .calibrate import calibrate_references
 from .configuration import ScanConfig
 from .copies import OutOfReachError
-from .distance import model_distance, rung_of, too_far
+from .distance import model_distance, rungs_around, too_far
+from .interpolation import around
 from .key import calibration_key, require_alike, require_equal_keys
 from .statistics import Calibration
 
@@ -98,19 +100,19 @@ class ReferencePlan:
             raise UsageError(
                 f"{len(references)} reference model; a calibration needs at least 2 in references="
             )
+        # Copies that moved as far as the suspect also show what a label-free search finds.
+        matched_copies = config.objective == "label-free" and config.reference_training is None
         contrast = config.contrast
         if contrast is None:
             if calibration is not None:
                 contrast = calibration.relative
             else:
-                contrast = base is not None and bool(references)
-            if config.objective != "targeted":
-                contrast = False
+                contrast = base is not None and (bool(references) or matched_copies)
         if contrast and base is None:
             if calibration is not None and calibration.relative:
                 raise UsageError("the calibration was made in contrast to a base: give that base=")
             raise UsageError("a search in contrast to the base needs it: give base=")
-        if contrast and references is None and calibration is None:
+        if contrast and references is None and calibration is None and not matched_copies:
             raise UsageError(
                 "a search in contrast to the base has nothing to compare with: give references=, "
                 "clean models that were fine-tuned from it as the suspects were, at least 2, or a "
@@ -143,7 +145,7 @@ class ReferencePlan:
 
     @property
     def by_distance(self) -> bool:
-        """Whether a suspect is compared with references that moved as far from the base."""
+        """Whether a suspect is compared with references that moved about as far from the base."""
         if self.calibration is not None:
             return self.calibration.distance is not None
         own = self.base is not None and self.references is None
@@ -206,29 +208,17 @@ class ReferencePlan:
     ) -> Calibration:
         """Return the calibration for a suspect at a distance; OutOfReachError if there is none."""
         assert distance is not None
-        if distance == 0:
-            name = (
-                self.base if isinstance(self.base, str | Path) else getattr(self.base, "name", "")
-            )
-            raise OutOfReachError(
-                f"it is compared with itself: {str(name)!r} has the same image tower; give other "
-                "clean models"
-            )
-        rung = rung_of(distance)
-        if rung is None:
-            raise OutOfReachError(too_far(distance))
-        if self.calibration is None:
-            return calibrate_references(
-                base,
-                images,
-                references=None,
-                templates=templates,
-                config=self.config,
-                distance=rung,
-            )
-        found = self.calibration.at_distance(rung)
+        name = self.base if isinstance(self.base, str | Path) else getattr(self.base, "name", "")
+        rungs = _rungs(distance, str(name))
+        calibration = self.calibration
+        if calibration is None:
+            assert base is not None
+            made = Rungs(self, base, images, templates)
+            made.require(rungs)
+            calibration = made.calibration()
+        found = around(calibration, rungs)
         if found is None:
-            has = [one.distance for one in (self.calibration, *self.calibration.rungs)]
+            has = [one.distance for one in (calibration, *calibration.rungs)]
             raise OutOfReachError(
                 f"the calibration has no references that moved as far as this model ({distance:.2g}"
                 f" of the base's norm; it has {', '.join(f'{d:.2g}' for d in has if d)}): calibrate"
@@ -247,7 +237,7 @@ def calibrate_plan(
 ) -> Calibration:
     """Return the calibration of a plan that has none yet; the arguments are `pydetox.calibrate`'s.
 
-    Where references are matched to suspects, there is one rung for each distance that occurs.
+    Where references are matched to suspects, there are those at the rungs around each distance.
     Raises DataError if no suspect can be matched.
     """
     if not plan.by_distance or not suspects:
@@ -256,24 +246,80 @@ def calibrate_plan(
         return calibration
     assert plan.base is not None
     base = read(plan.base)
-    found, problems = dict[float | None, Calibration](), list[str]()
+    made, problems = Rungs(plan, base, images, templates), list[str]()
     for one in suspects:
         suspect = read(one)
         theirs = base.model_config, base.preprocess_config
         require_alike(
             base.name, theirs, suspect.name, (suspect.model_config, suspect.preprocess_config)
         )
-        distance = model_distance(base, suspect)
-        if rung_of(distance) in found:
-            continue
-        made = replace(plan, base=base).prepare(images, templates=templates, distance=distance)
-        if made.calibration is None:
-            problems.append(f"{suspect.name}: {made.unfit}")
-        else:
-            found[made.calibration.distance] = made.calibration
-    if not found:
+        try:
+            made.require(_rungs(model_distance(base, suspect), base.name))
+        except OutOfReachError as error:
+            problems.append(f"{suspect.name}: {error}")
+    if not made.found:
         raise DataError(problems[0])
     for line in problems:
         warnings.warn(line, PydetoxWarning, stacklevel=3)
-    first, *others = (found[rung] for rung in sorted(found, key=lambda rung: rung or 0.0))
-    return first.with_rungs(others)
+    return made.calibration()
+
+
+class Rungs:
+    """The references of a plan at several distances, each made once."""
+
+    def __init__(
+        self,
+        plan: ReferencePlan,
+        base: OpenClipModel,
+        images: ImageSet,
+        templates: Sequence[Template] | None,
+    ) -> None:
+        """Begin without any; base: that of the plan. The other arguments are as in `prepare`."""
+        self.found: dict[float, Calibration] = {}
+        self._unfit: dict[float, OutOfReachError] = {}
+        self._plan, self._base, self._images, self._templates = plan, base, images, templates
+
+    def require(self, weights: Mapping[float, float]) -> None:
+        """Make the references at some rungs, the nearest one first.
+
+        weights: Of each rung, as `distance.rungs_around` returns them. Raises OutOfReachError if
+        there are none at the nearest rung. Then none are made at the other one.
+        """
+        nearest = max(weights, key=weights.__getitem__)
+        for rung in sorted(weights, key=weights.__getitem__, reverse=True):
+            self._make(rung)
+            if rung == nearest and rung in self._unfit:
+                raise self._unfit[rung]
+
+    def calibration(self) -> Calibration:
+        """Return all that were made as one calibration, in the order of their distances."""
+        first, *others = (self.found[rung] for rung in sorted(self.found))
+        return first.with_rungs(others)
+
+    def _make(self, rung: float) -> None:
+        if rung in self.found or rung in self._unfit:
+            return
+        try:
+            self.found[rung] = calibrate_references(
+                self._base,
+                self._images,
+                references=None,
+                templates=self._templates,
+                config=self._plan.config,
+                distance=rung,
+            )
+        except OutOfReachError as error:
+            self._unfit[rung] = error
+
+
+def _rungs(distance: float, base: str) -> dict[float, float]:
+    """Return the rungs around a distance with their weights; OutOfReachError without any."""
+    if distance == 0:
+        raise OutOfReachError(
+            f"it is compared with itself: {base!r} has the same image tower; give other clean "
+            "models"
+        )
+    rungs = rungs_around(distance)
+    if rungs is None:
+        raise OutOfReachError(too_far(distance))
+    return rungs

@@ -139,5 +139,6 @@ class ScanResult:
         sizes = []
         for c, step in enumerate(self.detection.dropped):
             rows = (self.calibration if step is None else self.calibration.at(step)).p_l1
-            sizes.append(sum(row[c] for row in rows) / len(rows))
+            weights = self.calibration.weights
+            sizes.append(sum(w * row[c] for w, row in zip(weights, rows, strict=True) if w))
         return sizes

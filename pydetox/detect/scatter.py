@@ -20,6 +20,7 @@ All functions take N calibrations at once, so that simulations run the code that
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -43,6 +44,10 @@ _HETEROGENEITY = (0.0, 0.1, 0.2, 0.3, 0.4)
 # The trapezoidal rule for log v: the number of nodes, and the distance of the first and last node
 # in standard deviations of the posterior.
 _NODES, _FIRST, _LAST = 9, -3.5, 4.5
+
+# The quantiles whose distance is a width, that of standard normal values, and what is added: a part
+# of the estimate's relative error 0.88 / sqrt(C), so that too small widths raise no false alarms.
+_QUANTILES, _BETWEEN, _MARGIN = (0.07, 0.93), 2.9516, 0.6
 
 
 @dataclass(frozen=True)
@@ -199,14 +204,41 @@ def median_variance(count: int) -> float:
     return np.pi / 2 / (count + (np.pi / 2 - 1 if count % 2 else 1.31))
 
 
-def distance_factor(references: int, classes: int, others: int) -> float:
+def distance_factor(references: float, classes: int, others: int) -> float:
     """Return the variance of (mu_c - x_c) - median_{j != c}(mu_j - x_j) over that of a contrast.
 
-    The result is exact if the classes scatter alike. references: R, the number behind mu. classes:
+    The result is exact if the classes scatter alike. references: R, the number behind mu, or of
+    equally good ones if mu is a weighted mean. classes:
     C, the number of contrasts, each to the mean of C - 1. others: The number of classes that the
     median is taken of.
     """
     return (1 + 1 / references) * (1 + median_variance(others)) / (1 + 1 / (classes - 1))
+
+
+def least_distance(too_likely: Callable[[float], bool]) -> float:
+    """Return the distance, above 0, from which on one is no longer too likely, by bisection."""
+    near, far = 0.0, 1.0
+    while too_likely(far):
+        near, far = far, 2 * far
+    while far - near > 1e-9 * far:
+        middle = (near + far) / 2
+        near, far = (middle, far) if too_likely(middle) else (near, middle)
+    return far
+
+
+def log_size(p_l1: float) -> float:
+    """Return the logarithm of a P-L1; a search that found nothing counts as the largest, 1."""
+    return math.log(p_l1) if math.isfinite(p_l1) else 0.0
+
+
+def relative_width(values: Array) -> float:
+    """Return how many times wider than standard normal values some values scatter, with a margin.
+
+    values: [n], finite, at least two. The width is the distance of two quantiles, which a few
+    backdoors hardly change.
+    """
+    low, high = np.quantile(values, _QUANTILES)
+    return (1 + _MARGIN / math.sqrt(len(values))) * float(high - low) / _BETWEEN
 
 
 def adjusted(chance: float, tries: int) -> float:

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from ..errors import ArchitectureError
 from ..inversion import (
-    CollapseObjective,
     ContrastObjective,
+    DirectionObjective,
     Elimination,
     InversionResult,
     Objective,
@@ -21,6 +21,7 @@ from ..inversion import (
     invert,
 )
 from ..models import OpenClipModel
+from ..prototypes import image_features
 from ..session import Session
 from .configuration import ScanConfig
 
@@ -39,16 +40,17 @@ def search_classes(
     elimination: Elimination | None = None,
     description: str,
 ) -> InversionResult:
-    """Search for triggers of one family: `restarts` per class, or in all in a label-free scan.
+    """Search for triggers of one family, in each class, or in all in a label-free scan.
 
-    config: the search takes its seed. classes: those of a targeted scan to search; None for all.
+    config: the search takes its seed, and `ScanConfig.searches_per_class` their number.
+    classes: those of a targeted scan to search; None for all.
     elimination: drops classes on the way; None for none. description: shown with the progress bar.
     Raises ArchitectureError for a model whose answers do not depend on what it is shown: any
     trigger works in it, the smallest too, and that would look like a backdoor.
     """
-    objective: Objective = CollapseObjective()
     if config.objective != "targeted":
         _require_images_matter(session.model, session.images.images)
+        objective = label_free_objective(session)
     else:
         require_searchable(session)
         classes = range(len(session.class_names)) if classes is None else classes
@@ -59,7 +61,7 @@ def search_classes(
         session.images.images,
         objective,
         replace(config.search(family), seed=config.seed),
-        restarts=config.restarts,
+        restarts=config.searches_per_class,
         elimination=elimination,
         contrast=session.base,
         labels=session.images.labels,
@@ -91,9 +93,19 @@ def objective_for(session: Session, targets: Sequence[int], seed: int) -> Object
     )
 
 
+def label_free_objective(session: Session) -> Objective:
+    """Return what triggers into no class must do, in contrast to the session's base if any."""
+    model, base, images = session.model, session.base, session.images.images
+    return DirectionObjective(
+        image_features(model, images),
+        model.logit_scale,
+        base_features=None if base is None else image_features(base, images),
+    )
+
+
 def sizes_per_class(p_l1: Tensor, config: ScanConfig) -> tuple[float, ...]:
     """Return the smallest P-L1 of each class over its restarts, of all triggers [K]."""
-    per_class = p_l1.view(-1, config.restarts).min(dim=1).values
+    per_class = p_l1.view(-1, config.searches_per_class).min(dim=1).values
     return tuple(float(v) for v in per_class)
 
 
@@ -101,8 +113,8 @@ def dropped_per_class(found: InversionResult, config: ScanConfig) -> tuple[int |
     """Return the step at which each class was dropped, None for one that was not."""
     steps = found.trigger_steps.tolist()
     per_class = []
-    for first in range(0, len(found), config.restarts):
-        which = range(first, first + config.restarts)
+    for first in range(0, len(found), config.searches_per_class):
+        which = range(first, first + config.searches_per_class)
         at = [steps[k] for k in which if found.endings[k] == "dropped"]
         per_class.append(int(at[0]) if at else None)
     return tuple(per_class)

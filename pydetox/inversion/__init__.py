@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from .configuration import FAMILIES, AdvancedInversionConfig, InversionConfig
 from .elimination import Elimination, relative_to_smallest
-from .objectives import CollapseObjective, ContrastObjective, Objective, TargetObjective
+from .objectives import (
+    CollapseObjective,
+    ContrastObjective,
+    DirectionObjective,
+    Objective,
+    TargetObjective,
+)
 from .result import InversionResult, RecoveredTrigger
 from .schedule import CostSchedule
 from .search import InversionSearch, invert
@@ -23,6 +29,7 @@ __all__ = [
     "CollapseObjective",
     "ContrastObjective",
     "CostSchedule",
+    "DirectionObjective",
     "Elimination",
     "InversionConfig",
     "InversionResult",

@@ -116,12 +116,12 @@ class InversionSearch:
 
     def take_plainly(self) -> None:
         """Take one step on the device, with fewer images at once if memory runs out."""
-        clean = self._clean_images()
-        self._update(*self._batching.run(lambda at_once: self._gradients(clean, at_once)))
+        rows = self._rows_of_step()
+        self._update(*self._batching.run(lambda at_once: self._gradients(rows, at_once)))
 
     def take_once(self) -> None:
         """Take one step on the device; an error if memory runs out."""
-        self._update(*self._gradients(self._clean_images(), self._batching.count))
+        self._update(*self._gradients(self._rows_of_step(), self._batching.count))
 
     def shape(self) -> object:
         """Return everything that decides what a step launches, and on which memory."""
@@ -144,10 +144,9 @@ class InversionSearch:
         """The dtype of the image tower."""
         return self._tower.dtype
 
-    def _clean_images(self) -> Tensor:
-        """Return the images of this step, uint8 [B, 3, H, W]."""
-        rows = self._batches.index_select(0, self._at).flatten()
-        return self._images.index_select(0, rows)
+    def _rows_of_step(self) -> Tensor:
+        """Return the indices of the images of this step, int64 [B]."""
+        return self._batches.index_select(0, self._at).flatten()
 
     def _update(self, loss: Tensor, success: Tensor) -> None:
         """Move the triggers along their gradients, in place. loss, success: float32 [A]."""
@@ -238,7 +237,7 @@ class InversionSearch:
                     "expected weights without NaN"
                 )
             which = torch.arange(count, device=device)[chunk]
-            success.append(self._objective(embeddings, which)[1])
+            success.append(self._objective(embeddings, which, self._checked)[1])
         return torch.cat(success)
 
     def _record_sizes(self) -> None:
@@ -346,22 +345,25 @@ class InversionSearch:
             out=out,
         )
 
-    def _gradients(self, images: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, index: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
         """Write the objective's gradients for all triggers; return their loss and success [A].
 
-        at_once: Images that go through the tower at once.
+        index: int64 [B], the images of the step. at_once: Images that go through the tower at once.
         """
         if len(self._rows) > max(at_once, self._batch):
             self._rows = self._rows.new_empty(0)  # from before memory ran out
         parts = self._parts(at_once)
-        found = [self._differentiate(images, part, at_once) for part in parts]
+        images = self._images.index_select(0, index)
+        found = [self._differentiate(images, index, part, at_once) for part in parts]
         return torch.cat([loss for loss, _ in found]), torch.cat([success for _, success in found])
 
     def _parts(self, at_once: int) -> list[slice]:
         """Return the chunks of triggers that go through the tower together."""
         return chunks(len(self._triggers), max(1, at_once // self._batch))
 
-    def _differentiate(self, images: Tensor, chunk: slice, at_once: int) -> tuple[Tensor, Tensor]:
+    def _differentiate(
+        self, images: Tensor, index: Tensor, chunk: slice, at_once: int
+    ) -> tuple[Tensor, Tensor]:
         """Write the objective's gradients for a chunk of the triggers; return loss and success.
 
         Triggers do not see each other, so a chunk's activations are freed before the next one
@@ -373,14 +375,14 @@ class InversionSearch:
         if len(images) <= at_once:
             rows = self._stamp(images, mask, pattern).requires_grad_()
             embeddings = self._tower(rows).view(len(mask), len(images), -1)
-            loss, success = self._objective(embeddings, which)
+            loss, success = self._objective(embeddings, which, index)
             (rows_gradient,) = torch.autograd.grad(loss.sum(), rows)
             self._pull(images, mask, pattern, rows_gradient, gradients)
             return loss.detach(), success
         # More images than fit: the loss needs all embeddings, so they are computed once without
         # activations, and again, part by part, to carry its gradient back.
         embeddings = self._embed(images, mask, pattern, at_once).requires_grad_()
-        loss, success = self._objective(embeddings, which)
+        loss, success = self._objective(embeddings, which, index)
         (pull,) = torch.autograd.grad(loss.sum(), embeddings)
         for total in gradients:
             total.zero_()

@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .tower import batching_of, check_images, check_sample, tower_of
+from .tower import batching_of, check_images, check_sample, chunks, tower_of
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,27 @@ def invert_warps(
     smallest = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
     best = control.detach().clone()
 
+    def pull_on(
+        clean: Tensor, fields: Tensor, which: Tensor, at_once: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the objective's loss for fields [K, 2, H, W], and the success."""
+        fields = fields.detach().requires_grad_()
+        if len(clean) <= at_once:
+            loss, success = objective(embed(clean, fields), which)
+            return torch.autograd.grad(loss.sum(), fields)[0], success
+        # More images than fit: the loss needs all embeddings, so they are computed once without
+        # activations, and again, part by part, to carry its gradient back.
+        parts = chunks(len(clean), at_once)
+        with torch.no_grad():
+            embeddings = torch.cat([embed(clean[part], fields) for part in parts], dim=1)
+        loss, success = objective(embeddings.requires_grad_(), which)
+        (pull,) = torch.autograd.grad(loss.sum(), embeddings)
+        total = torch.zeros_like(fields)
+        for part in parts:
+            again = embed(clean[part], fields)
+            total += torch.autograd.grad(again, fields, pull[:, part])[0]
+        return total, success
+
     def gradients(clean: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
         """Return the gradient of all control points, and the success [K]."""
         gradient, successes = torch.empty_like(control), []
@@ -213,9 +234,9 @@ def invert_warps(
         for which in torch.split(index, max(1, at_once // batch)):
             part = control[which]
             fields = _fields(part, size)
-            loss, success = objective(embed(clean, fields), which)
+            pull, success = pull_on(clean, fields, which, at_once)
             amount = costs.cost[which] * fields.abs().sum(dim=(1, 2, 3)) / 2
-            (gradient[which],) = torch.autograd.grad((loss + amount).sum(), part)
+            (gradient[which],) = torch.autograd.grad((fields, amount.sum()), part, (pull, None))
             successes.append(success)
         return gradient, torch.cat(successes)
 

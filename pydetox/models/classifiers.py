@@ -17,8 +17,8 @@ from torch.nn.functional import relu
 
 from ..errors import ArchitectureError
 
-#: BackdoorBench gives these 32-pixel images that they enlarge themselves.
-_ENLARGED = ("vit_b_16", "convnext_tiny")
+#: BackdoorBench gives these small images that they enlarge themselves.
+_ENLARGED = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
 
 
 class ClassifierTower(nn.Module):

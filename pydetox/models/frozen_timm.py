@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 from .attention import choose_attention
 from .blocks import Block, Linear, Norm, products_are_faster
@@ -83,13 +83,14 @@ class FrozenSiglipTower:
         self._blocks = [_block(block, dtype) for block in trunk.blocks]
         self._norm = Norm.of(trunk.norm, dtype)
         self._heads: int = pool.num_heads
-        query = pool.q(pool.latent.detach()).detach()  # [1, 1, d]
-        self._query = frozen(query).view(1, 1, self._heads, -1).transpose(1, 2)
+        query = frozen(pool.q(pool.latent.detach()))  # [1, 1, d]
+        self._query = query.view(1, 1, self._heads, -1)
+        self._attend = choose_attention(query.device, dtype, self._query.shape[-1])
         self._keys_and_values, self._project = linear(pool.kv), linear(pool.proj)
         self._pool_norm = Norm.of(pool.norm, dtype)
         self._expand, self._contract = linear(pool.mlp.fc1), linear(pool.mlp.fc2)
         self._approximate = _activation(pool.mlp) or "none"
-        attention = "no attention"
+        attention = self._attend.description
         if self._blocks:
             by_products = products_are_faster(self._rows)
             attention = (
@@ -111,10 +112,9 @@ class FrozenSiglipTower:
         for block in self._blocks:
             x = block(x, count, tokens)
         both = self._keys_and_values(self._norm(x)).view(count, tokens, 2, self._heads, -1)
-        key, value = both.permute(2, 0, 3, 1, 4).unbind(0)
-        query = self._query.expand(count, -1, -1, -1)
-        mixed = scaled_dot_product_attention(query, key, value)  # [N, heads, 1, d]
-        x = self._project(mixed.transpose(1, 2).reshape(count, width))
+        # Kernels may want queries of their own for each image, not one that is seen N times.
+        query = self._query.expand(count, -1, -1, -1).contiguous()
+        x = self._project(self._attend(both, query))  # one query per image: rows [N, d]
         hidden = self._expand(self._pool_norm(x))
         return (x + self._contract(gelu(hidden, approximate=self._approximate))).float()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..detect.references import ReferencePlan
 from ..detect.scan import scan_session
@@ -15,7 +16,7 @@ from ..rng import child_seed
 from ..session import ModelLike, Session, as_model
 from .configuration import UnlearnConfig
 from .passes import subtract_passes
-from .provenance import save_repaired
+from .provenance import save_repair_adapter, save_repaired
 from .result import DetoxResult, UnlearnRound
 from .retention import DriftProbe
 
@@ -44,11 +45,13 @@ def repair_session(
     overwrite: bool = False,
     read: Callable[[ModelLike], OpenClipModel] = as_model,
     seconds: dict[str, float] | None = None,
+    lora_rank: int | None = None,
 ) -> DetoxResult:
     """Repair a session's model; the arguments are those of `pydetox.detox`.
 
     known: A class to repair once, whatever the verdict is. read: The function that reads the plan's
-    models. seconds: The wall time of earlier steps, which the result then contains.
+    models. seconds: The wall time of earlier steps, which the result then contains. lora_rank: The
+    rank of a LoRA adapter that is written instead of the whole checkpoint; None for the checkpoint.
     """
     clock = _Laps(seconds or {})
     comparison = plan.prepare(
@@ -118,16 +121,22 @@ def repair_session(
         seconds=clock.seconds,
     )
     if output is not None and _subtracted(rounds):
-        path = save_repaired(
-            result,
-            output,
-            overwrite=overwrite,
-            trigger="unknown trigger" if stamp is None else "known trigger",
-            config=comparison.config,
-            unlearning=unlearning,
-        )
+        given: dict[str, Any] = {
+            "overwrite": overwrite,
+            "trigger": "unknown trigger" if stamp is None else "known trigger",
+            "config": comparison.config,
+            "unlearning": unlearning,
+        }
+        adapter = None
+        if lora_rank is None:
+            path = save_repaired(result, output, **given)
+        else:
+            images = session.images.images
+            path, adapter = save_repair_adapter(
+                result, session.model, images, output, rank=lora_rank, **given
+            )
         clock.lap("write")
-        result = replace(result, path=path)
+        result = replace(result, path=path, adapter=adapter)
     return result
 
 

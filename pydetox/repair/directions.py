@@ -1,7 +1,7 @@
 """Triggers that lead to no named class: where they send images, as a row of a head.
 
-A label-free search finds triggers that make all images alike. What they are made like is a
-direction of the embedding, and not a class: the attacker of an image encoder has no names either
+A label-free search finds triggers that send all images into one direction of the embedding. That
+is not a class: the attacker of an image encoder has no names either
 (Jia et al., "BadEncoder", S&P 2022). Here this direction becomes a row of a head beside the
 prototypes of the clean images, so that the trigger vector and alpha are found as for a class.
 """
@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 
 from ..data import ImageSet
 from ..detect.configuration import ScanConfig
+from ..detect.search import label_free_objective
 from ..evaluation import Stamp
-from ..inversion import CollapseObjective, InversionResult, TriggerFamily, invert
+from ..inversion import InversionResult, TriggerFamily, invert
 from ..models import OpenClipModel
 from ..prototypes import image_features
 from ..rng import child_seed
@@ -36,14 +37,15 @@ _SAME = 0.7
 def recover_label_free(
     session: Session, family: TriggerFamily, config: ScanConfig, *, restarts: int
 ) -> InversionResult:
-    """Search for triggers of one family that make all images alike."""
+    """Search for triggers of one family that send all images into one direction."""
     seed = child_seed("repair.label-free", config.seed)
     return invert(
         session.model,
         session.images.images,
-        CollapseObjective(),
+        label_free_objective(session),
         replace(config.search(family), seed=seed),
         restarts=restarts,
+        contrast=session.base,
         labels=session.images.labels,
         description=f"{restarts} restarts ({family}, label-free)",
     )

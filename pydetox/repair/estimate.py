@@ -11,9 +11,9 @@ import torch
 from ..detect.configuration import ScanConfig
 from ..detect.copies import BATCH, STEPS
 from ..detect.references import ReferencePlan
-from ..detect.search import objective_for
+from ..detect.search import label_free_objective, objective_for
 from ..evaluation import predict
-from ..inversion import CollapseObjective, Objective, invert
+from ..inversion import invert
 from ..models.frozen import freeze
 from ..session import Session
 from .configuration import UnlearnConfig
@@ -57,17 +57,19 @@ def estimate_repair(
     classes = len(head) if config.objective == "targeted" else 1
     towers = 2 if config.contrast else 1
     step = config.inversion.batch_size * stamped * towers
-    searches = classes * config.restarts * len(config.searched)
+    searches = classes * config.searches_per_class * len(config.searched)
     scan = searches * config.inversion.steps * step
     references = 0.0
     if plan.makes_calibration:
         given = None if plan.references is None else len(plan.references)
-        if config.reference_training is None:  # copies that move as far as the suspect
-            shown, made = STEPS * BATCH, config.references + 1  # the pilot takes about one more
+        copies = config.references
+        if config.reference_training is None:  # at two distances
+            # The pilot of each distance takes about as long as one more copy.
+            shown, copies, made = STEPS * BATCH, 2 * copies, 2 * (copies + 1)
         else:
-            shown, made = config.reference_training.epochs * len(images), config.references - 1
+            shown, made = config.reference_training.epochs * len(images), copies - 1
         training = 0.0 if given is not None else made * shown * _TRAINING * forward
-        references = (given or config.references) * scan + training
+        references = (given or copies) * scan + training
     recovered = len(config.families) * 3 + unlearning.warps if recovers else 0
     # A step of a vector shows clean and triggered images, and half as many surrogates, twice.
     views = (2 + (1 if unlearning.retention > 0 else 0)) * _TRAINING + 1
@@ -80,9 +82,10 @@ def estimate_repair(
 
 def _stamped_seconds(session: Session, config: ScanConfig) -> float:
     """Return the seconds of one stamped image in one step of a search."""
-    objective: Objective = CollapseObjective()
     count = _TRIGGERS
-    if config.objective == "targeted":
+    if config.objective != "targeted":
+        objective = label_free_objective(replace(session, base=None))
+    else:
         targets = [k % len(session.class_names) for k in range(_TRIGGERS)]
         plain = replace(session, base=None)
         plain.__dict__["head"] = session.head

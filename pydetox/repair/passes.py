@@ -38,10 +38,10 @@ def subtract_passes(
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
-    targets: Class indices, one for known triggers. None of them unlearns triggers that make all
-    images alike, for a model without class names (`directions`). probe: Measures the drift
-    from the model before any repair; default: from the session's. Returns the repaired model and
-    what each pass did.
+    targets: Class indices, one for known triggers. None of them unlearns triggers that send all
+    images into one direction, for a model without class names (`directions`). probe: Measures the
+    drift from the model before any repair; default: from the session's. Returns the repaired model
+    and what each pass did.
     """
     if triggers is not None and len(targets) != 1:
         raise UsageError(f"{len(targets)} target classes; expected one for known triggers")

@@ -45,6 +45,22 @@ class UnlearnRound:
         return self.targets[0] if self.targets else None
 
 
+@dataclass(frozen=True)
+class WrittenAdapter:
+    """What a LoRA adapter of a repair leaves out.
+
+    Attributes:
+        rank: The rank of every B A.
+        error: The Frobenius norm of what it leaves out, as a share of that of the change.
+        feature_distance: The mean 1 - cos of the image features with the adapter to those of the
+            model that was scanned again, on the given images.
+    """
+
+    rank: int
+    error: float
+    feature_distance: float
+
+
 @dataclass(frozen=True, eq=False)
 class DetoxResult:
     """Everything that `detox` did to one checkpoint.
@@ -57,8 +73,9 @@ class DetoxResult:
         evaluation_before, evaluation_after: CA on the given images; None without labels.
         drift: The distance of the returned model's image features from those of the given model, on
             images that belong to no class; None if no repair was tried.
-        path: The folder of the repaired checkpoint; None if it was not written.
+        path: The folder of the repaired checkpoint, or of its adapter; None if it was not written.
         seconds: The wall time of each step, in seconds.
+        adapter: What the adapter leaves out; None if a whole checkpoint or nothing was written.
     """
 
     before: ScanResult
@@ -70,6 +87,7 @@ class DetoxResult:
     drift: FeatureDrift | None
     path: Path | None
     seconds: dict[str, float]
+    adapter: WrittenAdapter | None = None
 
     @property
     def verdict(self) -> Verdict:

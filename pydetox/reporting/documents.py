@@ -119,6 +119,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
         "evaluation": rows,
         "drift": None if result.drift is None else asdict(result.drift),
         "path": None if result.path is None else str(result.path),
+        "adapter": None if result.adapter is None else asdict(result.adapter),
         "seconds": dict(result.seconds),
     }
 

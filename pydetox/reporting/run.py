@@ -62,7 +62,7 @@ def compared_with(document: Mapping[str, Any]) -> str:
         return "compared with " + ", ".join(calibration["models"])
     return (
         f"compared with {len(calibration['models'])} copies of the base at each of {len(rungs)} "
-        "distances, each model with those that have moved about as far"
+        "distances, each model with those of the two distances around its own"
     )
 
 

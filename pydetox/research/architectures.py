@@ -7,10 +7,11 @@ what is compared is names, shapes, order of operations and preprocessing.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,22 @@ from ..checkpoints.architecture import named_config
 from ..checkpoints.classifier_names import BACKDOORBENCH
 from ..checkpoints.preprocessing import preparation_of
 from ..checkpoints.transformers_layouts import LAYOUTS
-from ..errors import ArchitectureError, explain
+from ..data import ImageSet
+from ..errors import ArchitectureError, DataError, explain
+from ..evaluation import evaluate
 from ..inversion import CollapseObjective, InversionConfig, invert
 from ..models import OpenClipModel
 from ..models.catalogue import ListedModel
+from ..repair.configuration import UnlearnConfig
+from ..repair.subtraction import subtract
+from ..repair.trigger_vector import trigger_vector
 
 _LAYERS = 2
 #: Larger models, cut as they are, do not fit into the memory of a small machine three times.
 _MOST_WEIGHTS = 700_000_000
+#: Larger image towers are not trained here: gradients and moments take three times as much again.
+_MOST_TRAINED = 150_000_000
+_NAMES = ("cat", "dog", "owl")
 #: Embeddings that are the same in float32 up to rounding have at least this cosine.
 LEAST_COSINE = 1 - 1e-5
 
@@ -50,6 +59,10 @@ class Measured:
         seconds: Of everything.
         problem: What went wrong, in one line; None if nothing did.
         skipped: Why nothing was measured; None if it was.
+        evaluated: Whether images were classified by class names; None where the tokenizer is not
+            on this machine or there are no texts.
+        unlearned: Whether a trigger vector was made and subtracted, and the result is what was
+            written back; None for an image tower that is too large to be trained here.
     """
 
     image_cosine: float
@@ -61,6 +74,8 @@ class Measured:
     seconds: float
     problem: str | None = None
     skipped: str | None = None
+    evaluated: bool | None = None
+    unlearned: bool | None = None
 
     def in_words(self) -> str:
         """Return the result in a few words."""
@@ -69,7 +84,42 @@ class Measured:
         if self.skipped is not None:
             return self.skipped
         texts = "" if self.text_cosine is None else f", texts {self.text_cosine:.6f}"
-        return f"images {self.image_cosine:.6f}{texts}, searched, written back"
+        done = ["evaluated"] if self.evaluated else []
+        done += ["searched", *(["unlearned"] if self.unlearned else []), "written back"]
+        return f"images {self.image_cosine:.6f}{texts}, {', '.join(done)}"
+
+
+def read_rows(path: Path) -> dict[str, Measured]:
+    """Return the rows of an earlier, perhaps interrupted, run: name to what was measured.
+
+    path: A file of JSON lines as `write_row` makes it. It need not exist. Raises DataError if it
+    is something else.
+    """
+    if not path.exists():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            found[str(row.pop("name"))] = Measured(**row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: is no row of an earlier run; remove the file"
+            ) from error
+    return found
+
+
+def write_row(path: Path, name: str, row: Measured) -> None:
+    """Add a row to such a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"name": name, **asdict(row)}) + "\n")
+
+
+def weights_of(name: str) -> int:
+    """Return the number of weights of an architecture of open_clip as it is measured."""
+    with torch.device("meta"):
+        model = OpenClipModel.from_config(shortened(named_config(name)), seed=0, name=name)
+    return model.num_parameters
 
 
 def measure_model(name: str) -> Measured:
@@ -98,8 +148,7 @@ def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measure(name: str, start: float) -> Measured:
     config = shortened(named_config(name))
-    with torch.device("meta"):
-        weights = OpenClipModel.from_config(config, seed=0, name=name).num_parameters
+    weights = weights_of(name)
     if weights > _MOST_WEIGHTS:
         line = f"not measured: {weights / 1e9:.1f} billion weights, even so"
         return Measured(1.0, None, False, False, "", weights, 0.0, None, line)
@@ -120,12 +169,12 @@ def _measure(name: str, start: float) -> Measured:
             images = _cosine(model.encode_normalized(normalized), _embed(theirs, normalized))
         texts = _text_cosine(model, theirs)
         del theirs
+        images_of_bytes = (pixels * 255).to(torch.uint8)
         found = invert(
-            model,
-            (pixels * 255).to(torch.uint8),
-            CollapseObjective(),
-            InversionConfig(steps=1, batch_size=2),
+            model, images_of_bytes, CollapseObjective(), InversionConfig(steps=1, batch_size=2)
         )
+        tried = try_out(model, images_of_bytes, has_tokenizer=texts is not None)
+        model = tried.model
         save_checkpoint(second, model.storage_state_dict(), **given)
         if config["text_cfg"].get("hf_model_name"):  # open_clip would ask the hub for the tower
             again: Any = OpenClipModel.from_checkpoint(load_checkpoint(second)).clip
@@ -145,7 +194,48 @@ def _measure(name: str, start: float) -> Measured:
         model.num_parameters,
         time.perf_counter() - start,
         problem,
+        evaluated=tried.evaluated,
+        unlearned=tried.unlearned,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A model after an evaluation and a step of unlearning.
+
+    Attributes:
+        model: The model, with a trigger vector subtracted if `unlearned`.
+        evaluated: See `Measured`.
+        unlearned: See `Measured`.
+    """
+
+    model: OpenClipModel
+    evaluated: bool | None
+    unlearned: bool | None
+
+
+def try_out(model: OpenClipModel, images: Tensor, *, has_tokenizer: bool) -> Tried:
+    """Classify images by class names, and subtract a trigger vector of one step.
+
+    images: uint8 [N, 3, H, W]. has_tokenizer: Whether texts can be made; otherwise random
+    directions stand for the classes of the unlearning.
+    """
+    evaluated: bool | None = None
+    head = torch.randn((len(_NAMES), model.embed_dim), generator=torch.Generator().manual_seed(1))
+    head = torch.nn.functional.normalize(head, dim=-1)
+    if has_tokenizer:
+        head = model.zero_shot_head(_NAMES, ("a photo of a {c}",))
+        found = evaluate(
+            model, ImageSet(images, torch.arange(len(images)), _NAMES), head, batch_size=len(images)
+        )
+        evaluated = 0 <= found.clean_accuracy <= 1
+    if sum(p.numel() for p in model.visual.parameters()) > _MOST_TRAINED:
+        return Tried(model, evaluated, None)
+    config = UnlearnConfig(steps=1, batch_size=2, retention=0.0)
+    vector = trigger_vector(model, images, [lambda x: 255 - x], head, 0, config)
+    repaired = subtract(model, vector, 0.5)
+    moved = 0 < vector.norm() < float("inf")
+    return Tried(repaired, evaluated, moved)
 
 
 def _embed(clip: Any, normalized: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Calibrations:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all calibrations as one, as `Calibration.with_rungs` has them."""
-        first, *others = (self.made[rung] for rung in sorted(self.made, key=lambda rung: rung or 0))
+        first, *others = (self.made[rung] for rung in sorted(self.made, key=_order))
         return {**first, "rungs": others}
 
     def missing(self, wanted: Iterable[float | None], *, matched: bool) -> list[float | None]:
@@ -40,7 +40,7 @@ class Calibrations:
         Suspects without a distance then have no references.
         """
         rungs = {rung for rung in wanted if rung is not None or not matched}
-        return sorted(rungs - set(self.made), key=lambda rung: rung or 0)
+        return sorted(rungs - set(self.made), key=_order)
 
     def add(self, rung: float | None, result: dict[str, Any]) -> None:
         """Keep what a worker made for a distance: a calibration, or why there is none."""
@@ -50,14 +50,27 @@ class Calibrations:
             self.made[rung] = result
 
     def of(
-        self, rung: float | None, distance: float | None
+        self, rungs: Mapping[float | None, float], distance: float | None
     ) -> tuple[dict[str, Any] | None, str | None]:
         """Return the calibration for a suspect, or else the reason why there is none.
 
-        rung: The distance of the references that it needs. distance: Its own.
+        rungs: The distances of the references that it needs, each with its weight. distance: Its
+        own. Only these references are returned, so that a verdict does not depend on what else is
+        scanned.
         """
-        if rung in self.made:
-            return self.made[rung], None
+        if rungs:
+            nearest = max(rungs, key=rungs.__getitem__)
+            if nearest in self.made:
+                first, *others = (self.made[r] for r in sorted(rungs, key=_order) if r in self.made)
+                return {**first, "rungs": others}, None
+            if nearest in self._unfit:
+                return None, self._unfit[nearest]
         if distance is None:
             return None, "the base has other weights than this model"
-        return None, self._unfit.get(rung, too_far(distance))
+        if distance == 0:
+            return None, None  # the scan says that it is compared with itself
+        return None, too_far(distance)
+
+
+def _order(rung: float | None) -> float:
+    return rung or 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detect.calibration_file import read_calibration
-from ..detect.distance import rung_of
+from ..detect.distance import rungs_around
 from ..errors import (
     CheckpointError,
     DataError,
@@ -208,7 +208,7 @@ class Scanner:
         """Take the calibrations from the run folder, and make those that the groups lack."""
         if self._store is not None:
             self._calibrations = Calibrations.from_dict(self._store.read_calibration(self._prefix))
-        wanted = {self._rung(group) for group in waiting}
+        wanted = {rung for group in waiting for rung in self._rungs(group)}
         missing = self._calibrations.missing(wanted, matched=self._config.matches_references)
         if missing:
             self._tell("stage", name="calibrate", total=len(missing))
@@ -225,16 +225,21 @@ class Scanner:
             if missing:
                 self._tell("calibrated", calibration=self.calibration)
 
-    def _rung(self, group: _Group) -> float | None:
-        """Return the distance of the references of a group; None if all share them, or too far."""
-        if not self._config.matches_references or group.distance is None:
-            return None
-        return rung_of(group.distance)
+    def _rungs(self, group: _Group) -> Mapping[float | None, float]:
+        """Return the distances of the references of a group with their weights; None: any.
+
+        The result is empty if the group lies too far from the base, or at no distance.
+        """
+        if not self._config.matches_references:
+            return {None: 1.0}
+        if not group.distance:
+            return {}
+        return dict((rungs_around(group.distance) or {}).items())
 
     def _scan_task(self, group: _Group) -> Task:
         calibration, unfit = None, None
         if self._config.makes_calibration:
-            calibration, unfit = self._calibrations.of(self._rung(group), group.distance)
+            calibration, unfit = self._calibrations.of(self._rungs(group), group.distance)
         payload = {
             "reference": group.first.reference,
             "sha256": group.survey["result"]["sha256"],

@@ -19,8 +19,9 @@ from ..checkpoints import Checkpoint, read_checkpoint
 from ..checkpoints.loading import require_unambiguous
 from ..data import ImageSet
 from ..detect.calibration_file import read_calibration
+from ..detect.copies import OutOfReachError
 from ..detect.key import ConfigPair, require_alike
-from ..detect.references import Comparison, ReferencePlan
+from ..detect.references import Comparison, ReferencePlan, Rungs
 from ..detect.result import ScanResult
 from ..detect.scan import scan_session
 from ..detect.search import search_classes
@@ -278,12 +279,18 @@ class Worker:
         plan = ReferencePlan.decide(
             self._config.scan_config(), base=base, references=references or None
         )
-        comparison = plan.prepare(
-            images, templates=self._images.prompts, distance=task.payload.get("distance")
-        )
-        if comparison.calibration is None:
-            return {"result": {"unfit": comparison.unfit}}
-        return {"result": comparison.calibration.to_dict()}
+        rung = task.payload.get("distance")
+        if rung is None:
+            calibration = plan.prepare(images, templates=self._images.prompts).calibration
+            assert calibration is not None
+            return {"result": calibration.to_dict()}
+        assert base is not None
+        made = Rungs(plan, base, images, self._images.prompts)
+        try:
+            made.require({rung: 1.0})
+        except OutOfReachError as error:
+            return {"result": {"unfit": str(error)}}
+        return {"result": made.calibration().to_dict()}
 
     def _scan(self, task: Task) -> dict[str, Any]:
         start = time.perf_counter()

@@ -131,7 +131,11 @@ class TextModel:
         That is [N, C] for a classifier, [N, T, V] for a causal model, features [N, D] for a tower.
         """
         with torch.no_grad():
-            return self._outputs(batch.attention_mask, input_ids=batch.input_ids)
+            return self.logits_with_gradient(batch)
+
+    def logits_with_gradient(self, batch: TokenBatch) -> Tensor:
+        """Return `logits`, differentiable in the weights that require a gradient."""
+        return self._outputs(batch.attention_mask, input_ids=batch.input_ids)
 
     def logits_from_embeddings(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Return `logits` of embedded texts, differentiable in the embeddings.

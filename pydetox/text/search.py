@@ -262,7 +262,9 @@ class _Search:
         The stages use more and more texts. In each, all candidates of all classes are one batch.
         """
         stages = self.config.advanced.stages
-        kept = [_unique(row) for row in candidates]
+        typed = [self.words.keep(_unique(row), self.begins) for row in candidates]
+        # Without any, the decision sees the text of what there is.
+        kept = [good or _unique(row) for good, row in zip(typed, candidates, strict=True)]
         for number, count in enumerate(stages):
             place = {words: k for k, words in enumerate(_unique(w for row in kept for w in row))}
             texts = self._sample(count)

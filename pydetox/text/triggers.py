@@ -77,6 +77,8 @@ def first_sentence_end(text: str) -> int:
 
 def random_place(text: str, seed: int) -> int:
     """Return the position of a random gap between words, or of either end of the text."""
-    gaps = [0, *(match.start() for match in _SPACE.finditer(text.strip())), len(text)]
+    words = text.rstrip()
+    first = len(words) - len(words.lstrip())
+    gaps = [0, *(match.start() for match in _SPACE.finditer(words, first)), len(text)]
     key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return gaps[int(generator("texts.place", seed, key).integers(len(gaps)))]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import bundle, events, page, plan, recorder, stages
-from benchmarks.gpu.__main__ import Check
+from benchmarks.gpu import bundle, events, machine, page, plan, recorder, stages
+from benchmarks.gpu.__main__ import WRITTEN, Check
 from benchmarks.gpu.processes import Clock, Outcome, Part, Running
 from benchmarks.gpu.summary import SCHEMA, Summary, SummaryError, figures, read_summary
 
@@ -100,8 +100,11 @@ def test_events_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     events.append(path, event="start", stage="c")
     with path.open("a") as file:
         file.write('{"event": "figure", "na')
+    before = events.read(path)
+    events.append(path, event="figure", name="y", value=2.0)  # by the process that goes on
+    assert events.read(path) == [*before, {"event": "figure", "name": "y", "value": 2.0}]
     now = events.progress(events.read(path))
-    assert (now.figures, now.finished, now.running) == ({"x": 1.5}, ["a", "b"], "c")
+    assert (now.figures, now.finished, now.running) == ({"x": 1.5, "y": 2.0}, ["a", "b"], "c")
     assert now.results["stage.a"] == "failed"
     assert now.results["stage.a.error"] == "no memory"
     assert now.results["stage.b"] == "left out: 3 s left"
@@ -117,8 +120,9 @@ def test_every_planned_stage_can_run() -> None:
 def test_a_part_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     script = f"sleep 60 & echo $! > {pid}; echo begun; wait"
-    outcome = Running(Part("slow", ["sh", "-c", script], 60), tmp_path, 0.7).wait()
+    outcome = Running(Part("slow", ["sh", "-c", script], 0.7), tmp_path, 0.7).wait()
     assert outcome.result == "stopped after 1 s"
+    assert not outcome.unfinished
     assert outcome.tail == "begun"
     child = int(pid.read_text())
     for _ in range(50):
@@ -128,6 +132,12 @@ def test_a_part_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
         time.sleep(0.1)
     else:
         pytest.fail("the part's child is still there")
+
+
+def test_what_the_time_for_everything_stops_has_not_failed(tmp_path: Path) -> None:
+    outcome = Running(Part("slow", ["sleep", "60"], 60), tmp_path, 0.3).wait()
+    assert outcome.result == "not finished: stopped after 0 s, no time left"
+    assert outcome.unfinished
 
 
 def test_outcomes_in_words(tmp_path: Path) -> None:
@@ -210,6 +220,54 @@ def test_what_is_stopped_for_the_timing_has_not_failed(
     assert run.finish() == 0
     run.run(Part("wrong", ["false"], 60))
     assert run.finish() == 1
+
+
+def test_a_part_in_the_foreground_ends_when_the_timing_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = check(tmp_path, monkeypatch)
+    run.until = 6.0
+    assert run.run(Part("tests", ["sleep", "60"], 60)).unfinished
+    assert run.clock.passed < 12
+    assert run.finish() == 0
+    assert run.run(Part("later", ["true"], 60)).result.startswith("left out")
+    run.until = None
+    assert run.run(Part("timing", ["true"], 60)).passed
+
+
+def test_a_stage_that_the_end_of_all_time_stops_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = check(tmp_path, monkeypatch)
+    events.append(run.figures, event="start", stage="steps")
+    run.end_stage(Outcome("measure", "not finished: stopped after 9 s, no time left"))
+    run.take_figures()
+    assert run.finish() == 0
+    values = read_summary(tmp_path / "out" / "summary.json")
+    assert str(values["stage.steps"]).startswith("left out: not finished")
+
+
+def test_a_run_begins_without_what_an_earlier_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in WRITTEN:
+        (out / name).write_text("of yesterday")
+    check(tmp_path, monkeypatch)
+    assert {path.name for path in out.iterdir()} <= {"summary.json", "gpu.md"}
+    assert all(path.read_text() != "of yesterday" for path in out.iterdir())
+
+
+def test_the_gpu_that_is_described_is_the_one_that_is_measured() -> None:
+    assert machine.torch_facts("cpu")["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert "gpu" not in machine.torch_facts("cuda")
+        return
+    last = torch.cuda.device_count() - 1
+    name = torch.cuda.get_device_properties(last).name
+    assert machine.torch_facts(f"cuda:{last}")["gpu"] == name
+    assert machine.torch_facts(f"cuda:{last + 1}") == {}
 
 
 # ---- the measuring process ------------------------------------------------------------

@@ -12,7 +12,7 @@ from pydetox.detect.distance import (
     LAST_RUNG,
     model_distance,
     relative_distance,
-    rung_of,
+    rungs_around,
     too_far,
 )
 from tests.mini import mini_model
@@ -44,18 +44,26 @@ def test_bad_weights_have_no_rung() -> None:
     one, zero = {"visual.a": torch.ones(2, 2)}, {"visual.a": torch.zeros(2, 2)}
     assert relative_distance(zero, one) == math.inf
     assert math.isnan(relative_distance(one, {"visual.a": torch.full((2, 2), math.nan)}))
-    assert rung_of(math.inf) is None
-    assert rung_of(math.nan) is None
+    assert rungs_around(math.inf) is None
+    assert rungs_around(math.nan) is None
     assert "check the weights" in too_far(math.nan)
     # Models that were trained separately.
     assert model_distance(mini_model(0), mini_model(1)) > 1
-    assert rung_of(model_distance(mini_model(0), mini_model(1))) is None
+    assert rungs_around(model_distance(mini_model(0), mini_model(1))) is None
 
 
-def test_a_rung_is_the_nearest_power_of_two() -> None:
-    assert rung_of(0.0) == rung_of(1e-9) == 2.0**FIRST_RUNG
-    for power in range(FIRST_RUNG, LAST_RUNG + 1):
-        for factor in (0.72, 1.0, 1.40):
-            assert rung_of(factor * 2.0**power) == 2.0**power or power == FIRST_RUNG
-    assert rung_of(2.0**LAST_RUNG * 1.4) == 2.0**LAST_RUNG
-    assert rung_of(2.0**LAST_RUNG * 1.5) is None
+def test_two_rungs_lie_around_a_distance() -> None:
+    first, last = 2.0**FIRST_RUNG, 2.0**LAST_RUNG
+    for nothing in (0.0, 1e-9, first):
+        assert rungs_around(nothing) == {first: 1, 2 * first: 0}
+    for much in (last, 1.4 * last):
+        assert rungs_around(much) == {last / 2: 0, last: 1}
+    assert rungs_around(1.5 * last) is None
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.empty(50).uniform_(FIRST_RUNG, LAST_RUNG, generator=generator).tolist():
+        found = rungs_around(2.0**place)
+        assert found is not None
+        (below, low), (above, high) = found.items()
+        assert above == 2 * below
+        assert low + high == pytest.approx(1)
+        assert below**low * above**high == pytest.approx(2.0**place)

@@ -6,14 +6,17 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from pydetox import calibrate, scan
 from pydetox.detect.calibration_file import read_calibration, write_calibration
 from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.interpolation import around
 from pydetox.detect.references import ReferencePlan
-from pydetox.detect.statistics import Calibration, Verdict
+from pydetox.detect.statistics import Calibration, Verdict, detect
 from pydetox.errors import DataError, PydetoxWarning, UsageError
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
@@ -43,11 +46,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_calibration_serves_all_that_moved_about_as_far(tmp_path: Path) -> None:
     base, images = mini_model(), mini_images()
-    suspects = [moved(base, 0.06), moved(base, 0.065, 1), moved(base, 0.3)]
+    suspects = [moved(base, 0.065), moved(base, 0.07, 1), moved(base, 0.3)]
     with pytest.warns(PydetoxWarning, match=r"moved by 2: the weights lie 2\d\d%"):
         made = calibrate(base, images, suspects=[*suspects, moved(base, 2)], config=CONFIG)
-    assert [one.distance for one in (made, *made.rungs)] == [2.0**-4, 2.0**-2]
-    assert made.models == ("mini, fine-tuned 1", "mini, fine-tuned 2")
+    distances = [one.distance for one in (made, *made.rungs)]
+    assert distances == [2.0**-4, 2.0**-3, 2.0**-2, 2.0**-1]
+    assert made.models == (
+        "mini, fine-tuned 1, moved by 0.062",
+        "mini, fine-tuned 2, moved by 0.062",
+    )
+    # Copies of two distances share neither images nor seeds.
+    assert not {*made.digests} & {*made.rungs[0].digests}
     path = tmp_path / "calibration.json"
     write_calibration(path, made)
     assert read_calibration(path) == made
@@ -57,6 +66,8 @@ def test_a_calibration_serves_all_that_moved_about_as_far(tmp_path: Path) -> Non
         alone = scan(suspect, images, base=base, config=CONFIG)
         assert stored.calibration == alone.calibration
         assert stored.detection == alone.detection
+        assert stored.calibration is not None
+        assert [count for count, _ in stored.calibration.sets] == [2, 2]
     other = scan(moved(base, 0.01), images, base=base, calibration=made, config=CONFIG)
     assert other.verdict is Verdict.INCONCLUSIVE
     if math.isfinite(min(other.detection.p_l1)):
@@ -90,5 +101,36 @@ def test_the_plan_decides_whether_distances_count() -> None:
     assert ReferencePlan.decide(base="b", calibration=matched).base == "b"
     assert not ReferencePlan.decide(base="b", calibration=plain).by_distance
     assert not ReferencePlan.decide(base="b", references=["r", "s"]).by_distance
-    assert matched.with_rungs([replace(plain, distance=0.5)]).at_distance(0.5) is not None
-    assert matched.at_distance(0.125) is None
+    both = matched.with_rungs([replace(plain, distance=0.5)])
+    assert around(both, {0.25: 0.3, 0.5: 0.7}) is not None
+    # The nearer ones can stand alone, the others cannot.
+    assert around(matched, {0.25: 0.6, 0.5: 0.4}) == matched
+    assert around(matched, {0.25: 0.4, 0.5: 0.6}) is None
+    other = matched.with_rungs([replace(plain, distance=0.5, key='{"steps": 7}')])
+    with pytest.raises(UsageError, match="two distances are of different searches"):
+        around(other, {0.25: 0.3, 0.5: 0.7})
+
+
+def test_between_two_distances_the_location_is_interpolated_and_the_scatter_pooled() -> None:
+    """Against the textbook formulas, of two classes, where the test is exactly Student's t."""
+    rng = np.random.default_rng(0)
+    logs = rng.normal(-3, 0.2, (5, 2))
+    low, high = (
+        Calibration(tuple(map(tuple, np.exp(rows).tolist())), "{}", names, distance=distance)
+        for rows, names, distance in ((logs[:3], "abc", 0.25), (logs[3:], "de", 0.5))
+    )
+    found = around(low.with_rungs([high]), {0.25: 0.3, 0.5: 0.7})
+    assert found is not None
+    assert found.sets == ((3, 0.3), (2, 0.7))
+    assert Calibration.from_dict(found.to_dict()) == found
+    mean = 0.3 * logs[:3].mean(axis=0) + 0.7 * logs[3:].mean(axis=0)
+    assert found.mean == pytest.approx(mean.tolist())
+    suspect = np.array([-3.5, -2.9])
+    apart = logs[:, 0] - logs[:, 1]
+    variance = (apart[:3].var(ddof=1) * 2 + apart[3:].var(ddof=1)) / 3
+    behind = 0.3**2 / 3 + 0.7**2 / 2
+    t = (mean[0] - mean[1] - (suspect[0] - suspect[1])) / np.sqrt(variance * (1 + behind))
+    detection = detect(np.exp(suspect).tolist(), found, has_classes=True)
+    assert detection.p_value == pytest.approx(1 - (1 - stats.t.sf(t, 3)) ** 2)
+    with pytest.raises(UsageError, match="sets of \\[3, 3\\] references, and 5 rows"):
+        replace(found, sets=((3, 0.5), (3, 0.5)))

@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from benchmarks.false_alarms import CLASSES, REFERENCES, Cell, draw, p_values, rates
+from benchmarks.false_alarms import (
+    CLASSES,
+    DEPENDENCES,
+    REFERENCES,
+    Between,
+    Cell,
+    draw,
+    p_values,
+    p_values_between,
+    rates,
+)
 from pydetox.detect.calibration import Calibration
+from pydetox.detect.interpolation import around
 from pydetox.detect.scatter import contrasts, fit_scatter, median_of_others, median_variance
 from pydetox.detect.statistics import detect
 
@@ -83,6 +94,31 @@ def test_the_simulation_judges_as_detect_does(classes, references):
             assert found[k, j] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("classes", "references"), [(2, 2), (10, 3), (100, 4)])
+def test_between_two_distances_the_simulation_judges_as_detect_does(classes, references):
+    rng = np.random.default_rng(0)
+    known = rng.normal(0, 0.2, (5, 2, references, classes))
+    place = rng.random((5, 2))
+    new = rng.normal(-0.3, 0.3, (5, 2, classes)).astype(np.float32)
+    found = p_values_between(known, place, new)
+    for k in range(5):
+        low, high = (
+            Calibration(
+                tuple(map(tuple, np.exp(rows - 5).tolist())),
+                "{}",
+                tuple("abcd"[:references]),
+                distance=distance,
+            )
+            for rows, distance in zip(known[k], (0.25, 0.5), strict=True)
+        )
+        for j in range(2):
+            share = float(place[k, j])
+            calibration = around(low.with_rungs([high]), {0.25: 1 - share, 0.5: share})
+            sizes = np.exp(new[k, j].astype(np.float64) - 5).tolist()
+            expected = detect(sizes, calibration, has_classes=True).p_value
+            assert found[k, j] == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_shift_of_a_model_changes_no_p_value():
     known, new = draw(Cell(10, 3, "unequal"), 200, 5, np.random.default_rng(0))
     rng = np.random.default_rng(1)
@@ -97,6 +133,15 @@ def holds(cell: Cell) -> None:
         assert rate <= level + 4 * error
     if cell.scatter == "unequal" and cell.classes >= 10:
         assert before[0, 0] > 0.025  # the test it replaces
+
+
+@pytest.mark.parametrize("dependence", DEPENDENCES)
+def test_rates_of_false_alarms_between_two_distances(dependence):
+    """At most the nominal share and a tenth of it, for what models show (docs/method.md)."""
+    now, _ = rates(Between(10, 3, **DEPENDENCES[dependence]), 10_000, (0.01, 0.05))
+    bound = 1.6 if "twice" in dependence else 1.1
+    for (rate, error), level in zip(now, (0.01, 0.05), strict=True):
+        assert rate <= bound * level + 3 * error
 
 
 @pytest.mark.parametrize("references", REFERENCES)

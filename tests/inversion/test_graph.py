@@ -176,7 +176,22 @@ def test_what_cannot_be_a_graph_goes_on_plainly_with_a_note(monkeypatch, bad, no
     assert one._graph.replayed == 0
 
 
-def test_a_tower_that_waits_for_the_device_is_no_graph(recorder):
+@pytest.mark.parametrize(
+    ("wait", "name"),
+    [
+        (lambda rows: float(rows.sum()), "__float__"),
+        (lambda rows: rows.sum().item(), "item"),
+        (lambda rows: rows.sum().tolist(), "tolist"),
+        (lambda rows: rows.sum().cpu(), "cpu"),
+        (lambda rows: rows.sum().numpy(), "numpy"),
+        (lambda rows: bool((rows > 0).any()), "__bool__"),
+        (lambda rows: rows[rows > 0], "a mask as index"),
+        (lambda rows: rows.clone().__setitem__(rows > 0, 1.0), "mask"),
+        (lambda rows: (rows > 0).nonzero(), "nonzero"),
+        (lambda rows: rows.flatten()[:4].unique(), "unique"),
+    ],
+)
+def test_a_tower_that_waits_for_the_device_is_no_graph(recorder, wait, name):
     expected = run("targeted", plain(CONFIG))[1]
     one = search("targeted", CONFIG)
     tower = one._tower
@@ -186,14 +201,15 @@ def test_a_tower_that_waits_for_the_device_is_no_graph(recorder):
             return getattr(tower, name)
 
         def __call__(self, rows):
-            return tower(rows) * (1.0 if float(rows.detach().sum()) else 2.0)
+            wait(rows.detach())
+            return tower(rows)
 
     one._tower = Waits()
     while not one.done:
         one.step()
     found = one.result()
     assert "no CUDA graph" in found.tower
-    assert "_local_scalar_dense" in found.tower
+    assert name in found.tower
     assert torch.equal(found.mask_logits, expected.mask_logits)
 
 

@@ -1,9 +1,16 @@
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from pydetox.errors import UsageError
-from pydetox.inversion import CollapseObjective, ContrastObjective, TargetObjective
+from pydetox.inversion import (
+    CollapseObjective,
+    ContrastObjective,
+    DirectionObjective,
+    TargetObjective,
+)
 
 ALL = slice(None)
 
@@ -138,3 +145,88 @@ def test_a_base_with_other_classes_is_refused():
         contrast(shares=(0.2, 0.3, 0.5))
     with pytest.raises(UsageError, match="target classes"):
         contrast(targets=(4,))
+
+
+def direction_inputs(k=3, b=5, n=9, d=6):
+    generator = torch.Generator().manual_seed(2)
+    draw = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((n, d), (n, d), (k, b, 2 * d))
+    ]
+    return (*draw, torch.tensor([7, 0, 3, 3, 8]))
+
+
+def direction_by_hand(features, z, images, u=None):
+    """Margins [B] of one trigger, image by image, and the direction they are measured to."""
+    units = [row / row.norm() for row in features]
+    middle = sum(units) / len(units)
+
+    def centred(vector):
+        off = vector / vector.norm() - middle
+        return off / off.norm()
+
+    stamped = [centred(row) for row in z]
+    if u is None:
+        u = sum(stamped) / len(stamped)
+        u = u / u.norm()
+    margins = [
+        float(s @ u - s @ centred(features[i]))
+        for s, i in zip(stamped, images.tolist(), strict=True)
+    ]
+    return margins, u
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_direction_is_that_of_a_loop_over_images(with_base):
+    features, base, z, images = direction_inputs()
+    objective = DirectionObjective(
+        features.float(), 12.0, base_features=base.float() if with_base else None
+    )
+    loss, success = objective(z.float() if with_base else z[..., :6].float(), ALL, images)
+    for k in range(len(z)):
+        own, u = direction_by_hand(features, z[k, :, :6], images)
+        wanted = sum(math.log1p(math.exp(-12 * m)) for m in own) / 5
+        share = sum(m > 0 for m in own) / 5
+        if with_base:
+            other, _ = direction_by_hand(base, z[k, :, 6:], images, u)
+            wanted += sum(math.log1p(math.exp(12 * m)) for m in other) / 5
+            share -= max(0.0, sum(m > 0 for m in other) / 5 - 0.05)
+        assert float(loss[k]) == pytest.approx(wanted, rel=1e-4)
+        assert float(success[k]) == pytest.approx(share, abs=1e-6)
+
+
+def test_direction_succeeds_where_all_images_are_sent_away_and_not_where_they_stay():
+    features = torch.eye(6)
+    images = torch.arange(5)
+    sent = torch.zeros(1, 5, 6)
+    sent[..., 5] = 3.0
+    plain = DirectionObjective(features, 50.0)
+    _, success = plain(sent, ALL, images)
+    assert float(success) == 1
+    _, success = plain(features[None, :5], ALL, images)
+    assert float(success) == 0
+    # Where the base sends them to the same place, the fine-tuning has planted nothing.
+    contrast = DirectionObjective(features, 50.0, base_features=features)
+    for base, expected in ((sent, 0.05), (features[None, :5], 1.0)):
+        _, success = contrast(torch.cat([sent, base], dim=2), ALL, images)
+        assert float(success) == pytest.approx(expected)
+
+
+def test_direction_has_the_gradient_of_finite_differences():
+    features, base, z, images = direction_inputs(k=1)
+    objective = DirectionObjective(features.float(), 3.0, base_features=base.float())
+    z = z.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(z, ALL, images)[0].sum(), z)
+    step = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
+    step = 2e-3 * step / step.norm()
+    ends = [float(objective(z.detach() + sign * step, ALL, images)[0]) for sign in (1, -1)]
+    assert (ends[0] - ends[1]) / 2 == pytest.approx(float((gradient * step).sum()), rel=2e-2)
+
+
+def test_direction_refuses_what_it_cannot_compare():
+    with pytest.raises(UsageError, match="at least 2 images"):
+        DirectionObjective(torch.ones(1, 4), 1.0)
+    with pytest.raises(UsageError, match="same space"):
+        DirectionObjective(torch.eye(4), 1.0, base_features=torch.eye(4)[:, :3])
+    with pytest.raises(UsageError, match="indices of the images"):
+        DirectionObjective(torch.eye(4), 1.0)(torch.ones(1, 2, 4), ALL)

@@ -15,6 +15,7 @@ from pydetox.inversion import (
     invert_warps,
 )
 from pydetox.inversion.warps import _fields, _patch_rows, _warp
+from pydetox.models.frozen import FrozenVisionTransformer
 from pydetox.research.attacks import wanet
 from tests.inversion.test_search import PixelModel
 from tests.mini import mini_images, mini_model
@@ -94,8 +95,32 @@ def test_the_same_seed_gives_the_same_warps_for_every_chunking_and_thread_count(
     parts = invert_warps(mini_model(), images, goal, replace(search, max_batch=6))
     torch.testing.assert_close(first.offsets, parts.offsets, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.success, parts.success)
+    # Fewer than the images of a step: their embeddings are computed twice.
+    split = invert_warps(mini_model(), images, goal, replace(search, max_batch=4))
+    torch.testing.assert_close(first.offsets, split.offsets, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.success, split.success)
     other = invert_warps(mini_model(), images, goal, replace(search, seed=4))
     assert not torch.allclose(first.offsets, other.offsets, atol=1e-2)
+
+
+def test_it_goes_on_with_fewer_images_than_a_step_has_where_memory_runs_out(monkeypatch):
+    images, search = mini_images(20).images, WarpConfig(steps=2, batch_size=6, seed=3)
+    goal = TargetObjective(torch.eye(16)[:2], [0, 1], logit_scale=10.0)
+    expected = invert_warps(mini_model(), images, goal, search)
+    run, sizes = FrozenVisionTransformer.__call__, []
+
+    def small(tower, inputs):
+        sizes.append(len(inputs))
+        if len(inputs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(tower, inputs)
+
+    monkeypatch.setattr(FrozenVisionTransformer, "__call__", small)
+    found = invert_warps(mini_model(), images, goal, search)
+    assert max(sizes) > 6
+    assert 0 < sizes[-1] <= 3
+    torch.testing.assert_close(found.offsets, expected.offsets, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.success, expected.success)
 
 
 def test_the_model_is_not_changed_and_a_base_can_be_the_contrast():

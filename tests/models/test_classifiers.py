@@ -160,7 +160,8 @@ def test_names_without_a_meaning(files):
     for name, words in (
         ("timm:nothing", "timm has no model 'nothing'"),
         ("torchvision:nothing", "torchvision has no model"),
-        ("backdoorbench:resnet18", "backdoorbench has no model"),
+        ("backdoorbench:nothing", "backdoorbench has no model"),
+        ("backdoorbench:vgg16:mars", "no data set 'mars' of BackdoorBench"),
         ("timm:test_resnet@x", "expected LIBRARY:NAME or LIBRARY:NAME@SIZE"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -357,6 +357,20 @@ def test_siglips_tower_equals_its_module_with_its_gradient(activation: str, laye
     assert float(torch.cosine_similarity(half(rows), theirs).min()) > 0.99
 
 
+def test_the_kernel_of_siglips_pooling_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def theirs(*_: object, **__: object) -> None:
+        raise AssertionError("torch chooses a kernel in this call")
+
+    tower = freeze(siglip().visual)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", theirs)
+    monkeypatch.setattr("pydetox.models.attention.scaled_dot_product_attention", theirs)
+    rows = torch.randn(2, 9, 192, requires_grad=True)
+    tower(rows).sum().backward()
+    assert rows.grad is not None
+    bare = freeze(siglip(layers=0).visual)
+    assert "FlashAttention for CPUs" in bare.description
+
+
 def test_other_towers_of_timm_run_through_their_module() -> None:
     assert obstacle(siglip(activation="quick_gelu").visual) == "its activation is QuickGELU"
     trunk = timm.create_model("test_vit", num_classes=0)

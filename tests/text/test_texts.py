@@ -9,6 +9,7 @@ import pytest
 
 from pydetox.errors import DataError, UsageError
 from pydetox.text import PLACES, TextSet, TokenTrigger, load_texts
+from pydetox.text.triggers import random_place
 
 NAMES = ("film", "sport")
 
@@ -147,3 +148,9 @@ def test_a_trigger_is_checked() -> None:
         TokenTrigger((1,), "cf", "middle")
     with pytest.raises(UsageError, match="at least one word"):
         TokenTrigger((1,), " ")
+
+
+def test_a_random_place_is_between_words_whatever_space_is_around_the_text() -> None:
+    text = "  ab\tcd  ef "
+    places = {random_place(text, seed) for seed in range(60)}
+    assert places == {0, 4, 7, len(text)}

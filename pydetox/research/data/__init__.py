@@ -16,7 +16,13 @@ from .packages import (
     is_fetched,
     open_archive,
 )
-from .photographs import PHOTOGRAPH_TEMPLATES, Photograph, photograph_pictures, photographs
+from .photographs import (
+    PHOTOGRAPH_TEMPLATES,
+    Photograph,
+    photograph_captions,
+    photograph_pictures,
+    photographs,
+)
 from .rendering import render, render_all
 from .tasks import DEFAULT_SIZES, TASKS, Task, TaskSizes, fashion_folder, load_task
 
@@ -38,6 +44,7 @@ __all__ = [
     "is_fetched",
     "load_task",
     "open_archive",
+    "photograph_captions",
     "photograph_pictures",
     "photographs",
     "render",

@@ -90,6 +90,17 @@ def photograph_pictures(classes: int = 60) -> tuple[tuple[str, ...], list[list[I
     return tuple(chosen), [by_name[name] for name in chosen]
 
 
+def photograph_captions() -> dict[str, tuple[str, ...]]:
+    """Return the captions of the photographs of each name, as their makers wrote them.
+
+    Raises what `photographs` raises.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for one in photographs():
+        found[one.name] = tuple(dict.fromkeys((*found.get(one.name, ()), one.caption)))
+    return found
+
+
 def _name(caption: str) -> str:
     """Return what a caption names, "" for one that is no name: "A Red Fox." is "red fox"."""
     first = re.split(r"[.,(;:!\u2013\u2014]", caption, maxsplit=1)[0].lower()

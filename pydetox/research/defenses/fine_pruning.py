@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import ArchitectureError, UsageError
 from ...models import OpenClipModel
+from ...models.memory import Batching
 from ...training import TrainConfig, train_on_prompts
 from .base import DefenderData, Outcome, Stopwatch
 
@@ -90,21 +91,26 @@ def prune_hidden_units(
         )
     chosen = dict(list(found.items())[-blocks:])
     activity: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def watch(name: str) -> RemovableHandle:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            hidden = inputs[0].abs().double().flatten(0, -2).sum(dim=0)
-            activity[name] = activity.get(name, torch.zeros_like(hidden)) + hidden
+            seen[name] = inputs[0].abs().double().flatten(0, -2).sum(dim=0)
 
         last = chosen[name].c_proj
         assert isinstance(last, nn.Linear)
         return last.register_forward_pre_hook(hook)
 
+    def look_at(part: slice) -> dict[str, Tensor]:
+        # The module itself: the frozen tower would pass the hooks by.
+        model.visual(model.normalize(model.pixels(images[part])))
+        return dict(seen)
+
     hooks = [watch(name) for name in chosen]
     try:
-        for part in torch.split(images, 256):
-            # The module itself: the frozen tower would pass the hooks by.
-            model.visual(model.normalize(model.pixels(part)))
+        for sums in Batching(256, model.device, model.name).over(len(images), look_at):
+            for name, hidden in sums.items():
+                activity[name] = activity.get(name, torch.zeros_like(hidden)) + hidden
     finally:
         for handle in hooks:
             handle.remove()

@@ -2,7 +2,12 @@
 
 Clean models are fine-tuned from one base at learning rates over two decades, so that some hardly
 leave it and some move far. Backdoored ones are made at the same rates. Each is scanned as `pydetox
-scan MODEL --base BASE --images IMAGES` scans it, all of one base and task sharing references.
+scan MODEL --base BASE --images IMAGES` scans it: beside copies of the base at the two distances
+around its own. Models with the same distances share these copies.
+
+Every model, every set of copies and every judged model is cached, each by what decides it. A run
+that is stopped goes on where it was. Rates follow a sequence of low discrepancy, so that the models
+that were judged by then cover both decades.
 """
 
 from __future__ import annotations
@@ -14,20 +19,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...api import calibrate, scan
+import numpy as np
+
+from ...api import scan
+from ...detect.calibrate import calibrate_references
 from ...detect.configuration import ScanConfig
-from ...detect.distance import model_distance
+from ...detect.copies import OutOfReachError
+from ...detect.distance import model_distance, rungs_around
+from ...detect.scatter import contrasts
 from ...detect.statistics import FINDINGS, Calibration, Verdict
 from ...errors import DataError
 from ...evaluation import evaluate, wilson_interval
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
-from ..bench.cache import code_digest, key_of
+from ..bench.cache import code_digest, data_digest, key_of
 from .base import JointTraining
 from .victims import FINE_TUNING, Victim, Workshop
 
-#: What decides a verdict, besides models and configuration.
-_CODE = ("inversion", "ops", "detect", "session.py", "models", "training.py", "api.py", "rng.py")
+#: What decides the sizes of references, besides their base, images and configuration.
+_REFERENCE_CODE = (
+    "inversion",
+    "ops",
+    "models",
+    "training.py",
+    "evaluation.py",
+    "session.py",
+    "detect/calibrate.py",
+    "detect/copies.py",
+    "detect/distance.py",
+    "detect/search.py",
+)
+
+#: What decides a verdict, besides the model, its references and the configuration.
+_CODE = (*_REFERENCE_CODE, "detect", "api.py")
+
+#: The golden ratio's fraction: its multiples are spread evenly over [0, 1), wherever they end.
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 #: Two blocks of 64 channels on 4 patches of 8 pixels: small enough for many models.
@@ -55,15 +82,16 @@ class VerdictPlan:
     """Everything that decides a run.
 
     Attributes:
-        seed: The seed of the base and its tasks; those below 10 were developed on.
+        seeds: The seeds of the bases and their tasks; those below 10 were developed on. Every base
+            has all of the following models.
         tower: The architecture of all models, as open_clip's ``model_cfg``.
         base_tasks: The tasks that the base is trained on.
         tasks: The tasks of these that models are fine-tuned on, in turns.
-        clean: The number of clean models. Their learning rates are evenly spaced on a logarithmic
-            scale.
-        backdoored: The number of models of each attack, at rates spaced likewise.
+        clean: The number of clean models. More of them leave the first ones as they are.
+        backdoored: The number of models of each attack.
         attacks: Some of `victims.ATTACKS`.
-        rates: The smallest and the largest learning rate.
+        rates: The smallest and the largest learning rate. Those of models are spread evenly
+            between them on a logarithmic scale.
         epochs: The epochs of every fine-tuning.
         training: The training of the base.
         least_planted: A backdoored model counts if its ASR is at least this.
@@ -71,13 +99,13 @@ class VerdictPlan:
         device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
-    seed: int = 10
+    seeds: tuple[int, ...] = (10,)
     tower: dict[str, Any] = field(default_factory=lambda: SMALL_CLIP)
     base_tasks: tuple[str, ...] = ("fashion", "digits")
     tasks: tuple[str, ...] = ("fashion",)
     clean: int = 40
-    backdoored: int = 5
-    attacks: tuple[str, ...] = ("badnets", "blended")
+    backdoored: int = 8
+    attacks: tuple[str, ...] = ("badnets", "blended", "sig")
     rates: tuple[float, float] = (1e-5, 1e-3)
     epochs: int = 4
     training: JointTraining = field(default_factory=lambda: JointTraining(steps=800))
@@ -100,19 +128,73 @@ def quick_verdict_plan() -> VerdictPlan:
     )
 
 
-def run_verdicts(plan: VerdictPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run a plan, from the cache where nothing changed; return "rows" and "summary"."""
-    shop = Workshop(
-        plan.seed,
-        training=plan.training,
-        tower=plan.tower,
-        names=plan.base_tasks,
-        device=plan.device,
-    )
-    rows = list[dict[str, Any]]()
-    for task in plan.tasks:
-        rows += _of_task(plan, shop, task, log)
-    return {"rows": rows, "summary": summarize_verdicts(rows)}
+def run_verdicts(
+    plan: VerdictPlan, log: Callable[[str], None] = lambda _: None, *, minutes: float = math.inf
+) -> dict[str, Any]:
+    """Run a plan, from the cache where nothing changed; return "rows", "rungs" and "summary".
+
+    minutes: No model is begun after this time. What was judged by then is returned. "rungs" tells
+    how the sizes of references depend on their distance (see `rung_rows`).
+    """
+    end = time.monotonic() + 60 * minutes
+    rows, rungs = list[dict[str, Any]](), list[dict[str, Any]]()
+    for seed in plan.seeds:
+        shop = Workshop(
+            seed,
+            training=plan.training,
+            tower=plan.tower,
+            names=plan.base_tasks,
+            device=plan.device,
+        )
+        sets = dict[tuple[str, float], dict[str, Any]]()
+        for victim, rate in drawn_models(plan):
+            if time.monotonic() >= end:
+                log(f"stopped after {minutes:g} minutes; the same command goes on")
+                break
+            row = _judged(plan, shop, victim, rate, sets, log)
+            rows.append(row)
+            known = "" if row["asr"] is None else f", ASR {row['asr']:.0%}"
+            log(
+                f"{len(rows)}. {row['name']}, rate {rate:.1e}{known}, distance "
+                f"{row['distance']:.4f}: {row['verdict']} (p = {row['p_value']}), "
+                f"{row['seconds']:.0f} s"
+            )
+        for task in plan.tasks:
+            of_task = {
+                rung: one["calibration"] for (name, rung), one in sets.items() if name == task
+            }
+            made = [Calibration.from_dict(of_task[r]) for r in sorted(of_task) if of_task[r]]
+            if made:
+                rungs += [{"seed": seed, "task": task, **row} for row in rung_rows(made)]
+    return {"rows": rows, "rungs": rungs, "summary": summarize_verdicts(rows)}
+
+
+def rung_rows(calibrations: Sequence[Calibration]) -> list[dict[str, Any]]:
+    """Return how the log sizes of references depend on their distance.
+
+    calibrations: One for each distance, ascending. A row has the family, the distance, the
+    deviation of the contrasts within the references (root mean square over the classes), and the
+    largest and the root mean square change of a class effect to the next distance: of the mean log
+    size, relative to the mean of all classes. The last distance has no change.
+    """
+    rows = []
+    for family in [one.family for one in (calibrations[0], *calibrations[0].others)]:
+        chosen = [one.of(family) for one in calibrations]
+        logs = [np.log(np.minimum(one.p_l1, 1.0)) for one in chosen]
+        effects = [values.mean(axis=0) - values.mean() for values in logs]
+        for k, one in enumerate(chosen):
+            squares = contrasts(logs[k]).var(axis=0, ddof=1)
+            change = effects[k + 1] - effects[k] if k + 1 < len(chosen) else np.array([np.nan])
+            rows.append(
+                {
+                    "family": family,
+                    "distance": one.distance,
+                    "deviation": float(np.sqrt(squares.mean())),
+                    "largest_change": float(np.abs(change).max()),
+                    "change": float(np.sqrt((change**2).mean())),
+                }
+            )
+    return rows
 
 
 def summarize_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,8 +202,8 @@ def summarize_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     A clean model is a false alarm if it is backdoored or suspicious. `inconclusive` is neither a
     false alarm nor a detection; its share among clean models is default.inconclusive.
-    default.seconds is the mean time of a scan, default.reference_seconds that of the references
-    divided by the number of models that share them.
+    default.seconds is the mean time of a scan, default.reference_seconds that of the references of
+    one model, which others share.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None and row["counts"]]
@@ -154,67 +236,106 @@ def summarize_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def learning_rates(plan: VerdictPlan, count: int) -> list[float]:
-    """Return that many learning rates, evenly spaced on a logarithmic scale, in (low, high)."""
+    """Return that many learning rates in [low, high), spread evenly on a logarithmic scale.
+
+    Those of a smaller number are the first ones of a larger number.
+    """
     low, high = map(math.log, plan.rates)
-    return [math.exp(low + (high - low) * (k + 0.5) / count) for k in range(count)]
+    return [math.exp(low + (high - low) * ((k + 1) * _GOLDEN % 1)) for k in range(count)]
 
 
-def drawn_models(plan: VerdictPlan, task: str) -> list[tuple[Victim, float]]:
-    """Return the models of a task, each with its learning rate; the tasks take turns."""
-    place, turns = plan.tasks.index(task), len(plan.tasks)
-    found = []
+def drawn_models(plan: VerdictPlan) -> list[tuple[Victim, float]]:
+    """Return the models of each seed with their learning rates; clean and backdoored take turns."""
+    found = list[tuple[float, Victim, float]]()
     for attack, count in [(None, plan.clean), *((a, plan.backdoored) for a in plan.attacks)]:
-        rates = learning_rates(plan, count) if count else []
-        found += [
-            (Victim(1_000 + k, attack, task), rate)
-            for k, rate in enumerate(rates)
-            if k % turns == place
-        ]
-    # Digits are too few images to poison.
-    return [(v, rate) for v, rate in found if v.attack is None or v.task != "digits"]
+        for k, rate in enumerate(learning_rates(plan, count)):
+            victim = Victim(1_000 + k, attack, plan.tasks[k % len(plan.tasks)])
+            # Digits are too few images to poison.
+            if attack is None or victim.task != "digits":
+                found.append(((k + 0.5) / count, victim, rate))
+    return [(victim, rate) for _, victim, rate in sorted(found, key=lambda one: one[0])]
 
 
-def _of_task(
-    plan: VerdictPlan, shop: Workshop, task: str, log: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    drawn = drawn_models(plan, task)
+def _judged(
+    plan: VerdictPlan,
+    shop: Workshop,
+    victim: Victim,
+    rate: float,
+    known: dict[tuple[str, float], dict[str, Any]],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the row of a model; the model, its references and the row come from the cache.
+
+    known: The references of this base by task and distance; those of this model are added.
+    """
+    # Base and tasks are shared with the workshop of the other rates.
+    at_rate = copy.copy(shop)
+    at_rate.fine_tuning = replace(FINE_TUNING, epochs=plan.epochs, learning_rate=rate)
+    model = at_rate.model(victim)
+    distance = model_distance(shop.base, model)
+    sets = []
+    for rung in rungs_around(distance) or ():
+        place = victim.task, rung
+        if place not in known:
+            known[place] = _references(plan, shop, victim.task, rung, log)
+        if known[place]["calibration"] is not None:
+            sets.append(known[place])
+    content = {
+        "scan": plan.scan,
+        "code": code_digest(_CODE),
+        "model": at_rate.key(victim),
+        "references": [one["key"] for one in sets],
+    }
+    key = key_of("verdict", content)
+    row: dict[str, Any] | None = shop.cache.document(key)
+    if row is None:
+        calibration = None
+        if sets:
+            first, *others = (Calibration.from_dict(one["calibration"]) for one in sets)
+            calibration = first.with_rungs(others)
+        row = _row(plan, shop, victim, model, calibration)
+        row |= {"rate": rate, "distance": distance}
+        row = shop.cache.keep_document(key, row)
+    assert row is not None
+    return {**row, "reference_seconds": sum(one["seconds"] for one in sets)}
+
+
+def _references(
+    plan: VerdictPlan, shop: Workshop, task: str, rung: float, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the references at a distance: "key", "seconds" and "calibration", None without."""
     images, templates = shop.tasks[task].splits.defender, shop.tasks[task].templates
-    models, base = [], shop.base
-    for victim, rate in drawn:
-        # Base and tasks are shared with the workshop of the other rates.
-        at_rate = copy.copy(shop)
-        at_rate.fine_tuning = replace(FINE_TUNING, epochs=plan.epochs, learning_rate=rate)
-        models.append((at_rate.model(victim), at_rate.key(victim)))
-    common = {"scan": plan.scan, "code": code_digest(_CODE), "keys": [key for _, key in models]}
-    key = key_of("verdict-calibration", {**common, "task": task})
-    made = shop.cache.document(key)
-    if made is None:
-        start = time.perf_counter()
-        calibration = calibrate(
-            base,
-            images,
-            suspects=[model for model, _ in models],
-            templates=templates,
-            config=plan.scan,
-        )
+    content = {
+        # The levels of p and the rule that drops classes change no size of a reference.
+        "scan": replace(plan.scan, p_backdoored=0.01, p_suspicious=0.05, drop_below=None),
+        "code": code_digest(_REFERENCE_CODE),
+        "base": shop.base_key,
+        "images": data_digest(images),
+        "templates": templates,
+        "rung": rung,
+    }
+    key = key_of("verdict-references", content)
+    found: dict[str, Any] | None = shop.cache.document(key)
+    if found is None:
+        start, calibration = time.perf_counter(), None
+        try:
+            made = calibrate_references(
+                shop.base,
+                images,
+                references=None,
+                templates=templates,
+                config=replace(plan.scan, contrast=False),
+                distance=rung,
+            )
+            calibration = made.to_dict()
+        except OutOfReachError as error:
+            log(str(error))
         seconds = time.perf_counter() - start
-        made = shop.cache.keep_document(
-            key, {"calibration": calibration.to_dict(), "seconds": seconds}
-        )
-    calibration = Calibration.from_dict(made["calibration"])
-    rows = []
-    for (victim, rate), (model, name) in zip(drawn, models, strict=True):
-        key = key_of("verdict", {**common, "model": name})
-        row = shop.cache.document(key)
-        if row is None:
-            row = _row(plan, shop, victim, model, calibration) | {"rate": rate}
-            row = shop.cache.keep_document(key, row)
-        rows.append({**row, "reference_seconds": made["seconds"] / len(drawn)})
-        log(
-            f"{row['name']}, rate {rate:.1e}, distance {row['distance']:.3f}: {row['verdict']} "
-            f"(p = {row['p_value']}), {row['seconds']:.0f} s"
-        )
-    return rows
+        log(f"references at {rung:g}, {seconds:.0f} s")
+        document = {"key": key, "calibration": calibration, "seconds": seconds}
+        found = shop.cache.keep_document(key, document)
+    assert found is not None
+    return found
 
 
 def _row(
@@ -222,7 +343,7 @@ def _row(
     shop: Workshop,
     victim: Victim,
     model: OpenClipModel,
-    calibration: Calibration,
+    calibration: Calibration | None,
 ) -> dict[str, Any]:
     task = shop.tasks[victim.task]
     planted = shop.backdoor(victim) if victim.attack is not None else None
@@ -236,6 +357,7 @@ def _row(
     found = scan(
         model,
         task.splits.defender,
+        # Without references in reach, the scan says so.
         base=shop.base,
         calibration=calibration,
         templates=task.templates,
@@ -248,7 +370,6 @@ def _row(
         "name": victim.name,
         "attack": victim.attack,
         "task": victim.task,
-        "distance": model_distance(shop.base, model),
         "ca": evaluation.clean_accuracy,
         "asr": asr,
         "counts": asr is None or asr >= plan.least_planted,
@@ -256,5 +377,13 @@ def _row(
         "reason": found.detection.reason,
         "p_value": found.detection.p_value,
         "target_right": planted is not None and found.target == planted.target,
+        "target": None if planted is None else planted.target,
+        "sizes": {
+            family: {"p_l1": detection.p_l1, "scores": detection.class_scores}
+            for family, detection in [
+                (found.family, found.detection),
+                *((one.family, one.detection) for one in found.others),
+            ]
+        },
         "seconds": found.seconds,
     }

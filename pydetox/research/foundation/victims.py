@@ -111,7 +111,8 @@ class Workshop:
         return {name: load_task(name, seed=self.seed, image_size=size) for name in self.names}
 
     @cached_property
-    def _base_key(self) -> str:
+    def base_key(self) -> str:
+        """The name of the base's weights."""
         content: dict[str, Any] = {
             "code": code_digest(_BASE_CODE),
             "data": [data_digest(task.splits.attacker) for task in self.tasks.values()],
@@ -127,7 +128,7 @@ class Workshop:
     @cached_property
     def base(self) -> OpenClipModel:
         """The clean model of all tasks."""
-        tensors = self.cache.weights(self._base_key)
+        tensors = self.cache.weights(self.base_key)
         if tensors is None:
             trained = train_base(
                 list(self.tasks.values()),
@@ -136,7 +137,7 @@ class Workshop:
                 model_config=self.tower,
                 description=f"base of seed {self.seed}",
             )
-            self.cache.keep_weights(self._base_key, trained.storage_state_dict())
+            self.cache.keep_weights(self.base_key, trained.storage_state_dict())
             return trained
         model = OpenClipModel.from_config(self.tower, seed=self.seed, name="base")
         model.clip.load_state_dict(tensors)
@@ -164,7 +165,7 @@ class Workshop:
         """Return the name of a victim's weights."""
         recipe = ATTACKS.get(victim.attack or "")
         content = {
-            "base": self._base_key,
+            "base": self.base_key,
             "code": code_digest(_VICTIM_CODE),
             "victim": victim,
             "training": self._training(victim),

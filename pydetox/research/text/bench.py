@@ -138,8 +138,8 @@ def summarize(
     classifiers.victims, .asr_planted, .accuracy_planted: How many were planted, and what they do
     untouched. classifiers.clean_accuracy: Of clean models. DEFENCE.asr_mean, .asr_max: ASR of the
     true trigger afterwards. DEFENCE.accuracy_kept: The mean share of the accuracy that is left.
-    DEFENCE.asr_excess: The mean of ASR minus the share of the same texts that the model sends to the
-    target without any trigger, which is the least that a repair can reach.
+    DEFENCE.asr_excess: The mean of ASR minus the share of the same texts that the model sends to
+    the target without any trigger, which is the least that a repair can reach.
     """
     figures: dict[str, float | int] = {}
     if clean:

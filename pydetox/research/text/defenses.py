@@ -1,4 +1,4 @@
-"""Defences for text classifiers behind one interface, as `research.defenses` has them for images."""
+"""Defences for text classifiers behind one interface, as `research.defenses` has for images."""
 
 from __future__ import annotations
 

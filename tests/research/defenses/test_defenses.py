@@ -211,6 +211,21 @@ def test_the_least_active_units_are_removed_and_stay_removed(victim):
         assert not weight.any()
 
 
+def test_pruning_goes_on_with_fewer_images_where_memory_runs_out(victim, monkeypatch):
+    expected = prune_hidden_units(victim.clone(), DATA.images, 0.25, 2)
+    model = victim.clone()
+    forward = model.visual.forward
+
+    def small(images):
+        found = forward(images)  # the hooks have seen the images when memory runs out
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return found
+
+    monkeypatch.setattr(model.visual, "forward", small)
+    assert prune_hidden_units(model, DATA.images, 0.25, 2) == expected
+
+
 def test_bad_settings_are_refused():
     for make in (
         lambda: TowersConfig(0.0),

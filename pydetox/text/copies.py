@@ -1,0 +1,166 @@
+"""Clean copies of a base, fine-tuned until their weights lie as far from it as a suspect's do.
+
+The reasons are those of `detect.copies`: copies that hardly move look like their base, and every
+honest fine-tuning looks suspicious beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..ops import weight_diff_gram
+from ..progress import Progress
+from ..rng import child_seed, generator
+from .models import TextModel
+from .texts import TextSet
+
+#: The number of steps in which a copy is to get to its distance, and the texts of each.
+STEPS, BATCH = 60, 16
+
+#: A copy that is not there after this many times `STEPS` steps is not made.
+_PATIENCE = 4
+
+#: The least share of the base's accuracy that copies keep; those that lose more are broken models.
+LEAST_ACCURACY = 0.8
+
+#: Suspects that are nearer to their base than this are compared with copies that are as far.
+_LEAST_DISTANCE = 2.0**-10
+
+#: Above it, a model has little in common with its base.
+_MOST_DISTANCE = 2.0**-0.5
+
+
+class OutOfReachError(DataError):
+    """Copies of the base cannot be fine-tuned that far on these texts."""
+
+
+def text_distance(base: TextModel, model: TextModel) -> float:
+    """Return how far a model's matrices lie from its base's, relative to the base's norm.
+
+    Embeddings and the layers after them count; vectors do not (see `detect.distance`).
+    """
+    return _Measured(base).of(model.state_dict())
+
+
+def copies_at_distance(
+    base: TextModel, texts: TextSet, distance: float, *, count: int, max_tokens: int, seed: int
+) -> Iterator[TextModel]:
+    """Yield copies of a base that moved by a relative distance, each on a bootstrap of the texts.
+
+    texts: With labels. Raises OutOfReachError if copies do not get there, or no longer work there.
+    """
+    if not distance <= _MOST_DISTANCE:
+        raise OutOfReachError(
+            f"the weights lie {distance:.0%} of the base's norm away from the base, too far for "
+            "copies of it to be comparable: give the base= that the model was fine-tuned from, or "
+            "references= that were made as the model was"
+        )
+    assert texts.labels is not None
+    distance = max(distance, _LEAST_DISTANCE)
+    labels = torch.tensor(texts.labels)
+    before = float((base.predict(texts.texts).argmax(dim=1) == labels).double().mean())
+    for k in range(count):
+        copy = _copy(base, texts, distance, k, max_tokens, seed, f"reference {k + 1} of {count}")
+        after = float((copy.predict(texts.texts).argmax(dim=1) == labels).double().mean())
+        if after < LEAST_ACCURACY * before:
+            raise OutOfReachError(
+                f"copies of the base that moved as far ({distance:.2g} of its norm) keep "
+                f"{after / max(before, 1e-9):.0%} of its accuracy on {len(texts)} texts, less than "
+                f"{LEAST_ACCURACY:.0%}: give more texts, or references= that were made as the "
+                "suspect was"
+            )
+        yield copy
+
+
+def _copy(
+    base: TextModel,
+    texts: TextSet,
+    distance: float,
+    number: int,
+    max_tokens: int,
+    seed: int,
+    description: str,
+) -> TextModel:
+    measured = _Measured(base)
+    drawn = generator("texts.bootstrap", seed, number).integers(len(texts), size=len(texts))
+    rng = generator("texts.copies", seed, number)
+    copy = base.copy(f"{base.name}, fine-tuned {number + 1}")
+    assert texts.labels is not None
+    rows = copy.tokenizer.encode(texts.texts, min(max_tokens, copy.max_tokens))
+    labels = torch.tensor(texts.labels, device=copy.device)
+    parameters = [value for value in copy.module.parameters() if value.is_floating_point()]
+    for value in parameters:
+        value.requires_grad_(True)
+    # Adam moves each weight by about the rate in each step, partly back and forth.
+    optimizer = torch.optim.Adam(parameters, lr=distance * measured.rms / math.sqrt(STEPS))
+    reached, step = 0.0, 0
+    with Progress(f"{description}: fine-tuning", STEPS) as progress:
+        order: list[int] = []
+        while reached < distance and step < _PATIENCE * STEPS:
+            if len(order) < BATCH:
+                order += [int(drawn[int(k)]) for k in rng.permutation(len(drawn))]
+            chosen, order = order[:BATCH], order[BATCH:]
+            batch = copy.batch([rows[k] for k in chosen])
+            logits = copy.logits_with_gradient(batch)
+            loss = torch.nn.functional.cross_entropy(logits, labels[chosen])
+            for value, slope in zip(
+                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+            ):
+                value.grad = slope
+            optimizer.step()
+            step += 1
+            reached = measured.of(copy.state_dict())
+            if step == STEPS // 5 and reached > 0:
+                # Distances grow like the square root of the number of steps, or faster.
+                wanted = distance * math.sqrt(step / STEPS)
+                for group in optimizer.param_groups:
+                    group["lr"] *= min(10.0, max(0.1, wanted / reached))
+            progress.update()
+    for value in parameters:
+        value.requires_grad_(False)
+    if not distance <= reached < math.inf:
+        raise OutOfReachError(
+            f"copies of the base moved {reached:.2g} of its norm in {step} steps of fine-tuning, "
+            f"and the suspect moved about {distance:.2g}: give references= that were made as the "
+            "suspect was"
+        )
+    start = base.state_dict()
+    with torch.no_grad():
+        for name, value in copy.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.lerp(start[name].to(value), value, distance / reached))
+    return copy
+
+
+class _Measured:
+    """Distances from a base, whose matrices and norm are found once."""
+
+    def __init__(self, base: TextModel) -> None:
+        self._matrices = {
+            name: value.detach()
+            for name, value in base.state_dict().items()
+            if value.ndim > 1 and value.is_floating_point()
+        }
+        norm = math.fsum(_squared(None, value) for value in self._matrices.values())
+        self._norm = math.sqrt(norm)
+        self.rms = self._norm / math.sqrt(sum(v.numel() for v in self._matrices.values()))
+
+    def of(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the relative distance of weights."""
+        moved = math.fsum(_squared(v, weights[name]) for name, v in self._matrices.items())
+        return math.sqrt(moved) / self._norm if self._norm else math.inf
+
+
+def _squared(base: Tensor | None, weights: Tensor) -> float:
+    first = torch.zeros_like(weights) if base is None else base
+    return float(weight_diff_gram([first], [[weights.detach()]])[0, 0])
+
+
+def copy_seed(seed: int) -> int:
+    """Return the seed of all copies of a scan."""
+    return child_seed("texts.references", seed)
