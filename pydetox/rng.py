@@ -64,6 +64,7 @@ STREAMS: Mapping[str, str] = {
     "texts.vector-places": "places of a trigger in the texts of its vector; by number",
     "texts.forget": "seed of the sample of texts that a trigger vector is made with",
     "texts.pass": "seed of the recovery of words in a pass of a repair; by number",
+    "texts.round": "seed of a repair of a text model; by number",
     "texts.vector-pass": "seed of the trigger vector of a pass over texts; by number",
     "texts.attacked": "texts that get a trigger to choose alpha on; by target class",
     "texts.attacked-places": "places of a trigger in those texts; by number",
