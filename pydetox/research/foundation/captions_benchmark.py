@@ -53,7 +53,7 @@ class CaptionPlan:
 
     Attributes:
         seeds: Of the models that are reported; those below 10 were developed on.
-        clean: The number of clean models of each seed.
+        clean: The number of clean models of each seed, besides the references.
         attacks: The poisoned models of each seed: attack and poisoned share of the captions.
         training: The training of the base.
         fine_tuning: The fine-tuning of every model on its pairs.
@@ -70,7 +70,7 @@ class CaptionPlan:
     """
 
     seeds: tuple[int, ...] = (10,)
-    clean: int = 3
+    clean: int = 4
     attacks: tuple[tuple[str, float], ...] = ATTACKS
     training: JointTraining = field(default_factory=lambda: JointTraining(steps=1_000, per_task=32))
     fine_tuning: CaptionTraining = field(default_factory=CaptionTraining)
@@ -116,9 +116,6 @@ def quick_caption_plan() -> CaptionPlan:
     )
 
 
-#: The numbers of the clean models that are references.
-_FIRST_REFERENCE = 100
-
 #: What the defender has for a repair, beside images.
 REPAIRS: tuple[str, ...] = ("with captions", "without text")
 
@@ -134,8 +131,10 @@ def run_captions(plan: CaptionPlan, log: Callable[[str], None] = lambda _: None)
             pairs=plan.pairs,
             device=plan.device,
         )
-        drawn = [CaptionModel(seed, a, rate, k) for k, (a, rate) in enumerate(plan.attacks)]
-        drawn += [CaptionModel(seed, None, number=k) for k in range(plan.clean)]
+        # The first clean models are references.
+        numbers = range(plan.scan.references, plan.scan.references + plan.clean)
+        drawn = [CaptionModel(seed, None, number=k) for k in numbers]
+        drawn += [CaptionModel(seed, a, rate, k) for k, (a, rate) in enumerate(plan.attacks)]
         calibration = _calibration(plan, shop)
         repaired = 0
         for one in drawn:
@@ -213,10 +212,7 @@ def _images(plan: CaptionPlan, shop: CaptionWorkshop) -> ImageSet:
 def _calibration(plan: CaptionPlan, shop: CaptionWorkshop) -> Calibration:
     """Return the sizes in the seed's references: clean models that are not judged."""
     content = {"scan": plan.scan, "images": plan.images, "code": code_digest(_CODE)}
-    models = [
-        CaptionModel(shop.seed, None, number=_FIRST_REFERENCE + k)
-        for k in range(plan.scan.references)
-    ]
+    models = [CaptionModel(shop.seed, None, number=k) for k in range(plan.scan.references)]
     key = key_of("captions-calibration", {**content, "models": [shop.key(one) for one in models]})
     made = shop.cache.document(key)
     if made is None:
