@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...api import calibrate, scan
 from ...data import ImageSet
 from ...detect.configuration import AdvancedScanConfig, ScanConfig
-from ...detect.statistics import FINDINGS, Calibration
+from ...detect.search import search_classes
 from ...evaluation import evaluate, predict
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
@@ -53,14 +52,14 @@ class CaptionPlan:
 
     Attributes:
         seeds: Of the models that are reported; those below 10 were developed on.
-        clean: The number of clean models of each seed, besides the references.
+        clean: The number of clean models of each seed.
         attacks: The poisoned models of each seed: attack and poisoned share of the captions.
         training: The training of the base.
         fine_tuning: The fine-tuning of every model on its pairs.
         pairs: The number of pairs of each task.
         images: The defender's images of each task, at most.
         test: The test images of each task for ASR, at most.
-        scan: The label-free scan. Its references are clean models, made as the suspects were.
+        scan: The label-free search.
         repair: How to unlearn.
         search: The search into the found caption, for a repair with captions.
         restarts: The triggers of each family that a repair recovers.
@@ -81,7 +80,7 @@ class CaptionPlan:
         default_factory=lambda: ScanConfig(
             objective="label-free",
             inversion=InversionConfig(steps=80),
-            advanced=AdvancedScanConfig(directions=5),
+            advanced=AdvancedScanConfig(directions=4),
         )
     )
     repair: UnlearnConfig = field(
@@ -107,7 +106,7 @@ def quick_caption_plan() -> CaptionPlan:
         pairs=400,
         images=40,
         test=100,
-        scan=ScanConfig(objective="label-free", inversion=InversionConfig(steps=30), references=2),
+        scan=ScanConfig(objective="label-free", inversion=InversionConfig(steps=20)),
         repair=UnlearnConfig(
             steps=10, batch_size=16, passes=1, warps=0, coefficients=(0.0, 0.5, 1.0)
         ),
@@ -131,20 +130,21 @@ def run_captions(plan: CaptionPlan, log: Callable[[str], None] = lambda _: None)
             pairs=plan.pairs,
             device=plan.device,
         )
-        # The first clean models are references.
-        numbers = range(plan.scan.references, plan.scan.references + plan.clean)
-        drawn = [CaptionModel(seed, None, number=k) for k in numbers]
+        drawn = [CaptionModel(seed, None, number=k) for k in range(plan.clean)]
         drawn += [CaptionModel(seed, a, rate, k) for k, (a, rate) in enumerate(plan.attacks)]
-        calibration = _calibration(plan, shop)
-        repaired = 0
+        found = list[dict[str, Any]]()
         for one in drawn:
-            row = _scanned(plan, shop, one, calibration)
-            counts = one.attack is not None and row["planted"] >= plan.least_planted
-            if counts and (plan.repaired is None or repaired < plan.repaired):
-                repaired += 1
-                row["repairs"] = {kind: _repaired(plan, shop, one, kind, row) for kind in REPAIRS}
-            rows.append(row)
-            log(_told(row))
+            found.append(_scanned(plan, shop, one))
+            log(_told(found[-1]))
+        counted = [
+            (one, row)
+            for one, row in zip(drawn, found, strict=True)
+            if one.attack is not None and row["planted"] >= plan.least_planted
+        ]
+        for one, row in counted[: plan.repaired]:
+            row["repairs"] = {kind: _repaired(plan, shop, one, kind, row) for kind in REPAIRS}
+            log(_repairs_told(row))
+        rows += found
     summary = summarize_captions(rows, plan.least_planted)
     return {"plan": asdict(plan), "rows": rows, "summary": summary}
 
@@ -152,12 +152,12 @@ def run_captions(plan: CaptionPlan, log: Callable[[str], None] = lambda _: None)
 def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) -> dict[str, Any]:
     """Return flat figures.
 
-    auroc: of how much smaller a model's trigger is than those of the references, in the family that
-    stands out most; the poisoned models that count against the clean ones. target_right: share of
-    the poisoned models whose trigger leads to the poisoned caption. ca, text_r1 and so on: the
-    means of all models before any repair. asr_before. Of the repairs with captions: asr_mean;
-    recall_kept, the share of R@1, image to text; ca_kept, the least over tasks and models. The same
-    without text, with that suffix.
+    auroc: of the mean of the log P-L1 of the smallest trigger of each family, the poisoned models
+    that count against the clean ones. No reference is needed, because all models of a seed moved
+    about as far from one base. target_right: share of the poisoned models whose smallest patch
+    leads to the poisoned caption. ca, text_r1 and so on: the means of all models before any repair.
+    asr_before. Of the repairs with captions: asr_mean; recall_kept, the share of R@1, image to
+    text; ca_kept, the least over tasks and models. The same without text, with that suffix.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None and row["planted"] >= least_planted]
@@ -170,10 +170,6 @@ def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) 
         scores = [[row["score"] for row in some] for some in (planted, clean)]
         figures["captions.auroc"] = area_under_curve(*scores)
         figures["captions.target_right"] = _mean([row["target_right"] for row in planted])
-    for name, some in (("tpr", planted), ("fpr", clean)):
-        if some:
-            found = [row["verdict"] in [one.value for one in FINDINGS] for row in some]
-            figures[f"captions.{name}"] = _mean(found)
     if rows:
         figures["captions.ca"] = _mean([_mean(list(row["ca"].values())) for row in rows])
         for name in rows[0]["retrieval"]:
@@ -209,30 +205,10 @@ def _images(plan: CaptionPlan, shop: CaptionWorkshop) -> ImageSet:
     return replace(shop.part("defender", plan.images), labels=None, class_names=None)
 
 
-def _calibration(plan: CaptionPlan, shop: CaptionWorkshop) -> Calibration:
-    """Return the sizes in the seed's references: clean models that are not judged."""
-    content = {"scan": plan.scan, "images": plan.images, "code": code_digest(_CODE)}
-    models = [CaptionModel(shop.seed, None, number=k) for k in range(plan.scan.references)]
-    key = key_of("captions-calibration", {**content, "models": [shop.key(one) for one in models]})
-    made = shop.cache.document(key)
-    if made is None:
-        found = calibrate(
-            shop.base,
-            _images(plan, shop),
-            references=[shop.model(one) for one in models],
-            config=plan.scan,
-        )
-        made = shop.cache.keep_document(key, found.to_dict())
-    return Calibration.from_dict(made)
-
-
-def _scanned(
-    plan: CaptionPlan, shop: CaptionWorkshop, one: CaptionModel, calibration: Calibration
-) -> dict[str, Any]:
-    """Return what a model is before any repair, and what the label-free scan finds in it."""
+def _scanned(plan: CaptionPlan, shop: CaptionWorkshop, one: CaptionModel) -> dict[str, Any]:
+    """Return what a model is before any repair, and what the label-free search finds in it."""
     content = {"scan": plan.scan, "images": plan.images, "test": plan.test}
     content |= {"model": shop.key(one), "code": code_digest(_CODE)}
-    content |= {"calibration": calibration.to_dict()}
     key = key_of("captions-scan", content)
     known = shop.cache.document(key)
     if known is not None:
@@ -242,34 +218,24 @@ def _scanned(
     row |= _measured(plan, shop, one, model, "test")
     if one.attack is not None:
         row["planted"] = _measured_asr(plan, shop, one, model, "validation")
-    images = _images(plan, shop)
-    found = scan(model, images, base=shop.base, calibration=calibration, config=plan.scan)
-    searches = {found.family: found.inversion, **{o.family: o.inversion for o in found.others}}
-    scores = {
-        family: _margin(float(search.p_l1.min()), calibration.of(family))
-        for family, search in searches.items()
+    start = time.perf_counter()
+    session = Session.open(model, _images(plan, shop), base=shop.base)
+    config = replace(plan.scan, contrast=True)
+    found = {
+        family: search_classes(session, config, family, description=f"{one.name} ({family})")
+        for family in config.families
     }
-    family = max(scores, key=lambda name: scores[name])
-    search = searches[family]
-    stamp = search.trigger(search.best())
-    row["score"], row["family"] = scores[family], family
-    row["p_l1"] = {name: sorted(one.p_l1.tolist()) for name, one in searches.items()}
-    row["references"] = {name: calibration.of(name).p_l1 for name in searches}
-    answers = predict(model, images.images, shop.head(model), stamp=stamp)
+    row["seconds"] = time.perf_counter() - start
+    row["p_l1"] = {name: sorted(each.p_l1.tolist()) for name, each in found.items()}
+    # A trigger that no search found is as large as the whole image.
+    row["score"] = -_mean([math.log(min(1.0, sizes[0])) for sizes in row["p_l1"].values()])
+    patches = found[config.families[0]]
+    answers = predict(
+        model, session.images.images, shop.head(model), stamp=patches.trigger(patches.best())
+    )
     row["target"] = int(answers.mode().values)
     row["target_right"] = one.attack is not None and row["target"] == shop.backdoor(one).target
-    row |= {"verdict": found.verdict.value, "p_value": found.detection.p_value}
-    row["seconds"] = found.seconds
     return dict(shop.cache.keep_document(key, row))
-
-
-def _margin(size: float, calibration: Calibration) -> float:
-    """Return how many times smaller a trigger is than those of references, as a logarithm.
-
-    A trigger that no search found is as large as the whole image.
-    """
-    sizes = [min(1.0, row[0]) for row in calibration.p_l1]
-    return _mean([math.log(one) for one in sizes]) - math.log(min(1.0, size))
 
 
 def _measured(
@@ -356,10 +322,13 @@ def _told(row: Mapping[str, Any]) -> str:
     if row["attack"] is not None:
         right = "right" if row["target_right"] else "wrong"
         text += f", ASR {row['asr']:.1%}, {right} caption"
-    text += f", {row['verdict']} (p = {row['p_value']}, score {row['score']:.2f})"
-    for kind, one in row.get("repairs", {}).items():
-        text += (
-            f"\n  repaired {kind}: ASR {one['asr']:.1%}, R@1 kept {one['recall_kept']:.1%}, "
-            f"least CA kept {one['ca_kept']:.1%}, {one['seconds']:.0f} s"
-        )
     return text
+
+
+def _repairs_told(row: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"{row['model']}, repaired {kind}: ASR {one['asr']:.1%}, "
+        f"R@1 kept {one['recall_kept']:.1%}, least CA kept {one['ca_kept']:.1%}, "
+        f"{one['seconds']:.0f} s"
+        for kind, one in row["repairs"].items()
+    )

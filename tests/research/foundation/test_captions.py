@@ -144,7 +144,6 @@ def test_figures_count_only_what_was_planted() -> None:
             "planted": planted,
             "asr": planted,
             "target_right": score > 1,
-            "verdict": "backdoored" if score > 1 else "clean",
             "ca": {"a": 0.8, "b": 0.6},
             "retrieval": {"text_r1": 0.5, "image_r1": 0.4},
             "seconds": 2.0,
@@ -164,8 +163,7 @@ def test_figures_count_only_what_was_planted() -> None:
     ]
     figures = summarize_captions(rows, 0.5)
     assert figures["captions.auroc"] == 0.75
-    assert figures["captions.tpr"] == figures["captions.target_right"] == 0.5
-    assert figures["captions.fpr"] == 0
+    assert figures["captions.target_right"] == 0.5
     counts = [figures[f"captions.{k}"] for k in ("clean_models", "poisoned_models", "not_planted")]
     assert counts == [2, 2, 1]
     assert figures["captions.asr_before"] == pytest.approx(0.85)
