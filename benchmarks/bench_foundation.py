@@ -101,7 +101,11 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
 @click.option("--seeds", help="Other seeds, separated by commas.")
-@click.option("--models", type=int, help="Part verdicts: clean models of a seed, instead of 40.")
+@click.option(
+    "--models",
+    type=int,
+    help="Clean models of a seed, instead of 40 (verdicts) or 4 (captions).",
+)
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
@@ -126,6 +130,7 @@ def main(
         captions = replace(captions, seeds=numbers)
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
+        captions = replace(captions, clean=models)
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
