@@ -72,7 +72,7 @@ def verdict_tables(document: dict[str, Any]) -> str:
     lines += ["", f"{'references':32}{'distance':>10}{'deviation':>11}{'change':>9}{'largest':>9}"]
     for row in document["rungs"]:
         changes = [row["change"], row["largest_change"]]
-        cells = "".join(f"{'' if c is None or c != c else f'{c:.3f}':>9}" for c in changes)
+        cells = "".join(f"{'' if c is None else f'{c:.3f}':>9}" for c in changes)
         name = f"{row['task']}-seed{row['seed']}, {row['family']}"
         lines.append(f"{name:32}{row['distance']:10.4f}{row['deviation']:11.3f}{cells}")
     return "\n".join(lines)

@@ -312,20 +312,21 @@ def power_table(draws: int, pool: Executor) -> list[str]:
     return _powers(rows, effects, draws, pool)
 
 
-#: What depends on the distance, in the tables about references at two distances.
-DEPENDENCES: dict[str, dict[str, float]] = {
-    "nothing": {},
-    "effects": {"slope": 1.0},
-    "effects, bent": {"slope": 1.0, "bend": 0.25},
-    "effects, bent, and scatter ×1.25": {"slope": 1.0, "bend": 0.25, "growth": 1.25},
-    "effects, bent twice as much, and scatter ×1.5": {"slope": 1.0, "bend": 0.5, "growth": 1.5},
+#: What depends on the distance, in the tables about references at two distances: `Between`'s
+#: slope, bend and growth.
+DEPENDENCES: dict[str, tuple[float, float, float]] = {
+    "nothing": (0.0, 0.0, 1.0),
+    "effects": (1.0, 0.0, 1.0),
+    "effects, bent": (1.0, 0.25, 1.0),
+    "effects, bent, and scatter ×1.25": (1.0, 0.25, 1.25),
+    "effects, bent twice as much, and scatter ×1.5": (1.0, 0.5, 1.5),
 }
 
 
 def between_table(draws: int, pool: Executor) -> list[str]:
     """Return the rates of false alarms between two distances, and beside the nearer one alone."""
     rows = [
-        [Between(classes, references, **values) for values in DEPENDENCES.values()]
+        [Between(classes, references, *values) for values in DEPENDENCES.values()]
         for classes in CLASSES
         for references in REFERENCES
     ]
@@ -341,10 +342,7 @@ def between_power_table(draws: int, pool: Executor) -> list[str]:
     effects = (3.0, 4.0, 6.0, 10.0)
     worst = DEPENDENCES["effects, bent, and scatter ×1.25"]
     rows = [
-        [
-            Between(classes, references, **worst, effect=effect, scatter=scatter)
-            for effect in effects
-        ]
+        [Between(classes, references, *worst, effect=effect, scatter=scatter) for effect in effects]
         for classes in (10, 100)
         for references in REFERENCES
         for scatter in ("equal", "unequal")

@@ -175,7 +175,7 @@ def rung_rows(calibrations: Sequence[Calibration]) -> list[dict[str, Any]]:
     calibrations: One for each distance, ascending. A row has the family, the distance, the
     deviation of the contrasts within the references (root mean square over the classes), and the
     largest and the root mean square change of a class effect to the next distance: of the mean log
-    size, relative to the mean of all classes. The last distance has no change.
+    size, relative to the mean of all classes. Those of the last distance are None.
     """
     rows = []
     for family in [one.family for one in (calibrations[0], *calibrations[0].others)]:
@@ -184,14 +184,14 @@ def rung_rows(calibrations: Sequence[Calibration]) -> list[dict[str, Any]]:
         effects = [values.mean(axis=0) - values.mean() for values in logs]
         for k, one in enumerate(chosen):
             squares = contrasts(logs[k]).var(axis=0, ddof=1)
-            change = effects[k + 1] - effects[k] if k + 1 < len(chosen) else np.array([np.nan])
+            change = effects[k + 1] - effects[k] if k + 1 < len(chosen) else None
             rows.append(
                 {
                     "family": family,
                     "distance": one.distance,
                     "deviation": float(np.sqrt(squares.mean())),
-                    "largest_change": float(np.abs(change).max()),
-                    "change": float(np.sqrt((change**2).mean())),
+                    "largest_change": None if change is None else float(np.abs(change).max()),
+                    "change": None if change is None else float(np.sqrt((change**2).mean())),
                 }
             )
     return rows
