@@ -1,10 +1,11 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+    python benchmarks/bench_foundation.py [--quick] [--part PART] [--device cuda]
         [--minutes 50] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
+Part `emoji40` repairs models of forty classes for a defender who knows ten of them.
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the other's figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -29,11 +30,15 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
+from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
     quick_verdict_plan,
     run_verdicts,
 )
+
+#: What the figures of a part begin with in summary.json.
+_PREFIXES = {"verdicts": "default.", "emoji40": "emoji40.", "tasks": ("tasks.", "quarter")}
 
 _COLUMNS = (
     ("attacked_ca", "attacked CA"),
@@ -85,8 +90,8 @@ def figures(summary: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--part", type=click.Choice(["all", "tasks", "verdicts"]), default="all")
-@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "emoji40"]), default="all")
+@click.option("--seeds", help="Other seeds, separated by commas; `emoji40` takes the first.")
 @click.option("--models", type=int, help="Part verdicts: clean models of a seed, instead of 40.")
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
@@ -105,9 +110,11 @@ def main(
     """Run the benchmark. --search is of the part verdicts."""
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
+    unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
+        unnamed = replace(unnamed, seed=numbers[0])
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
     if search != "default":
@@ -121,7 +128,7 @@ def main(
 
     def keep(name: str, document: dict[str, Any], flat: dict[str, Any]) -> None:
         known = json.loads(path.read_text()) if path.exists() else {}
-        prefix = "default." if name == "verdicts" else ("tasks.", "quarter")
+        prefix = _PREFIXES[name]
         rest = {k: v for k, v in known.items() if not k.startswith(prefix)}
         write_file(output / f"{name}.json", to_json(document) + "\n")
         write_file(path, to_json({**rest, **flat}) + "\n")
@@ -132,6 +139,10 @@ def main(
             document = run_verdicts(verdicts, log, minutes=minutes or math.inf)
             keep("verdicts", document, document["summary"])
             click.echo(f"{verdict_tables(document)}\n\n{figures(document['summary'])}")
+        if part in ("all", "emoji40"):
+            document = run_unnamed(unnamed, log)
+            keep("emoji40", document, document["summary"])
+            click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)
             summary = document["summary"]
