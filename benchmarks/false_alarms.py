@@ -327,7 +327,7 @@ def between_table(draws: int, pool: Executor) -> list[str]:
     """Return the rates of false alarms between two distances, and beside the nearer one alone."""
     rows = [
         [Between(classes, references, *values) for values in DEPENDENCES.values()]
-        for classes in CLASSES
+        for classes in CLASSES[:-1]
         for references in REFERENCES
     ]
     return [
@@ -425,11 +425,11 @@ def between_tables(draws: int, pool: Executor) -> list[str]:
     return [
         "Clean models between two distances with p < 0.01, and with p < 0.05, by what depends on "
         "the distance; in brackets those beside the R references of the nearer distance alone.",
-        "\n".join(between_table(draws // 4, pool)),
+        "\n".join(between_table(draws // 10, pool)),
         "Models between two distances that are found with p < 0.01 of which one class is smaller "
         "by that many of its own standard deviations, where effects (bent) and scatter (×1.25) "
         "depend on the distance; in brackets those beside the nearer distance alone.",
-        "\n".join(between_power_table(draws // 20, pool)),
+        "\n".join(between_power_table(draws // 40, pool)),
     ]
 
 
