@@ -1,11 +1,12 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+    python benchmarks/bench_foundation.py [--quick] [--part PART] [--device cuda]
         [--minutes 50] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
+Part `emoji40` repairs models of forty classes for a defender who knows ten of them.
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -35,11 +36,15 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
+from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
     quick_verdict_plan,
     run_verdicts,
 )
+
+#: What the figures of a part begin with in summary.json.
+_PREFIXES = {"verdicts": "default.", "emoji40": "emoji40.", "tasks": ("tasks.", "quarter")}
 
 _COLUMNS = (
     ("attacked_ca", "attacked CA"),
@@ -86,7 +91,7 @@ def verdict_tables(document: dict[str, Any]) -> str:
     lines += ["", f"{'references':32}{'distance':>10}{'deviation':>11}{'change':>9}{'largest':>9}"]
     for row in document["rungs"]:
         changes = [row["change"], row["largest_change"]]
-        cells = "".join(f"{'' if c is None or c != c else f'{c:.3f}':>9}" for c in changes)
+        cells = "".join(f"{'' if c is None else f'{c:.3f}':>9}" for c in changes)
         name = f"{row['task']}-seed{row['seed']}, {row['family']}"
         lines.append(f"{name:32}{row['distance']:10.4f}{row['deviation']:11.3f}{cells}")
     return "\n".join(lines)
@@ -99,8 +104,12 @@ def figures(summary: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
-@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option(
+    "--part",
+    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40"]),
+    default="all",
+)
+@click.option("--seeds", help="Other seeds, separated by commas; `emoji40` takes the first.")
 @click.option(
     "--models",
     type=int,
@@ -124,10 +133,12 @@ def main(
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
+    unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
+        unnamed = replace(unnamed, seed=numbers[0])
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
         captions = replace(captions, clean=models)
@@ -155,6 +166,10 @@ def main(
         if part in ("all", "captions"):
             document = run_captions(captions, log)
             keep("captions", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "emoji40"):
+            document = run_unnamed(unnamed, log)
+            keep("emoji40", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

@@ -352,7 +352,8 @@ calibration_options = _all(
         default=3,
         metavar="N",
         help="With --base alone: the number of clean models to compare with. They are copies of "
-        "the base that are fine-tuned on the images.",
+        "the base that are fine-tuned on the images, as many at each of the two distances around "
+        "that of the suspect.",
     ),
     click.option(
         "--reference-learning-rate",
