@@ -226,6 +226,7 @@ def command(
     from .runs import emit_dry_run, emit_run, exit_code
 
     options.apply_preset(given, SCAN_PRESETS)
+    options.choose_objective(given)
     find_device(given["device"])
     config = _config(given)
     if save_calibration is not None and not config.makes_calibration:
