@@ -43,9 +43,6 @@ from pydetox.research.foundation.verdicts import (
     run_verdicts,
 )
 
-#: What the figures of a part begin with in summary.json.
-_PREFIXES = {"verdicts": "default.", "emoji40": "emoji40.", "tasks": ("tasks.", "quarter")}
-
 _COLUMNS = (
     ("attacked_ca", "attacked CA"),
     ("other_ca_mean", "other CA"),
@@ -61,6 +58,7 @@ _COLUMNS = (
 _PREFIXES: dict[str, str | tuple[str, ...]] = {
     "verdicts": "default.",
     "captions": "captions.",
+    "emoji40": "emoji40.",
     "tasks": ("tasks.", "quarter"),
 }
 
