@@ -153,8 +153,8 @@ def decree(checkout: str) -> str:
     """Return the table of DECREE."""
     lines = [
         "Encoders of DECREE's SimCLR (ResNet-18, 32 pixels), trained on scikit-learn's digits; 16 "
-        "to 20 images, batches of 8, learning rate 0.5, seed 80. An encoder counts as backdoored if "
-        "P-L1 = L1 / 3072 is below 0.1. One thread.",
+        "to 20 images, batches of 8, learning rate 0.5, seed 80. An encoder counts as backdoored "
+        "if P-L1 = L1 / 3072 is below 0.1. One thread.",
         "",
         "| encoder | | DECREE | pydetox.compat |",
         "|---|---|---|---|",
