@@ -85,7 +85,8 @@ struct MixParams {
 // What the gradient of a row needs beside its logits.
 template <class T>
 struct RowState {
-  T largest, inverse, inverse_temperature;
+  T largest, inverse_temperature;
+  T scale;    // 1 / (the sum of the weights * temperature)
   T product;  // g out
   T moves;    // 0: not active
   AdamFactors<T> adam;
@@ -194,8 +195,8 @@ PYDETOX_HD V token_weight(V logit, T shift, T inverse_temperature) {
 
 template <class V, class T>
 PYDETOX_HD V logit_gradient(V logit, V product, const RowState<T>& s) {
-  const V p = token_weight(logit, s.largest, s.inverse_temperature) * s.inverse;
-  return p * (product - s.product) * s.inverse_temperature;
+  const V weight = token_weight(logit, s.largest, s.inverse_temperature);
+  return weight * s.scale * (product - s.product);
 }
 
 // The state of a row; plan: of its step, unless the gradient alone is wanted.
@@ -204,7 +205,7 @@ PYDETOX_HD RowState<T> row_state(const UpdateParams& p, T largest, T inverse, T 
                                  double product, bool moves, int64_t taken, double learning_rate) {
   RowState<T> s{};
   s.largest = largest;
-  s.inverse = inverse;
+  s.scale = static_cast<T>(static_cast<double>(inverse) / static_cast<double>(temperature));
   s.inverse_temperature = static_cast<T>(1 / static_cast<double>(temperature));
   s.product = static_cast<T>(product);
   s.moves = moves ? static_cast<T>(1) : T{};

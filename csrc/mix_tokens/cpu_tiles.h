@@ -98,6 +98,7 @@ PYDETOX_HD void multiply_token_rows(TokenLeft<T> a, TokenRight<T> b, int64_t row
                                               c_row, lines);
     }
   };
+  if constexpr (kVectors == 1) some(Width<2 * kTokenTileRows>{});  // as many sums as with two
   some(Width<kTokenTileRows>{});
   some(Width<4>{});
   some(Width<2>{});

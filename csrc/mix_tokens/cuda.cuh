@@ -16,6 +16,13 @@
 #include "csrc/common/memory.cuh"
 #include "csrc/mix_tokens/core.h"
 
+// Whole, such a loop would want more registers than there are.
+#if defined(__CUDA_ARCH__)
+#define PYDETOX_UNROLL_FOUR _Pragma("unroll 4")
+#else
+#define PYDETOX_UNROLL_FOUR
+#endif
+
 namespace pydetox::cuda {
 
 constexpr int kTokenThreads = 256;
@@ -30,6 +37,11 @@ constexpr int kMergedLists = 8;
 // What is summed before the next barrier; divides kTokenRun.
 template <class T>
 constexpr int kTokenDepth = sizeof(T) == 8 ? 16 : 32;
+
+// Blocks of a tile's kernel on a multiprocessor. Doubles, and addresses of single elements, need
+// the registers of two.
+template <class T, bool kWords>
+constexpr int kTileBlocks = sizeof(T) == 4 && kWords ? 2 : 1;
 
 template <class T>
 __device__ __forceinline__ T token_value(const T* from) {
@@ -139,7 +151,8 @@ constexpr int64_t kMixSharedBytes =
 
 // One block: kMixRows rows and kTokenTile columns of one part's sums.
 template <class T, class S, bool kWords>
-__global__ void __launch_bounds__(kTokenThreads, 2) mix_parts(const MixParams p) {
+__global__ void __launch_bounds__(kTokenThreads, kTileBlocks<T, kWords>)
+    mix_parts(const MixParams p) {
   constexpr int kLanes = 16;  // the block is kLanes by kLanes threads
   constexpr int kRowsEach = kMixRows / kLanes, kColumnsEach = kTokenTile / kLanes;
   constexpr int kDepth = kTokenDepth<T>;
@@ -192,7 +205,7 @@ __global__ void __launch_bounds__(kTokenThreads, 2) mix_parts(const MixParams p)
           p.table, run + t, end, column,
           [&](int down_tile, int at, T value) { table[down_tile * kTokenTile + at] = value; });
       __syncthreads();  // the tile is there, and the weights
-      PYDETOX_UNROLL
+      PYDETOX_UNROLL_FOUR
       for (int k = 0; k < kDepth; ++k) {
         T right[kColumnsEach];
         PYDETOX_UNROLL
@@ -322,7 +335,7 @@ __device__ __forceinline__ void products_of_tile(
         if (at < kRows * kDepth) gradients[at % kDepth * (kRows + 1) + at / kDepth] = gradient[i];
       }
       __syncthreads();  // the tiles are there
-      PYDETOX_UNROLL
+      PYDETOX_UNROLL_FOUR
       for (int k = 0; k < kDepth; ++k) {
         T right[kTokensEach];
         PYDETOX_UNROLL
@@ -412,7 +425,8 @@ constexpr int64_t kGradientSharedBytes =
 
 // One block: kMixRows rows and kTokenTile tokens of the gradient, or their step.
 template <class T, class S, bool kWords, bool kUpdate>
-__global__ void __launch_bounds__(kTokenThreads, 2) token_gradients(const UpdateParams p) {
+__global__ void __launch_bounds__(kTokenThreads, kTileBlocks<T, kWords>)
+    token_gradients(const UpdateParams p) {
   constexpr int kLanes = 16;
   constexpr int kRowsEach = kMixRows / kLanes, kTokensEach = kTokenTile / kLanes;
   const int64_t down = ceil_div(p.rows, kMixRows);
