@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(
         base,
         tiny.trained(base, root / "victim", seed=2, trigger="cf"),
-        tiny.trained(base, root / "clean", seed=3),
-        tuple(tiny.trained(base, root / f"reference{k}", seed=30 + k) for k in range(3)),
+        tiny.trained(base, root / "clean", seed=3, epochs=4),
+        tuple(tiny.trained(base, root / f"reference{k}", seed=30 + k, epochs=4) for k in range(3)),
         texts,
     )
