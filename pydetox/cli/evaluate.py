@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
-@options.image_options
+@options.data_options
 @click.option(
     "--trigger",
     type=options.FILE,
@@ -43,8 +43,9 @@ def command(
 ) -> int:
     """Measure clean accuracy (CA) and, with a trigger, its attack success rate (ASR).
 
-    The images need labels. ASR is the share of images of the other classes that the trigger sends
-    to the target class. Both come with a 95% Wilson interval.
+    The images need labels, and so do the texts of text models (--texts). ASR is the share of images
+    of the other classes that the trigger sends to the target class. Both come with a 95% Wilson
+    interval.
 
     A target is a checkpoint, a folder, a glob or a list of them, as in `scan`: the `logs/` of a
     training means all its epochs. Of several checkpoints, one that cannot be read does not keep the
@@ -59,17 +60,34 @@ def command(
     from .inputs import Inputs, read_triggers, require_class_names
     from .many import emit_all, expand, run_each
     from .outputs import check_files
+    from .text_commands import TextInputs, evaluation_of_text
+    from .texts import is_text_target, take_text_options
 
+    taken = take_text_options(given)
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger, the trigger that leads to this class")
     targets = expand(checkpoints)
-    inputs = Inputs.of(given)
+    inputs = None if given["images"] is None else Inputs.of(given)
+    text_inputs = None if taken["texts"] is None else TextInputs(given, taken["texts"])
     check_files(output=output)
-    if target is not None:
+    if target is not None and inputs is not None and text_inputs is None:
         inputs.require_class(target)
     heads, table = HeadMemo(), list[dict[str, Any]]()
 
     def measure(one: Target) -> dict[str, Any]:
+        if text_inputs is not None and is_text_target(one, given["offline"]):
+            document, found = evaluation_of_text(
+                one,
+                text_inputs,
+                texts=taken["texts"],
+                trigger=trigger,
+                target_name=target,
+                seed=given["seed"],
+            )
+            table.append(evaluation_row(found, document["name"]))
+            return document
+        if inputs is None:
+            raise UsageError(f"{one.name}: is no text model, and other models need --images")
         model = inputs.read_suspect(one.reference)
         model.heads = heads
         images = inputs.read_images(model)

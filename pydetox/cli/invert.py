@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .inputs import Inputs
 
 _TRIGGERS_NAME = "triggers.safetensors"
+_WORDS_NAME = "triggers.json"
 _PICTURE_NAME = re.compile(r"\d{4,}(_[a-z0-9-]+)?_(mask|pattern|stamped)\.png")
 
 
 @click.command("invert")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
-@options.image_options
+@options.data_options
+@options.text_options
 @click.option(
     "--target",
     "targets",
@@ -78,7 +80,8 @@ def command(
     pixels. Every class of every model has some trigger, so this command gives no verdict. See
     `scan`.
 
-    Targets are checkpoints, folders, globs or lists, as in `scan`.
+    Targets are checkpoints, folders, globs or lists, as in `scan`. Of a text model (--texts), the
+    folder gets the file triggers.json with the words of each class and length, for `eval`.
 
     Exit code: 0 if at least one search of each checkpoint found a working trigger, 2 otherwise.
     """
@@ -90,16 +93,21 @@ def command(
     from .inputs import Inputs
     from .many import emit_all, expand, run_each
     from .summaries import card
+    from .text_commands import TextInputs, words_of_text
+    from .texts import is_text_target, take_text_options, text_scan_config
 
+    taken = take_text_options(given)
     if objective == "label-free" and targets:
         raise UsageError("--target and --objective label-free exclude each other")
     found_targets = expand(checkpoints)
-    inputs = Inputs.of(given)
+    inputs = None if given["images"] is None else Inputs.of(given)
+    text_inputs = None if taken["texts"] is None else TextInputs(given, taken["texts"])
     folders = _folders(output, found_targets)
     for folder in folders.values():
         rehearse_directory(folder, overwrite=overwrite, replaceable=_own_names(folder))
-    for target in targets:
-        inputs.require_class(target)
+    if inputs is not None and text_inputs is None:
+        for target in targets:
+            inputs.require_class(target)
     search = InversionConfig(
         steps=given["steps"],
         batch_size=given["batch_size"],
@@ -108,6 +116,17 @@ def command(
     )
 
     def reconstruct(one: Target) -> dict[str, Any]:
+        if text_inputs is not None and is_text_target(one, given["offline"]):
+            return words_of_text(
+                one,
+                text_inputs,
+                text_scan_config({**given, "restarts": restarts}, taken),
+                classes=targets,
+                folder=folders[one.name],
+                overwrite=overwrite,
+            )
+        if inputs is None:
+            raise UsageError(f"{one.name}: is no text model, and other models need --images")
         model = inputs.read_suspect(one.reference)
         images = inputs.read_images(model)
         found, names = _invert(model, images, inputs, objective, targets, restarts, search)
@@ -167,7 +186,7 @@ def command(
         "summary": [
             *summary,
             card("written to", str(output)),
-            card("P-L1", P_L1_NOTE.removeprefix("P-L1: ")),
+            *([] if inputs is None else [card("P-L1", P_L1_NOTE.removeprefix("P-L1: "))]),
         ],
     }
     emit_all(
@@ -197,9 +216,14 @@ def _folders(output: Path, targets: Sequence[Target]) -> dict[str, Path]:
 def _table_rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the lines of a checkpoint in a table: one per trigger, or one for an error."""
     nothing = {"target": None, "p_l1": None, "success": None, "steps": None}
+    if document.get("kind") == "text":
+        nothing |= {"text": None, "loss": None}
     beside = {key: document.get(key) for key in ("name", "sha256")}
     after = {"path": document.get("path"), "error": document.get("error")}
-    return [{**beside, **row, **after} for row in document.get("triggers") or [nothing]]
+    return [
+        {**beside, **{k: row.get(k) for k in nothing}, **after}
+        for row in document.get("triggers") or [nothing]
+    ]
 
 
 def _invert(
@@ -259,6 +283,8 @@ def _best_of(
 def _in_words(row: dict[str, Any]) -> str:
     from ..reporting.values import finite, number, percent
 
+    if "text" in row:
+        return f"{row['text']!r}, success {percent(row['success'])}, loss {number(row['loss'])}"
     if finite(row["p_l1"]) is None:
         return "no working trigger found"
     return f"P-L1 {number(row['p_l1'])}, success {percent(row['success'])}"
@@ -281,4 +307,5 @@ def _own_names(folder: Path) -> set[str]:
         names = [entry.name for entry in folder.iterdir()]
     except OSError:
         return set()  # not there, or unusable: `rehearse_directory` says so
-    return {name for name in names if name == _TRIGGERS_NAME or _PICTURE_NAME.fullmatch(name)}
+    own = {_TRIGGERS_NAME, _WORDS_NAME}
+    return {name for name in names if name in own or _PICTURE_NAME.fullmatch(name)}

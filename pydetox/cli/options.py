@@ -38,14 +38,12 @@ seed = click.option(
     "--seed", type=SEED, default=0, metavar="N", help="The seed of all random choices."
 )
 
-image_options = _all(
-    click.option(
-        "--images",
-        required=True,
-        metavar="SPEC",
-        help="A few hundred clean images: a folder, a .npz, .csv, .tar or .parquet file, `digits`, "
-        "`fashion-mnist`, or a data set of torchvision such as `cifar10=FOLDER`.",
-    ),
+_IMAGES = (
+    "A few hundred clean images: a folder, a .npz, .csv, .tar or .parquet file, `digits`, "
+    "`fashion-mnist`, or a data set of torchvision such as `cifar10=FOLDER`."
+)
+
+_about_images = _all(
     click.option(
         "--class-names",
         metavar="FILE|NAME",
@@ -108,6 +106,45 @@ def lora_rank_of(given: Mapping[str, Any]) -> int | None:
         return None
     return 32 if rank is None else int(rank)
 
+
+image_options = _all(
+    click.option("--images", required=True, metavar="SPEC", help=_IMAGES), _about_images
+)
+
+#: Of commands that take text models as well.
+data_options = _all(
+    click.option("--images", metavar="SPEC", help=_IMAGES),
+    click.option(
+        "--texts",
+        metavar="SPEC",
+        help="For text models: a few hundred clean texts. A .jsonl or .csv file with `text` and "
+        "`label`, a file with one text per line, or a folder with one folder of .txt files per "
+        "class.",
+    ),
+    _about_images,
+)
+
+text_options = _all(
+    click.option(
+        "--max-texts",
+        type=click.IntRange(min=4),
+        metavar="N",
+        help="For text models: the size of a random sample of the texts. Without it, 96.",
+    ),
+    click.option(
+        "--trigger-length",
+        type=click.IntRange(min=1, max=8),
+        default=3,
+        metavar="N",
+        help="For text models: the largest number of tokens of a trigger.",
+    ),
+    click.option(
+        "--place",
+        type=click.Choice(["start", "end", "random", "after-first-sentence"]),
+        default="start",
+        help="For text models: where a trigger stands in a text.",
+    ),
+)
 
 weights_key = click.option(
     "--weights-key",

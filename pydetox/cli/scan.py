@@ -13,7 +13,10 @@ from .group import print_error
 from .wording import in_options
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from ..scanning import ScannerConfig, ScanRecord
+    from ..scanning.texts import TextScannerConfig
 
 FAIL_ON = ("backdoored", "suspicious")
 
@@ -70,7 +73,8 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 @click.command("scan")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="TARGET...")
-@options.image_options
+@options.data_options
+@options.text_options
 @options.calibration_options
 @click.option(
     "--save-calibration",
@@ -208,6 +212,9 @@ def command(
     them, the verdict is `inconclusive`. --base together with --reference-model finds most: then the
     search looks for triggers that work in the suspect but not in its base.
 
+    Text models (sequence classifiers of transformers) are scanned with --texts. A trigger is then a
+    few words, and the same references and verdicts are there. One command takes both kinds.
+
     All targets share the references. If a checkpoint cannot be scanned, its verdict is `error`, and
     the others are scanned all the same. With --run, the same command continues an interrupted scan.
 
@@ -222,18 +229,31 @@ def command(
     from ..scanning import Scanner, find_targets
     from ..scanning.display import Display
     from ..scanning.estimate import estimate
+    from ..scanning.texts import TextScanner
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
+    from .texts import sort_targets, take_text_options, text_scanner_config
 
+    taken = take_text_options(given)
     options.apply_preset(given, SCAN_PRESETS)
     find_device(given["device"])
-    config = _config(given)
+    shard = given["shard"]
+    names, text_targets, passed_over = sort_targets(
+        checkpoints, taken["texts"], given["images"], shard=shard, offline=given["offline"]
+    )
+    text_config = text_scanner_config(given, taken) if text_targets else None
+    if text_config is not None:
+        _without_text_models(given, text_config)
+    config = _config({**given, "images": given["images"] or ""})
     if save_calibration is not None and not config.makes_calibration:
         raise UsageError(
             "--save-calibration needs --base or --reference-model to make the calibration"
         )
     if dry_run:
         found_targets = find_targets(checkpoints, shard=config.shard)
+        if not names:
+            emit_dry_run(found_targets, None, format_, output)
+            return exit_codes.CLEAN
         emit_dry_run(
             found_targets, estimate(config.absolute(), found_targets.targets), format_, output
         )
@@ -253,7 +273,21 @@ def command(
         scanner = Scanner(config, run=run, notify=notify)
         records: list[ScanRecord] = []
         said: set[str] = set()
-        with contextlib.closing(scanner.scan(checkpoints)) as found:
+        text_scanner = (
+            None if text_config is None else TextScanner(text_config, run=run, notify=notify)
+        )
+
+        def scanned() -> Generator[ScanRecord, None, None]:
+            if names:
+                with contextlib.closing(scanner.scan(names)) as found:
+                    yield from found
+            if text_scanner is not None:
+                with contextlib.closing(
+                    text_scanner.scan(text_targets, beside=tuple(records), ignored=passed_over)
+                ) as found:
+                    yield from found
+
+        with contextlib.closing(scanned()) as found:
             for record in found:
                 records.append(record)
                 if record.error is not None:
@@ -262,24 +296,37 @@ def command(
                     if warning not in said:  # of the images, for instance
                         said.add(warning)
                         display.log(in_options(warning), kind="warning")
-    order = {target.name: place for place, target in enumerate(scanner.targets.targets)}
+    targets = [*scanner.targets.targets, *text_targets]
+    order = {target.name: place for place, target in enumerate(targets)}
     records.sort(key=lambda record: order[record.name])
     if not records:
         print_error("nothing to scan: no checkpoint is among the targets")
     code = exit_code(records, fail_on)
+    calibration = scanner.calibration
+    if calibration is None and text_scanner is not None and text_scanner.calibration is not None:
+        calibration = text_scanner.calibration.to_dict()
     emit_run(
         records,
         code=code,
         seed=config.seed,
         images=config.images,
-        calibration=scanner.calibration,
-        ignored=scanner.targets.ignored,
+        texts=taken["texts"],
+        calibration=calibration,
+        ignored=scanner.targets.ignored if names else passed_over,
         run=run,
         format_=format_,
         output=output,
         report=report,
     )
     return code
+
+
+def _without_text_models(given: dict[str, Any], text: TextScannerConfig) -> None:
+    """Leave the base and the references that are text models to the scan of text models."""
+    if given["base"] == text.base:
+        given["base"] = None
+    others = [one for one in given["reference_models"] if one not in text.reference_models]
+    given["reference_models"] = tuple(others)
 
 
 def _config(given: dict[str, Any]) -> ScannerConfig:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .result import VERDICT_TONES, control_line, control_tone
+from .text_documents import deciding_words
 
 RUN_SCHEMA = "pydetox.scan/2"
 
@@ -22,6 +23,7 @@ def run_document(
     exit_code: int,
     seed: int,
     images: str,
+    texts: str | None = None,
     calibration: Mapping[str, Any] | None,
     ignored: Iterable[Sequence[str]] = (),
     not_reached: Sequence[str] = (),
@@ -36,6 +38,7 @@ def run_document(
         "exit_code": exit_code,
         "seed": seed,
         "images": images,
+        **({} if texts is None else {"texts": texts}),
         "calibration": calibration,
         "counts": count(results),
         "not_reached": list(not_reached),
@@ -133,4 +136,9 @@ def run_text(document: Mapping[str, Any]) -> dict[str, Any]:
         "subtitle": compared_with(document),
         "summary": [*counts, *cards],
         "scans": [r for r in results if "p_l1" in r],
+        "words": [
+            {**row, "name": result["name"]}
+            for result in results
+            if (row := deciding_words(result)) is not None
+        ],
     }

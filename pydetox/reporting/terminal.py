@@ -62,6 +62,7 @@ def _print(console: Console, result: Mapping[str, Any]) -> None:
         console.print(grid)
     for table in (
         _scans(result.get("scans") or []),
+        _words(result.get("words") or []),
         _evaluation(result.get("evaluation") or []),
         _alpha_search(result.get("alpha_search") or {}),
         _seconds(result.get("seconds") or {}),
@@ -113,6 +114,19 @@ def _scans(scans: Sequence[Mapping[str, Any]]) -> Table | None:
             _text(verdict, _STYLES.get(VERDICT_TONES.get(verdict, ""), "")),
             _text(scan.get("target") or MISSING),
             *(number(scan.get(key)) for _, key in columns),
+        )
+    return table
+
+
+def _words(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    if not rows:
+        return None
+    table = _table("Words", ["model", "class", "words"], ["success", "loss"])
+    for row in rows:
+        table.add_row(
+            *(_text(row.get(key, "")) for key in ("name", "class", "text")),
+            percent(row.get("success")),
+            number(row.get("loss")),
         )
     return table
 

@@ -3,7 +3,8 @@
 A text model (:mod:`models`) is a sequence classifier, a causal model or the text tower of a CLIP,
 in the layout of transformers. Its files are read like all checkpoints, and no code in them runs.
 Clean texts come from :mod:`texts`. A trigger is a few tokens at a place in a text
-(:mod:`triggers`).
+(:mod:`triggers`). :mod:`search` finds the best ones into each class, and :mod:`verdict` judges them
+beside those of clean models (:mod:`references`).
 
 transformers and tokenizers are an extra, ``pip install "pydetox[text]"``. They are imported when
 the first text model is loaded.
@@ -15,32 +16,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .configuration import TextScanConfig
     from .models import TextModel, TokenBatch, is_text_model, load_text_model, save_text_model
+    from .references import calibrate_words
+    from .search import TextSearch, search_words
     from .texts import TextSet, load_texts
+    from .trigger_file import WordsFile, read_words
     from .triggers import PLACES, TokenTrigger
+    from .verdict import TextScanResult, scan_text_model
 
 _HOME = {
     "PLACES": "triggers",
     "TextModel": "models",
+    "TextScanConfig": "configuration",
+    "TextScanResult": "verdict",
+    "TextSearch": "search",
     "TextSet": "texts",
     "TokenBatch": "models",
     "TokenTrigger": "triggers",
+    "WordsFile": "trigger_file",
+    "calibrate_words": "references",
     "is_text_model": "models",
     "load_text_model": "models",
     "load_texts": "texts",
+    "read_words": "trigger_file",
     "save_text_model": "models",
+    "scan_text_model": "verdict",
+    "search_words": "search",
 }
 
 __all__ = [
     "PLACES",
     "TextModel",
+    "TextScanConfig",
+    "TextScanResult",
+    "TextSearch",
     "TextSet",
     "TokenBatch",
     "TokenTrigger",
+    "WordsFile",
+    "calibrate_words",
     "is_text_model",
     "load_text_model",
     "load_texts",
+    "read_words",
     "save_text_model",
+    "scan_text_model",
+    "search_words",
 ]
 
 

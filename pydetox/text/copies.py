@@ -47,6 +47,16 @@ def text_distance(base: TextModel, model: TextModel) -> float:
     return _Measured(base).of(model.state_dict())
 
 
+def nearest_rung(distance: float) -> float:
+    """Return the power of two that is nearest to a distance by their ratio, at least 2^-10.
+
+    References at a rung serve all suspects for which it is the nearest.
+    """
+    if not 0 < distance < math.inf:
+        return _LEAST_DISTANCE if distance == 0 else distance
+    return max(_LEAST_DISTANCE, 2.0 ** math.floor(math.log2(distance) + 0.5))
+
+
 def copies_at_distance(
     base: TextModel, texts: TextSet, distance: float, *, count: int, max_tokens: int, seed: int
 ) -> Iterator[TextModel]:
@@ -93,9 +103,9 @@ def _copy(
     assert texts.labels is not None
     rows = copy.tokenizer.encode(texts.texts, min(max_tokens, copy.max_tokens))
     labels = torch.tensor(texts.labels, device=copy.device)
-    parameters = [value for value in copy.module.parameters() if value.is_floating_point()]
-    for value in parameters:
-        value.requires_grad_(True)
+    parameters = [one for one in copy.module.parameters() if one.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     # Adam moves each weight by about the rate in each step, partly back and forth.
     optimizer = torch.optim.Adam(parameters, lr=distance * measured.rms / math.sqrt(STEPS))
     reached, step = 0.0, 0
@@ -108,10 +118,9 @@ def _copy(
             batch = copy.batch([rows[k] for k in chosen])
             logits = copy.logits_with_gradient(batch)
             loss = torch.nn.functional.cross_entropy(logits, labels[chosen])
-            for value, slope in zip(
-                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-            ):
-                value.grad = slope
+            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter.grad = slope
             optimizer.step()
             step += 1
             reached = measured.of(copy.state_dict())
@@ -121,8 +130,8 @@ def _copy(
                 for group in optimizer.param_groups:
                     group["lr"] *= min(10.0, max(0.1, wanted / reached))
             progress.update()
-    for value in parameters:
-        value.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     if not distance <= reached < math.inf:
         raise OutOfReachError(
             f"copies of the base moved {reached:.2g} of its norm in {step} steps of fine-tuning, "

@@ -16,7 +16,7 @@ from typing import Any
 from ..detect.calibration import Calibration
 from ..errors import UsageError
 from .configuration import TextScanConfig
-from .copies import OutOfReachError, copies_at_distance, copy_seed, text_distance
+from .copies import OutOfReachError, copies_at_distance, copy_seed, nearest_rung, text_distance
 from .models import TextModel
 from .search import TextSearch, search_words
 from .texts import TextSet
@@ -95,7 +95,7 @@ def compare_with(
     distance = None
     if references is None:
         assert base is not None
-        distance = text_distance(base, suspect)
+        distance = nearest_rung(text_distance(base, suspect))
     try:
         models = references
         if models is None:

@@ -1,0 +1,117 @@
+"""Text models on the command line: which targets are some, and what options mean for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..data.names import load_class_names
+from ..errors import UsageError
+from ..scanning.targets import Target, find_targets
+from ..scanning.texts import TextScannerConfig
+from ..text.configuration import TextScanConfig
+from ..text.files import is_text_model
+
+#: What --quick and --thorough stand for in a search for words.
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    "quick": {"steps": 15, "texts": 48},
+    "thorough": {"steps": 60, "restarts": 2, "texts": 192},
+}
+
+
+def take_text_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `options.text_options` out of the others.
+
+    Raises click.UsageError if there are neither images nor texts.
+    """
+    names = ("texts", "place", "trigger_length", "max_texts")
+    taken = {name: given.pop(name) for name in names if name in given}
+    taken["preset"] = next((one for one in ("quick", "thorough") if given.get(one)), None)
+    if given["images"] is None and taken["texts"] is None:
+        raise click.UsageError(
+            "Missing option '--images' (or '--texts', for text models).",
+            click.get_current_context(),
+        )
+    return taken
+
+
+def sort_targets(
+    checkpoints: Sequence[str],
+    texts: str | None,
+    images: str | None,
+    *,
+    shard: tuple[int, int] | None = None,
+    offline: bool = False,
+) -> tuple[list[str], list[Target], list[tuple[str, str]]]:
+    """Return the targets that need images, the text models, and what was passed over.
+
+    Without texts, all targets are as they were given. Raises UsageError for a target that needs
+    images where there are none.
+    """
+    if texts is None:
+        return list(checkpoints), [], []
+    found = find_targets(checkpoints, shard=shard)
+    text = [one for one in found.targets if is_text_target(one, offline)]
+    others = [one for one in found.targets if one not in text]
+    if others and images is None:
+        if len(others) == len(found.targets) == 1:
+            raise UsageError(
+                f"{others[0].name}: is no text model in transformers' layout (a folder whose "
+                "config.json names a …ForSequenceClassification); other models need --images"
+            )
+        raise UsageError(f"{others[0].name}: is no text model, and other models need --images")
+    return [one.reference for one in others], text, found.ignored
+
+
+def is_text_target(target: Target, offline: bool) -> bool:
+    """Return whether a target is a text model."""
+    return target.problem is None and is_text_model(target.reference, offline=offline)
+
+
+def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScannerConfig:
+    """Return the configuration of a scan of text models.
+
+    given: The other options. The base and the reference models that are text models count.
+    """
+    offline = given["offline"]
+
+    def is_text(name: str | None) -> bool:
+        return name is not None and is_text_model(name, offline=offline)
+
+    references = tuple(name for name in given["reference_models"] if is_text(name))
+    base = given["base"]
+    names = given["class_names"]
+    return TextScannerConfig(
+        texts=str(taken["texts"]),
+        class_names=None if names is None else load_class_names(Path(names)),
+        base=base if is_text(base) else None,
+        reference_models=references,
+        scan=text_scan_config(given, taken),
+        device=given["device"],
+        threads=given["threads"],
+        offline=offline,
+        retry_errors=given.get("retry_errors", False),
+    )
+
+
+def text_scan_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScanConfig:
+    """Return the search; options whose default is for images count where they were given."""
+    ctx = click.get_current_context()
+    config = TextScanConfig(
+        **_PRESETS.get(taken["preset"], {}),
+        length=taken["trigger_length"],
+        place=taken["place"],
+        references=given.get("references", TextScanConfig.references),
+        seed=given["seed"],
+    )
+    for option in ("steps", "batch_size", "restarts"):
+        if ctx.get_parameter_source(option) not in (None, ParameterSource.DEFAULT):
+            config = replace(config, **{option: given[option]})
+    if taken["max_texts"] is not None:
+        config = replace(config, texts=taken["max_texts"])
+    return config
