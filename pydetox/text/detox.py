@@ -152,6 +152,7 @@ def detox_text_model(
             triggers=triggers or None,
             base=comparison.base or base,
             accuracy_before=accuracy,
+            search=current.search,
         )
         passes += found
         accuracy = found[0].search.accuracy_before

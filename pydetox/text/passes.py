@@ -20,7 +20,7 @@ from .repair import (
     subtract_from_text_model,
     text_trigger_vector,
 )
-from .search import FoundTrigger, search_words
+from .search import FoundTrigger, TextSearch, search_words
 from .texts import TextSet
 from .triggers import TokenTrigger
 
@@ -60,6 +60,7 @@ def unlearn_words(
     triggers: Sequence[TextStamp] | None = None,
     base: TextModel | None = None,
     accuracy_before: float | None = None,
+    search: TextSearch | None = None,
 ) -> tuple[TextModel, tuple[TextUnlearnPass, ...]]:
     """Subtract the trigger vectors of some classes; return the repaired model and each pass.
 
@@ -73,6 +74,7 @@ def unlearn_words(
         triggers: Known triggers; None to recover them.
         base: The base of a search in contrast to it.
         accuracy_before: The accuracy to compare with; default: that of `model`.
+        search: A search of the model that was made already, for the first pass.
 
     Raises:
         UsageError: There is no target class, or several of them for known triggers.
@@ -95,14 +97,15 @@ def unlearn_words(
         reserve = 0.0
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
-            seed = child_seed("texts.pass", config.seed, number)
-            found = search_words(
-                model,
-                texts,
-                replace(config, seed=seed),
-                base=base,
-                description=f"words to unlearn, pass {number + 1}",
-            )
+            found = search
+            if found is None or number:
+                found = search_words(
+                    model,
+                    texts,
+                    replace(config, seed=child_seed("texts.pass", config.seed, number)),
+                    base=base,
+                    description=f"words to unlearn, pass {number + 1}",
+                )
             for target in targets:
                 chosen = _working(found.found[target])
                 recovered += chosen
@@ -114,7 +117,7 @@ def unlearn_words(
         vector = text_trigger_vector(
             model, forget, stamps, target_of_each, seeded, max_tokens=config.max_tokens
         )
-        search = search_text_coefficient(
+        chosen_alpha = search_text_coefficient(
             model,
             vector,
             ordered,
@@ -125,14 +128,14 @@ def unlearn_words(
             reserve=reserve,
             max_tokens=config.max_tokens,
         )
-        accuracy_before = search.accuracy_before
-        model = subtract_from_text_model(model, vector, search.coefficient)
-        passes.append(TextUnlearnPass(tuple(targets), tuple(recovered), search, vector))
-        if search.hopeless:  # another pass costs as much, and starts from the same weights
+        accuracy_before = chosen_alpha.accuracy_before
+        model = subtract_from_text_model(model, vector, chosen_alpha.coefficient)
+        passes.append(TextUnlearnPass(tuple(targets), tuple(recovered), chosen_alpha, vector))
+        if chosen_alpha.hopeless:  # another pass costs as much, and starts from the same weights
             _LOG.warning(
                 "no alpha up to %g removes anything while it keeps min_accuracy_kept %g: nothing "
                 "is subtracted in this pass",
-                search.coefficients[-1],
+                chosen_alpha.coefficients[-1],
                 unlearning.min_accuracy_kept,
             )
             break
