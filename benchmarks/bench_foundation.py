@@ -82,6 +82,7 @@ def figures(summary: dict[str, Any]) -> str:
     type=int,
     help="Clean models, instead of 40 (verdicts) or 4 of each seed (captions).",
 )
+@click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -90,6 +91,7 @@ def main(
     part: str,
     seeds: str | None,
     models: int | None,
+    repaired: int | None,
     search: str,
     device: str,
     output: Path,
@@ -105,6 +107,8 @@ def main(
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 8))
         captions = replace(captions, clean=models)
+    if repaired is not None:
+        captions = replace(captions, repaired=repaired)
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
