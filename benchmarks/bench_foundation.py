@@ -114,6 +114,7 @@ def figures(summary: dict[str, Any]) -> str:
     help="Clean models of a seed, instead of 40 (verdicts) or 4 (captions).",
 )
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
+@click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -123,6 +124,7 @@ def main(
     seeds: str | None,
     models: int | None,
     minutes: float | None,
+    repaired: int | None,
     search: str,
     device: str,
     output: Path,
@@ -140,6 +142,8 @@ def main(
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
         captions = replace(captions, clean=models)
+    if repaired is not None:
+        captions = replace(captions, repaired=repaired)
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
