@@ -75,8 +75,8 @@ class UnnamedPlan:
 
     seed: int = 10
     tower: dict[str, Any] = field(default_factory=lambda: EMOJI_CLIP)
-    training: JointTraining = field(default_factory=lambda: JointTraining(per_task=96))
-    clean: int = 2
+    training: JointTraining = field(default_factory=lambda: JointTraining(per_task=64))
+    clean: int = 1
     attacks: tuple[str, ...] = ("badnets", "blended")
     images: int = 500
     names: int = 10
