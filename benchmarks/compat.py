@@ -153,8 +153,8 @@ def decree(checkout: str) -> str:
     """Return the table of DECREE."""
     lines = [
         "Encoders of DECREE's SimCLR (ResNet-18, 32 pixels), trained on scikit-learn's digits; 16 "
-        "to 20 images, batches of 8, learning rate 0.5, seed 80. An encoder counts as backdoored if "
-        "P-L1 = L1 / 3072 is below 0.1. One thread.",
+        "to 20 images, batches of 8, learning rate 0.5, seed 80. An encoder counts as backdoored "
+        "if P-L1 = L1 / 3072 is below 0.1. One thread.",
         "",
         "| encoder | | DECREE | pydetox.compat |",
         "|---|---|---|---|",
@@ -213,7 +213,7 @@ def main() -> None:
             compat_masks.THEIR_ART,
             compat_masks.OUR_ART,
             "A network of two convolutions (16 pixels, grey) on scikit-learn's digits, with the "
-            f"same weights in Keras and in torch; 320 images, batches of 32, {given.epochs} "
+            f"same weights in Keras and in torch; 96 images, batches of 32, {given.epochs} "
             "steps, norm 1, init_cost 0.1, otherwise ART's settings. One thread.",
             paths=given.art,
             epochs=given.epochs,
