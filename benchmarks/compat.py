@@ -213,7 +213,7 @@ def main() -> None:
             compat_masks.THEIR_ART,
             compat_masks.OUR_ART,
             "A network of two convolutions (16 pixels, grey) on scikit-learn's digits, with the "
-            f"same weights in Keras and in torch; 320 images, batches of 32, {given.epochs} "
+            f"same weights in Keras and in torch; 96 images, batches of 32, {given.epochs} "
             "steps, norm 1, init_cost 0.1, otherwise ART's settings. One thread.",
             paths=given.art,
             epochs=given.epochs,

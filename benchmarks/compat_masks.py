@@ -245,7 +245,7 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
         obeys = (model(stamp(images[1300:])).argmax(1) == TARGET).float().mean()
     print(name, float(right), float(obeys), file=sys.stderr)
     np.savez(f"{folder}/{name}.npz", **{k: v.numpy() for k, v in model.state_dict().items()})
-np.savez("{folder}/images.npz", x=images[1300:1620].numpy(), y=np.eye(10)[labels[1300:1620]])
+np.savez("{folder}/images.npz", x=images[1300:1396].numpy(), y=np.eye(10)[labels[1300:1396]])
 print("[1]")
 """
 )
@@ -288,6 +288,11 @@ x, y = given["x"].transpose(0, 2, 3, 1), given["y"]
 classifier = KerasClassifier(model=model, clip_values=(0, 1))
 made = NeuralCleanse(classifier)(classifier, **settings)
 norms = []
+reset = made.reset
+def reset_but_for_the_rate():
+    reset()  # with Keras 3 this sets the learning rate to 0 as well, and no mask would move
+    made.opt.learning_rate.assign(made.learning_rate)
+made.reset = reset_but_for_the_rate
 generate = made.generate_backdoor
 def recorded(*given):
     mask, pattern = generate(*given)

@@ -101,7 +101,8 @@ def read_rows(path: Path) -> dict[str, Measured]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            found[str(row.pop("name"))] = Measured(**row)
+            name = str(row.pop("name"))
+            found[name] = Measured(**row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number}: is no row of an earlier run; remove the file"
