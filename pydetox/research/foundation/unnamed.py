@@ -119,8 +119,8 @@ def run_unnamed(plan: UnnamedPlan, log: Callable[[str], None] = lambda _: None) 
 
 def drawn_names(classes: int, targets: Sequence[int], count: int, seed: int) -> list[int]:
     """Return the classes that the defender knows, ascending: the targets and others at random."""
-    chosen = list(dict.fromkeys([*targets, *order_of_names(classes, seed)]))[: max(count, len(set(targets)))]
-    return sorted(chosen)
+    order = dict.fromkeys([*targets, *order_of_names(classes, seed)])
+    return sorted(list(order)[: max(count, len(set(targets)))])
 
 
 def defender_images(images: ImageSet, named: Sequence[int], count: int, seed: int) -> ImageSet:
