@@ -35,6 +35,11 @@ def measure(session: Session) -> None:
             zero_shot(session, triggers, classes)
     with session.attempt("collapse_k10"):
         collapse(session, 10)
+    for rows in (8, 64):
+        with session.attempt(f"mix_tokens_r{rows}"):
+            mixing(session, rows)
+        with session.attempt(f"top_swaps_r{rows}"):
+            swaps(session, rows)
     for dtype in (torch.float32, torch.bfloat16):
         weights(session, dtype)
 
@@ -171,6 +176,45 @@ def zero_shot(session: Session, triggers: int, classes: int) -> None:
             session.device,
             tiny=session.tiny,
         )
+        for module in (ops, reference)
+    )
+    session.record(f"{name}.us", ours * 1e6)
+    session.record(f"{name}.eager_us", eager * 1e6)
+    session.record(f"{name}.vs_eager", eager / ours)
+
+
+def token_operands(session: Session, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logits, the table of BERT's vocabulary, and a gradient of embeddings."""
+    tokens, dim = (300, 40) if session.tiny else (30_522, 768)
+    return session.randn(rows, tokens), session.randn(tokens, dim), session.randn(rows, dim)
+
+
+def mixing(session: Session, rows: int) -> None:
+    """Record mixed embeddings with the gradient of their logits."""
+    logits, table, gradient = token_operands(session, rows)
+    leaf = logits.requires_grad_()
+
+    def call(module: Any) -> Call:
+        return lambda: torch.autograd.grad(module.mix_tokens(leaf, table, 0.7), leaf, gradient)
+
+    record_both(session, f"mix_tokens_r{rows}", call)
+
+
+def swaps(session: Session, rows: int) -> None:
+    """Record the 64 best swaps of each row."""
+    _, table, gradient = token_operands(session, rows)
+    current = torch.arange(rows, device=session.device)
+    record_both(
+        session,
+        f"top_swaps_r{rows}",
+        lambda module: lambda: module.top_swaps(gradient, table, current, None, 64),
+    )
+
+
+def record_both(session: Session, name: str, call: Callable[[Any], Call]) -> None:
+    """Record the time of ours and of eager PyTorch."""
+    ours, eager = (
+        device_seconds([call(module)], session.device, tiny=session.tiny)
         for module in (ops, reference)
     )
     session.record(f"{name}.us", ours * 1e6)

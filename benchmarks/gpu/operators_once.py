@@ -94,6 +94,30 @@ def update(make: Operands) -> None:
     )
 
 
+def tokens(make: Operands) -> None:
+    R, V, D = (9, 300, 70) if make.small else (64, 30_522, 768)
+    places = torch.arange(R, device=make.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, table = make.randn(R, V), make.randn(V, D, dtype=dtype)
+        gradient = make.randn(R, D)
+        ops.mix_tokens(logits.requires_grad_(), table, 0.7).backward(gradient)
+        moved = logits.detach().clone()
+        ops.mix_tokens_update(
+            gradient,
+            ops.mix_tokens_forward(moved, table, 0.7),
+            moved,
+            torch.zeros_like(moved),
+            torch.zeros_like(moved),
+            table,
+            0.7,
+            learning_rate=torch.full((R,), 0.1, device=make.device),
+            steps=torch.zeros(R, dtype=torch.int64, device=make.device),
+            active=places >= 0,
+            betas=(0.5, 0.9),
+        )
+        ops.top_swaps(gradient, table, places, None, 64)
+
+
 def weights(make: Operands) -> None:
     small = [(65, 7, 3, 3), (1, 130), (9,), (70001,)]
     shapes = small if make.small else [(3072, 768), (768,)] * 12
@@ -117,7 +141,7 @@ def main() -> int:
     options = parser.parse_args()
     make = Operands(torch.device(options.device), options.small)
     for _ in range(1 if options.small else 2):
-        for operators in (stamping, objectives, update, weights):
+        for operators in (stamping, objectives, update, tokens, weights):
             operators(make)
             if make.device.type == "cuda":
                 torch.cuda.synchronize()

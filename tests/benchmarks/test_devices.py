@@ -14,9 +14,11 @@ from benchmarks import (
     bench_objectives,
     bench_stamp,
     bench_targeted,
+    bench_tokens,
     bench_weights,
     recording,
 )
+from pydetox import ops
 from pydetox.inversion import InversionConfig
 from pydetox.models import attention, memory
 from pydetox.ops import reference, stamp_triggers
@@ -91,6 +93,11 @@ def test_operands_lie_on_the_device(gpu: PretendedGpu, tmp_path: Path) -> None:
     for stamp in (stamp_triggers, reference.stamp_triggers):
         assert all(isinstance(one, OnDevice) for one in p.forward_and_backward(stamp))
     assert isinstance(bench_objectives.embeddings(cuda), OnDevice)
+    tokens = bench_tokens.Problem(9, 4, 2, cuda, torch.bfloat16, 0.9)
+    for module in (ops, reference):
+        assert all(isinstance(one, OnDevice) for one in tokens.mix(module))
+    for run in tokens.floors().values():
+        run()
     model = mini_model().to(cuda)
     bench_inversion_step.products(model.visual, 2, torch.float32)()
     generator = torch.Generator().manual_seed(0)

@@ -225,3 +225,45 @@ def test_corners_on_the_cpu_are_checked_and_copied() -> None:
         assert torch.equal(stamp_triggers(images, mask, pattern, corners=given), expected)
     with pytest.raises(UsageError, match=r"corners\[1\] is \(6, 1\)"):
         stamp_triggers(images, mask, pattern, corners=[(0, 5), (6, 1)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(3, 131, 70), (130, 5000, 96)])
+def test_searches_for_tokens_have_the_bits_of_the_cpu(
+    sizes: tuple[int, int, int], dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    rows, tokens, dim = sizes
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, tokens, generator=generator).to(dtype)
+    table = torch.randn(tokens, dim, generator=generator).to(stored)
+    gradient = torch.randn(rows, dim, generator=generator).to(dtype)
+    allowed = torch.rand(tokens, generator=generator) < 0.7
+    results = []
+    for device in ("cpu", "cuda"):
+        given = (table.to(device), 0.7, allowed.to(device))
+        leaf = logits.to(device).requires_grad_()
+        mixed = ops.mix_tokens(leaf, *given)
+        (slope,) = torch.autograd.grad(mixed, leaf, gradient.to(device))
+        state = [leaf.detach().clone(), torch.zeros_like(slope), torch.ones_like(slope)]
+        places = torch.arange(rows, device=device)
+        steps = places.clone()
+        ops.mix_tokens_update(
+            gradient.to(device),
+            ops.mix_tokens_forward(state[0], *given),
+            *state,
+            *given,
+            learning_rate=0.1 + places.float(),
+            steps=steps,
+            active=places % 3 != 1,
+            betas=(0.5, 0.9),
+        )
+        swaps = ops.top_swaps(gradient.to(device), given[0], places, given[2], 50)
+        results.append([t.detach().cpu() for t in (mixed, slope, *state, steps, *swaps)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
