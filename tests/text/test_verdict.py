@@ -37,8 +37,8 @@ from pydetox.text.references import calibrate_words, require_alike
 from tests.text import tiny
 from tests.text.conftest import World
 
-QUICK = TextScanConfig(length=1, steps=4, texts=64)
-FAST = ("--trigger-length", "1", "--steps", "4", "--max-texts", "64")
+QUICK = TextScanConfig(length=1, steps=2, texts=40)
+FAST = ("--trigger-length", "1", "--steps", "2", "--max-texts", "40")
 
 
 @pytest.fixture(scope="module")
