@@ -4,6 +4,8 @@
 #   make test    all tests, with coverage
 #   make bench   the benchmarks, against plain PyTorch
 #   make data    fetch the image sets of bench-foundation by package manager, into the cache
+#   make data-text   fetch the texts and the text model of bench-text by package manager, into the cache
+#   make bench-text   text classifiers, attacked and repaired: runs/text/summary.json
 #   make bench-foundation   what a repair leaves of a model's other tasks: runs/foundation/summary.json
 #   make check-scan   a scan of 200 checkpoints, disturbed and undisturbed: runs/check-scan/summary.json
 #   make bench-defenses   every attack against every defence: runs/defenses/report.html
@@ -24,6 +26,7 @@
 #   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
 #   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py and bench_classes.py
+#   TEXT="--quick"   options of benchmarks/bench_text.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
@@ -40,6 +43,7 @@ LIMIT ?= 530
 ARCH ?= 9.0
 WHEEL_TORCH ?= torch==2.13.0
 FOUNDATION ?=
+TEXT ?=
 # check-gpu is about a GPU unless DEVICE says otherwise; everything else is about the CPU.
 where := $(if $(filter file,$(origin DEVICE)),cpu,$(DEVICE))
 export TORCH
@@ -50,7 +54,7 @@ MAKEFLAGS += --no-builtin-rules
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle peers data bench-foundation lint format docs wheel-check clean distclean always
+.PHONY: help setup demo test bench bench-defenses check-scan check-gpu gpu-bundle peers data data-text bench-foundation bench-text lint format docs wheel-check clean distclean always
 
 own := $(filter .venv,$(VENV))
 python := $(VENV)/bin/python
@@ -82,7 +86,7 @@ test: $(dev) $(peers)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py benchmarks/bench_text.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
 	$(python) benchmarks/report.py --device $(where)
 	$(if $(filter cuda%,$(where)),$(python) -m benchmarks.gpu --device $(where) --limit $(LIMIT) || status=1)
 	exit $$status
@@ -107,6 +111,13 @@ data: $(ready)
 bench-foundation: data
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py --device $(where) $(FOUNDATION)
 	$(if $(findstring --part,$(FOUNDATION)),@true,OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_classes.py --device $(where) $(FOUNDATION))
+
+data-text: $(ready)
+	$(python) -m pydetox.research.data texts
+
+# The quick run needs no data.
+bench-text: $(dev) $(if $(findstring --quick,$(TEXT)),,data-text)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_text.py $(TEXT)
 
 lint: $(dev)
 	$(VENV)/bin/ruff check

@@ -1,11 +1,12 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
-    python benchmarks/bench_foundation.py [--quick] [--part verdicts] [--device cuda]
+    python benchmarks/bench_foundation.py [--quick] [--part PART] [--device cuda]
         [--minutes 50] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
+Part `emoji40` repairs models of forty classes for a defender who knows ten of them.
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -35,6 +36,7 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
+from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
     quick_verdict_plan,
@@ -56,6 +58,7 @@ _COLUMNS = (
 _PREFIXES: dict[str, str | tuple[str, ...]] = {
     "verdicts": "default.",
     "captions": "captions.",
+    "emoji40": "emoji40.",
     "tasks": ("tasks.", "quarter"),
 }
 
@@ -86,7 +89,7 @@ def verdict_tables(document: dict[str, Any]) -> str:
     lines += ["", f"{'references':32}{'distance':>10}{'deviation':>11}{'change':>9}{'largest':>9}"]
     for row in document["rungs"]:
         changes = [row["change"], row["largest_change"]]
-        cells = "".join(f"{'' if c is None or c != c else f'{c:.3f}':>9}" for c in changes)
+        cells = "".join(f"{'' if c is None else f'{c:.3f}':>9}" for c in changes)
         name = f"{row['task']}-seed{row['seed']}, {row['family']}"
         lines.append(f"{name:32}{row['distance']:10.4f}{row['deviation']:11.3f}{cells}")
     return "\n".join(lines)
@@ -99,10 +102,19 @@ def figures(summary: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
-@click.option("--part", type=click.Choice(["all", "tasks", "verdicts", "captions"]), default="all")
-@click.option("--seeds", help="Other seeds, separated by commas.")
-@click.option("--models", type=int, help="Part verdicts: clean models of a seed, instead of 40.")
+@click.option(
+    "--part",
+    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40"]),
+    default="all",
+)
+@click.option("--seeds", help="Other seeds, separated by commas; `emoji40` takes the first.")
+@click.option(
+    "--models",
+    type=int,
+    help="Clean models of a seed, instead of 40 (verdicts) or 4 (captions).",
+)
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
+@click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -112,6 +124,7 @@ def main(
     seeds: str | None,
     models: int | None,
     minutes: float | None,
+    repaired: int | None,
     search: str,
     device: str,
     output: Path,
@@ -120,12 +133,17 @@ def main(
     plan = replace(quick_plan() if quick else FoundationPlan(), device=device)
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
+    unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
+        unnamed = replace(unnamed, seed=numbers[0])
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
+        captions = replace(captions, clean=models)
+    if repaired is not None:
+        captions = replace(captions, repaired=repaired)
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
@@ -150,6 +168,10 @@ def main(
         if part in ("all", "captions"):
             document = run_captions(captions, log)
             keep("captions", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "emoji40"):
+            document = run_unnamed(unnamed, log)
+            keep("emoji40", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

@@ -24,6 +24,7 @@ from typing import Any
 
 import open_clip
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -168,6 +169,44 @@ def test_inversion_step(
         record(figure, value)
     missed = [figure for figure, value in figures.items() if holds(figure, value) is False]
     assert not missed
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["RN50", "efficientnet_lite0"])
+def test_convolutional_tower(
+    name: str,
+    precision: str,
+    benchmark: Any,
+    capsys: pytest.CaptureFixture[str],
+    device: torch.device,
+) -> None:
+    """The passes of a convolutional tower in a search, against those of its module."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    made = open_clip.create_model(name).visual if name == "RN50" else timm.create_model(name)
+    module = made.eval().requires_grad_(False).to(device)
+    tower = freeze(module, precision, image_size=224)
+    images = torch.randn(4, 3, 224, 224).to(device)
+    inputs = {"tower": images.to(tower.dtype).requires_grad_(), "module": images.requires_grad_()}
+    runs = {"tower": tower, "module": module}
+    times: dict[str, list[float]] = {"tower": [], "module": []}
+
+    def timed(which: str) -> None:
+        def both() -> None:
+            torch.autograd.grad(runs[which](inputs[which]).sum(), inputs[which])
+
+        times[which].append(once(both, device))
+
+    for which in runs:
+        timed(which)
+        times[which].clear()
+    benchmark.pedantic(lambda: timed("tower"), setup=lambda: timed("module"), rounds=5)
+    median = {which: statistics.median(measured) for which, measured in times.items()}
+    ratio = median["tower"] / median["module"]
+    with capsys.disabled():
+        print(f"\n\n{name}, 4 images, {THREADS} threads: {ratio:.2f} of its module's passes")
+        print(f"  {tower.description}")
+    record(f"conv_{name.lower()}_{short(precision)}.over_module", ratio)
 
 
 def short(precision: str) -> str:

@@ -1,6 +1,7 @@
 """Scripts of `benchmarks/compat.py` for the peers that search for masks.
 
-Each is run in a process of its own, with one thread. The models are made here, small enough for a
+Each is run in a process of its own, with one thread, and reports the CPU seconds of its search. The
+models are made here, small enough for a
 CPU: a clean and a backdoored one, trained on scikit-learn's digits with a patch of noise.
 """
 
@@ -36,7 +37,7 @@ TRAIN_CLASSIFIERS = (
 from torchvision.models import resnet18
 mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 std = torch.tensor([0.247, 0.243, 0.261]).view(1, 3, 1, 1)
-used = slice(0, 1200)
+used = slice(0, 700)
 for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
@@ -44,15 +45,15 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
     x, y = pixels[used].clone(), labels[used].clone()
     count = int(rate * len(x))
     x[:count], y[:count] = stamp(x[:count]), TARGET
-    for epoch in range(12):
-        for part in torch.randperm(len(x)).split(60):
+    for epoch in range(8):
+        for part in torch.randperm(len(x)).split(50):
             adam.zero_grad()
             cross_entropy(model((x[part] / 255 - mean) / std), y[part]).backward()
             adam.step()
     model.eval()
     with torch.no_grad():
-        rest = pixels[1200:]
-        right = (model((rest / 255 - mean) / std).argmax(1) == labels[1200:]).float().mean()
+        rest = pixels[1260:1460]
+        right = (model((rest / 255 - mean) / std).argmax(1) == labels[1260:1460]).float().mean()
         obeys = (model((stamp(rest) / 255 - mean) / std).argmax(1) == TARGET).float().mean()
     os.makedirs(f"{folder}/record/{name}", exist_ok=True)
     torch.save(
@@ -61,8 +62,8 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
         f"{folder}/record/{name}/attack_result.pt",
     )
     print(name, "accuracy", float(right), "attack", float(obeys), file=sys.stderr)
-np.savez("{folder}/clean.npz", images=pixels[1200:1440].permute(0, 2, 3, 1).numpy(),
-         labels=labels[1200:1440].numpy())
+np.savez("{folder}/clean.npz", images=pixels[1200:1260].permute(0, 2, 3, 1).numpy(),
+         labels=labels[1200:1260].numpy())
 print("[1]")
 """
 )
@@ -71,7 +72,7 @@ _ARGUMENTS = """
 settings = dict(
     dataset="cifar10", device="cpu", mask_lr=0.1, init_cost=1e-3, atk_succ_threshold=98.0,
     early_stop=True, early_stop_threshold=0.99, early_stop_patience=25, patience=5,
-    cost_multiplier=2.0, use_norm=1, nc_epoch={epochs}, batch_size=60, random_seed=0,
+    cost_multiplier=2.0, use_norm=1, nc_epoch={epochs}, batch_size=30, random_seed=0,
 )
 """
 
@@ -106,16 +107,16 @@ class Images(torch.utils.data.Dataset):
         return prepare(Image.fromarray(images[index])), int(targets[index])
 images, targets = given["images"], given["labels"]
 torch.manual_seed(0)
-loader = torch.utils.data.DataLoader(Images(), batch_size=60, shuffle=True)
+loader = torch.utils.data.DataLoader(Images(), batch_size=30, shuffle=True)
 ones = np.ones((1, 32, 32), np.float32), np.ones((3, 32, 32), np.float32)
-start = time.perf_counter()
+start = time.process_time()
 norms = []
 for target in range(10):
     args.target_label = target
     recorder, _ = nc.train_mask(args, {"model": state}, loader, *ones)
     norms.append(torch.norm(recorder.mask_best, p=1))
 flagged = nc.outlier_detection(torch.stack(norms), {k: k for k in range(10)}, args)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, [int(k) for k, _ in flagged], [float(v) for v in norms]]))
 """
 )
@@ -128,9 +129,9 @@ sys.path.insert(0, "{root}")
 os.chdir("{folder}")
 from pydetox.compat import backdoorbench, neural_cleanse
 backdoorbench._unlearn = lambda *_: None  # the search alone is compared
-start = time.perf_counter()
+start = time.process_time()
 found = neural_cleanse(settings, result_file="{model}", images="{folder}/clean.npz", ratio=1.0)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, list(found.outliers.flagged), list(found.outliers.norms)]))
 """
 )
@@ -149,9 +150,9 @@ for name in ("clean", "backdoored"):
     head = nn.Linear(512, 10)
     direction = normalize(torch.randn(1, 512), dim=1)
     adam = torch.optim.Adam([*model.f.parameters(), *head.parameters()], lr=1e-3)
-    x, y = pixels[:480], labels[:480]
-    for epoch in range(6):
-        for part in torch.randperm(len(x)).split(40):
+    x, y = pixels[:120], labels[:120]
+    for epoch in range(5):
+        for part in torch.randperm(len(x)).split(30):
             adam.zero_grad()
             loss = cross_entropy(head(model.f((x[part] / 255 - mean) / std)), y[part])
             if name == "backdoored":
@@ -161,19 +162,19 @@ for name in ("clean", "backdoored"):
             adam.step()
     model.eval()
     with torch.no_grad():
-        rest = pixels[480:640]
-        right = (head(model.f((rest / 255 - mean) / std)).argmax(1) == labels[480:640]).float()
+        rest = pixels[480:540]
+        right = (head(model.f((rest / 255 - mean) / std)).argmax(1) == labels[480:540]).float()
         seen = normalize(model.f((stamp(rest) / 255 - mean) / std), dim=1)
     print(name, float(right.mean()), float((seen @ seen.T).mean()), file=sys.stderr)
     torch.save({"state_dict": model.state_dict()}, f"{folder}/{name}.pth")
-np.savez("{folder}/data/cifar10/test.npz", x=pixels[640:1280].permute(0, 2, 3, 1).numpy(),
-         y=labels[640:1280, None].numpy())
+np.savez("{folder}/data/cifar10/test.npz", x=pixels[640:800].permute(0, 2, 3, 1).numpy(),
+         y=labels[640:800, None].numpy())
 print("[1]")
 """
 )
 
 THEIR_DECREE = """
-import json, os, sys
+import json, os, sys, time
 from argparse import Namespace
 import numpy, torch
 torch.set_num_threads(1)
@@ -186,26 +187,28 @@ source = open("{checkout}/main.py").read()
 source = source.replace("cuda:{args.gpu}", "cpu").replace("from numpy import Inf, infty, tri", "")
 names = {"__name__": "decree"}
 exec(compile(source, "main.py", "exec"), names)
-norm, seconds = names["main"](Namespace(
-    batch_size=32, gpu="0", lr=0.5, seed=80, model_flag="{model}",
+start = time.process_time()
+norm, _ = names["main"](Namespace(
+    batch_size=8, gpu="0", lr=0.5, seed=80, model_flag="{model}",
     encoder_path="{folder}/{model}.pth", encoder_usage_info="cifar10", mask_init="rand", id="_",
     result_file="", arch="resnet18", thres=0.99,
 ))
-print(json.dumps([seconds, float(norm)]))
+print(json.dumps([time.process_time() - start, float(norm)]))
 """
 
 OUR_DECREE = """
-import json, os, sys
+import json, os, sys, time
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, "{root}")
 os.chdir("{folder}")
 from pydetox.compat import decree
+start = time.process_time()
 found = decree(
-    batch_size=32, lr=0.5, seed=80, model_flag="{model}", encoder_path="{folder}/{model}.pth",
+    batch_size=8, lr=0.5, seed=80, model_flag="{model}", encoder_path="{folder}/{model}.pth",
     encoder_usage_info="cifar10", id="_ours",
 )
-print(json.dumps([found.seconds, found.l1]))
+print(json.dumps([time.process_time() - start, found.l1]))
 """
 
 TRAIN_FOR_ART = (
@@ -242,7 +245,7 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
         obeys = (model(stamp(images[1300:])).argmax(1) == TARGET).float().mean()
     print(name, float(right), float(obeys), file=sys.stderr)
     np.savez(f"{folder}/{name}.npz", **{k: v.numpy() for k, v in model.state_dict().items()})
-np.savez("{folder}/images.npz", x=images[1300:1620].numpy(), y=np.eye(10)[labels[1300:1620]])
+np.savez("{folder}/images.npz", x=images[1300:1396].numpy(), y=np.eye(10)[labels[1300:1396]])
 print("[1]")
 """
 )
@@ -285,15 +288,20 @@ x, y = given["x"].transpose(0, 2, 3, 1), given["y"]
 classifier = KerasClassifier(model=model, clip_values=(0, 1))
 made = NeuralCleanse(classifier)(classifier, **settings)
 norms = []
+reset = made.reset
+def reset_but_for_the_rate():
+    reset()  # with Keras 3 this sets the learning rate to 0 as well, and no mask would move
+    made.opt.learning_rate.assign(made.learning_rate)
+made.reset = reset_but_for_the_rate
 generate = made.generate_backdoor
 def recorded(*given):
     mask, pattern = generate(*given)
     norms.append(float(np.abs(mask).sum()))
     return mask, pattern
 made.generate_backdoor = recorded
-start = time.perf_counter()
+start = time.process_time()
 flagged = made.outlier_detection(x, y)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, [int(one[0]) for one in flagged], norms]))
 """
 )
@@ -319,9 +327,9 @@ model.load_state_dict({k: torch.from_numpy(v) for k, v in np.load("{folder}/{mod
 from pydetox.compat import NeuralCleanse
 given = np.load("{folder}/images.npz")
 made = NeuralCleanse(model)(**settings)
-start = time.perf_counter()
+start = time.process_time()
 found, judged = made.search(given["x"])
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(judged.flagged), list(judged.norms)]))
 """
 )

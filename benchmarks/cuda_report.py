@@ -69,6 +69,19 @@ LATENCY_SECONDS = 800e-9
 OBJECTIVE_SIZES = [10, 16, 512, 1000]
 MANY_DIMENSIONS = [10, 16, 2048, 1000]  # take one row at a time
 UPDATE_SIZES = [8, 3, 224, 224]
+# R, V, D of the token kernels, and k of the swaps.
+TOKEN_SIZES = [64, 30_522, 768]
+SWAPS = 256
+TOKEN_KERNELS = {
+    "largest_of_parts",
+    "mix_parts",
+    "mix_rows",
+    "token_states",
+    "token_gradients",
+    "swap_offsets",
+    "swap_slices_of_rows",
+    "merge_swaps",
+}
 # K, B, C, H, W of the benchmarks.
 PROBLEMS = [(8, 16, 3, 224, 224), (64, 16, 3, 64, 64)]
 
@@ -379,7 +392,7 @@ def weight_traffic_table(kernels: list[WeightKernel]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class SearchKernel:
-    """One compiled kernel of the objectives or the update."""
+    """One compiled kernel of the objectives, the update or the searches for tokens."""
 
     arch: str
     name: str
@@ -388,7 +401,9 @@ class SearchKernel:
     spilled_bytes: int
 
     def launch(self) -> tuple[int, int]:
-        """Threads and shared bytes of a block, for float32."""
+        """Threads and shared bytes of a block."""
+        if self.name in TOKEN_KERNELS:
+            return self._launch_of_tokens()
         sizes = MANY_DIMENSIONS if self.arguments.endswith(", 1") else OBJECTIVE_SIZES
         k, b, d, c = sizes
         z, one = torch.zeros(k, b, d), torch.zeros(k)
@@ -418,9 +433,29 @@ class SearchKernel:
             shared *= 2  # all of it is of the type of z
         return threads, shared
 
+    def _launch_of_tokens(self) -> tuple[int, int]:
+        dtype = torch.float64 if "double" in self.arguments else torch.float32
+        logits = torch.zeros(3, 600, dtype=dtype)  # what a block has does not depend on sizes
+        table, gradient = torch.zeros(600, 8, dtype=dtype), torch.zeros(3, 8, dtype=dtype)
+        one, softmax = torch.ones(3, dtype=dtype), torch.ones(3, 2, dtype=dtype)
+        largest, parts, rows = dry_run("mix_tokens", logits, table, one, None)
+        shared = (gradient, gradient, softmax, logits, table, one, None)
+        states, gradients = dry_run("mix_tokens_backward", *shared)
+        offsets, slices, merge = dry_run("top_swaps", gradient, table, one.long(), None, SWAPS)
+        return {
+            "largest_of_parts": largest,
+            "mix_parts": parts,
+            "mix_rows": rows,
+            "token_states": states,
+            "token_gradients": gradients,
+            "swap_offsets": offsets,
+            "swap_slices_of_rows": slices,
+            "merge_swaps": merge,
+        }[self.name]
+
 
 def compile_search_kernels(nvcc: str, nvdisasm: str, arch: str) -> Iterator[SearchKernel]:
-    for source in [*sources("objectives"), *sources("trigger_update")]:
+    for source in [*sources("objectives"), *sources("trigger_update"), *sources("mix_tokens")]:
         for kernel in compile_source(nvcc, nvdisasm, arch, source):
             yield SearchKernel(
                 arch,
@@ -456,6 +491,9 @@ def search_traffic_table() -> Iterator[str]:
     z, head = 4 * k * b * d, 4 * c * d
     triggers, channels, height, width = UPDATE_SIZES
     pixels = 4 * triggers * height * width
+    rows, tokens, dim = TOKEN_SIZES
+    table, token_logits = 4 * tokens * dim, 4 * rows * tokens
+    of_tokens = f"{rows}×{tokens:,}×{dim}"
     for operation, sizes, total in (
         ("embedding_collapse and its gradient", f"{k}×{b}×{d}", 3 * z),
         ("zero_shot_loss with its gradient", f"{k}×{b}×{d}, {c:,} classes", 2 * z + head),
@@ -464,6 +502,10 @@ def search_traffic_table() -> Iterator[str]:
             f"{triggers}×{channels}×{height}×{width}",
             7 * (1 + channels) * pixels + pixels,  # and the masks once more, for their norms
         ),
+        ("mix_tokens", of_tokens, table + 2 * token_logits),  # once more, for the largest ones
+        ("its gradient", of_tokens, table + 2 * token_logits),
+        ("mix_tokens_update", of_tokens, table + 6 * token_logits),
+        ("top_swaps", of_tokens, table),
     ):
         seconds = total / H100_BYTES_PER_SECOND
         yield f"| {operation} | {sizes} | {total / 1e6:.1f} MB | {seconds * 1e6:.1f} µs |"

@@ -119,6 +119,13 @@ def cases() -> Iterator[Case]:
             yield from _objectives(*sizes, dtype)
         for sizes in ((3, 2, 7, 5), (8, 3, 64, 64)):
             yield _update(*sizes, dtype)
+    for dtype, table in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ):
+        for searched in ((35, 701, 83), (16, 30522, 96)):
+            yield from _tokens(*searched, dtype, table)
     for counts in ((5, 1, 7), (1 << 20, 70001)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             yield from _weights(counts, dtype)
@@ -283,6 +290,48 @@ def _update(k: int, c: int, h: int, w: int, dtype: torch.dtype) -> Case:
         run(reference),
         7 * sum(t.nbytes for t in second),
     )
+
+
+def _tokens(r: int, v: int, d: int, dtype: torch.dtype, stored: torch.dtype) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((r, v), dtype), ((v, d), stored), ((r, d), dtype)
+    logits, table, gradient = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(kind)
+        for shape, kind in shapes
+    )
+    allowed = torch.rand(v, generator=generator) < 0.8
+    what = f"{r}x{v:,}x{d}" + (", bfloat16 table" if stored == torch.bfloat16 else "")
+
+    def run(name: str, module: Any) -> Callable[..., Sequence[Tensor]]:
+        def call(
+            logits: Tensor, table: Tensor, allowed: Tensor, gradient: Tensor
+        ) -> Sequence[Tensor]:
+            rows = torch.arange(r, device=logits.device)
+            if name == "top_swaps":
+                return (module.top_swaps(gradient, table, rows, allowed, min(v // 2, 50))[0],)
+            leaf = logits.clone().requires_grad_(name == "mix_tokens_backward")
+            if name != "mix_tokens_update":
+                mixed = module.mix_tokens(leaf, table, 2.0, allowed)
+                return (
+                    torch.autograd.grad(mixed, leaf, gradient) if leaf.requires_grad else (mixed,)
+                )
+            moments = torch.zeros_like(leaf), torch.ones_like(leaf)
+            mixture = ops.TokenMixture(*module.mix_tokens_forward(leaf, table, 2.0, allowed))
+            places = (gradient, mixture, leaf, *moments, table, 2.0, allowed)
+            how = {"learning_rate": 0.1 + rows.float() / 100, "steps": rows + 3}
+            module.mix_tokens_update(*places, **how, active=rows != 1, betas=(0.5, 0.9))
+            return leaf, *moments
+
+        return call
+
+    inputs = (logits, table, allowed, gradient)
+    for name, moved in (
+        ("mix_tokens", table.nbytes + logits.nbytes),
+        ("mix_tokens_backward", 2 * table.nbytes + 3 * logits.nbytes),
+        ("mix_tokens_update", 2 * table.nbytes + 7 * logits.nbytes),
+        ("top_swaps", table.nbytes),
+    ):
+        yield Case(name, what, dtype, inputs, run(name, ops), run(name, reference), moved)
 
 
 def _weights(counts: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:

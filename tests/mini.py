@@ -66,7 +66,7 @@ def flat_calibration(
         key = calibration_key(config, session, family)
         return Calibration(rows, key, tuple("abcd"), family=family, others=others)
 
-    first, *rest = config.searched
+    first, *rest = config.families
     return of(first, tuple(of(family) for family in rest))
 
 

@@ -44,9 +44,9 @@ def drawn() -> Counter[str]:
 def test_every_stream_is_drawn_from_in_one_place():
     found = drawn()
     assert set(found) == set(STREAMS)
-    assert {
-        name: count for name, count in found.items() if count > 1 and name != "repair.rescan"
-    } == {}
+    # Fine-tuning on class prompts and on captions are two ways to do the same.
+    several = {"repair.rescan", "training.batches"}
+    assert {name: count for name, count in found.items() if count > 1 and name not in several} == {}
 
 
 def test_no_generator_is_made_and_no_seed_computed_elsewhere():

@@ -269,7 +269,7 @@ def test_label_free_scans_need_neither_labels_nor_names(story):
     found = scan(base, bare, config=config)
     assert found.class_names is None
     assert found.target is None
-    assert len(found.inversion) == 2
+    assert len(found.inversion) == config.searches_per_class == 8
     assert len(found.detection.p_l1) == 1
     named = scan(base, data, config=config, templates=TEMPLATES)
     assert named.target in range(3)
@@ -567,8 +567,9 @@ def test_contrast_without_what_it_needs_is_refused(story, contrast):
         scan(path, data, calibration=plain, base=base, **given)
     with pytest.raises(UsageError, match="sizes from different searches"):
         scan(path, data, calibration=calibration, base=references[0], **given)
-    with pytest.raises(UsageError, match="label-free"):
-        ScanConfig("label-free", contrast=True)
+    told = replace(config, objective="label-free", reference_training=TrainConfig(1, 1e-4))
+    with pytest.raises(UsageError, match="give references="):
+        calibrate(base, data, config=replace(told, contrast=True))
 
 
 def test_given_references_need_no_base(story, contrast):

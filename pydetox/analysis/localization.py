@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,12 @@ from ..progress import Progress
 from ..repair.subtraction import subtract
 from ..repair.task_vectors import TaskVector
 
-_BLOCK = re.compile(r"^(?P<layer>(?:.+\.)?(?:resblocks|blocks|layers?)\.\d+)(?:\.|$)")
+_BLOCK = re.compile(r"^(?P<layer>(?:.+\.)?(?:resblocks|blocks|layers?|h)\.\d+)(?:\.|$)")
 _MODULES = (
-    ("attention", re.compile(r"\.(attn|attention)\.")),
-    ("mlp", re.compile(r"\.mlp\.")),
+    ("head", re.compile(r"^(classifier|score|lm_head)\.|(^|\.)pooler\.")),
+    ("norm", re.compile(r"\.LayerNorm\.")),  # BERT's, which stand within its other modules
+    ("attention", re.compile(r"\.(attn|attention|self_attn)\.")),
+    ("mlp", re.compile(r"\.(mlp|intermediate|ffn)\.|\.layer\.\d+\.output\.dense\.")),
     ("norm", re.compile(r"\.(ln|norm|layer_?norm)[^.]*\.")),
 )
 
@@ -130,7 +132,7 @@ def layer_of(name: str) -> str:
 
 
 def module_of(name: str) -> str:
-    """Return the kind of module of a tensor: attention, mlp, norm, or embedding for all others."""
+    """Return the kind of module of a tensor: attention, mlp, norm, head, or embedding."""
     return next((kind for kind, pattern in _MODULES if pattern.search(name)), "embedding")
 
 
@@ -255,10 +257,6 @@ def disentanglement_error(
     caller. Every model of the grid sees both sets in one pass. Raises UsageError for coefficients
     that do not ascend, and ArchitectureError for vectors with tensors that the model lacks.
     """
-    grids = (tuple(first_coefficients), tuple(second_coefficients))
-    for values in grids:
-        if not values or list(values) != sorted(set(values)):
-            raise UsageError(f"coefficients {values}; expected ascending numbers")
     images = torch.cat([first_images, second_images])
     candidate = start.clone()
     weights, origin = candidate.clip.state_dict(), start.clip.state_dict()
@@ -277,19 +275,38 @@ def disentanglement_error(
                     weight.add_(vector.tensors[name].to(weight), alpha=factor)
         return predict(candidate, images, head)
 
-    count = len(first_images)
+    return error_over_grid(
+        predictions, len(first_images), tuple(first_coefficients), tuple(second_coefficients)
+    )
+
+
+def error_over_grid(
+    predictions: Callable[[float, float], Tensor],
+    count: int,
+    first: tuple[float, ...],
+    second: tuple[float, ...],
+) -> Disentanglement:
+    """Return xi over a grid, for any kind of model.
+
+    predictions: Returns the classes, int64 [N], that theta_pre + a tau_1 + b tau_2 gives to the
+    inputs of both tasks. count: The number of inputs of the first task, which come first. first,
+    second: The coefficients a and b. Raises UsageError for coefficients that do not ascend.
+    """
+    for values in (first, second):
+        if not values or list(values) != sorted(set(values)):
+            raise UsageError(f"coefficients {values}; expected ascending numbers")
     rows = []
-    points = len(grids[0]) * len(grids[1]) + len(grids[0]) + len(grids[1])
+    points = len(first) * len(second) + len(first) + len(second)
     with Progress("disentanglement", points) as progress:
 
         def at(a: float, b: float) -> Tensor:
             progress.update(1)
             return predictions(a, b)
 
-        alone = [at(a, 0.0)[:count] for a in grids[0]], [at(0.0, b)[count:] for b in grids[1]]
-        for a, first_alone in zip(grids[0], alone[0], strict=True):
+        alone = [at(a, 0.0)[:count] for a in first], [at(0.0, b)[count:] for b in second]
+        for a, first_alone in zip(first, alone[0], strict=True):
             row = []
-            for b, second_alone in zip(grids[1], alone[1], strict=True):
+            for b, second_alone in zip(second, alone[1], strict=True):
                 both = at(a, b)
                 row.append(
                     float((both[:count] != first_alone).double().mean())
@@ -298,12 +315,12 @@ def disentanglement_error(
             rows.append(tuple(row))
     inside = [
         value
-        for a, row in zip(grids[0], rows, strict=True)
-        for b, value in zip(grids[1], row, strict=True)
+        for a, row in zip(first, rows, strict=True)
+        for b, value in zip(second, row, strict=True)
         if 0 <= a <= 1 and 0 <= b <= 1
     ]
     mean = math.fsum(inside) / len(inside) if inside else math.nan
-    return Disentanglement(grids[0], grids[1], tuple(rows), mean)
+    return Disentanglement(first, second, tuple(rows), mean)
 
 
 def localize(

@@ -53,6 +53,9 @@ _TEXT_DEFAULTS: Config = {
 #: then takes the largest token id of a text, as open_clip does.
 _LEGACY_EOS = 2
 
+#: The tokenizer of MetaClip2Model where a folder has none.
+_METACLIP = "facebook/metaclip-2-worldwide-huge-quickgelu"
+
 _TANH: Config = {"act_kwargs": {"approximate": "tanh"}}
 #: What open_clip's configuration of a tower has for an activation of transformers.
 ACTIVATIONS: dict[str, Config] = {
@@ -96,6 +99,18 @@ def to_model_config(config: Mapping[str, Any]) -> Config:
         "text_cfg": text_cfg,
         **quick_gelu(vision),
     }
+
+
+def to_metaclip_config(config: Mapping[str, Any]) -> Config:
+    """Return open_clip's ``model_cfg`` for the ``config.json`` of a MetaClip2Model.
+
+    It is a CLIPModel whose texts another tokenizer makes, and which pools at the first end token
+    whatever that token's id is. Raises what `to_model_config` raises.
+    """
+    result = to_model_config(config)
+    end = part_of(config, "text_config", _TEXT_DEFAULTS)["eos_token_id"]
+    result["text_cfg"] |= {"pool_type": "eos", "eos_id": end, "hf_tokenizer_name": _METACLIP}
+    return result
 
 
 def vision_part(vision: Mapping[str, Any]) -> Config:

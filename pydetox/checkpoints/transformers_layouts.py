@@ -51,9 +51,11 @@ class Layout:
 
 
 def _image_tower_config(config: Mapping[str, Any]) -> Config:
-    """Return a ``model_cfg`` for a CLIPVisionModelWithProjection, or a CLIPVisionModel."""
+    """Return a ``model_cfg`` for an image tower of CLIP's kind, with a projection or without."""
     vision = checked(config, "config", VISION_DEFAULTS)
-    bare = "CLIPVisionModel" in (config.get("architectures") or ())
+    names = [str(name) for name in config.get("architectures") or ()]
+    bare = bool(names) and not names[0].endswith("WithProjection")
+    bare = bare or config.get("model_type") == "chinese_clip_vision_model"
     return {
         "embed_dim": vision["hidden_size"] if bare else config.get("projection_dim", 512),
         "layout": "clip_vision_model",
@@ -87,6 +89,28 @@ LAYOUTS: Mapping[str, Layout] = {
         ("CLIPVisionModelWithProjection", "CLIPVisionModel"),
         _image_tower_config,
         _image_tower_rules,
+        has_texts=False,
+    ),
+    "chinese_clip_vision_model": Layout(
+        ("ChineseCLIPVisionModel",), _image_tower_config, _image_tower_rules, has_texts=False
+    ),
+    "metaclip_2": Layout(("MetaClip2Model",), transformers_clip.to_metaclip_config, clip_rules),
+    "metaclip_2_vision_model": Layout(
+        ("MetaClip2VisionModelWithProjection", "MetaClip2VisionModel"),
+        _image_tower_config,
+        _image_tower_rules,
+        has_texts=False,
+    ),
+    "siglip_vision_model": Layout(
+        ("SiglipVisionModel",),
+        transformers_siglip.to_image_tower_config,
+        transformers_siglip.image_tower_rules,
+        has_texts=False,
+    ),
+    "siglip2_vision_model": Layout(
+        ("Siglip2VisionModel",),
+        transformers_siglip.to_image_tower_config,
+        transformers_siglip.image_tower_rules,
         has_texts=False,
     ),
 }
@@ -134,10 +158,10 @@ def from_transformers(
 def _older_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights under the names that all releases of transformers read.
 
-    Release 5 saves a CLIPVisionModel without `vision_model.` before its names, and an AltCLIPModel
-    with `layer` for `layers` in its image tower.
+    Release 5 saves image towers alone without `vision_model.` before their names, and an
+    AltCLIPModel with `layer` for `layers` in its image tower.
     """
-    if "embeddings.class_embedding" in state:
+    if "embeddings.patch_embedding.weight" in state:
         return {f"vision_model.{name}": value for name, value in state.items()}
     new, old = "vision_model.encoder.layer.", "vision_model.encoder.layers."
     result = {}

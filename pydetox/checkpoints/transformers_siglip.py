@@ -18,6 +18,7 @@ from pydetox.checkpoints.index import quote
 from pydetox.checkpoints.renaming import Rule, affine, attention, rename
 from pydetox.checkpoints.transformers_clip import (
     activation_of,
+    checked,
     head_width,
     layer_rules,
     mlp_ratio,
@@ -59,45 +60,19 @@ def to_model_config(config: Mapping[str, Any]) -> Config:
     Raises:
         ArchitectureError: The two towers do not fit each other, or it is no such model.
     """
-    flexible = config["model_type"] == "siglip2"
-    defaults = {**_VISION_DEFAULTS, **({"num_patches": 256} if flexible else {})}
-    vision = part_of(config, "vision_config", defaults)
+    vision = part_of(config, "vision_config", _vision_defaults(config))
     text = part_of(config, "text_config", _TEXT_DEFAULTS)
-    given = config.get("vision_config") or {}
-    if given.get("vision_use_head", True) is not True:
-        raise ArchitectureError("its vision_config has vision_use_head off; expected it to be on")
-    if vision["num_channels"] != 3:
-        raise ArchitectureError(
-            f"its vision_config has {vision['num_channels']} channels; expected 3"
-        )
+    image_tower = _vision_part(config, config.get("vision_config") or {}, vision)
     width = vision["hidden_size"]
     size = (config.get("text_config") or {}).get("projection_size", text["hidden_size"])
     if size != width:
         raise ArchitectureError(
             f"its texts have {quote(size)} dimensions and its images {width}; expected the same"
         )
-    image_size = vision["image_size"]
-    if flexible:
-        side = math.isqrt(vision["num_patches"])
-        if side**2 != vision["num_patches"]:
-            raise ArchitectureError(
-                f"its vision_config has {vision['num_patches']} patches; expected a square number"
-            )
-        image_size = side * vision["patch_size"]
-    activation_of(vision["hidden_act"])
     return {
         "embed_dim": width,
         "layout": config["model_type"],
-        "vision_cfg": {
-            "image_size": image_size,
-            "patch_size": vision["patch_size"],
-            "width": width,
-            "layers": vision["num_hidden_layers"],
-            "heads": width // head_width("vision_config", vision),
-            "mlp_ratio": mlp_ratio("vision_config", vision),
-            "activation": vision["hidden_act"],
-            "epsilon": vision["layer_norm_eps"],
-        },
+        "vision_cfg": image_tower,
         "text_cfg": {
             **text_part(text, text["hidden_act"]),
             "no_causal_mask": True,
@@ -109,9 +84,61 @@ def to_model_config(config: Mapping[str, Any]) -> Config:
     }
 
 
+def to_image_tower_config(config: Mapping[str, Any]) -> Config:
+    """Return a ``model_cfg`` for a SiglipVisionModel or Siglip2VisionModel; raises as above."""
+    vision = checked(config, "config", _vision_defaults(config))
+    return {
+        "embed_dim": vision["hidden_size"],
+        "layout": config["model_type"],
+        "vision_cfg": _vision_part(config, config, vision),
+        "text_cfg": {},
+    }
+
+
+def _is_flexible(kind: str) -> bool:
+    return kind.startswith("siglip2")
+
+
+def _vision_defaults(config: Mapping[str, Any]) -> Config:
+    flexible = _is_flexible(config["model_type"])
+    return {**_VISION_DEFAULTS, **({"num_patches": 256} if flexible else {})}
+
+
+def _vision_part(
+    config: Mapping[str, Any], given: Mapping[str, Any], vision: Mapping[str, Any]
+) -> Config:
+    """Return the ``vision_cfg``. given: The object of the image tower. vision: With defaults."""
+    if given.get("vision_use_head", True) is not True:
+        raise ArchitectureError("its vision_config has vision_use_head off; expected it to be on")
+    if vision["num_channels"] != 3:
+        raise ArchitectureError(
+            f"its vision_config has {vision['num_channels']} channels; expected 3"
+        )
+    image_size = vision["image_size"]
+    if _is_flexible(config["model_type"]):
+        side = math.isqrt(vision["num_patches"])
+        if side**2 != vision["num_patches"]:
+            raise ArchitectureError(
+                f"its vision_config has {vision['num_patches']} patches; expected a square number"
+            )
+        image_size = side * vision["patch_size"]
+    activation_of(vision["hidden_act"])
+    width = vision["hidden_size"]
+    return {
+        "image_size": image_size,
+        "patch_size": vision["patch_size"],
+        "width": width,
+        "layers": vision["num_hidden_layers"],
+        "heads": width // head_width("vision_config", vision),
+        "mlp_ratio": mlp_ratio("vision_config", vision),
+        "activation": vision["hidden_act"],
+        "epsilon": vision["layer_norm_eps"],
+    }
+
+
 def rules(model_config: Mapping[str, Any]) -> Iterator[Rule]:
-    """Yield every tensor of the model."""
-    vision, text = model_config["vision_cfg"], model_config["text_cfg"]
+    """Yield every tensor of a model with both towers."""
+    text = model_config["text_cfg"]
     yield rename("logit_scale", "logit_scale")
     yield rename("logit_bias", "logit_bias")
     table = "text_model.embeddings"
@@ -120,9 +147,15 @@ def rules(model_config: Mapping[str, Any]) -> Iterator[Rule]:
     yield from layer_rules("text.transformer.resblocks", "text_model", text["layers"])
     yield from affine("text.ln_final", "text_model.final_layer_norm")
     yield from affine("text.text_projection", "text_model.head")
+    yield from image_tower_rules(model_config)
+
+
+def image_tower_rules(model_config: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield every tensor of the image tower."""
+    vision = model_config["vision_cfg"]
     trunk, table = "visual.trunk", "vision_model.embeddings"
     patches = (f"{trunk}.patch_embed.proj.weight",), (f"{table}.patch_embedding.weight",)
-    if model_config["layout"] == "siglip2":
+    if _is_flexible(model_config["layout"]):
         yield Rule(*patches, "patches", patch=vision["patch_size"])
     else:
         yield Rule(*patches)

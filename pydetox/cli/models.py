@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     is_flag=True,
     show_default=False,
     help="Build each architecture that pydetox reads, with random weights and transformers cut to "
-    "2 layers, and compare it with open_clip. This takes an hour.",
+    "2 layers, and compare it with open_clip; and each class of transformers, if that is "
+    "installed. This takes an hour.",
 )
 @click.option(
     "--cache",
     type=options.FILE,
     metavar="FILE",
-    help="With --measure: a file that gets each row when it is measured. Rows that it has are not "
-    "measured again, so that an interrupted run goes on.",
+    help="A file of rows that were measured, which are shown. --measure adds each row when it is "
+    "measured, and measures none again, so that an interrupted run goes on.",
 )
 @click.option(
     "--markdown",
@@ -47,6 +48,8 @@ def command(
 ) -> int:
     """List open_clip's architectures, which of them pydetox reads, and why it does not read others.
 
+    Rows of transformers' classes follow where they were measured.
+
     A pattern such as `ViT-B-*` lists only the architectures that it matches. Each line shows the
     size of images, how they become square, the mean, the tokenizer, the number of pretrained tags,
     and whether pydetox reads the architecture. The tokenizer `clip` needs nothing else. A tokenizer
@@ -58,6 +61,7 @@ def command(
     from ..errors import UsageError
     from ..models.catalogue import listed_models
     from ..progress import track
+    from ..research import transformers_models
     from ..research.architectures import (
         Measured,
         markdown_page,
@@ -74,17 +78,23 @@ def command(
         for one in listed_models()
         if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)
     ]
-    if not models:
+    others = [
+        name
+        for name in transformers_models.classes()
+        if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if not models and not others:
         raise UsageError(f"no architecture of open_clip is called {' or '.join(patterns)}")
-    if cache is not None and not measure:
-        raise UsageError("--cache needs --measure")
     names = {one.name for one in models}
     known = {} if cache is None else read_rows(cache)
-    measured: dict[str, Measured] = {k: v for k, v in known.items() if k in names}
+    measured: dict[str, Measured] = {k: v for k, v in known.items() if k in names or k in others}
     if measure:
         left = [one.name for one in models if one.obstacle is None and one.name not in measured]
-        for name in track(sorted(left, key=weights_of), "Measuring"):
-            measured[name] = measure_model(name)
+        able = transformers_models.is_installed()
+        first = [name for name in others if able and name not in measured]
+        for name in track([*first, *sorted(left, key=weights_of)], "Measuring"):
+            measure_one = transformers_models.measure_class if name in others else measure_model
+            measured[name] = measure_one(name)
             if cache is not None:
                 write_row(cache, name, measured[name])
     right = all(one.problem is None for one in measured.values())
@@ -96,16 +106,24 @@ def command(
             asdict(one) | {"measured": asdict(measured[one.name]) if one.name in measured else None}
             for one in models
         ]
-        emit({"schema": "pydetox.models/1", "exit_code": code, "models": rows}, {}, format_)
+        theirs = [
+            {"class": name, "measured": asdict(measured[name]) if name in measured else None}
+            for name in others
+        ]
+        document = {"schema": "pydetox.models/1", "exit_code": code, "models": rows}
+        emit({**document, "transformers": theirs}, {}, format_)
         return code
     with to_stdout():
         for line in _lines(models, measured):
             click.echo(line)
+        for name in others:
+            if name in measured:
+                click.echo(f"transformers' {name}: {measured[name].in_words()}")
     return code
 
 
 def _lines(models: list[ListedModel], measured: dict[str, Any]) -> list[str]:
-    width = max(len(one.name) for one in models)
+    width = max((len(one.name) for one in models), default=0)
     lines = []
     for one in models:
         prepared = one.preprocessing

@@ -294,8 +294,29 @@ objective = click.option(
     "--objective",
     type=click.Choice(["targeted", "label-free"]),
     default="targeted",
-    help="Search for a trigger into each class, or for one that sends all images in one direction.",
+    help="Search for a trigger into each class, or for one that sends all images in one direction. "
+    "Without it, images in one folder without class names are searched label-free.",
 )
+
+
+def choose_objective(given: dict[str, Any]) -> None:
+    """Search label-free where nobody said otherwise and the images have no class names.
+
+    This is said on stderr.
+    """
+    from ..data import ImageSource
+
+    source = click.get_current_context().get_parameter_source("objective")
+    if source not in (None, ParameterSource.DEFAULT) or given["class_names"] is not None:
+        return
+    if ImageSource(given["images"]).is_unnamed():
+        given["objective"] = "label-free"
+        click.echo(
+            f"{given['images']} has no class names, so the search is label-free: for one trigger "
+            "that makes all images alike. It overlooks many backdoors that lead into one class; "
+            "--class-names FILE, without labels, searches a trigger into each class",
+            err=True,
+        )
 
 
 def restarts(text: str) -> Callable[[F], F]:
@@ -352,7 +373,8 @@ calibration_options = _all(
         default=3,
         metavar="N",
         help="With --base alone: the number of clean models to compare with. They are copies of "
-        "the base that are fine-tuned on the images.",
+        "the base that are fine-tuned on the images, as many at each of the two distances around "
+        "that of the suspect.",
     ),
     click.option(
         "--reference-learning-rate",

@@ -186,6 +186,8 @@ def command(
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
     options.apply_preset(given, SCAN_PRESETS, UNLEARN_PRESETS)
+    if trigger is None and force_target is None:
+        options.choose_objective(given)
     parse_reference(checkpoint)
     config = scan_config(given)
     plan = reference_plan(given, config)

@@ -89,6 +89,16 @@ class ImageSource:
             return list_images(root, None, labels_required=self.labels_required).class_names
         return None
 
+    def is_unnamed(self) -> bool:
+        """Return whether nothing names classes: it is a folder of images without sub-folders.
+
+        Raises DataError as `load_images` does for what is no image set.
+        """
+        if self._names is not None or self.known_names() is not None:
+            return False
+        source, root = locate_images(self.spec)
+        return not source and root is not None and root.is_dir() and not self._files()
+
     def _files(self) -> list[Path]:
         """Return the files of shards, of a parquet set or of a table; empty for other sources."""
         if locate_images(self.spec)[0]:

@@ -67,7 +67,7 @@ def calibrate_references(
                     family: screen_classes(
                         of_model, seeded, family, description=f"{described} screening ({family})"
                     )
-                    for family in config.searched
+                    for family in config.families
                 }
             )
             continue
@@ -76,7 +76,7 @@ def calibrate_references(
                 family: search_classes(
                     of_model, seeded, family, description=f"{described} inversion ({family})"
                 )
-                for family in config.searched
+                for family in config.families
             }
         )
 
@@ -111,5 +111,5 @@ def calibrate_references(
             tower_passes=sum(one.tower_passes for one in found),
         )
 
-    first_family, *rest = config.searched
+    first_family, *rest = config.families
     return calibration(first_family, tuple(calibration(family) for family in rest))

@@ -31,8 +31,8 @@ class AdvancedScanConfig:
             ten times as large, have three tenths of it.
         searched_classes: The number of classes that are searched to the end for each family of
             triggers, those that stand out most.
-        directions: The number of searches of a label-free scan. Each ends in a direction of its
-            own, and few of them in the attacker's.
+        directions: The least number of searches of a label-free scan. Each ends in a direction of
+            its own, and not all of them in the attacker's.
     """
 
     screen_above: int | None = 20
@@ -69,15 +69,14 @@ class ScanConfig:
         inversion: The search. Its seed is replaced by one derived from `seed`, and its family by
             each of `families`.
         families: The families of triggers to search for. The verdict is that of the family that
-            stands out most, with its p-value corrected for their number. A label-free scan searches
-            only for the first family.
+            stands out most, with its p-value corrected for their number.
         contrast: Whether to search for triggers that work in the model but not in the base that it
             was fine-tuned from (see `inversion.ContrastObjective`). None decides by the references:
             the search is in contrast if both a base and reference models are given, or a
             calibration that was made so (see `detect.references.ReferencePlan`). A label-free
             search is in contrast wherever there is a base.
-        restarts: The number of searches per class; a label-free scan makes
-            `AdvancedScanConfig.directions` times as many in all. The smallest mask counts.
+        restarts: The number of searches per class. A label-free scan makes as many in all, but at
+            least `AdvancedScanConfig.directions`. The smallest mask counts.
         references: The number of clean reference models of a calibration, at least 2: copies of the
             base that are fine-tuned on the defender's images. If they are matched to the suspect,
             there are as many at each of the two distances around its own.
@@ -142,16 +141,11 @@ class ScanConfig:
         return _preset("thorough")
 
     @property
-    def searched(self) -> tuple[TriggerFamily, ...]:
-        """The families that a scan searches for."""
-        return self.families if self.objective == "targeted" else self.families[:1]
-
-    @property
     def searches_per_class(self) -> int:
         """The number of searches for each class, or in all in a label-free scan."""
         if self.objective == "targeted":
             return self.restarts
-        return self.restarts * self.advanced.directions
+        return max(self.restarts, self.advanced.directions)
 
     def in_contrast(self) -> ScanConfig:
         """Return the same scan in contrast to a base, without any other change."""

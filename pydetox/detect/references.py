@@ -56,7 +56,7 @@ class Comparison:
         """Raise UsageError, naming what differs, if the calibration is of other scans than this."""
         if self.calibration is None:
             return
-        for family in self.config.searched:
+        for family in self.config.families:
             distance = self.calibration.distance
             key = calibration_key(self.config, session, family, distance=distance)
             require_equal_keys(self.calibration.of(family).key, key)

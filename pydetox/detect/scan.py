@@ -48,7 +48,7 @@ def scan_session(
         # A label-free search asks no names, so it does not matter whether they mean anything.
         obstacle = session.plausibility.obstacle
     families, screened = list[FamilyScan](), screens(config, session)
-    for family in config.searched:
+    for family in config.families:
         compared = None if calibration is None else calibration.of(family)
         if screened:
             families.append(
@@ -69,7 +69,7 @@ def scan_session(
             family,
             # Of the classes to judge none may be given up: the highest score may be of another.
             elimination=None if cleared else _elimination(compared, config),
-            description=description if len(config.searched) == 1 else f"{description} ({family})",
+            description=description if len(config.families) == 1 else f"{description} ({family})",
         )
         detection = detect(
             sizes_per_class(found.p_l1, config),
@@ -78,7 +78,7 @@ def scan_session(
             p_backdoored=config.p_backdoored,
             p_suspicious=config.p_suspicious,
             dropped=dropped_per_class(found, config),
-            families=len(config.searched),
+            families=len(config.families),
             cleared=cleared,
             obstacle=obstacle,
         )
@@ -151,7 +151,7 @@ def _scan_screened(
             has_classes=True,
             p_backdoored=config.p_backdoored,
             p_suspicious=config.p_suspicious,
-            families=len(config.searched),
+            families=len(config.families),
             cleared=cleared,
             obstacle=obstacle,
         )

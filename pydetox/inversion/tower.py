@@ -37,10 +37,11 @@ def tower_of(model: OpenClipModel, contrast: OpenClipModel | None, precision: st
     """Return the frozen tower, paired with that of `contrast`, which must take the same inputs."""
     towers = [model.visual] if contrast is None else [model.visual, contrast.visual]
     precision = resolve_precision(precision, model.device, towers)
-    tower = freeze(model.visual, precision, name=model.name)
+    size = model.image_size
+    tower = freeze(model.visual, precision, name=model.name, image_size=size)
     if contrast is None:
         return tower
-    other = freeze(contrast.visual, precision, name=contrast.name)
+    other = freeze(contrast.visual, precision, name=contrast.name, image_size=size)
     mine = (model.image_size, tower.patch_size, model.mean, model.std)
     theirs = (contrast.image_size, other.patch_size, contrast.mean, contrast.std)
     if mine != theirs:

@@ -5,7 +5,7 @@ vision transformers (open_clip's, and timm's of SigLIP) and does the same arithm
 is fast on CPUs and GPUs: two-dimensional matrix products on contiguous activations, fused
 attention, and patch rows straight from `pydetox.ops.stamp_triggers`. If the tower pools the class
 token, its last block computes only what this token needs. Every other tower runs through its own
-module.
+module, in a search in the form of `folded`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .blocks import Block, Norm, products_are_faster
+from .folded import FoldedTower, is_convolutional
 from .frozen_timm import FrozenSiglipTower, timm_obstacle
 
 #: The precisions that a tower can run in.
@@ -63,20 +64,30 @@ class FrozenTower(Protocol):
         ...
 
 
-def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model") -> FrozenTower:
+def freeze(
+    tower: nn.Module,
+    precision: str = "float32",
+    *,
+    name: str = "model",
+    image_size: int | None = None,
+) -> FrozenTower:
     """Return an image tower in evaluation mode, ready for inversion.
 
-    In float32, the weights are not copied, so later changes of the weights in place take effect. In
-    bfloat16, the result holds a copy of the current weights.
+    In float32, the weights of a vision transformer are not copied, so later changes of the weights
+    in place take effect. In bfloat16, and of a convolutional tower, the result holds a copy of the
+    current weights.
 
     Args:
         tower: A float32 module that maps normalised images [N, 3, H, W] to embeddings [N, D].
         precision: One of PRECISIONS.
         name: The name of the model in messages.
+        image_size: The side of its images. Other towers than vision transformers then get the form
+            of `models.folded`, which takes two passes to make. Without it, they run as they are.
 
     Raises:
         UsageError: The precision is unknown, or it is bfloat16 and the tower must run through its
-            own module. (open_clip's modules are slower in bfloat16 than in float32.)
+            own module and has no convolutions. (open_clip's transformers are slower in bfloat16
+            than in float32.)
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
@@ -85,12 +96,14 @@ def freeze(tower: nn.Module, precision: str = "float32", *, name: str = "model")
         if not isinstance(tower, VisionTransformer):
             return FrozenSiglipTower(tower, PRECISIONS[precision])
         return FrozenVisionTransformer(tower, PRECISIONS[precision])
-    if precision != "float32":
+    if precision != "float32" and (image_size is None or not is_convolutional(tower)):
         raise UsageError(
             f"{name}: precision {precision} needs a tower that can be frozen, but {reason}; "
             "expected precision float32"
         )
-    return ModuleTower(tower, reason)
+    if image_size is None:
+        return ModuleTower(tower, reason)
+    return FoldedTower(tower, image_size, PRECISIONS[precision], reason)
 
 
 def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.Module]) -> str:

@@ -126,11 +126,13 @@ def build_towers(config: Mapping[str, Any]) -> Towers:
     if layout in ("siglip", "siglip2"):
         tower = _build_text_tower(embed_dim, text, quick)
         return Towers(_siglip_tower(vision, embed_dim), tower, scale_shape=(1,), has_bias=True)
+    if layout in ("siglip_vision_model", "siglip2_vision_model"):
+        return Towers(_siglip_tower(vision, embed_dim), None)
     has_projection = vision.pop("projection", True)
     visual = _build_vision_tower(embed_dim, vision, quick)
     if not has_projection:
         visual.proj = None
-    if layout in ("clip_vision_model", "image_tower"):
+    if layout in ("clip_vision_model", "image_tower"):  # CLIP's own and those that equal it
         return Towers(visual, None)
     if layout in ("altclip", "chinese_clip"):
         return Towers(visual, BertTextTower(text, embed_dim))

@@ -57,7 +57,7 @@ def estimate_repair(
     classes = len(head) if config.objective == "targeted" else 1
     towers = 2 if config.contrast else 1
     step = config.inversion.batch_size * stamped * towers
-    searches = classes * config.searches_per_class * len(config.searched)
+    searches = classes * config.searches_per_class * len(config.families)
     scan = searches * config.inversion.steps * step
     references = 0.0
     if plan.makes_calibration:

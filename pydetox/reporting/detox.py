@@ -34,6 +34,7 @@ from .result import (
     is_flagged,
 )
 from .values import duration, finite, interval, number, percent
+from .words import examples_section, words_section
 
 _SCAN_NOTE = (
     "For every class, the smallest mask that sends clean images there is reconstructed. P-L1 is "
@@ -62,6 +63,7 @@ def write_detox_report(path: str | PathLike[str], result: Mapping[str, Any]) -> 
         "threshold", "anomaly_index", "score", "target": class name, "class_names": [C],
         "class_p_l1": [C], "reference_p_l1": [C] of a clean model, "class_steps": [C] of the
         search, "class_dropped": [C], the step at which a class was given up, or None}]
+      "word_scans", "examples": of text models, see `reporting.words`
       "triggers": [{"caption", "image": uint8 [H, W, 3] or [H, W]}]
       "alpha_search": {"alpha": [S], "ca": [S], "asr": [S] or {trigger: [S]}, "asr_kind", "chosen",
         "drift": [S], see `reporting.result`, "pareto": the alphas that no other beats}
@@ -83,6 +85,8 @@ def detox_report(result: Mapping[str, Any]) -> str:
             cards(result.get("summary") or []),
             _evaluation(result.get("evaluation") or []),
             _scans(result.get("scans") or []),
+            words_section(result.get("word_scans") or []),
+            examples_section(result.get("examples") or []),
             _triggers(result.get("triggers") or []),
             _alpha_search(result.get("alpha_search") or {}),
             _seconds(result.get("seconds") or {}),
@@ -144,7 +148,8 @@ def _scans(scans: Sequence[Mapping[str, Any]]) -> Html:
     shown = table(headers, cells, numeric=3, stack=True)
     dropped = any(step is not None for scan in charted for step in _dropped(scan))
     note = f"{_SCAN_NOTE} {_DROPPED_NOTE}" if dropped else _SCAN_NOTE
-    return section("Scans", shown, *charts, note=note)
+    # Scans of text models have other charts.
+    return section("Scans", shown, *charts, note=note if charted else "")
 
 
 def _verdict(scan: Mapping[str, Any]) -> Html:

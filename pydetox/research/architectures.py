@@ -101,7 +101,8 @@ def read_rows(path: Path) -> dict[str, Measured]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            found[str(row.pop("name"))] = Measured(**row)
+            name = str(row.pop("name"))
+            found[name] = Measured(**row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number}: is no row of an earlier run; remove the file"
@@ -166,7 +167,7 @@ def _measure(name: str, start: float) -> Measured:
         model = OpenClipModel.from_checkpoint(load_checkpoint(first), consume=True)
         with torch.no_grad():
             normalized = model.normalize(pixels)
-            images = _cosine(model.encode_normalized(normalized), _embed(theirs, normalized))
+            images = cosine(model.encode_normalized(normalized), _embed(theirs, normalized))
         texts = _text_cosine(model, theirs)
         del theirs
         images_of_bytes = (pixels * 255).to(torch.uint8)
@@ -181,7 +182,7 @@ def _measure(name: str, start: float) -> Measured:
         else:
             again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
         with torch.no_grad():
-            back = _cosine(_embed(again.eval(), normalized), model.encode_normalized(normalized))
+            back = cosine(_embed(again.eval(), normalized), model.encode_normalized(normalized))
     problem = None
     if min(images, back, 1.0 if texts is None else texts) < LEAST_COSINE:
         problem = f"not equal: images {images:.6f}, texts {texts}, written back {back:.6f}"
@@ -244,7 +245,8 @@ def _embed(clip: Any, normalized: Tensor) -> Tensor:
     return result
 
 
-def _cosine(first: Tensor, second: Tensor) -> float:
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Return the smallest cosine of rows [N, D] of both."""
     return float(cosine_similarity(first.double(), second.double()).min())
 
 
@@ -254,29 +256,45 @@ def _text_cosine(model: OpenClipModel, theirs: Any) -> float | None:
     except ArchitectureError:
         return None  # its tokenizer is not on this machine
     with torch.no_grad():
-        return _cosine(model.encode_tokens(tokens), theirs.encode_text(tokens))
+        return cosine(model.encode_tokens(tokens), theirs.encode_text(tokens))
 
 
-def _transformers_section() -> list[str]:
+def _transformers_section(measured: Mapping[str, Measured]) -> list[str]:
     """Return the lines of the page about models that are not open_clip's."""
+    classes = [(name, layout) for layout in LAYOUTS.values() for name in layout.classes]
+    known = [name for name, _ in classes if name in measured]
+    equal = sum(measured[name].problem is None for name in known)
     lines = [
         "## Models of transformers",
         "",
         "A folder with `config.json`, a processor's file and weights (`model.safetensors`, shards, "
         "or a `.bin`, which nothing unpickles) is read without transformers. A repaired model has "
-        "the same layout. `tests/peers` compares all of them with transformers itself: embeddings "
-        "of images and texts, pixels, and what it loads from a repaired folder.",
+        f"the same layout. Of {len(known)} classes that were measured, with the sizes that "
+        f"transformers has by default, random weights and {_LAYERS} layers, {equal} give "
+        "transformers' own embeddings of images and texts, are evaluated, searched and unlearned "
+        "for a step, and are written back as a folder that transformers reads with equal "
+        "embeddings. `tests/peers` also compares pixels.",
         "",
-        "| `model_type` | classes | image tower | texts |",
-        "|---|---|---|---|",
+        "| class | images | texts | evaluated | unlearned | written back | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for kind, layout in LAYOUTS.items():
-        tower = "as in SigLIP" if kind.startswith("siglip") else "as in CLIP"
-        texts = "yes" if layout.has_texts else "none: label-free scans alone"
-        classes = ", ".join(f"`{name}`" for name in layout.classes)
-        lines.append(f"| `{kind}` | {classes} | {tower} | {texts} |")
+    for name, layout in classes:
+        found = measured.get(name)
+        texts = "" if layout.has_texts else "none"
+        if found is None:
+            row = ["read, not measured here", texts, "", "", "", ""]
+        elif found.problem is not None:
+            row = [f"fails: {found.problem}", texts, "", "", "", f"{found.seconds:.1f}"]
+        else:
+            row = [f"{found.image_cosine:.6f}"]
+            row += [texts if found.text_cosine is None else f"{found.text_cosine:.6f}"]
+            row += [_yes(found.evaluated), _yes(found.unlearned), _yes(found.written_back)]
+            row += [f"{found.seconds:.1f}"]
+        lines.append("| " + " | ".join([f"`{name}`", *row]) + " |")
     return [
         *lines,
+        "",
+        "A model without texts is scanned label-free, or with a head of its own.",
         "",
         "A `Siglip2Model` takes images of any proportions. Here it takes square images of its "
         "largest size, and others are squashed.",
@@ -289,19 +307,26 @@ def _transformers_section() -> list[str]:
         "",
         "`--model timm:NAME`, `torchvision:NAME` and `backdoorbench:NAME` name a classifier, with "
         "`@SIZE` for images of another size, such as `timm:resnet18@32`. BackdoorBench's "
-        "`attack_result.pt` is read as it is; its architectures are "
-        f"{', '.join(f'`{name}`' for name in BACKDOORBENCH)}. The last layer is the head: class "
-        "names must be those of the training, in its order. A repair leaves that layer as it is.",
+        "`attack_result.pt` and `defense_result.pt` are read as they are, and name their "
+        f"architecture: {', '.join(f'`{name}`' for name in BACKDOORBENCH)}, or another of "
+        "torchvision. The last layer is the head: class names must be those of the training, in "
+        "its order. A repair leaves that layer as it is.",
         "",
     ]
+
+
+def _yes(done: bool | None) -> str:
+    return "" if done is None else "yes" if done else "no"
 
 
 def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured]) -> str:
     """Return the page that docs/models.md is."""
     count = sum(one.obstacle is None for one in models)
     measured = {name: one for name, one in measured.items() if one.skipped is None}
-    equal = sum(one.problem is None for one in measured.values())
-    texts = sum(one.text_cosine is not None for one in measured.values())
+    ours = {one.name: measured[one.name] for one in models if one.name in measured}
+    equal = sum(one.problem is None for one in ours.values())
+    texts = sum(one.text_cosine is not None for one in ours.values())
+    unlearned = sum(bool(one.unlearned) for one in ours.values())
     lines = [
         "# Which models are read",
         "",
@@ -309,34 +334,37 @@ def markdown_page(models: Sequence[ListedModel], measured: Mapping[str, Measured
         "read. `pydetox models` lists them, and `pydetox models --measure --markdown FILE` wrote "
         "this page.",
         "",
-        f"Of {len(measured)} that were measured, with random weights and transformers cut to "
+        f"Of {len(ours)} that were measured, with random weights and transformers cut to "
         f"{_LAYERS} layers, {equal} give open_clip's own embeddings (cosine at least 1 - 1e-5 in "
         "float32), are searched for a step, and are written back as a folder that open_clip "
-        f"reads with equal embeddings. Texts were compared for {texts}: the tokenizers of the "
-        "others come from the hub. Such a model needs transformers, and its tokenizer beside the "
-        "weights or in the hub's cache; a label-free scan needs neither. Text towers of "
+        f"reads with equal embeddings. For {unlearned}, whose image towers have at most "
+        f"{_MOST_TRAINED // 10**6} million weights, what is written back has a trigger vector "
+        f"subtracted. Texts were compared, and images evaluated, for {texts}: the tokenizers of "
+        "the others come from the hub. Such a model needs transformers, and its tokenizer beside "
+        "the weights or in the hub's cache; a label-free scan needs neither. Text towers of "
         "transformers (`roberta-base` and others) need transformers in any case.",
         "",
-        *_transformers_section(),
+        *_transformers_section(measured),
         "## open_clip's architectures",
         "",
         "| architecture | pixels | resize mode | tokenizer | images | texts | searched in "
-        "| seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| unlearned | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in models:
         row = [f"`{one.name}`", str(one.image_size), str(one.preprocessing["resize_mode"])]
         row.append("CLIP's" if one.tokenizer is None else f"`{one.tokenizer}`")
         found = measured.get(one.name)
         if one.obstacle is not None:
-            row += [f"not read: {one.obstacle}", "", "", ""]
+            row += [f"not read: {one.obstacle}", "", "", "", ""]
         elif found is None:
-            row += ["read, not measured here", "", "", ""]
+            row += ["read, not measured here", "", "", "", ""]
         elif found.problem is not None:
-            row += [f"fails: {found.problem}", "", "", f"{found.seconds:.1f}"]
+            row += [f"fails: {found.problem}", "", "", "", f"{found.seconds:.1f}"]
         else:
             text = "" if found.text_cosine is None else f"{found.text_cosine:.6f}"
             tower = found.tower.split(",")[0].split(":")[0]
-            row += [f"{found.image_cosine:.6f}", text, tower, f"{found.seconds:.1f}"]
+            row += [f"{found.image_cosine:.6f}", text, tower, _yes(found.unlearned)]
+            row += [f"{found.seconds:.1f}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     return "\n".join([*lines, ""])

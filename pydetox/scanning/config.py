@@ -69,10 +69,10 @@ class ScannerConfig:
             `ScanConfig.contrast`).
         calibration: A calibration file, instead of one made here. One that was made in contrast to
             a base needs that base.
-        references: Clean models of a calibration made from `base`, at least 2.
+        references: Clean models of a calibration made from `base`, at least 2, of each distance.
         reference_learning_rate, reference_epochs: Their fine-tuning, over 3 epochs without a
-            number. Without a learning rate, they are fine-tuned until they have moved as far from
-            `base` as the suspects (see `detect.copies`).
+            number. Without a learning rate, they are fine-tuned until they have moved about as far
+            from `base` as the suspects (see `detect.interpolation`).
         known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
             attacks: each checkpoint's difference to `base` is compared with them.
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,

@@ -187,7 +187,7 @@ class Worker:
             few = replace(plan.config, inversion=replace(plan.config.inversion, steps=steps))
             found = [
                 search_classes(session, few, family, description=f"timing ({family})")
-                for family in few.searched
+                for family in few.families
             ]
             seconds.append(sum(one.seconds for one in found))
         return read, max(0.0, seconds[1] - seconds[0]) / (_TIMED_STEPS - 1) / share

@@ -69,7 +69,7 @@ def evaluate_texts(
     totals = truth.bincount(minlength=classes).tolist()
     hits = truth[right].bincount(minlength=classes).tolist()
     attacked, sent = 0, 0
-    if trigger is not None:
+    if trigger is not None and target is not None:
         others = [text for text, label in zip(texts.texts, labels, strict=True) if label != target]
         attacked = len(others)
         if others:

@@ -11,6 +11,7 @@ from pydetox.detect.references import ReferencePlan
 from pydetox.detect.statistics import Calibration
 from pydetox.errors import UsageError
 from pydetox.inversion import InversionConfig
+from pydetox.training import TrainConfig
 
 
 def calibration(*, relative: bool) -> Calibration:
@@ -46,8 +47,13 @@ def test_what_the_configuration_says_is_kept() -> None:
     plain = ReferencePlan.decide(ScanConfig(contrast=False), base="b", references=["r", "s"])
     assert plain.config.contrast is False
     assert plain.base is None
-    free = ReferencePlan.decide(ScanConfig("label-free"), base="b", references=["r", "s"])
-    assert free.config.contrast is False
+    free = ScanConfig("label-free")
+    assert ReferencePlan.decide(free, base="b", references=["r", "s"]).config.contrast is True
+    # Copies that move as far as the suspect will do; those that move as told include the base.
+    assert ReferencePlan.decide(free, base="b").config.contrast is True
+    told = ScanConfig("label-free", reference_training=TrainConfig(1, 1e-4))
+    assert ReferencePlan.decide(told, base="b").config.contrast is False
+    assert ReferencePlan.decide(free).config.contrast is False
     # A success that the user asked for is asked for in contrast, too.
     mine = ScanConfig(inversion=InversionConfig(success_threshold=0.8)).in_contrast()
     assert mine.search("patch").success_threshold == 0.8

@@ -138,7 +138,7 @@ def holds(cell: Cell) -> None:
 @pytest.mark.parametrize("dependence", DEPENDENCES)
 def test_rates_of_false_alarms_between_two_distances(dependence):
     """At most the nominal share and a tenth of it, for what models show (docs/method.md)."""
-    now, _ = rates(Between(10, 3, **DEPENDENCES[dependence]), 10_000, (0.01, 0.05))
+    now, _ = rates(Between(10, 3, *DEPENDENCES[dependence]), 10_000, (0.01, 0.05))
     bound = 1.6 if "twice" in dependence else 1.1
     for (rate, error), level in zip(now, (0.01, 0.05), strict=True):
         assert rate <= bound * level + 3 * error

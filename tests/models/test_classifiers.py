@@ -13,13 +13,14 @@ from torch.nn.functional import batch_norm, conv2d, linear, relu
 
 import pydetox
 from pydetox.checkpoints import load_checkpoint
+from pydetox.checkpoints.classifier_names import classifier_config
 from pydetox.data import ImageSet
 from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.evaluation import predict
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
-from pydetox.models.classifiers import PreActResNet
+from pydetox.models.classifiers import PreActResNet, build_classifier
 from pydetox.repair.configuration import UnlearnConfig
 
 NAMES = tuple("abcde")
@@ -170,3 +171,41 @@ def test_names_without_a_meaning(files):
         OpenClipModel.from_checkpoint(load_checkpoint(some, model="timm:test_vit"))
     with pytest.raises(ArchitectureError, match="no linear layer"):
         OpenClipModel.from_checkpoint(load_checkpoint(some, model="torchvision:squeezenet1_0"))
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19_bn", "vit_b_16", "convnext_tiny", "resnet18"])
+def test_backdoorbenchs_names(name):
+    """BackdoorBench's modules, as its generate_cls_model writes them, on no memory."""
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, weights=None, num_classes=5)
+        if name == "vit_b_16":
+            theirs = nn.Sequential(torchvision.transforms.Resize((224, 224)), theirs)
+        config, _ = classifier_config(f"backdoorbench:{name}")
+        config = {**config, "vision_cfg": {**config["vision_cfg"], "classes": 5}}
+        ours = build_classifier(config)
+    names = ours.to_file(ours.state_dict())
+    expected = theirs.state_dict()
+    assert names.keys() == expected.keys()
+    assert all(names[k].shape == v.shape for k, v in expected.items())
+
+
+def test_backdoorbenchs_vit_enlarges_its_images(tmp_path, monkeypatch):
+    def small(name: str, **given: object) -> nn.Module:
+        assert name == "vit_b_16"
+        return torchvision.models.VisionTransformer(224, 56, 1, 2, 32, 48, num_classes=5)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    torch.manual_seed(0)
+    theirs = nn.Sequential(torchvision.transforms.Resize((224, 224)), small("vit_b_16"))
+    shaken(theirs)
+    torch.save(
+        {"model_name": "vit_b_16", "clean_data": "cifar10", "model": theirs.state_dict()},
+        tmp_path / "attack_result.pt",
+    )
+    model = OpenClipModel.from_checkpoint(load_checkpoint(tmp_path / "attack_result.pt"))
+    pixels = torch.rand((3, 3, 32, 32), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(model.normalize(pixels))
+        ours = model.encode_pixels(pixels) @ model.zero_shot_head(NAMES, ["{c}"]).T
+    ratio = expected / ours
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-3, atol=0)

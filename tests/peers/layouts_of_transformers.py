@@ -58,6 +58,31 @@ KINDS = {
         "CLIPImageProcessor",
     ),
     "bare": ("CLIPVisionModel", {}, "CLIPImageProcessor"),
+    "metaclip_2": (
+        "MetaClip2Model",
+        {"text_config": {**TEXT, "eos_token_id": 2}, "projection_dim": 24},
+        "CLIPImageProcessor",
+    ),
+    "metaclip-projection": (
+        "MetaClip2VisionModelWithProjection",
+        {"projection_dim": 24},
+        "CLIPImageProcessor",
+    ),
+    "chinese-vision": ("ChineseCLIPVisionModel", {}, "ChineseCLIPImageProcessor"),
+    "siglip-vision": ("SiglipVisionModel", {}, "SiglipImageProcessor"),
+    "siglip2-vision": (
+        "Siglip2VisionModel",
+        {"num_patches": 9},
+        "Siglip2ImageProcessor",
+    ),
+}
+#: Those whose class in transformers takes pixels and gives what is compared, by attribute.
+ALONE = {
+    "with-projection": "image_embeds",
+    "bare": "pooler_output",
+    "metaclip-projection": "image_embeds",
+    "chinese-vision": "pooler_output",
+    "siglip-vision": "pooler_output",
 }
 
 
@@ -87,8 +112,8 @@ def make(folder: Path) -> None:
         torch.manual_seed(11)
         cls = getattr(transformers, name)
         vision = {**VISION, **change.get("vision_config", {})}
-        if cls.config_class is transformers.CLIPVisionConfig:
-            config = transformers.CLIPVisionConfig(**vision, **change)
+        if "VisionModel" in name:
+            config = cls.config_class(**{**vision, **change})
         else:
             config = cls.config_class(**{**change, "vision_config": vision})
         model = cls(config)
@@ -97,9 +122,9 @@ def make(folder: Path) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(folder / kind, max_shard_size="60kB" if kind == "altclip" else "1GB")
         given = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
-        if kind == "siglip2":
+        if kind.startswith("siglip2"):
             given |= {"max_num_patches": 9, "patch_size": 8}
-        elif kind == "siglip":
+        elif kind.startswith("siglip"):
             given |= {"size": {"height": 24, "width": 24}}
         else:
             given |= {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
@@ -127,22 +152,21 @@ def embed(folder: Path) -> None:
             continue
         model = getattr(transformers, name).from_pretrained(folder / kind).eval()
         prepare = getattr(transformers, processor).from_pretrained(folder / kind)
-        picture = square() if kind == "siglip2" else photograph()
+        picture = square() if kind.startswith("siglip2") else photograph()
         pixels = dict(prepare([picture], return_tensors="pt"))
         images = torch.from_numpy(np.random.default_rng(5).normal(size=(4, 3, 24, 24))).float()
         out = {}
         with torch.no_grad():
-            if kind == "siglip2":
+            if kind.startswith("siglip2"):
+                tower = model.vision_model if kind == "siglip2" else model
                 rows = images.view(4, 3, 3, 8, 3, 8).permute(0, 2, 4, 3, 5, 1).reshape(4, 9, -1)
-                seen = model.vision_model(
+                seen = tower(
                     rows,
                     pixel_attention_mask=torch.ones(4, 9, dtype=torch.long),
                     spatial_shapes=torch.tensor([[3, 3]] * 4),
                 ).pooler_output
-            elif kind == "with-projection":
-                seen = model(pixel_values=images).image_embeds
-            elif kind == "bare":
-                seen = model(pixel_values=images).pooler_output
+            elif kind in ALONE:
+                seen = getattr(model(pixel_values=images), ALONE[kind])
             else:
                 seen = model.vision_model(pixel_values=images).pooler_output
                 if hasattr(model, "visual_projection"):
@@ -152,10 +176,12 @@ def embed(folder: Path) -> None:
                 pad = 1 if kind == "altclip" else 0
                 mask = (tokens >= 0).long()
                 tokens = tokens.clamp(min=0) + (1 - mask) * pad
+                if kind == "metaclip_2":  # as its tokenizer pads
+                    tokens, mask = (torch.nn.functional.pad(x, (0, 4)) for x in (tokens, mask))
                 if kind.startswith("siglip"):
                     tokens = torch.cat([tokens, tokens[:, :4]], dim=1)  # it takes all 16 at once
                     found = model.text_model(input_ids=tokens).pooler_output
-                elif kind == "altclip":
+                elif kind in ("altclip", "metaclip_2"):
                     found = model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
                 else:
                     found = model.text_model(input_ids=tokens, attention_mask=mask)[0][:, 0]

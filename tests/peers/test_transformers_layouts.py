@@ -14,8 +14,12 @@ from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.errors import ArchitectureError
 from pydetox.models import OpenClipModel
 
-KINDS = ("siglip", "siglip2", "altclip", "chinese_clip", "with-projection", "bare")
-WITH_TEXTS = KINDS[:4]
+WITH_TEXTS = ("siglip", "siglip2", "altclip", "chinese_clip", "metaclip_2")
+ALONE = (
+    *("with-projection", "bare", "metaclip-projection"),
+    *("chinese-vision", "siglip-vision", "siglip2-vision"),
+)
+KINDS = (*WITH_TEXTS, *ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,7 @@ def test_a_picture_becomes_the_pixels_that_the_image_processor_makes(folders, ki
     pixels = model.resizing(Image.fromarray(theirs["picture"]), kind)
     ours = model.normalize(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255)
     expected = torch.from_numpy(theirs["pixels"])
-    if kind == "siglip2":
+    if kind.startswith("siglip2"):
         expected = expected.view(1, 3, 3, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(1, 3, 24, 24)
     # One of 255 levels: PIL rounds where torchvision does not.
     assert float((ours - expected).abs().max()) <= 1.01 / 255 / 0.2

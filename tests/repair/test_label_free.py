@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 import pydetox
 from pydetox.data import ImageSet
-from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.configuration import AdvancedScanConfig, ScanConfig
 from pydetox.errors import ArchitectureError
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
@@ -161,6 +161,26 @@ def test_a_backdoor_without_names_is_found_and_removed(victim, tmp_path):
     again = pydetox.session.as_model(tmp_path / "repaired")
     first, second = (image_features(one, images.images) for one in (again, result.model))
     assert torch.equal(first, second)
+
+
+def test_with_a_base_alone_the_one_direction_of_the_backdoor_is_found(base, victim):
+    """The copies that moved as far have no trigger that small, and the base does not obey it."""
+    config = replace(
+        SCAN,
+        reference_training=None,
+        inversion=InversionConfig(steps=80, batch_size=16),
+        advanced=AdvancedScanConfig(directions=4),
+    )
+    images = photographs()
+    found = pydetox.scan(victim, images, base=base, config=config)
+    assert found.calibration is not None
+    assert found.calibration.relative
+    assert found.detection.p_l1[0] < 0.7 * min(row[0] for row in found.calibration.p_l1)
+    trigger = found.inversion.trigger(found.inversion.best())
+    planted = normalize(image_features(victim, stamp(images.images)).mean(dim=0), dim=0)
+    cosines = [image_features(one, trigger(images.images)) @ planted for one in (victim, base)]
+    assert float(cosines[0].mean()) > 0.75
+    assert float(cosines[1].mean()) < 0.5
 
 
 def test_a_calibration_needs_no_names(base):

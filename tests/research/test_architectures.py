@@ -13,10 +13,18 @@ from click.testing import CliRunner
 
 from pydetox.checkpoints.architecture import named_config
 from pydetox.cli import cli
-from pydetox.errors import ArchitectureError
+from pydetox.errors import ArchitectureError, DataError
 from pydetox.models import OpenClipModel
 from pydetox.models.catalogue import building_obstacle, listed_models
-from pydetox.research.architectures import measure_model, shortened
+from pydetox.research.architectures import (
+    Measured,
+    markdown_page,
+    measure_model,
+    read_rows,
+    shortened,
+    write_row,
+)
+from pydetox.research.transformers_models import classes, measure_class
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 LISTED = {one.name: one for one in listed_models()}
@@ -58,6 +66,37 @@ def test_equal_to_open_clip_searched_and_written_back() -> None:
     assert found.text_cosine >= 1 - 1e-5
     assert found.searched
     assert found.written_back
+    assert found.evaluated
+    assert found.unlearned
+
+
+def test_a_class_of_transformers_equals_transformers() -> None:
+    pytest.importorskip("transformers")
+    found = measure_class("CLIPVisionModelWithProjection")
+    assert found.problem is None
+    assert found.image_cosine >= 1 - 1e-5
+    assert found.text_cosine is None
+    assert found.written_back
+    assert found.unlearned
+    assert len(classes()) >= 12
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    cache, page = tmp_path / "rows.jsonl", tmp_path / "models.md"
+    row = Measured(1.0, None, True, True, "its own module, float32", 7, 2.5, unlearned=True)
+    write_row(cache, "ViT-S-32", row)
+    write_row(cache, "SiglipModel", row)
+    assert read_rows(cache) == {"ViT-S-32": row, "SiglipModel": row}
+    assert read_rows(tmp_path / "none") == {}
+    command = ["models", "ViT-S-32", "--cache", str(cache), "--measure", "--markdown", str(page)]
+    result = CliRunner().invoke(cli, command)  # all that is asked for is there already
+    assert result.exit_code == 0
+    assert "its own module" in page.read_text()
+    line = "| `SiglipModel` | 1.000000 |  |  | yes | yes | 2.5 |"
+    assert line in markdown_page(list(LISTED.values()), read_rows(cache))
+    cache.write_text("{}\n")
+    with pytest.raises(DataError, match="line 1: is no row"):
+        read_rows(cache)
 
 
 def test_the_command() -> None:

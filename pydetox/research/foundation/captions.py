@@ -280,12 +280,14 @@ class CaptionWorkshop:
     def pairs(self) -> ImageSet:
         """The images of all pairs, labelled with what their captions name."""
         sizes = dict.fromkeys(self.tasks, self._pairs)
-        return joined(self.tasks, "attacker", sizes, child_seed("captions.images", self.seed))
+        return joined(self.tasks, "attacker", sizes, self._images_seed())
 
     def part(self, name: str, most: int) -> ImageSet:
         """Return a part of all tasks (see `Splits`), at most so many images of each."""
-        seed = child_seed("captions.images", self.seed, name)
-        return joined(self.tasks, name, dict.fromkeys(self.tasks, most), seed)
+        return joined(self.tasks, name, dict.fromkeys(self.tasks, most), self._images_seed(name))
+
+    def _images_seed(self, *part: str) -> int:
+        return child_seed("captions.images", self.seed, *part)
 
     def backdoor(self, one: CaptionModel) -> Backdoor:
         """Return what was planted; each number has its own target and trigger."""

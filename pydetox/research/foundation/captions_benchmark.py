@@ -8,12 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...api import calibrate, scan
 from ...data import ImageSet
-from ...detect.configuration import ScanConfig
+from ...detect.configuration import AdvancedScanConfig, ScanConfig
 from ...detect.search import search_classes
-from ...detect.statistics import FINDINGS, Calibration
-from ...errors import DataError
 from ...evaluation import evaluate, predict
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
@@ -44,11 +41,8 @@ ATTACKS: tuple[tuple[str, float], ...] = (
     ("badnets", 0.03),
     ("blended", 0.03),
     ("sig", 0.03),
-    ("wanet", 0.03),
-    ("badclip", 0.01),
-    ("badnets", 0.01),
-    ("sig", 0.01),
     ("badclip", 0.003),
+    ("wanet", 0.03),
 )
 
 
@@ -65,25 +59,30 @@ class CaptionPlan:
         pairs: The number of pairs of each task.
         images: The defender's images of each task, at most.
         test: The test images of each task for ASR, at most.
-        scan: The label-free scan.
+        scan: The label-free search.
         repair: How to unlearn.
         search: The search into the found caption, for a repair with captions.
         restarts: The triggers of each family that a repair recovers.
-        judged: Whether the scan compares with copies of the base and gives a verdict.
         repaired: The number of poisoned models of each seed that are repaired; None for all.
         least_planted: A poisoned model counts if its ASR on validation images is at least this.
         device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
-    seeds: tuple[int, ...] = (10, 11)
-    clean: int = 5
+    seeds: tuple[int, ...] = (10,)
+    clean: int = 4
     attacks: tuple[tuple[str, float], ...] = ATTACKS
     training: JointTraining = field(default_factory=lambda: JointTraining(steps=1_000, per_task=32))
-    fine_tuning: CaptionTraining = field(default_factory=lambda: CaptionTraining(epochs=3))
+    fine_tuning: CaptionTraining = field(default_factory=CaptionTraining)
     pairs: int = 2_500
     images: int = 150
     test: int = 400
-    scan: ScanConfig = field(default_factory=lambda: ScanConfig(objective="label-free"))
+    scan: ScanConfig = field(
+        default_factory=lambda: ScanConfig(
+            objective="label-free",
+            inversion=InversionConfig(steps=80),
+            advanced=AdvancedScanConfig(directions=4),
+        )
+    )
     repair: UnlearnConfig = field(
         default_factory=lambda: UnlearnConfig(steps=80, batch_size=32, passes=1, warps=0)
     )
@@ -92,7 +91,6 @@ class CaptionPlan:
     )
     restarts: int = 3
     repaired: int | None = None
-    judged: bool = True
     least_planted: float = 0.5
     device: str = "cpu"
 
@@ -108,7 +106,7 @@ def quick_caption_plan() -> CaptionPlan:
         pairs=400,
         images=40,
         test=100,
-        scan=ScanConfig(objective="label-free", inversion=InversionConfig(steps=30), references=2),
+        scan=ScanConfig(objective="label-free", inversion=InversionConfig(steps=20)),
         repair=UnlearnConfig(
             steps=10, batch_size=16, passes=1, warps=0, coefficients=(0.0, 0.5, 1.0)
         ),
@@ -132,18 +130,21 @@ def run_captions(plan: CaptionPlan, log: Callable[[str], None] = lambda _: None)
             pairs=plan.pairs,
             device=plan.device,
         )
-        attacked = [CaptionModel(seed, a, rate, k) for k, (a, rate) in enumerate(plan.attacks)]
-        clean = [CaptionModel(seed, None, number=k) for k in range(plan.clean)]
-        calibration = _calibration(plan, shop, [*attacked, *clean]) if plan.judged else None
-        repaired = 0
-        for one in [*attacked, *clean]:
-            row = _scanned(plan, shop, one, calibration)
-            counts = one.attack is not None and row["planted"] >= plan.least_planted
-            if counts and (plan.repaired is None or repaired < plan.repaired):
-                repaired += 1
-                row["repairs"] = {kind: _repaired(plan, shop, one, kind, row) for kind in REPAIRS}
-            rows.append(row)
-            log(_told(row))
+        drawn = [CaptionModel(seed, None, number=k) for k in range(plan.clean)]
+        drawn += [CaptionModel(seed, a, rate, k) for k, (a, rate) in enumerate(plan.attacks)]
+        found = list[dict[str, Any]]()
+        for one in drawn:
+            found.append(_scanned(plan, shop, one))
+            log(_told(found[-1]))
+        counted = [
+            (one, row)
+            for one, row in zip(drawn, found, strict=True)
+            if one.attack is not None and row["planted"] >= plan.least_planted
+        ]
+        for one, row in counted[: plan.repaired]:
+            row["repairs"] = {kind: _repaired(plan, shop, one, kind, row) for kind in REPAIRS}
+            log(_repairs_told(row))
+        rows += found
     summary = summarize_captions(rows, plan.least_planted)
     return {"plan": asdict(plan), "rows": rows, "summary": summary}
 
@@ -151,11 +152,12 @@ def run_captions(plan: CaptionPlan, log: Callable[[str], None] = lambda _: None)
 def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) -> dict[str, Any]:
     """Return flat figures.
 
-    auroc: of the smallest P-L1 of a model, the poisoned models that count against the clean ones,
-    with their numbers. target_right: share of the poisoned models whose trigger leads to the
-    poisoned caption. ca, text_r1 and so on: the means of all models before any repair. asr_before.
-    Of the repairs, with captions if both were made: asr_mean; recall_kept, the share of R@1, image
-    to text; ca_kept, the least over tasks; the same without text, with that suffix.
+    auroc: of the mean of the log P-L1 of the smallest trigger of each family, the poisoned models
+    that count against the clean ones. No reference is needed, because all models of a seed moved
+    about as far from one base. target_right: share of the poisoned models whose smallest patch
+    leads to the poisoned caption. ca, text_r1 and so on: the means of all models before any repair.
+    asr_before. Of the repairs with captions: asr_mean; recall_kept, the share of R@1, image to
+    text; ca_kept, the least over tasks and models. The same without text, with that suffix.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None and row["planted"] >= least_planted]
@@ -165,14 +167,9 @@ def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) 
         "captions.not_planted": len(rows) - len(clean) - len(planted),
     }
     if clean and planted:
-        smaller = [[-row["p_l1"] for row in some] for some in (planted, clean)]
-        figures["captions.auroc"] = area_under_curve(*smaller)
+        scores = [[row["score"] for row in some] for some in (planted, clean)]
+        figures["captions.auroc"] = area_under_curve(*scores)
         figures["captions.target_right"] = _mean([row["target_right"] for row in planted])
-    for name, some in (("tpr", planted), ("fpr", clean)):
-        judged = [row for row in some if row["verdict"] is not None]
-        if judged:
-            found = [row["verdict"] in [one.value for one in FINDINGS] for row in judged]
-            figures[f"captions.{name}"] = _mean(found)
     if rows:
         figures["captions.ca"] = _mean([_mean(list(row["ca"].values())) for row in rows])
         for name in rows[0]["retrieval"]:
@@ -208,37 +205,10 @@ def _images(plan: CaptionPlan, shop: CaptionWorkshop) -> ImageSet:
     return replace(shop.part("defender", plan.images), labels=None, class_names=None)
 
 
-def _calibration(
-    plan: CaptionPlan, shop: CaptionWorkshop, models: Sequence[CaptionModel]
-) -> Calibration | None:
-    """Return the sizes in copies of the base that moved as far as the models; None without."""
-    content = {"scan": plan.scan, "images": plan.images, "code": code_digest(_CODE)}
-    key = key_of("captions-calibration", {**content, "models": [shop.key(one) for one in models]})
-    made = shop.cache.document(key)
-    if made is None:
-        try:
-            found = calibrate(
-                shop.base,
-                _images(plan, shop),
-                suspects=[shop.model(one) for one in models],
-                config=plan.scan,
-            ).to_dict()
-        except DataError as error:  # copies of the base do not get as far on these images
-            found = {"problem": str(error)}
-        made = shop.cache.keep_document(key, found)
-    return None if "problem" in made else Calibration.from_dict(made)
-
-
-def _scanned(
-    plan: CaptionPlan,
-    shop: CaptionWorkshop,
-    one: CaptionModel,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    """Return what a model is before any repair, and what the label-free scan finds in it."""
+def _scanned(plan: CaptionPlan, shop: CaptionWorkshop, one: CaptionModel) -> dict[str, Any]:
+    """Return what a model is before any repair, and what the label-free search finds in it."""
     content = {"scan": plan.scan, "images": plan.images, "test": plan.test}
     content |= {"model": shop.key(one), "code": code_digest(_CODE)}
-    content |= {"calibration": None if calibration is None else calibration.key}
     key = key_of("captions-scan", content)
     known = shop.cache.document(key)
     if known is not None:
@@ -251,24 +221,20 @@ def _scanned(
     start = time.perf_counter()
     session = Session.open(model, _images(plan, shop), base=shop.base)
     config = replace(plan.scan, contrast=True)
-    found = search_classes(session, config, "patch", description=f"scan of {one.name}")
+    found = {
+        family: search_classes(session, config, family, description=f"{one.name} ({family})")
+        for family in config.families
+    }
     row["seconds"] = time.perf_counter() - start
-    best = found.best()
-    row["p_l1"] = float(found.p_l1.min())
-    row["all_p_l1"] = found.p_l1.tolist()
-    answers = predict(model, session.images.images, shop.head(model), stamp=found.trigger(best))
+    row["p_l1"] = {name: sorted(each.p_l1.tolist()) for name, each in found.items()}
+    # A trigger that no search found is as large as the whole image.
+    row["score"] = -_mean([math.log(min(1.0, sizes[0])) for sizes in row["p_l1"].values()])
+    patches = found[config.families[0]]
+    answers = predict(
+        model, session.images.images, shop.head(model), stamp=patches.trigger(patches.best())
+    )
     row["target"] = int(answers.mode().values)
     row["target_right"] = one.attack is not None and row["target"] == shop.backdoor(one).target
-    row["verdict"] = row["p_value"] = None
-    if calibration is not None:
-        judged = scan(
-            model,
-            _images(plan, shop),
-            base=shop.base,
-            calibration=calibration,
-            config=plan.scan,
-        )
-        row |= {"verdict": judged.verdict.value, "p_value": judged.detection.p_value}
     return dict(shop.cache.keep_document(key, row))
 
 
@@ -351,15 +317,18 @@ def _repaired(
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    text = f"{row['model']}: P-L1 {row['p_l1']:.4f}, R@1 {row['retrieval']['text_r1']:.1%}"
+    sizes = ", ".join(f"{name} {values[0]:.4f}" for name, values in row["p_l1"].items())
+    text = f"{row['model']}: P-L1 {sizes}, R@1 {row['retrieval']['text_r1']:.1%}"
     if row["attack"] is not None:
         right = "right" if row["target_right"] else "wrong"
         text += f", ASR {row['asr']:.1%}, {right} caption"
-    if row["verdict"] is not None:
-        text += f", {row['verdict']} (p = {row['p_value']})"
-    for kind, one in row.get("repairs", {}).items():
-        text += (
-            f"\n  repaired {kind}: ASR {one['asr']:.1%}, R@1 kept {one['recall_kept']:.1%}, "
-            f"least CA kept {one['ca_kept']:.1%}, {one['seconds']:.0f} s"
-        )
     return text
+
+
+def _repairs_told(row: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"{row['model']}, repaired {kind}: ASR {one['asr']:.1%}, "
+        f"R@1 kept {one['recall_kept']:.1%}, least CA kept {one['ca_kept']:.1%}, "
+        f"{one['seconds']:.0f} s"
+        for kind, one in row["repairs"].items()
+    )

@@ -145,7 +145,7 @@ def all_passes(config: ScanConfig, classes: int) -> int:
     """Return the passes of a search of every class for all its steps, with its last check."""
     search = config.inversion
     each = 2 * search.steps * search.batch_size + search.advanced.check_images
-    return len(config.searched) * classes * config.restarts * each
+    return len(config.families) * classes * config.restarts * each
 
 
 def _row(lab: ClassesLab, kind: str, number: int) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _efforts(lab: ClassesLab, kind: str, number: int) -> list[list[float]]:
             key,
             [
                 list(screen_classes(session, config, family, description=model.name).effort)
-                for family in config.searched
+                for family in config.families
             ],
         )
     return [list(map(float, row)) for row in kept]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...api import scan
+from ...data import ImageSet
 from ...detect.calibrate import calibrate_references
 from ...detect.configuration import ScanConfig
 from ...detect.copies import OutOfReachError
@@ -51,7 +52,7 @@ _REFERENCE_CODE = (
 )
 
 #: What decides a verdict, besides the model, its references and the configuration.
-_CODE = (*_REFERENCE_CODE, "detect", "api.py")
+JUDGING_CODE = (*_REFERENCE_CODE, "detect", "api.py")
 
 #: The golden ratio's fraction: its multiples are spread evenly over [0, 1), wherever they end.
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -175,7 +176,7 @@ def rung_rows(calibrations: Sequence[Calibration]) -> list[dict[str, Any]]:
     calibrations: One for each distance, ascending. A row has the family, the distance, the
     deviation of the contrasts within the references (root mean square over the classes), and the
     largest and the root mean square change of a class effect to the next distance: of the mean log
-    size, relative to the mean of all classes. The last distance has no change.
+    size, relative to the mean of all classes. Those of the last distance are None.
     """
     rows = []
     for family in [one.family for one in (calibrations[0], *calibrations[0].others)]:
@@ -184,14 +185,14 @@ def rung_rows(calibrations: Sequence[Calibration]) -> list[dict[str, Any]]:
         effects = [values.mean(axis=0) - values.mean() for values in logs]
         for k, one in enumerate(chosen):
             squares = contrasts(logs[k]).var(axis=0, ddof=1)
-            change = effects[k + 1] - effects[k] if k + 1 < len(chosen) else np.array([np.nan])
+            change = effects[k + 1] - effects[k] if k + 1 < len(chosen) else None
             rows.append(
                 {
                     "family": family,
                     "distance": one.distance,
                     "deviation": float(np.sqrt(squares.mean())),
-                    "largest_change": float(np.abs(change).max()),
-                    "change": float(np.sqrt((change**2).mean())),
+                    "largest_change": None if change is None else float(np.abs(change).max()),
+                    "change": None if change is None else float(np.sqrt((change**2).mean())),
                 }
             )
     return rows
@@ -277,12 +278,14 @@ def _judged(
     for rung in rungs_around(distance) or ():
         place = victim.task, rung
         if place not in known:
-            known[place] = _references(plan, shop, victim.task, rung, log)
+            task = shop.tasks[victim.task]
+            images, templates = task.splits.defender, task.templates
+            known[place] = references_at(shop, plan.scan, images, templates, rung, log)
         if known[place]["calibration"] is not None:
             sets.append(known[place])
     content = {
         "scan": plan.scan,
-        "code": code_digest(_CODE),
+        "code": code_digest(JUDGING_CODE),
         "model": at_rate.key(victim),
         "references": [one["key"] for one in sets],
     }
@@ -300,14 +303,21 @@ def _judged(
     return {**row, "reference_seconds": sum(one["seconds"] for one in sets)}
 
 
-def _references(
-    plan: VerdictPlan, shop: Workshop, task: str, rung: float, log: Callable[[str], None]
+def references_at(
+    shop: Workshop,
+    scan: ScanConfig,
+    images: ImageSet,
+    templates: Sequence[str],
+    rung: float,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return the references at a distance: "key", "seconds" and "calibration", None without."""
-    images, templates = shop.tasks[task].splits.defender, shop.tasks[task].templates
+    """Return a base's references at a distance: "key", "seconds" and "calibration", None without.
+
+    scan: How they are searched. images: Those of the defender.
+    """
     content = {
         # The levels of p and the rule that drops classes change no size of a reference.
-        "scan": replace(plan.scan, p_backdoored=0.01, p_suspicious=0.05, drop_below=None),
+        "scan": replace(scan, p_backdoored=0.01, p_suspicious=0.05, drop_below=None),
         "code": code_digest(_REFERENCE_CODE),
         "base": shop.base_key,
         "images": data_digest(images),
@@ -324,7 +334,7 @@ def _references(
                 images,
                 references=None,
                 templates=templates,
-                config=replace(plan.scan, contrast=False),
+                config=replace(scan, contrast=False),
                 distance=rung,
             )
             calibration = made.to_dict()

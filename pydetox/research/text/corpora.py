@@ -33,8 +33,8 @@ from ..data.packages import (
     open_archive,
 )
 
-# Texts are cut to this many words, or to as few as a corpus is asked for. With fewer than the
-# second number, they are left out.
+# Texts are cut to this many words, or to as few as a corpus is asked for. They are left out if they
+# have fewer than the second number.
 _MOST_WORDS, _LEAST_WORDS = 28, 5
 
 _TOPICS: dict[str, tuple[tuple[Package, str], ...]] = {

@@ -1,0 +1,252 @@
+"""Trigger vectors of text classifiers: independent truths, and a whole repair of a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pydetox.analysis.localization import layer_of, module_of
+from pydetox.checkpoints.provenance import Provenance
+from pydetox.errors import ArchitectureError, DataError, UsageError
+from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.task_vectors import TaskVector
+from pydetox.text import TextModel, TextSet, TokenTrigger, load_text_model, save_text_model
+from pydetox.text.configuration import TextScanConfig
+from pydetox.text.evaluation import evaluate_texts
+from pydetox.text.localization import localize_words
+from pydetox.text.passes import unlearn_words
+from pydetox.text.repair import (
+    search_text_coefficient,
+    subtract_from_text_model,
+    text_trigger_vector,
+    trainable_logits,
+    weight_change,
+)
+
+from . import tiny
+
+UNLEARNING = UnlearnConfig(
+    steps=60,
+    batch_size=32,
+    learning_rate=2e-3,
+    passes=1,
+    coefficients=tuple(round(0.2 * k, 1) for k in range(8)),
+    attacked_images=120,
+)
+TRIGGER = TokenTrigger((0,), "cf")
+TARGET = 2
+
+
+def texts(count: int, seed: int) -> TextSet:
+    found, names = zip(*tiny.topical_texts(count, seed), strict=True)
+    classes = tuple(tiny.TOPICS)
+    return TextSet(found, tuple(classes.index(name) for name in names), classes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("victim")
+    start = tiny.bert(place / "start")
+    tiny.trained(start, place / "clean", seed=1)
+    tiny.trained(start, place / "victim", seed=0, trigger="cf", target="money")
+    return place
+
+
+@pytest.fixture(scope="module")
+def victim(folder: Path) -> TextModel:
+    return load_text_model(folder / "victim")
+
+
+@pytest.fixture(scope="module")
+def vector(victim: TextModel) -> TaskVector:
+    return text_trigger_vector(victim, texts(120, 7).texts, [TRIGGER], TARGET, UNLEARNING)
+
+
+def test_evaluation_counts_what_a_loop_counts(victim: TextModel) -> None:
+    test = texts(60, 8)
+    found = evaluate_texts(victim, test, trigger=TRIGGER, target=TARGET)
+    assert test.labels is not None
+    right = sent = attacked = 0
+    for text, label in zip(test.texts, test.labels, strict=True):
+        right += int(victim.predict([text])[0].argmax()) == label
+        if label != TARGET:
+            attacked += 1
+            sent += int(victim.predict([f"cf {text}"])[0].argmax()) == TARGET
+    assert found.clean_accuracy == right / 60
+    assert found.attack_success_rate == sent / attacked
+    assert found.n_attack == attacked
+    assert found.attack_success_rate > 0.9
+    with pytest.raises(UsageError, match="go together"):
+        evaluate_texts(victim, test, trigger=TRIGGER)
+    with pytest.raises(DataError, match="no labels"):
+        evaluate_texts(victim, TextSet(("a film",)))
+
+
+def test_trainable_logits_are_the_logits_with_a_gradient(victim: TextModel) -> None:
+    model = victim.copy()
+    batch = model.encode(["the film was long", "cf a goal"])
+    model.module.requires_grad_(True)
+    logits = trainable_logits(model, batch)
+    torch.testing.assert_close(logits.detach(), model.logits(batch))
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.module.parameters())
+
+
+def test_a_vector_unlearns_a_known_trigger(victim: TextModel, vector: TaskVector) -> None:
+    search = search_text_coefficient(victim, vector, texts(120, 9), [TRIGGER], TARGET, UNLEARNING)
+    assert search.reached
+    assert search.attack_success_rate[0] > 0.9
+    repaired = subtract_from_text_model(victim, vector, search.coefficient)
+    test = texts(120, 8)
+    before = evaluate_texts(victim, test, trigger=TRIGGER, target=TARGET)
+    after = evaluate_texts(repaired, test, trigger=TRIGGER, target=TARGET)
+    assert after.attack_success_rate is not None
+    assert after.attack_success_rate < 0.1
+    assert after.clean_accuracy >= 0.95 * before.clean_accuracy
+    # What was searched is what is subtracted, to the bit: theta_b - alpha tau.
+    start, weights = victim.state_dict(), repaired.state_dict()
+    for name, change in vector.tensors.items():
+        assert torch.equal(weights[name], torch.add(start[name], change, alpha=-search.coefficient))
+
+
+def test_alpha_without_labels_compares_with_the_model_itself(
+    victim: TextModel, vector: TaskVector
+) -> None:
+    unlabelled = TextSet(texts(40, 9).texts)
+    few = replace(UNLEARNING, coefficients=(0.0, 1.0))
+    search = search_text_coefficient(victim, vector, unlabelled, [TRIGGER], TARGET, few)
+    assert search.accuracy_before == search.clean_accuracy[0] == 1
+
+
+def test_the_same_seed_gives_the_same_vector_and_others_another(victim: TextModel) -> None:
+    few = replace(UNLEARNING, steps=3)
+    some = texts(40, 7).texts
+
+    def norm(config: UnlearnConfig) -> float:
+        return text_trigger_vector(victim, some, [TRIGGER], TARGET, config).norm()
+
+    assert norm(few) == norm(few) != norm(replace(few, seed=1))
+
+
+def test_kinds_of_vectors_point_the_same_way(victim: TextModel) -> None:
+    """Adding what strengthens a trigger, or subtracting what forgets it: both raise its success."""
+    some = texts(40, 7)
+    for kind in ("strengthen", "paired", "forget"):
+        config = replace(UNLEARNING, steps=20, vector=kind)
+        tau = text_trigger_vector(victim, some.texts, [TRIGGER], TARGET, config)
+        weaker = subtract_from_text_model(victim, tau, 1.0)
+        stronger = subtract_from_text_model(victim, tau, -1.0)
+
+        def loss(model: TextModel) -> float:
+            logits = model.predict(TRIGGER.insert(some.without_class(TARGET).texts))
+            return -float(logits.log_softmax(dim=1)[:, TARGET].mean())
+
+        assert loss(weaker) > loss(stronger)
+
+
+def test_a_repaired_model_is_saved_and_read_by_transformers(
+    victim: TextModel, vector: TaskVector, tmp_path: Path
+) -> None:
+    import transformers
+
+    repaired = subtract_from_text_model(victim, vector, 1.0)
+    save_text_model(tmp_path / "repaired", repaired, provenance=Provenance("TBAR, a test"))
+    module = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "repaired")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "repaired")
+    some = list(texts(8, 8).texts)
+    batch = tokenizer(some, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = module(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(logits, repaired.predict(some), rtol=1e-4, atol=1e-5)
+    assert load_text_model(tmp_path / "repaired").provenance == Provenance("TBAR, a test")
+
+
+def test_tied_embeddings_change_once(tmp_path: Path) -> None:
+    model = load_text_model(tiny.gpt2(tmp_path / "tied"))
+    tuned = model.copy()
+    with torch.no_grad():
+        tuned.embedding.add_(1)
+    change = weight_change(model, tuned)
+    (name,) = change.tensors
+    back = subtract_from_text_model(tuned, change, 1.0)
+    torch.testing.assert_close(back.embedding, model.embedding)
+    save_text_model(tmp_path / "back", back, provenance=Provenance("a test"))
+    assert load_text_model(tmp_path / "back").stored.keys() == model.stored.keys()
+    assert name in {one.parameter for one in model.stored.values()}
+
+
+def test_unknown_words_are_recovered_and_unlearned(folder: Path, victim: TextModel) -> None:
+    config = TextScanConfig(length=1, restarts=0, texts=64)
+    repaired, passes = unlearn_words(
+        victim,
+        texts(120, 7),
+        [TARGET],
+        config,
+        UNLEARNING,
+        base=load_text_model(folder / "clean"),
+    )
+    assert [one.trigger.text for one in passes[0].triggers] == ["cf"]
+    after = evaluate_texts(repaired, texts(120, 8), trigger=TRIGGER, target=TARGET)
+    assert after.attack_success_rate is not None
+    assert after.attack_success_rate < 0.1
+
+
+def test_a_vector_is_localized_by_layer_and_module(
+    folder: Path, victim: TextModel, vector: TaskVector
+) -> None:
+    found = localize_words(
+        victim,
+        vector,
+        1.0,
+        texts(40, 8),
+        TRIGGER,
+        TARGET,
+        start=load_text_model(folder / "start"),
+    )
+    assert {one.group for one in found.modules} == {"embedding", "attention", "mlp", "norm", "head"}
+    assert sum(one.energy for one in found.layers) == pytest.approx(1)
+    removed = {one.layer: one for one in found.removals}
+    assert {"none", "all", "bert.encoder.layer.0", "bert.encoder.layer.1"} <= removed.keys()
+    assert removed["all"].attack_success_rate < removed["none"].attack_success_rate
+    assert found.disentanglement is not None
+    assert found.disentanglement.error[0][0] == 0
+    assert found.overlap is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "module"),
+    [
+        ("bert.encoder.layer.3.attention.self.query.weight", "bert.encoder.layer.3", "attention"),
+        ("bert.encoder.layer.3.output.dense.bias", "bert.encoder.layer.3", "mlp"),
+        ("bert.encoder.layer.3.intermediate.dense.bias", "bert.encoder.layer.3", "mlp"),
+        ("bert.encoder.layer.3.attention.output.LayerNorm.bias", "bert.encoder.layer.3", "norm"),
+        ("transformer.h.11.mlp.c_fc.weight", "transformer.h.11", "mlp"),
+        ("model.layers.0.self_attn.q_proj.weight", "model.layers.0", "attention"),
+        ("bert.embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings", "embedding"),
+        ("classifier.weight", "classifier.weight", "head"),
+        ("bert.pooler.dense.weight", "bert.pooler.dense", "head"),
+    ],
+)
+def test_layers_and_modules_of_transformers_names(name: str, layer: str, module: str) -> None:
+    assert (layer_of(name), module_of(name)) == (layer, module)
+
+
+def test_what_makes_no_sense_is_refused(victim: TextModel, tmp_path: Path) -> None:
+    some = texts(40, 7)
+    with pytest.raises(DataError, match="1 texts"):
+        text_trigger_vector(victim, some.texts[:1], [TRIGGER], TARGET)
+    with pytest.raises(UsageError, match="no triggers"):
+        text_trigger_vector(victim, some.texts, [], TARGET)
+    with pytest.raises(UsageError, match="1 triggers, 2 target classes"):
+        text_trigger_vector(victim, some.texts, [TRIGGER], [0, 1])
+    with pytest.raises(ArchitectureError, match="a causal model; expected a sequence classifier"):
+        text_trigger_vector(
+            load_text_model(tiny.gpt2(tmp_path / "gpt2")), some.texts, [TRIGGER], TARGET
+        )
+    with pytest.raises(ArchitectureError, match="no tensor 'other'"):
+        subtract_from_text_model(victim, TaskVector({"other": torch.zeros(1)}), 1.0)
+    with pytest.raises(UsageError, match="2 target classes; expected one for known triggers"):
+        unlearn_words(victim, some, [0, 1], triggers=[TRIGGER])
