@@ -232,6 +232,10 @@ def test_invert_and_eval_take_text_models(world: World, tmp_path: Path) -> None:
 BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
     (lambda world, _: ["eval", world.base], "--images"),
     (lambda world, _: ["scan", world.base], "--images"),
+    (
+        lambda world, _: ["scan", world.base, "--texts", world.texts, "--workers", "2"],
+        "--workers is for image models",
+    ),
     (lambda world, path: ["scan", path, "--texts", world.texts], "no text model"),
     (lambda world, path: ["eval", world.base, "--texts", path / "no.jsonl"], "cannot be read"),
     (
