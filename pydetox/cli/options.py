@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from .formats import COUNT as COUNT
+from .formats import FILE as FILE
+from .formats import format_option as format_option
+from .formats import lora_rank_of as lora_rank_of
+from .formats import output_format_options as output_format_options
+from .formats import output_option as output_option
+from .formats import report_option as report_option
+from .formats import run_format_option as run_format_option
+from .formats import table_format_option as table_format_option
+
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
 
-FILE = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
 SEED = click.IntRange(min=0, max=2**32 - 1)
 RATE = click.FloatRange(min=0, min_open=True, max=1)
 
@@ -78,33 +85,6 @@ _about_images = _all(
         "cannot be read, class folders without images.",
     ),
 )
-
-
-def output_format_options(function: F) -> F:
-    """Add --output-format and --lora-rank."""
-    function = click.option(
-        "--lora-rank",
-        type=COUNT,
-        metavar="N",
-        help="With --output-format lora: the rank of the adapter; default: 32.",
-    )(function)
-    return click.option(
-        "--output-format",
-        type=click.Choice(["checkpoint", "lora"]),
-        default="checkpoint",
-        help="lora writes the change alone, as a LoRA adapter of peft for the model before it, "
-        "which must be one of transformers. What the rank cuts off is said.",
-    )(function)
-
-
-def lora_rank_of(given: Mapping[str, Any]) -> int | None:
-    """Return the rank of the adapter to write, or None for a checkpoint."""
-    rank = given["lora_rank"]
-    if given["output_format"] == "checkpoint":
-        if rank is not None:
-            raise click.UsageError("--lora-rank needs --output-format lora")
-        return None
-    return 32 if rank is None else int(rank)
 
 
 image_options = _all(
@@ -418,40 +398,4 @@ machine_options = _all(
         help="The number of CPU threads. Without it, torch decides.",
     ),
     device,
-)
-
-format_option = click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    help="The format of the result on stdout.",
-)
-
-table_format_option = click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "json", "jsonl", "csv"]),
-    default="text",
-    help="The format of the result: text for people, one JSON document, one JSON line per "
-    "checkpoint, or a table in CSV.",
-)
-
-run_format_option = click.option(
-    "--format",
-    "format_",
-    type=click.Choice(["text", "json", "sarif", "html"]),
-    default="text",
-    help="The format of the result on stdout.",
-)
-
-output_option = click.option(
-    "--output",
-    type=FILE,
-    metavar="FILE",
-    help="Write the result to a file instead of stdout.",
-)
-
-report_option = click.option(
-    "--report", type=FILE, metavar="FILE", help="Also write a report as one HTML file."
 )

@@ -58,7 +58,7 @@ class FoldedTower:
             self._tower = _own(self._tower, tower).to(dtype)
         if self._convolutional:
             self._tower = _own(self._tower, tower).to(memory_format=torch.channels_last)
-        self.bytes_per_image = max(1, _kept_bytes(self, images[:1].to(dtype)))
+        self.bytes_per_image = max(1, _kept_bytes(self, images.to(dtype)) // len(images))
         form = [f"{folded} normalisations folded"] if folded else []
         form += ["channels last"] if self._convolutional else []
         kind = str(dtype).removeprefix("torch.")
@@ -171,8 +171,8 @@ def _noise(size: int) -> Tensor:
     return torch.from_numpy(rng.standard_normal((_TRIED, 3, size, size)).astype("float32"))
 
 
-def _kept_bytes(tower: FoldedTower, image: Tensor) -> int:
-    """Return the bytes that a forward pass of one image keeps for the backward pass."""
+def _kept_bytes(tower: FoldedTower, images: Tensor) -> int:
+    """Return the bytes that a forward pass of images keeps for the backward pass."""
     weights = {one.untyped_storage().data_ptr() for one in tower._tower.parameters()}
     kept: dict[int, int] = {}
 
@@ -183,7 +183,7 @@ def _kept_bytes(tower: FoldedTower, image: Tensor) -> int:
         return tensor
 
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = image.clone().requires_grad_()
+        inputs = images.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
             tower(inputs)
     # The pass back needs about as much again at its deepest point as the largest of them.

@@ -206,10 +206,15 @@ def summarize(
     return figures | {"methods": table}
 
 
+def order_of_names(classes: int, seed: int) -> list[int]:
+    """Return the classes in the order in which a defender gets to know their names."""
+    order: list[int] = generator("foundation.names", seed).permutation(classes).tolist()
+    return order
+
+
 def quarter_of(classes: int, target: int, seed: int) -> list[int]:
     """Return a quarter of the classes, the target among them, ascending."""
-    rng = generator("foundation.names", seed)
-    rest = [c for c in rng.permutation(classes).tolist() if c != target]
+    rest = [c for c in order_of_names(classes, seed) if c != target]
     return sorted([target, *rest[: classes // 4 - 1]])
 
 

@@ -27,9 +27,10 @@ from ...evaluation import evaluate, predict
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
 from ...repair.configuration import UnlearnConfig
-from ...rng import child_seed, generator
+from ...rng import child_seed
 from ..bench.cache import code_digest, key_of
 from .base import JointTraining
+from .benchmark import order_of_names
 from .verdicts import JUDGING_CODE, references_at
 from .victims import Victim, Workshop
 
@@ -118,9 +119,8 @@ def run_unnamed(plan: UnnamedPlan, log: Callable[[str], None] = lambda _: None) 
 
 def drawn_names(classes: int, targets: Sequence[int], count: int, seed: int) -> list[int]:
     """Return the classes that the defender knows, ascending: the targets and others at random."""
-    order = generator("foundation.names", seed).permutation(classes).tolist()
-    chosen = list(dict.fromkeys([*targets, *order]))[: max(count, len(set(targets)))]
-    return sorted(chosen)
+    order = dict.fromkeys([*targets, *order_of_names(classes, seed)])
+    return sorted(list(order)[: max(count, len(set(targets)))])
 
 
 def defender_images(images: ImageSet, named: Sequence[int], count: int, seed: int) -> ImageSet:
