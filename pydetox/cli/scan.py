@@ -236,7 +236,8 @@ def command(
 
     taken = take_text_options(given)
     options.apply_preset(given, SCAN_PRESETS)
-    options.choose_objective(given)
+    if given["images"] is not None:
+        options.choose_objective(given)
     find_device(given["device"])
     shard = given["shard"]
     names, text_targets, passed_over = sort_targets(
