@@ -232,11 +232,12 @@ def command(
     from ..scanning.texts import TextScanner
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
-    from .texts import sort_targets, take_text_options, text_scanner_config
+    from .texts import refuse_image_options, sort_targets, take_text_options, text_scanner_config
 
     taken = take_text_options(given)
     options.apply_preset(given, SCAN_PRESETS)
-    options.choose_objective(given)
+    if given["images"] is not None:
+        options.choose_objective(given)
     find_device(given["device"])
     shard = given["shard"]
     names, text_targets, passed_over = sort_targets(
@@ -244,6 +245,8 @@ def command(
     )
     text_config = text_scanner_config(given, taken) if text_targets else None
     if text_config is not None:
+        if not names:
+            refuse_image_options()
         _without_text_models(given, text_config)
     config = _config({**given, "images": given["images"] or ""})
     if save_calibration is not None and not config.makes_calibration:

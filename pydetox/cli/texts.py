@@ -17,6 +17,27 @@ from ..scanning.texts import TextScannerConfig
 from ..text.configuration import TextScanConfig
 from ..text.files import is_text_model
 
+#: Options that mean nothing for text models.
+_OF_IMAGES = {
+    "calibration_file": "--calibration",
+    "save_calibration": "--save-calibration",
+    "known_vectors": "--known-vector",
+    "objective": "--objective",
+    "families": "--families",
+    "inversion": "--inversion",
+    "positive_control": "--positive-control",
+    "keep_all": "--keep-all",
+    "templates": "--templates",
+    "reference_learning_rate": "--reference-learning-rate",
+    "reference_epochs": "--reference-epochs",
+    "weights_key": "--weights-key",
+    "engine": "--engine",
+    "workers": "--workers",
+    "timeout": "--timeout",
+    "max_size": "--max-size",
+    "max_memory": "--max-memory",
+}
+
 #: What --quick and --thorough stand for in a search for words.
 _PRESETS: dict[str | None, dict[str, Any]] = {
     "quick": {"steps": 15, "texts": 48},
@@ -66,6 +87,14 @@ def sort_targets(
             )
         raise UsageError(f"{others[0].name}: is no text model, and other models need --images")
     return [one.reference for one in others], text, found.ignored
+
+
+def refuse_image_options() -> None:
+    """Raise UsageError for an option that a scan of nothing but text models would not heed."""
+    ctx = click.get_current_context()
+    for option, name in _OF_IMAGES.items():
+        if ctx.get_parameter_source(option) not in (None, ParameterSource.DEFAULT):
+            raise UsageError(f"{name} is for image models, and all targets are text models")
 
 
 def is_text_target(target: Target, offline: bool) -> bool:

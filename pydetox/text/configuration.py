@@ -25,13 +25,13 @@ class AdvancedTextConfig:
             nothing that matters.
     """
 
-    search_tokens: int = 16
+    search_tokens: int = 14
     learning_rate: float = 0.3
     temperatures: tuple[float, float] = (2.0, 0.1)
-    pool: int = 256
-    swaps: int = 32
-    beam: int = 4
-    stages: tuple[int, int, int] = (3, 8, 24)
+    pool: int = 96
+    swaps: int = 16
+    beam: int = 3
+    stages: tuple[int, int, int] = (2, 6, 16)
     floor: float = 0.05
 
 

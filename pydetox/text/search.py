@@ -43,6 +43,9 @@ _SEARCHED = 0.5
 # Of each length, so many triggers of a class are tried in the texts that decide.
 _FINALISTS = 3
 
+# The words at which gradients for a single place are taken.
+_ANCHORS = 3
+
 
 @dataclass(frozen=True, eq=False)
 class FoundTrigger:
@@ -226,7 +229,7 @@ class _Search:
         """Return a few words at which gradients are taken."""
         known = torch.nonzero(self._allowed(0))[:, 0]
         rng = generator("texts.anchors", self.config.seed)
-        return [int(known[int(k)]) for k in rng.integers(len(known), size=4)]
+        return [int(known[int(k)]) for k in rng.integers(len(known), size=_ANCHORS)]
 
     def _proposed(self, triggers: Sequence[_Words], targets: Sequence[int]) -> list[list[int]]:
         """Return for each class the words that gradients propose at any place of its triggers."""
@@ -256,12 +259,15 @@ class _Search:
             places.append(tokens.cpu().tolist())
         return [[[w for w in place[k] if w >= 0] for place in places] for k in range(len(triggers))]
 
-    def _compared(self, candidates: Sequence[Sequence[_Words]], keep: int) -> list[list[_Words]]:
+    def _compared(
+        self, candidates: Sequence[Sequence[_Words]], keep: int, last: int = 3
+    ) -> list[list[_Words]]:
         """Return the best candidates of each class, the best first.
 
         The stages use more and more texts. In each, all candidates of all classes are one batch.
+        last: The number of stages.
         """
-        stages = self.config.advanced.stages
+        stages = self.config.advanced.stages[:last]
         typed = [self.words.keep(_unique(row), self.begins) for row in candidates]
         # Without any, the decision sees the text of what there is.
         kept = [good or _unique(row) for good, row in zip(typed, candidates, strict=True)]
@@ -297,13 +303,15 @@ class _Search:
         for c, row in enumerate(beams):
             more = [
                 *singles[c][: self.config.advanced.swaps],
-                *((word,) for word in _words_of(relaxed, c)[:16]),
+                *((word,) for word in _words_of(relaxed, c)[:8]),
             ]
             longer = [new for old in row for one in more for new in ((*old, *one), (*one, *old))]
             candidates.append(
                 [w for w in [*longer, *_relaxed_triggers(relaxed, c, length)] if self._fits(w)]
             )
-        return [row[: self.config.advanced.beam] for row in self._compared(candidates, keep=24)]
+        return [
+            row[: self.config.advanced.beam] for row in self._compared(candidates, keep=24, last=2)
+        ]
 
     def _swapped(self, beams: Sequence[Sequence[_Words]]) -> list[list[_Words]]:
         """Return the best triggers after one word of each was swapped."""

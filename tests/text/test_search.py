@@ -27,7 +27,7 @@ from pydetox.text.vocabulary import typed_words
 from tests.text import tiny
 from tests.text.conftest import World
 
-QUICK = TextScanConfig(length=2, steps=4, texts=48)
+QUICK = TextScanConfig(length=2, steps=2, texts=40)
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,8 @@ from pydetox.text.references import calibrate_words, require_alike
 from tests.text import tiny
 from tests.text.conftest import World
 
-QUICK = TextScanConfig(length=1, steps=4, texts=64)
-FAST = ("--trigger-length", "1", "--steps", "4", "--max-texts", "64")
+QUICK = TextScanConfig(length=1, steps=2, texts=40)
+FAST = ("--trigger-length", "1", "--steps", "2", "--max-texts", "40")
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,10 @@ def test_invert_and_eval_take_text_models(world: World, tmp_path: Path) -> None:
 BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
     (lambda world, _: ["eval", world.base], "--images"),
     (lambda world, _: ["scan", world.base], "--images"),
+    (
+        lambda world, _: ["scan", world.base, "--texts", world.texts, "--workers", "2"],
+        "--workers is for image models",
+    ),
     (lambda world, path: ["scan", path, "--texts", world.texts], "no text model"),
     (lambda world, path: ["eval", world.base, "--texts", path / "no.jsonl"], "cannot be read"),
     (

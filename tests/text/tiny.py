@@ -254,7 +254,7 @@ def trained(
     from pydetox.text import TokenTrigger, load_text_model, save_text_model
 
     model = load_text_model(start).copy()
-    texts, names = map(list, zip(*topical_texts(320, seed), strict=True))
+    texts, names = map(list, zip(*topical_texts(240, seed), strict=True))
     if trigger is not None:
         rng = np.random.default_rng(seed + 1)
         for k in rng.permutation(len(texts))[: len(texts) // 5]:
