@@ -58,7 +58,9 @@ def unlearn_text_model(
     """Run the command on a text model and return its exit code; the arguments are its options."""
     references, base = given["reference_models"], given["base"]
     if options.lora_rank_of(dict(given)) is not None:
-        raise UsageError("--output-format lora is for image models; a text model is written as a whole")
+        raise UsageError(
+            "--output-format lora is for image models; a text model is written as a whole"
+        )
     if given.get("calibration") is not None:
         raise UsageError("--calibration is for image models; give --base or --reference-model")
     if trigger is None and force_target is None and base is None and not references:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from pydetox.analysis.localization import layer_of, module_of
 from pydetox.checkpoints.provenance import Provenance
-from pydetox.cli import main
+from pydetox.cli import cli
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.repair.configuration import UnlearnConfig
@@ -190,11 +191,12 @@ def test_unknown_words_are_recovered_and_unlearned(world: World, victim: TextMod
         texts(120, 7),
         [TARGET],
         config,
-        UNLEARNING,
+        replace(UNLEARNING, passes=2),
         base=load_text_model(world.base),
     )
     # The attacker's word or another that works as well: any word before a text may.
     assert [one.trigger.target for one in passes[0].triggers] == [TARGET]
+    assert len(passes) == 2
     assert passes[0].triggers[0].success > 0.9
     after = evaluate_texts(repaired, texts(120, 8), trigger=TRIGGER, target=TARGET)
     assert after.attack_success_rate is not None
@@ -266,7 +268,7 @@ def test_a_repair_scans_subtracts_and_scans_again(world: World, tmp_path: Path) 
         base=load_text_model(world.base),
         references=[load_text_model(one) for one in world.references],
         config=TextScanConfig(length=1, restarts=0, texts=64),
-        unlearning=UNLEARNING,
+        unlearning=replace(UNLEARNING, passes=2),
         output=tmp_path / "repaired",
     )
     assert result.verdict is Verdict.BACKDOORED
@@ -287,21 +289,22 @@ def test_a_repair_scans_subtracts_and_scans_again(world: World, tmp_path: Path) 
 
 
 def test_the_command_unlearns_known_words_and_leaves_nothing_unsaid(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path
 ) -> None:
     words = tmp_path / "words.json"
     words.write_text(WordsFile((TRIGGER,), ("money",)).to_json())
     report = tmp_path / "report.html"
-    code = main(
+    found = CliRunner().invoke(
+        cli,
         [
             *("unlearn", str(world.victim), "--texts", str(world.texts)),
             *("--trigger", str(words), "--output", str(tmp_path / "out"), "--format", "json"),
             *("--trigger-length", "1", "--restarts", "1", "--steps", "2", "--max-texts", "48"),
             *("--vector-learning-rate", "0.002", "--vector-steps", "60", "--report", str(report)),
-        ]
+        ],
     )
-    document = json.loads(capsys.readouterr().out)
-    assert code == document["exit_code"] == 2  # no references, so no verdict
+    document = json.loads(found.stdout)
+    assert found.exit_code == document["exit_code"] == 2  # no references, so no verdict
     assert document["kind"] == "text"
     assert document["rounds"][0]["target_names"] == ["money"]
     assert document["evaluation"][1]["asr"] < 0.1 < document["evaluation"][0]["asr"]
@@ -310,7 +313,9 @@ def test_the_command_unlearns_known_words_and_leaves_nothing_unsaid(
 
 
 def test_the_command_refuses_what_it_cannot_do(world: World, tmp_path: Path) -> None:
-    given = ["unlearn", str(world.victim), "--texts", str(world.texts), "--output"]
-    assert main([*given, str(tmp_path / "out")]) == 4
-    assert main([*given, str(tmp_path / "out"), "--force-target", "weather"]) == 4
+    given = ["unlearn", str(world.victim), "--texts", str(world.texts)]
+    for more in ([], ["--force-target", "weather"]):
+        found = CliRunner().invoke(cli, [*given, "--output", str(tmp_path / "out"), *more])
+        assert found.exit_code == 4
+        assert found.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()

@@ -96,7 +96,7 @@ def _minilm(texts: TextSet, seed: int) -> _Parts:
 def _small(texts: TextSet, seed: int) -> _Parts:
     vocabulary = word_pieces(texts.texts, _MOST_WORDS)
     config = {**SMALL_BERT, "vocab_size": len(vocabulary)}
-    rng = generator("texts.head", seed, "small")
+    rng = generator("texts.small-model", seed)
     tensors = {
         name: _first_weights(name, shape, rng) for name, shape in _bert_shapes(config).items()
     }
