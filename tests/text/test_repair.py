@@ -277,7 +277,7 @@ def test_a_repair_scans_subtracts_and_scans_again(world: World, tmp_path: Path) 
     assert result.path is not None
     saved = load_text_model(result.path)
     assert saved.provenance is not None
-    assert saved.provenance.extra["target_classes"] == [["money"]]
+    assert saved.provenance.extra["target_classes"] == [["money"]] * len(result.passes)
     assert saved.provenance.source_sha256 == result.before.sha256
     after = evaluate_texts(saved, texts(120, 8), trigger=TRIGGER, target=TARGET)
     assert after.attack_success_rate is not None

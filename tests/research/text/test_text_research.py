@@ -171,6 +171,6 @@ def test_the_pretrained_model_has_to_be_fetched(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(DataError, match="minilm: not fetched .*make data-text"):
+    with pytest.raises(DataError, match=r"minilm: not fetched .*make data-text"):
         start_model("minilm", corpus.attacker, tmp_path / "x", seed=0)
     assert not (tmp_path / "x").exists()
