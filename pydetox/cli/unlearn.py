@@ -24,7 +24,8 @@ _SHORT = 20.0
 
 @click.command("unlearn")
 @click.argument("checkpoint")
-@options.image_options
+@options.data_options
+@options.text_options
 @click.option(
     "--output",
     type=options.FILE,
@@ -156,6 +157,9 @@ def command(
     written if no coefficient removes anything within the accuracy to keep.
     Without references, the scans before and after then have sizes but no verdict.
 
+    A text model (--texts) is repaired in the same way, with words for triggers, and written in its
+    own layout.
+
     Exit code: 0 if the model was clean or is clean now, 1 if the re-scan is still not clean, 2 for
     an error or if there is no verdict.
     """
@@ -169,6 +173,7 @@ def command(
     from ..repair.provenance import adapter_obstacle
     from ..reporting import write_detox_report
     from ..session import Session
+    from ..text.files import is_text_model
     from .inputs import (
         Inputs,
         class_index,
@@ -180,15 +185,34 @@ def command(
     from .many import one_checkpoint
     from .outputs import check_files, emit
     from .summaries import unlearn_report
+    from .texts import take_text_options
+    from .unlearn_texts import unlearn_text_model
 
     if trigger is not None and force_target is not None:
         raise UsageError("--trigger and --force-target exclude each other")
     if target is not None and trigger is None:
         raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
+    parse_reference(checkpoint)
+    taken = take_text_options(given)
+    if taken["texts"] is not None and is_text_model(checkpoint, offline=given["offline"]):
+        return unlearn_text_model(
+            checkpoint,
+            output,
+            given,
+            taken,
+            overwrite=overwrite,
+            trigger=trigger,
+            target=target,
+            force_target=force_target,
+            max_rounds=max_rounds,
+            format_=format_,
+            report=report,
+        )
+    if given["images"] is None:
+        raise UsageError(f"{checkpoint}: is no text model, and other models need --images")
     options.apply_preset(given, SCAN_PRESETS, UNLEARN_PRESETS)
     if trigger is None and force_target is None:
         options.choose_objective(given)
-    parse_reference(checkpoint)
     config = scan_config(given)
     plan = reference_plan(given, config)
     if trigger is None and force_target is None and not plan.compares:

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..detect.statistics import FINDINGS
+from ..text.configuration import TextScanConfig
+from ..text.detox import TextDetoxResult
+from ..text.references import family_of, loss_of
 from ..text.search import FoundTrigger
 from ..text.verdict import TextScanResult
+from .documents import evaluation_row
 
 
 def text_scan_document(scan: TextScanResult) -> dict[str, Any]:
@@ -79,3 +83,68 @@ def deciding_words(result: Mapping[str, Any]) -> dict[str, Any] | None:
         if row["class"] == result.get("weakest_class") and row["length"] == length:
             return dict(row)
     return None
+
+
+def word_scan_row(scan: TextScanResult, name: str, config: TextScanConfig) -> dict[str, Any]:
+    """Return a scan as `reporting.words.words_section` takes it, for the length that decides.
+
+    config: How it was scanned.
+    """
+    best = [row[scan.length - 1] for row in scan.search.found]
+    references = None
+    if scan.calibration is not None:
+        rows = scan.calibration.of(family_of(scan.length)).p_l1
+        references = [
+            sum(loss_of(row[c], config) for row in rows) / len(rows) for c in range(len(best))
+        ]
+    return {
+        "name": name,
+        "verdict": scan.verdict.value,
+        "target": scan.target_name,
+        "class_names": list(scan.class_names),
+        "class_loss": [one.loss for one in best],
+        "reference_loss": references,
+        "words": [one.trigger.text for one in best],
+        "success": [one.success for one in best],
+    }
+
+
+def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
+    """Return the whole story of a repair of a text model."""
+    names = result.model.class_names
+    return {
+        "verdict": result.verdict.value,
+        "repaired": result.repaired,
+        "scans": [
+            text_scan_document(one) for one in (result.before, result.after) if one is not None
+        ],
+        "rounds": [
+            {
+                "targets": list(one.targets),
+                "target_names": [names[c] for c in one.targets],
+                "words": [words_row(found) for found in one.triggers],
+                "alpha": one.search.coefficient,
+                "limits_reached": one.search.reached,
+                "vector_norm": one.vector.norm(),
+                "alpha_search": {
+                    "alpha": list(one.search.coefficients),
+                    "ca": list(one.search.clean_accuracy),
+                    "asr": list(one.search.attack_success_rate),
+                    "pareto": [one.search.coefficients[k] for k in one.search.pareto_front()],
+                    "asr_kind": "recovered" if one.triggers else "known",
+                    "chosen": one.search.coefficient,
+                },
+            }
+            for one in result.passes
+        ],
+        "evaluation": [
+            evaluation_row(one, name)
+            for one, name in (
+                (result.evaluation_before, "before"),
+                (result.evaluation_after, "after"),
+            )
+            if one is not None
+        ],
+        "path": None if result.path is None else str(result.path),
+        "seconds": dict(result.seconds),
+    }

@@ -21,7 +21,7 @@ from .models import TextModel, save_text_model
 from .passes import TextUnlearnPass, unlearn_words
 from .references import compare_with
 from .repair import TEXT_UNLEARNING
-from .texts import TextSet
+from .texts import TextSet, load_texts
 from .verdict import TextScanResult, judge
 
 
@@ -92,6 +92,7 @@ def detox_text_model(
 
     Raises:
         UsageError: There are triggers without a target, or a target outside of the classes.
+        DataError: A label names a class that the model does not have.
         PydetoxError: All that a scan, `unlearn_words` and `save_text_model` raise.
     """
     config, unlearning = config or TextScanConfig(), unlearning or TEXT_UNLEARNING
@@ -99,6 +100,8 @@ def detox_text_model(
         raise UsageError("triggers= needs target=, the class that they lead to")
     if target is not None and not 0 <= target < len(model.class_names):
         raise UsageError(f"target class {target}; expected 0..{len(model.class_names) - 1}")
+    if texts.class_names and texts.class_names != model.class_names:
+        texts = load_texts(texts, class_names=model.class_names)  # labels are found by their names
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 

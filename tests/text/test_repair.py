@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from pydetox.analysis.localization import layer_of, module_of
 from pydetox.checkpoints.provenance import Provenance
+from pydetox.cli import cli
+from pydetox.detect.statistics import Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
-from pydetox.text import TextModel, TextSet, TokenTrigger, load_text_model, save_text_model
+from pydetox.reporting.text_documents import text_detox_document
+from pydetox.text import (
+    TextModel,
+    TextSet,
+    TokenTrigger,
+    load_text_model,
+    load_texts,
+    save_text_model,
+)
 from pydetox.text.configuration import TextScanConfig
+from pydetox.text.detox import detox_text_model
 from pydetox.text.evaluation import evaluate_texts
 from pydetox.text.localization import localize_words
 from pydetox.text.passes import unlearn_words
@@ -25,8 +38,10 @@ from pydetox.text.repair import (
     trainable_logits,
     weight_change,
 )
+from pydetox.text.trigger_file import WordsFile
 
 from . import tiny
+from .conftest import World
 
 UNLEARNING = UnlearnConfig(
     steps=60,
@@ -47,17 +62,8 @@ def texts(count: int, seed: int) -> TextSet:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("victim")
-    start = tiny.bert(place / "start")
-    tiny.trained(start, place / "clean", seed=1)
-    tiny.trained(start, place / "victim", seed=0, trigger="cf", target="money")
-    return place
-
-
-@pytest.fixture(scope="module")
-def victim(folder: Path) -> TextModel:
-    return load_text_model(folder / "victim")
+def victim(world: World) -> TextModel:
+    return load_text_model(world.victim)
 
 
 @pytest.fixture(scope="module")
@@ -178,24 +184,27 @@ def test_tied_embeddings_change_once(tmp_path: Path) -> None:
     assert name in {one.parameter for one in model.stored.values()}
 
 
-def test_unknown_words_are_recovered_and_unlearned(folder: Path, victim: TextModel) -> None:
+def test_unknown_words_are_recovered_and_unlearned(world: World, victim: TextModel) -> None:
     config = TextScanConfig(length=1, restarts=0, texts=64)
     repaired, passes = unlearn_words(
         victim,
         texts(120, 7),
         [TARGET],
         config,
-        UNLEARNING,
-        base=load_text_model(folder / "clean"),
+        replace(UNLEARNING, passes=2),
+        base=load_text_model(world.base),
     )
-    assert [one.trigger.text for one in passes[0].triggers] == ["cf"]
+    # The attacker's word or another that works as well: any word before a text may.
+    assert [one.trigger.target for one in passes[0].triggers] == [TARGET]
+    assert len(passes) == 2
+    assert passes[0].triggers[0].success > 0.9
     after = evaluate_texts(repaired, texts(120, 8), trigger=TRIGGER, target=TARGET)
     assert after.attack_success_rate is not None
     assert after.attack_success_rate < 0.1
 
 
 def test_a_vector_is_localized_by_layer_and_module(
-    folder: Path, victim: TextModel, vector: TaskVector
+    world: World, victim: TextModel, vector: TaskVector
 ) -> None:
     found = localize_words(
         victim,
@@ -204,7 +213,7 @@ def test_a_vector_is_localized_by_layer_and_module(
         texts(40, 8),
         TRIGGER,
         TARGET,
-        start=load_text_model(folder / "start"),
+        start=load_text_model(world.base),
     )
     assert {one.group for one in found.modules} == {"embedding", "attention", "mlp", "norm", "head"}
     assert sum(one.energy for one in found.layers) == pytest.approx(1)
@@ -250,3 +259,63 @@ def test_what_makes_no_sense_is_refused(victim: TextModel, tmp_path: Path) -> No
         subtract_from_text_model(victim, TaskVector({"other": torch.zeros(1)}), 1.0)
     with pytest.raises(UsageError, match="2 target classes; expected one for known triggers"):
         unlearn_words(victim, some, [0, 1], triggers=[TRIGGER])
+
+
+def test_a_repair_scans_subtracts_and_scans_again(world: World, tmp_path: Path) -> None:
+    result = detox_text_model(
+        load_text_model(world.victim),
+        load_texts(world.texts),
+        base=load_text_model(world.base),
+        references=[load_text_model(one) for one in world.references],
+        config=TextScanConfig(length=1, restarts=0, texts=64),
+        unlearning=replace(UNLEARNING, passes=2),
+        output=tmp_path / "repaired",
+    )
+    assert result.verdict is Verdict.BACKDOORED
+    assert result.before.target == TARGET
+    assert result.repaired
+    assert result.path is not None
+    saved = load_text_model(result.path)
+    assert saved.provenance is not None
+    assert saved.provenance.extra["target_classes"] == [["money"]] * len(result.passes)
+    assert saved.provenance.source_sha256 == result.before.sha256
+    after = evaluate_texts(saved, texts(120, 8), trigger=TRIGGER, target=TARGET)
+    assert after.attack_success_rate is not None
+    assert after.attack_success_rate < 0.1
+    document = text_detox_document(result)
+    assert [one["alpha"] for one in document["rounds"]] == [
+        one.search.coefficient for one in result.passes
+    ]
+
+
+def test_the_command_unlearns_known_words_and_leaves_nothing_unsaid(
+    world: World, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.json"
+    words.write_text(WordsFile((TRIGGER,), ("money",)).to_json())
+    report = tmp_path / "report.html"
+    found = CliRunner().invoke(
+        cli,
+        [
+            *("unlearn", str(world.victim), "--texts", str(world.texts)),
+            *("--trigger", str(words), "--output", str(tmp_path / "out"), "--format", "json"),
+            *("--trigger-length", "1", "--restarts", "1", "--steps", "2", "--max-texts", "48"),
+            *("--vector-learning-rate", "0.002", "--vector-steps", "60", "--report", str(report)),
+        ],
+    )
+    document = json.loads(found.stdout)
+    assert found.exit_code == document["exit_code"] == 2  # no references, so no verdict
+    assert document["kind"] == "text"
+    assert document["rounds"][0]["target_names"] == ["money"]
+    assert document["evaluation"][1]["asr"] < 0.1 < document["evaluation"][0]["asr"]
+    assert "Loss of the best words of each class" in report.read_text()
+    assert load_text_model(tmp_path / "out").class_names == tuple(tiny.TOPICS)
+
+
+def test_the_command_refuses_what_it_cannot_do(world: World, tmp_path: Path) -> None:
+    given = ["unlearn", str(world.victim), "--texts", str(world.texts)]
+    for more in ([], ["--force-target", "weather"]):
+        found = CliRunner().invoke(cli, [*given, "--output", str(tmp_path / "out"), *more])
+        assert found.exit_code == 4
+        assert found.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()

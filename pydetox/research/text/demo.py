@@ -17,12 +17,12 @@ from ...checkpoints.provenance import Provenance
 from ...repair.configuration import UnlearnConfig
 from ...reporting import to_json, write_detox_report
 from ...reporting.documents import evaluation_row
+from ...reporting.text_documents import word_scan_row
 from ...rng import child_seed, generator
 from ...text.configuration import TextScanConfig
 from ...text.detox import TextDetoxResult, detox_text_model
 from ...text.evaluation import evaluate_texts
 from ...text.models import TextModel, load_text_model, save_text_model
-from ...text.references import family_of, loss_of
 from ...text.repair import TEXT_UNLEARNING, subtract_from_text_model
 from ...text.texts import TextSet
 from ...text.verdict import TextScanResult
@@ -156,7 +156,7 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
         "subtitle": f"{start} on Python's documentation, attack {attack}, seed {seed}",
         "summary": _cards(summary),
         "scans": [_scan_row(one, name) for one, name in _scans(result)],
-        "word_scans": [_word_scan(one, name, config) for one, name in _scans(result)],
+        "word_scans": [word_scan_row(one, name, config) for one, name in _scans(result)],
         "examples": _examples(result, corpus.test, backdoor, suspect, repaired, seed_of_places),
         "evaluation": [evaluation_row(before, "backdoored"), evaluation_row(after, "repaired")],
         "provenance": {"seed": seed, "sha256 of the backdoored file": result.before.sha256},
@@ -192,25 +192,6 @@ def _scan_row(scan: TextScanResult, name: str) -> dict[str, Any]:
         "verdict": scan.verdict.value,
         "score": scan.detection.score,
         "target": scan.target_name,
-    }
-
-
-def _word_scan(scan: TextScanResult, name: str, config: TextScanConfig) -> dict[str, Any]:
-    best = [row[scan.length - 1] for row in scan.search.found]
-    calibration = scan.calibration
-    references = None
-    if calibration is not None:
-        rows = calibration.of(family_of(scan.length)).p_l1
-        references = [
-            sum(loss_of(row[c], config) for row in rows) / len(rows) for c in range(len(best))
-        ]
-    return {
-        **_scan_row(scan, name),
-        "class_names": list(scan.class_names),
-        "class_loss": [one.loss for one in best],
-        "reference_loss": references,
-        "words": [one.trigger.text for one in best],
-        "success": [one.success for one in best],
     }
 
 

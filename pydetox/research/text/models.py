@@ -93,15 +93,10 @@ def _minilm(texts: TextSet, seed: int) -> _Parts:
     return _with_head(config, tensors, texts, seed), tensors, companions
 
 
-def _first_draws(seed: int, *of: str) -> np.random.Generator:
-    """Return the stream of first weights: of a head, or of a whole model."""
-    return generator("texts.head", seed, *of)
-
-
 def _small(texts: TextSet, seed: int) -> _Parts:
     vocabulary = word_pieces(texts.texts, _MOST_WORDS)
     config = {**SMALL_BERT, "vocab_size": len(vocabulary)}
-    rng = _first_draws(seed, "small")
+    rng = generator("texts.small-model", seed)
     tensors = {
         name: _first_weights(name, shape, rng) for name, shape in _bert_shapes(config).items()
     }
@@ -128,7 +123,7 @@ def _with_head(
 ) -> dict[str, Any]:
     """Add a classifier's head to the tensors, and return the configuration with its classes."""
     names = texts.class_names
-    rng = _first_draws(seed)
+    rng = generator("texts.head", seed)
     shape = (len(names), int(config["hidden_size"]))
     tensors["classifier.weight"] = _normal(shape, rng)
     tensors["classifier.bias"] = torch.zeros(len(names))
