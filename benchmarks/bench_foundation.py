@@ -83,6 +83,7 @@ def figures(summary: dict[str, Any]) -> str:
     help="Clean models, instead of 40 (verdicts) or 4 of each seed (captions).",
 )
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
+@click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -92,6 +93,7 @@ def main(
     seeds: str | None,
     models: int | None,
     repaired: int | None,
+    attacks: str | None,
     search: str,
     device: str,
     output: Path,
@@ -109,6 +111,9 @@ def main(
         captions = replace(captions, clean=models)
     if repaired is not None:
         captions = replace(captions, repaired=repaired)
+    if attacks is not None:
+        pairs = [one.partition(":") for one in attacks.split(",")]
+        captions = replace(captions, attacks=tuple((name, float(rate)) for name, _, rate in pairs))
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)
