@@ -115,6 +115,7 @@ def figures(summary: dict[str, Any]) -> str:
 )
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
+@click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -125,6 +126,7 @@ def main(
     models: int | None,
     minutes: float | None,
     repaired: int | None,
+    attacks: str | None,
     search: str,
     device: str,
     output: Path,
@@ -144,6 +146,9 @@ def main(
         captions = replace(captions, clean=models)
     if repaired is not None:
         captions = replace(captions, repaired=repaired)
+    if attacks is not None:
+        pairs = [one.partition(":") for one in attacks.split(",")]
+        captions = replace(captions, attacks=tuple((name, float(rate)) for name, _, rate in pairs))
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)

@@ -226,9 +226,9 @@ def _scanned(plan: CaptionPlan, shop: CaptionWorkshop, one: CaptionModel) -> dic
         for family in config.families
     }
     row["seconds"] = time.perf_counter() - start
-    row["p_l1"] = {name: sorted(each.p_l1.tolist()) for name, each in found.items()}
-    # A trigger that no search found is as large as the whole image.
-    row["score"] = -_mean([math.log(min(1.0, sizes[0])) for sizes in row["p_l1"].values()])
+    # A trigger that no search found counts as one of the whole image.
+    row["p_l1"] = {name: sorted(each.p_l1.clamp(max=1.0).tolist()) for name, each in found.items()}
+    row["score"] = -_mean([math.log(sizes[0]) for sizes in row["p_l1"].values()])
     patches = found[config.families[0]]
     answers = predict(
         model, session.images.images, shop.head(model), stamp=patches.trigger(patches.best())
