@@ -2,10 +2,11 @@
 
 Class effects depend on how far a model has moved, and not in proportion: on Fashion-MNIST, the log
 size of a class changed by up to two deviations from one rung to the next (docs/foundation.md).
-References at the nearest rung would be off by up to half of that. Therefore the location of each class is
-interpolated between the two rungs around the suspect. Its scatter is that within the rungs, so that
-the change from rung to rung is no part of it. With R references in each, it has 2 (R - 1) degrees
-of freedom instead of R - 1, and the location has a variance of 1/R at a rung and 1/(2R) halfway.
+References at the nearest rung would be off by up to half of that. Therefore the location of each
+class is interpolated between the two rungs around the suspect. Its scatter is that within the
+rungs, so that the change from rung to rung is no part of it. With R references in each, it has
+2 (R - 1) degrees of freedom instead of R - 1, and the location has a variance of 1/R at a rung and
+1/(2R) halfway.
 """
 
 from __future__ import annotations

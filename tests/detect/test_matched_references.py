@@ -14,6 +14,7 @@ from scipy import stats
 from pydetox import calibrate, scan
 from pydetox.detect.calibration_file import read_calibration, write_calibration
 from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.copies import OutOfReachError
 from pydetox.detect.interpolation import around
 from pydetox.detect.references import ReferencePlan
 from pydetox.detect.statistics import Calibration, Verdict, detect
@@ -88,6 +89,33 @@ def test_what_cannot_be_matched_is_said() -> None:
     found = scan(mini_model(1), images, base=base, config=CONFIG)
     assert found.verdict is Verdict.INCONCLUSIVE
     assert found.calibration is None
+
+
+def test_the_nearer_copies_stand_alone_where_the_others_are_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[float]()
+
+    def made(*_: object, distance: float, **__: object) -> Calibration:
+        asked.append(distance)
+        if distance > 0.2:
+            raise OutOfReachError(f"no copy gets to {distance}")
+        rows = ((0.2, 0.3), (0.21, 0.28))
+        return Calibration(p_l1=rows, key="{}", models=("one", "two"), distance=distance)
+
+    monkeypatch.setattr("pydetox.detect.references.calibrate_references", made)
+    base, images = mini_model(), mini_images()
+    plan = ReferencePlan.decide(CONFIG, base=base)
+    near = plan.prepare(images, distance=0.15).calibration
+    assert near is not None
+    assert (near.distance, near.sets, asked) == (0.125, (), [0.125, 0.25])
+    # Where those are out of reach that are the nearest, the others are not even tried.
+    asked.clear()
+    far = plan.prepare(images, distance=0.21)
+    assert (far.calibration, far.unfit, asked) == (None, "no copy gets to 0.25", [0.25])
+    both = plan.prepare(images, distance=0.09).calibration
+    assert both is not None
+    assert [count for count, _ in both.sets] == [2, 2]
 
 
 def test_the_plan_decides_whether_distances_count() -> None:
