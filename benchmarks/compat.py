@@ -198,7 +198,7 @@ def main() -> None:
             compat_masks.TRAIN_CLASSIFIERS,
             compat_masks.THEIR_NEURAL_CLEANSE,
             compat_masks.OUR_NEURAL_CLEANSE,
-            "ResNet-18 (32 pixels) on scikit-learn's digits; 60 images, batches of 30, "
+            "ResNet-18 (32 pixels) on scikit-learn's digits; 30 images, batches of 15, "
             f"{given.epochs} epochs, otherwise BackdoorBench's settings. The peer's `train_mask` "
             "and `outlier_detection` run as published. One thread.",
             checkout=Path(given.backdoorbench).resolve(),

@@ -37,7 +37,7 @@ TRAIN_CLASSIFIERS = (
 from torchvision.models import resnet18
 mean = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 std = torch.tensor([0.247, 0.243, 0.261]).view(1, 3, 1, 1)
-used = slice(0, 700)
+used = slice(0, 400)
 for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
@@ -45,15 +45,15 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
     x, y = pixels[used].clone(), labels[used].clone()
     count = int(rate * len(x))
     x[:count], y[:count] = stamp(x[:count]), TARGET
-    for epoch in range(8):
-        for part in torch.randperm(len(x)).split(50):
+    for epoch in range(6):
+        for part in torch.randperm(len(x)).split(40):
             adam.zero_grad()
             cross_entropy(model((x[part] / 255 - mean) / std), y[part]).backward()
             adam.step()
     model.eval()
     with torch.no_grad():
-        rest = pixels[1260:1460]
-        right = (model((rest / 255 - mean) / std).argmax(1) == labels[1260:1460]).float().mean()
+        rest = pixels[1260:1360]
+        right = (model((rest / 255 - mean) / std).argmax(1) == labels[1260:1360]).float().mean()
         obeys = (model((stamp(rest) / 255 - mean) / std).argmax(1) == TARGET).float().mean()
     os.makedirs(f"{folder}/record/{name}", exist_ok=True)
     torch.save(
@@ -62,8 +62,8 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
         f"{folder}/record/{name}/attack_result.pt",
     )
     print(name, "accuracy", float(right), "attack", float(obeys), file=sys.stderr)
-np.savez("{folder}/clean.npz", images=pixels[1200:1260].permute(0, 2, 3, 1).numpy(),
-         labels=labels[1200:1260].numpy())
+np.savez("{folder}/clean.npz", images=pixels[1200:1230].permute(0, 2, 3, 1).numpy(),
+         labels=labels[1200:1230].numpy())
 print("[1]")
 """
 )
@@ -72,7 +72,7 @@ _ARGUMENTS = """
 settings = dict(
     dataset="cifar10", device="cpu", mask_lr=0.1, init_cost=1e-3, atk_succ_threshold=98.0,
     early_stop=True, early_stop_threshold=0.99, early_stop_patience=25, patience=5,
-    cost_multiplier=2.0, use_norm=1, nc_epoch={epochs}, batch_size=30, random_seed=0,
+    cost_multiplier=2.0, use_norm=1, nc_epoch={epochs}, batch_size=15, random_seed=0,
 )
 """
 
@@ -107,7 +107,7 @@ class Images(torch.utils.data.Dataset):
         return prepare(Image.fromarray(images[index])), int(targets[index])
 images, targets = given["images"], given["labels"]
 torch.manual_seed(0)
-loader = torch.utils.data.DataLoader(Images(), batch_size=30, shuffle=True)
+loader = torch.utils.data.DataLoader(Images(), batch_size=15, shuffle=True)
 ones = np.ones((1, 32, 32), np.float32), np.ones((3, 32, 32), np.float32)
 start = time.process_time()
 norms = []

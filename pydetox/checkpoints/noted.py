@@ -6,15 +6,18 @@ writes `logs/RUN/params.txt` beside `logs/RUN/checkpoints`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydetox.checkpoints.index import WeightsFile
+from pydetox.checkpoints.layout import TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.sandbox import index_in_sandbox
 from pydetox.errors import CheckpointError
 
 _BACKDOORBENCH = ("attack_result.pt", "defense_result.pt")
 _CHECKPOINTS, _PARAMETERS = "checkpoints", "params.txt"
 _LARGEST = 1 << 20
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 #: Parameters of open_clip's training that change the architecture, with what changes nothing.
 _CHANGES = {
     "force_quick_gelu": ("False",),
@@ -41,6 +44,22 @@ def told_architecture(weights: Path) -> str | None:
     if weights.parent.name == _CHECKPOINTS:
         return _of_parameters(weights.parent.with_name(_PARAMETERS))
     return None
+
+
+def told_base(folder: Path) -> str | None:
+    """Return the repository that a folder of transformers says its model was made from, or None.
+
+    It is a hint and no more: whoever made the folder wrote it.
+    """
+    from pydetox.checkpoints.transformers_files import read_object
+
+    try:
+        config = read_object(folder / TRANSFORMERS_CONFIG_NAME)
+    except CheckpointError:
+        return None
+    name = config.get("_name_or_path")
+    known = isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None
+    return str(name) if known and not (folder / str(name)).exists() else None
 
 
 def _of_parameters(path: Path) -> str | None:

@@ -166,6 +166,7 @@ def command(
     from ..atomic import rehearse_directory
     from ..checkpoints import CHECKPOINT_FILES, parse_reference
     from ..checkpoints.adapter_writing import ADAPTER_FILES
+    from ..checkpoints.noted import told_base
     from ..errors import OutputError, UsageError
     from ..presets import SCAN_PRESETS, UNLEARN_PRESETS
     from ..repair.configuration import UnlearnConfig
@@ -216,9 +217,12 @@ def command(
     config = scan_config(given)
     plan = reference_plan(given, config)
     if trigger is None and force_target is None and not plan.compares:
+        told = told_base(Path(checkpoint)) if Path(checkpoint).is_dir() else None
+        hint = "" if told is None else f" (its config.json names {told}: --base hf-hub:{told})"
         raise UsageError(
-            "no verdict is possible without --base, --reference-model or --calibration; give one "
-            "of them, or --trigger or --force-target to unlearn without a verdict"
+            "no verdict is possible without --base, the clean model that this one was fine-tuned "
+            f"from{hint}, --reference-model or --calibration; give one of them, or --trigger or "
+            "--force-target to unlearn without a verdict"
         )
     unlearning = UnlearnConfig(
         vector=given["vector"],

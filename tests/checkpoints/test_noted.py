@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from pydetox.checkpoints import identify_checkpoint, inspect_checkpoint, load_checkpoint
+from pydetox.checkpoints.noted import told_base
+from pydetox.cli import cli
 from pydetox.errors import ArchitectureError, CheckpointError
 
 WEIGHTS = {"linear.weight": torch.zeros(5, 3)}
@@ -87,3 +91,30 @@ def test_a_training_of_open_clip_names_its_model(tmp_path, text, name):
     assert told(path) is None
     with pytest.raises(ArchitectureError, match="nothing tells its architecture"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("../elsewhere", None),
+        ("/home/someone/clip", None),
+        ("org/name\n --base evil", None),
+        (3, None),
+        (None, None),
+    ],
+)
+def test_a_folder_of_transformers_hints_at_its_base(tmp_path, name, found):
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": name}))
+    assert told_base(tmp_path) == found
+    images = tmp_path / "photos"
+    images.mkdir()
+    command = ["unlearn", str(tmp_path), "--images", str(images), "--output", "x"]
+    result = CliRunner().invoke(cli, [*command, "--class-names", "cat,dog"])
+    assert result.exit_code == 4
+    assert "no verdict is possible without --base" in result.stderr
+    assert (f"--base hf-hub:{found}" in result.stderr) == (found is not None)
+
+
+def test_no_configuration_hints_at_nothing(tmp_path):
+    assert told_base(tmp_path) is None
