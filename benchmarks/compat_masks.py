@@ -83,6 +83,7 @@ THEIR_NEURAL_CLEANSE = (
 from argparse import Namespace
 from unittest.mock import MagicMock
 sys.argv = ["nc.py"]
+import torch._dynamo, torchvision  # before what stands for other libraries: they look for these
 for name in ("cv2", "matplotlib", "pandas", "seaborn", "umap", "kornia"):
     try:
         __import__(name)
