@@ -25,6 +25,7 @@ from ..text.repair import TEXT_UNLEARNING
 from ..text.saving import TEXT_MODEL_FILES
 from ..text.texts import load_texts
 from ..text.trigger_file import read_words
+from ..text.triggers import TokenTrigger
 from . import exit_codes, options
 from .outputs import check_files, emit
 from .summaries import card
@@ -83,7 +84,8 @@ def unlearn_text_model(
     names = given["class_names"]
     known = None if names is None else load_class_names(Path(names))
     texts = load_texts(taken["texts"], class_names=known or model.class_names)
-    wanted, stamps = force_target, ()
+    wanted = force_target
+    stamps: tuple[TokenTrigger, ...] = ()
     if trigger is not None:
         file = read_words(trigger)
         chosen = file.select(target)
