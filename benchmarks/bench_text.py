@@ -1,7 +1,7 @@
 """Text classifiers: what attacks plant, what trigger vectors and other defences leave of it.
 
     python benchmarks/bench_text.py [--quick] [--seeds 100,101] [--attacks word,phrase]
-        [--defenses known,onion] [--output runs/text]
+        [--defenses known,onion] [--device cuda] [--output runs/text]
 
 Prints one line per model and defence and the figures, and writes results.json with everything that
 was measured, and summary.json with the flat figures. The texts and the pretrained model have to be
@@ -19,6 +19,7 @@ import click
 
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
+from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
 
@@ -28,13 +29,21 @@ from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
 @click.option("--seeds", help="Other seeds, separated by commas.")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
+@click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(
-    quick: bool, seeds: str | None, attacks: str | None, defenses: str | None, output: Path
+    quick: bool,
+    seeds: str | None,
+    attacks: str | None,
+    defenses: str | None,
+    device: str,
+    output: Path,
 ) -> None:
     """Run the benchmark."""
     plan = QUICK if quick else FULL
     try:
+        find_device(device)
+        plan = replace(plan, victims=replace(plan.victims, device=device))
         if seeds is not None:
             plan = replace(plan, seeds=tuple(int(one) for one in seeds.split(",")))
         if attacks is not None:

@@ -37,6 +37,7 @@ class VictimPlan:
         sizes: The number of texts in its parts.
         training: The fine-tuning of victims and of clean models.
         rate: The poisoned share of the training set.
+        device: Where models are trained and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     start: str = "minilm"
@@ -44,6 +45,7 @@ class VictimPlan:
     sizes: CorpusSizes = field(default_factory=CorpusSizes)
     training: TextTraining = field(default_factory=TextTraining)
     rate: float = 0.1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class TextWorkshop:
     def start(self) -> TextModel:
         """The model that every victim is fine-tuned from. Its head is new."""
         key = key_of("start", self._content)
-        return start_model(self.plan.start, self.corpus.attacker, self.folder / key, seed=self.seed)
+        start = start_model(
+            self.plan.start, self.corpus.attacker, self.folder / key, seed=self.seed
+        )
+        return start.to(self.plan.device)
 
     def backdoor(self, victim: TextVictim) -> TextBackdoor | None:
         """Return what was planted; None for a clean model."""
@@ -120,16 +125,18 @@ class TextWorkshop:
                     seeds={"victim": self.seed},
                 ),
             )
-        model = load_text_model(path)
+        model = load_text_model(path, device=self.plan.device)
         model.name = victim.name
         return model
 
     @cached_property
     def _content(self) -> dict[str, Any]:
         attacker = self.corpus.attacker
-        return {
+        content = {
             "code": code_digest(_CODE),
             "start": self.plan.start,
             "texts": [attacker.texts, attacker.labels, attacker.class_names],
             "seed": self.seed,
         }
+        # Rounding differs from device to device; every other key rests on this one.
+        return content if self.plan.device == "cpu" else {**content, "device": self.plan.device}
