@@ -194,14 +194,12 @@ def _of_length(
         )
 
     works = [one[length - 1].success >= LEAST_SUCCESS for one in search.found]
-    detection = judged(effort)
-    if detection.suspects and not all(works[c] for c in detection.suspects):
-        detection = judged(
-            [
-                math.inf if c in detection.suspects and not works[c] else value
-                for c, value in enumerate(effort)
-            ]
-        )
+    values = list(effort)
+    detection = judged(values)
+    # Without a class whose words do not work, the next one may stand out.
+    while idle := [c for c in detection.suspects if not works[c]]:
+        values = [math.inf if c in idle else value for c, value in enumerate(values)]
+        detection = judged(values)
     return replace(
         detection,
         p_l1=tuple(effort),
