@@ -86,7 +86,7 @@ test: $(dev) $(peers)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py benchmarks/bench_text.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py benchmarks/bench_classes.py benchmarks/bench_text.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
 	$(python) benchmarks/report.py --device $(where)
 	$(if $(filter cuda%,$(where)),$(python) -m benchmarks.gpu --device $(where) --limit $(LIMIT) || status=1)
 	exit $$status
