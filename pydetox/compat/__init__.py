@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from .art import CleansedClassifier, NeuralCleanse
 from .backdoorbench import NeuralCleanseResult, neural_cleanse
-from .decree import DecreeResult, decree
+from .encoders import DecreeResult, decree
 from .mergekit import merge
 from .task_vectors import TaskVector
 from .trainer import ScanCallback

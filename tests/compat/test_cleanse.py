@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +257,7 @@ def test_a_flagged_class_is_unlearned(record, monkeypatch):
 
 def test_decrees_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(import_module("pydetox.compat.decree"), "_EPOCHS", 3)
+    monkeypatch.setattr("pydetox.compat.encoders._EPOCHS", 3)
     torch.manual_seed(0)
     network = torchvision.models.resnet18(weights=None)
     parts = [
