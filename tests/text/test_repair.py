@@ -50,6 +50,8 @@ UNLEARNING = UnlearnConfig(
     passes=1,
     coefficients=tuple(round(0.2 * k, 1) for k in range(8)),
     attacked_images=120,
+    # One of the 88 texts that get a trigger is 1.1%, and this small model is wrong on as many.
+    max_attack_success=0.04,
 )
 TRIGGER = TokenTrigger((0,), "cf")
 TARGET = 2
