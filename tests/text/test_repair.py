@@ -44,14 +44,14 @@ from . import tiny
 from .conftest import World
 
 UNLEARNING = UnlearnConfig(
-    steps=60,
+    steps=120,
     batch_size=32,
     learning_rate=2e-3,
     passes=1,
     coefficients=tuple(round(0.2 * k, 1) for k in range(8)),
     attacked_images=120,
     # One of the 88 texts that get a trigger is 1.1%, and this small model is wrong on as many.
-    max_attack_success=0.04,
+    max_attack_success=0.025,
 )
 TRIGGER = TokenTrigger((0,), "cf")
 TARGET = 2
