@@ -65,8 +65,8 @@ def told_base(folder: Path) -> str | None:
 def _of_parameters(path: Path) -> str | None:
     """Return the architecture in a `params.txt`, whose lines are `name: value`."""
     try:
-        if path.stat().st_size > _LARGEST:
-            return None
+        if not path.is_file() or path.stat().st_size > _LARGEST:
+            return None  # also for a pipe, which nothing may ever be written into
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None

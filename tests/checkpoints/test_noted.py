@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,9 @@ def test_a_training_of_open_clip_names_its_model(tmp_path, text, name):
     (run / "params.txt").write_text(text)
     assert told(path) == name
     assert identify_checkpoint(path, model="RN50").model == "RN50"  # the user's counts
+    (run / "params.txt").unlink()
+    os.mkfifo(run / "params.txt")  # a reader would wait for ever
+    assert told(path) is None
     (run / "params.txt").unlink()
     assert told(path) is None
     with pytest.raises(ArchitectureError, match="nothing tells its architecture"):
