@@ -13,8 +13,9 @@ if not getattr(sys.flags, "safe_path", False) and sys.orig_argv[1:3] == ["-m", "
     # checkpoint: `pydetox` does not look there, and neither does this.
     del sys.path[0]
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .lazy import known_names, load_name
 
 if TYPE_CHECKING:
     from ._build_info import build_info
@@ -102,12 +103,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return load_name(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return known_names(__name__, _HOME)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import TracebackType
 from typing import TypeVar, final
 
@@ -33,6 +33,25 @@ from rich.text import Text
 from .errors import UsageError, one_line
 
 T = TypeVar("T")
+
+
+class Laps:
+    """A stopwatch that adds up the wall time of named steps.
+
+    Attributes:
+        seconds: The time of each step, in seconds.
+    """
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """Start. seconds: The times of earlier steps."""
+        self.seconds = dict(seconds or {})
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """Add the time since the last lap to a step."""
+        now = time.perf_counter()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
+        self._last = now
 
 
 class RateColumn(ProgressColumn):

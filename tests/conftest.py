@@ -39,4 +39,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    terminalreporter.write_line(f"cuda tests left out: {config.stash[left_out]}")
+    terminalreporter.write_line(f"cuda tests left out: {config.stash.get(left_out, 0)}")

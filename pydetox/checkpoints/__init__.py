@@ -12,8 +12,9 @@ Names are imported on first use, because the sandbox and ``pydetox inspect`` run
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from pydetox.lazy import known_names, load_name
 
 if TYPE_CHECKING:
     from pydetox.checkpoints.architecture import (
@@ -87,12 +88,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return load_name(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return known_names(__name__, _HOME)

@@ -238,14 +238,9 @@ class CleansedClassifier:
             )
         images = images.to(self._device)
         shape = tuple(images.shape[1:])
-        first = [
-            torch.from_numpy(
-                np.stack(
-                    [generator("compat.art", self.seed, c).random((2, *shape)) for c in targets]
-                )
-            )
-        ][0].float()
-        masks, patterns = (x.to(self._device) for x in first.unbind(1))
+        drawn = [generator("compat.art", self.seed, c).random((2, *shape)) for c in targets]
+        first = torch.from_numpy(np.stack(drawn)).float().to(self._device)
+        masks, patterns = first.unbind(1)
 
         def epoch(number: int) -> list[Tensor]:
             rng = generator("compat.art-batches", self.seed, number)

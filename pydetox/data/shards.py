@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..errors import DataError
+from .lines import lines_of
 from .report import ImageReport
 from .rows import MAX_PICTURE_BYTES, Rows
 
@@ -204,7 +205,7 @@ def _names_beside(path: Path) -> tuple[str, ...] | None:
             text = (folder / _NAMES_FILE).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             continue
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        return tuple(line.strip() for line in lines_of(text) if line.strip())
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .lines import lines_of
 from .objects import IMAGE_KEYS, LABEL_KEYS
 from .report import ImageReport
 from .rows import Rows
@@ -81,7 +82,7 @@ def _read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read as a table: {error}") from error
     if "\0" in text:
         raise DataError(f"{path}: cannot be read as a table: it holds null characters")
-    return text.splitlines()
+    return lines_of(text)
 
 
 def _table_labels(

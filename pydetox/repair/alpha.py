@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import ImageSet
 from ..data.sampling import stratified_sample
-from ..errors import DataError, UsageError
+from ..errors import DataError
 from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
 from ..prototypes import image_features
@@ -150,8 +150,6 @@ def search_coefficient(
         UsageError: There are no triggers.
     """
     config = config or UnlearnConfig()
-    if not triggers:
-        raise UsageError("no triggers; expected at least one to choose alpha with")
     target_of_each = one_target_each(triggers, targets)
     # The images are sent once, as bytes, and not again for every alpha. They are stamped there.
     shown = validation.images.to(head.device)
@@ -184,13 +182,13 @@ def search_coefficient(
         seen = own  # known already
         if not candidates.is_start(coefficient):
             seen = predict(candidate, shown, head)
-        accuracy.append(_share((seen == labels).cpu(), weights))
+        accuracy.append(weighted_share((seen == labels).cpu(), weights))
         if probe is not None:
             drift.append(probe.of(candidate).mean_distance)
         sent = (predict(candidate, stamped, head).cpu() == wanted).double()
         success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
-        accuracy_before = _share((own == labels).cpu(), weights)
+        accuracy_before = weighted_share((own == labels).cpu(), weights)
     chosen, reached = choose_coefficient(
         coefficients,
         accuracy,
@@ -221,15 +219,19 @@ def certainty(model: OpenClipModel, images: Tensor, head: Tensor) -> Tensor:
     must not count as much as an image that the model knows. If the model is certain of no image, or
     knows only one class, all images count 1.
     """
-    if len(head) < 2:
-        return torch.ones(len(images), dtype=torch.float64)
-    probabilities = (model.logit_scale * image_features(model, images) @ head.T).softmax(dim=1)
-    first, second = probabilities.double().topk(2, dim=1).values.unbind(dim=1)
+    return certainty_of(model.logit_scale * image_features(model, images) @ head.T)
+
+
+def certainty_of(logits: Tensor) -> Tensor:
+    """Return `certainty` of logits [N, C], float64 [N] on the CPU."""
+    if logits.shape[1] < 2:
+        return torch.ones(len(logits), dtype=torch.float64)
+    first, second = logits.softmax(dim=1).double().topk(2, dim=1).values.unbind(dim=1)
     sure = (first - second).cpu()
     return sure if float(sure.sum()) > 0 else torch.ones_like(sure)
 
 
-def _share(right: Tensor, weights: Tensor) -> float:
+def weighted_share(right: Tensor, weights: Tensor) -> float:
     """Return the weighted share of images that are right: bool [N], float64 [N]."""
     return float((right.double() * weights).sum() / weights.sum())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..detect.references import ReferencePlan
 from ..detect.scan import scan_session
 from ..evaluation import Stamp
 from ..models import OpenClipModel
+from ..progress import Laps
 from ..rng import child_seed
 from ..session import ModelLike, Session, as_model
 from .configuration import UnlearnConfig
@@ -53,7 +53,7 @@ def repair_session(
     models. seconds: The wall time of earlier steps, which the result then contains. lora_rank: The
     rank of a LoRA adapter that is written instead of the whole checkpoint; None for the checkpoint.
     """
-    clock = _Laps(seconds or {})
+    clock = Laps(seconds)
     comparison = plan.prepare(
         session.images, templates=session.templates, read=read, suspect=session.model
     )
@@ -142,17 +142,3 @@ def repair_session(
 
 def _subtracted(passes: Sequence[UnlearnRound]) -> bool:
     return any(one.search.coefficient for one in passes)
-
-
-class _Laps:
-    """A stopwatch that adds up wall time by step."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = dict(seconds)
-        self._last = time.perf_counter()
-
-    def lap(self, step: str) -> None:
-        """Add the time since the last lap to a step."""
-        now = time.perf_counter()
-        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
-        self._last = now

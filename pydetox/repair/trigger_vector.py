@@ -59,8 +59,6 @@ def trigger_vector(
     config = config or UnlearnConfig()
     if len(images) < 2:
         raise DataError(f"{len(images)} image; a trigger vector needs at least 2")
-    if not triggers:
-        raise UsageError("no triggers; a trigger vector needs at least one")
     target_of_each = one_target_each(triggers, targets)
     tuned = model.clone()
     scale = model.logit_scale
@@ -129,8 +127,10 @@ def trigger_vector(
     return -change if config.vector == "forget" else change
 
 
-def one_target_each(triggers: Sequence[Stamp], targets: int | Sequence[int]) -> list[int]:
-    """Return one target class per trigger."""
+def one_target_each(triggers: Sequence[object], targets: int | Sequence[int]) -> list[int]:
+    """Return one target class per trigger; UsageError without triggers or with other numbers."""
+    if not triggers:
+        raise UsageError("no triggers; expected at least one")
     target_of_each = [targets] * len(triggers) if isinstance(targets, int) else list(targets)
     if len(target_of_each) != len(triggers):
         raise UsageError(

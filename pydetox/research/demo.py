@@ -7,7 +7,6 @@ attack is used only to plant the backdoor and, at the end, to measure its remain
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ..detect.configuration import ScanConfig
 from ..detect.result import ScanResult
 from ..evaluation import Evaluation, evaluate, predict
 from ..models import OpenClipModel
+from ..progress import Laps
 from ..repair.result import DetoxResult
 from ..repair.subtraction import subtract
 from ..reporting import to_json, write_detox_report
@@ -94,25 +94,17 @@ def run_demo(
     # A run that is cut short must not leave the last run's summary beside this run's models.
     (folder / "summary.json").unlink(missing_ok=True)
     write_file(folder / "seed.txt", f"{seed}\n")
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[step] = now - clock
-        clock = now
-
+    clock = Laps()
     attacker, defender, test = digits.split((0.5, 0.2, 0.3), seed=seed)
     attack = draw_attack(seed)
     paths = make_suspects(attacker, attack, folder / "checkpoints", seed, device=device)
-    lap("make the models")
+    clock.lap("make the models")
 
     config = demo_scan_config(seed)
     calibration = calibrate(
         as_model(paths["base"]).to(device), defender, templates=DIGIT_TEMPLATES, config=config
     )
-    lap("calibrate")
+    clock.lap("calibrate")
     clean = scan(
         as_model(paths["clean"]).to(device),
         defender,
@@ -120,7 +112,7 @@ def run_demo(
         templates=DIGIT_TEMPLATES,
         config=config,
     )
-    lap("scan the clean suspect")
+    clock.lap("scan the clean suspect")
     result = detox(
         as_model(paths["backdoored"]).to(device),
         defender,
@@ -130,15 +122,15 @@ def run_demo(
         templates=DIGIT_TEMPLATES,
         config=config,
     )
-    clock = time.perf_counter()
-    seconds |= {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
+    steps = {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
+    clock = Laps({**clock.seconds, **steps})
 
     backdoored = as_model(paths["backdoored"]).to(device)
     repaired = backdoored if result.path is None else as_model(result.path).to(device)
     before, after = (_evaluate(model, test, attack) for model in (backdoored, repaired))
     curve = _true_asr_curve(backdoored, result, test, attack)
-    lap("evaluate")
-    summary = _summary(clean, result, before, after, attack, seconds)
+    clock.lap("evaluate")
+    summary = _summary(clean, result, before, after, attack, clock.seconds)
     report = _report(summary, clean, result, before, after, attack, curve, test, seed)
     write_detox_report(folder / "report.html", report)
     write_file(folder / "summary.json", to_json(summary) + "\n")

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from ..checkpoints import Provenance, load_checkpoint, save_checkpoint
 from ..checkpoints.transformers_layouts import LAYOUTS
 from ..errors import explain
-from ..inversion import CollapseObjective, InversionConfig, invert
 from ..models import OpenClipModel
-from .architectures import LEAST_COSINE, Measured, cosine, try_out
+from .architectures import Measured, cosine, try_out
 
 _LAYERS = 2
 _WORDS = ("a", "photo", "of", "cat", "dog", "owl")
@@ -70,7 +69,6 @@ def _measure(name: str, start: float) -> Measured:
             seen = cosine(model.encode_normalized(pixels), _images(theirs, kind, pixels))
             texts = _text_cosine(model, theirs, kind) if LAYOUTS[kind].has_texts else None
         del theirs
-        found = invert(model, images, CollapseObjective(), InversionConfig(steps=1, batch_size=2))
         tried = try_out(model, images, has_tokenizer=texts is not None)
         save_checkpoint(
             second,
@@ -83,21 +81,7 @@ def _measure(name: str, start: float) -> Measured:
         again = getattr(transformers, name).from_pretrained(second).eval()
         with torch.no_grad():
             back = cosine(tried.model.encode_normalized(pixels), _images(again, kind, pixels))
-    problem = None
-    if min(seen, back, 1.0 if texts is None else texts) < LEAST_COSINE:
-        problem = f"not equal: images {seen:.6f}, texts {texts}, written back {back:.6f}"
-    return Measured(
-        seen,
-        texts,
-        True,
-        back >= LEAST_COSINE,
-        found.tower,
-        model.num_parameters,
-        time.perf_counter() - start,
-        problem,
-        evaluated=tried.evaluated,
-        unlearned=tried.unlearned,
-    )
+    return tried.measured(seen, texts, back, time.perf_counter() - start)
 
 
 def _made(transformers: Any, name: str) -> Any:

@@ -344,16 +344,8 @@ class Scanner:
         )
 
     def _log_record(self, record: ScanRecord) -> None:
-        self._log(
-            "record",
-            name=record.name,
-            key=record.key,
-            verdict=record.verdict,
-            duplicate_of=record.duplicate_of,
-            resumed=record.resumed,
-        )
         if self._store is not None:
-            self._store.index_record(record.to_dict())
+            self._store.keep_record(record)
         self._notify("record", record=record)
 
 

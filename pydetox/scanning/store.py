@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 from ..atomic import output_error, write_file
 from ..errors import DataError, UsageError
 from ..reporting.serialize import to_json, to_plain
+from .record import ScanRecord
 
 CONFIG_SCHEMA = "pydetox.run/1"
 PART_SCHEMA = "pydetox.part/1"
@@ -201,6 +202,18 @@ class RunStore:
 
         content = {"schema": CALIBRATION_SCHEMA, "made_with": key, **calibration}
         write_file(self.folder / _CALIBRATION, f"{to_json(content)}\n")
+
+    def keep_record(self, record: ScanRecord) -> None:
+        """Note in the log and the table that a record is there."""
+        self.event(
+            "record",
+            name=record.name,
+            key=record.key,
+            verdict=record.verdict,
+            duplicate_of=record.duplicate_of,
+            resumed=record.resumed,
+        )
+        self.index_record(record.to_dict())
 
     def index_record(self, record: Mapping[str, Any]) -> None:
         """Add a record to the table.

@@ -23,6 +23,7 @@ from ..checkpoints.layout import (
     is_shard_index_name,
     is_weights_name,
 )
+from ..data.lines import lines_of
 from ..errors import CheckpointError, UsageError
 from .store import is_run
 
@@ -170,7 +171,7 @@ def _read_list(path: Path, found: Targets, lists: tuple[Path, ...]) -> Iterator[
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: the list cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in lines_of(text)]
     specs = [line for line in lines if line and not line.startswith("#")]
     if not specs:
         raise UsageError(f"{path}: the list is empty; expected one target per line")

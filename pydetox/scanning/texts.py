@@ -180,12 +180,13 @@ class TextScanner:
             if target.problem is not None:
                 raise UsageError(target.problem)
             model = self._read(target.reference)
-            key = hashlib.sha256(f"{prefix}:{model.digest()}".encode())
+            digest = model.digest()
+            key = hashlib.sha256(f"{prefix}:{digest}".encode())
             name = key.hexdigest()[:32]
             part = self._known_part(name)
             if part is not None:
                 return record_of_part(target.name, name, part, resumed=True)
-            part = self._scanned(model, prefix)
+            part = self._scanned(model, digest, prefix)
         except Exception as error:
             line = explain(error)
             if line is None:
@@ -202,7 +203,7 @@ class TextScanner:
             self._store.write_part(name, part, {})
         return record_of_part(target.name, name, part)
 
-    def _scanned(self, model: TextModel, prefix: str) -> dict[str, Any]:
+    def _scanned(self, model: TextModel, digest: str, prefix: str) -> dict[str, Any]:
         config = self._config
         texts = load_texts(config.texts, class_names=config.class_names or model.class_names)
         base = None if config.base is None else self._others[config.base]
@@ -211,7 +212,6 @@ class TextScanner:
         if references is None and base is not None:
             rung = nearest_rung(text_distance(base, model))
         known = self._calibrations.get(rung)
-        digest = model.digest()
         if known is not None and digest in known.digests:
             known = None  # compared with itself, which is said below
         comparison = compare_with(
@@ -249,16 +249,8 @@ class TextScanner:
         return None if part["verdict"] == "error" and self._config.retry_errors else part
 
     def _log_record(self, record: ScanRecord, *, again: bool = False) -> None:
-        self._log(
-            "record",
-            name=record.name,
-            key=record.key,
-            verdict=record.verdict,
-            duplicate_of=record.duplicate_of,
-            resumed=record.resumed,
-        )
         if self._store is not None:
-            self._store.index_record(record.to_dict())
+            self._store.keep_record(record)
         if not again:
             self._notify("record", record=record)
 

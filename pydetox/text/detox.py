@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..detect.calibration import Calibration
 from ..detect.statistics import Verdict
 from ..errors import UsageError
 from ..evaluation import Evaluation
+from ..progress import Laps
 from ..repair.configuration import UnlearnConfig
 from ..rng import child_seed
 from .configuration import TextScanConfig
@@ -102,21 +102,13 @@ def detox_text_model(
         raise UsageError(f"target class {target}; expected 0..{len(model.class_names) - 1}")
     if texts.class_names and texts.class_names != model.class_names:
         texts = load_texts(texts, class_names=model.class_names)  # labels are found by their names
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[step] = seconds.get(step, 0.0) + now - clock
-        clock = now
-
+    clock = Laps()
     comparison = compare_with(
         model, texts, config, base=base, references=references, calibration=calibration
     )
-    lap("calibrate")
+    clock.lap("calibrate")
     before = judge(model, texts, comparison, config)
-    lap("scan")
+    clock.lap("scan")
     stamp = triggers[0] if triggers else None
 
     def evaluation(of: TextModel) -> Evaluation | None:
@@ -159,12 +151,12 @@ def detox_text_model(
         )
         passes += found
         accuracy = found[0].search.accuracy_before
-        lap("unlearn")
+        clock.lap("unlearn")
         if not any(one.search.coefficient for one in found):
             break
         repaired = changed
         current = judge(repaired, texts, comparison, config, cleared=cleared)
-        lap("rescan")
+        clock.lap("rescan")
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(
         before=before,
@@ -174,7 +166,7 @@ def detox_text_model(
         evaluation_before=evaluation_before,
         evaluation_after=evaluation(repaired) if subtracted else None,
         path=None,
-        seconds=seconds,
+        seconds=clock.seconds,
     )
     if output is None or not subtracted:
         return result
@@ -184,7 +176,7 @@ def detox_text_model(
         provenance=_provenance(result, config, unlearning, known=bool(triggers)),
         overwrite=overwrite,
     )
-    lap("write")
+    clock.lap("write")
     return replace(result, path=path)
 
 

@@ -16,12 +16,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, one_hot
 
 from ..data.sampling import stratified_sample
-from ..errors import ArchitectureError, DataError, UsageError
-from ..repair.alpha import CoefficientSearch, choose_coefficient, find_compromise
+from ..errors import ArchitectureError, DataError
+from ..repair.alpha import (
+    CoefficientSearch,
+    certainty_of,
+    choose_coefficient,
+    find_compromise,
+    weighted_share,
+)
 from ..repair.configuration import UnlearnConfig
 from ..repair.step_sizes import relative_rates
 from ..repair.task_vectors import TaskVector
-from ..repair.trigger_vector import without_target
+from ..repair.trigger_vector import one_target_each, without_target
 from ..rng import child_seed, generator
 from ..training import optimize
 from .evaluation import TextStamp
@@ -153,13 +159,11 @@ def search_text_coefficient(
     plain = model.tokenizer.encode(validation.texts, limit)
     before = model.predict_rows(plain)
     own = before.argmax(dim=1)
-    weights = torch.ones(len(own), dtype=torch.float64)
-    labels = own
-    if validation.labels is not None:
+    if validation.labels is None:
+        labels, weights = own, certainty_of(before)
+    else:
         labels = torch.tensor(validation.labels)
-    elif before.shape[1] > 1:
-        first, second = before.double().softmax(dim=1).topk(2, dim=1).values.unbind(dim=1)
-        weights = first - second if float((first - second).sum()) > 0 else weights
+        weights = torch.ones(len(own), dtype=torch.float64)
     most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {}
     for target in dict.fromkeys(target_of_each):
@@ -187,11 +191,11 @@ def search_text_coefficient(
     for coefficient in coefficients:
         candidate = candidates.at(coefficient)
         seen = candidate.predict_rows([*plain, *stamped]).argmax(dim=1)
-        accuracy.append(_share(seen[: len(plain)] == labels, weights))
+        accuracy.append(weighted_share(seen[: len(plain)] == labels, weights))
         sent = (seen[len(plain) :] == aims).double()
         success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
-        accuracy_before = _share(own == labels, weights)
+        accuracy_before = weighted_share(own == labels, weights)
     chosen, reached = choose_coefficient(
         coefficients, accuracy, success, config, accuracy_before=accuracy_before, reserve=reserve
     )
@@ -263,24 +267,8 @@ def weight_change(model: TextModel, tuned: TextModel) -> TaskVector:
     return TaskVector({k: v for k, v in change.items() if bool(v.any())} or dict(change))
 
 
-def one_target_each(triggers: Sequence[TextStamp], targets: int | Sequence[int]) -> list[int]:
-    """Return one target class per trigger; UsageError without triggers or with other numbers."""
-    if not triggers:
-        raise UsageError("no triggers; expected at least one")
-    target_of_each = [targets] * len(triggers) if isinstance(targets, int) else list(targets)
-    if len(target_of_each) != len(triggers):
-        raise UsageError(
-            f"{len(triggers)} triggers, {len(target_of_each)} target classes; expected as many"
-        )
-    return target_of_each
-
-
 def _require_classifier(model: TextModel) -> None:
     if model.kind != "classifier":
         raise ArchitectureError(
             f"{model.name}: a {model.kind} model; expected a sequence classifier"
         )
-
-
-def _share(right: Tensor, weights: Tensor) -> float:
-    return float((right.double() * weights).sum() / weights.sum())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.lines import lines_of
 from ..errors import DataError
 
 #: The likeliest names first.
@@ -52,7 +54,7 @@ def rows_of_path(path: Path) -> Rows:
         elif suffix in _TABLES:
             rows = _table(path, content)
         else:
-            rows = Rows([one for one in content.splitlines() if one.strip()], None, str(path))
+            rows = Rows([one for one in lines_of(content) if one.strip()], None, str(path))
     if not rows.texts:
         raise DataError(f"{path}: zero texts; expected at least one")
     for index, text in enumerate(rows.texts):
@@ -92,7 +94,7 @@ def _json_lines(path: Path, content: str) -> Rows:
         items = _parsed(content, str(path))
         numbers = list(range(1, len(items) + 1))
     else:
-        lines = [(k, one) for k, one in enumerate(content.splitlines(), 1) if one.strip()]
+        lines = [(k, one) for k, one in enumerate(lines_of(content), 1) if one.strip()]
         items = [_parsed(one, f"{path}, line {k}") for k, one in lines]
         numbers = [k for k, _ in lines]
     if all(isinstance(one, str) for one in items):
@@ -128,10 +130,10 @@ def _parsed(text: str, where: str) -> Any:
 
 def _table(path: Path, content: str) -> Rows:
     """Return the rows of a table whose first line names the columns."""
-    header = content.splitlines()[0] if content.strip() else ""
+    header = content.partition("\n")[0]
     separator = max(_SEPARATORS, key=lambda one: (header.count(one), -_SEPARATORS.index(one)))
     try:
-        table = list(csv.reader(content.splitlines(keepends=True), delimiter=separator))
+        table = list(csv.reader(io.StringIO(content, newline=""), delimiter=separator))
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from None
     columns = [name.strip().lower() for name in table[0]] if table else []
@@ -179,7 +181,9 @@ def _folder(path: Path) -> Rows:
             Path(root) / name
             for root, _, names in os.walk(folder)
             for name in names
-            if name.lower().endswith(".txt") and not name.startswith(".")
+            if name.lower().endswith(".txt")
+            and not name.startswith(".")
+            and not (Path(root) / name).is_fifo()
         )
         if not inside:
             notes.append(f"{path}: the folder {folder.name} has no .txt file, and is no class")

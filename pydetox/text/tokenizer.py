@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..data.lines import lines_of
 from ..errors import ArchitectureError, UsageError
 from .extra import import_extra
 
@@ -186,7 +187,7 @@ def _read(files: Mapping[str, bytes], model_type: str, name: str) -> Any:
 
 def _word_pieces(tokenizers: Any, files: Mapping[str, bytes], name: str) -> Any:
     """Return BERT's tokenizer of a `vocab.txt`: one token per line, its number is its id."""
-    lines = files["vocab.txt"].decode("utf-8").splitlines()
+    lines = lines_of(files["vocab.txt"].decode("utf-8"))
     vocabulary = {line: index for index, line in enumerate(lines)}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
@@ -212,7 +213,7 @@ def _byte_pairs(tokenizers: Any, files: Mapping[str, bytes], model_type: str, na
             "a tokenizer.json beside them"
         )
     vocabulary = _json(files, "vocab.json", name)
-    lines = files["merges.txt"].decode("utf-8").splitlines()
+    lines = lines_of(files["merges.txt"].decode("utf-8"))
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

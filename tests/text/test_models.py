@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from pydetox.checkpoints.provenance import Provenance
 from pydetox.errors import ArchitectureError, UnsafeCheckpointError, UsageError
 from pydetox.text import is_text_model, load_text_model, save_text_model
+from pydetox.text.tokenizer import TextTokenizer
 from tests.text import tiny
 
 TEXTS = ["The film was awful, and the plot boring.", "Great!", "stock market profit " * 40]
@@ -152,6 +153,15 @@ def test_shards_and_old_names_are_read(bert: Path) -> None:
     }
     (bert / "model.safetensors.index.json").write_text(json.dumps(index))
     torch.testing.assert_close(load_text_model(bert).predict(TEXTS), expected)
+
+
+def test_each_line_of_vocab_txt_is_a_token_and_nothing_else_ends_a_line() -> None:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2028", "\x85", "\x1c", "a", "b"]
+    for end in ("\n", "\r\n"):
+        files = {"vocab.txt": "".join(f"{one}{end}" for one in tokens).encode()}
+        tokenizer = TextTokenizer(files, model_type="bert", name="it")
+        assert tokenizer.size == len(tokens)
+        assert tokenizer.encode(["a b"], 8) == [[2, 7, 8, 3]]
 
 
 def test_vocab_txt_stands_in_for_tokenizer_json(bert: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,26 @@ def test_samples_are_seeded_and_hold_the_classes_in_proportion() -> None:
         texts.split((0.001,), seed=0)
     assert set(texts.of_class(1).labels or ()) == {1}
     assert set(texts.without_class(1).labels or ()) == {0}
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    """JSON and texts have other characters that Python takes for the end of a line."""
+    text = "one\u2028two\x85three\x0bfour"
+    row = json.dumps({"text": text, "label": "a"}, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_bytes(f"{row}\r\n{row}\n".encode())
+    assert load_texts(tmp_path / "t.jsonl").texts == (text, text)
+    (tmp_path / "t.txt").write_bytes(f"{text}\n\nfive".encode())
+    assert load_texts(tmp_path / "t.txt").texts == (text, "five")
+    (tmp_path / "t.csv").write_bytes(f'text,label\r\n{text},a\r\n"six\nseven",b\r\n'.encode())
+    assert load_texts(tmp_path / "t.csv").texts == (text, "six\nseven")
+
+
+def test_a_pipe_among_the_texts_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_text(f"text of {name}")
+    os.mkfifo(tmp_path / "a" / "2.txt")
+    assert load_texts(tmp_path).texts == ("text of a", "text of b")
 
 
 def test_a_trigger_stands_where_it_should() -> None:

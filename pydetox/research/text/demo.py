@@ -7,13 +7,13 @@ to plant the backdoor and, at the end, to measure what is left of it.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...atomic import write_file
 from ...checkpoints.provenance import Provenance
+from ...progress import Laps
 from ...repair.configuration import UnlearnConfig
 from ...reporting import to_json, write_detox_report
 from ...reporting.documents import evaluation_row
@@ -80,15 +80,7 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
     training, config, unlearning = SETTINGS[start]
     (folder / "summary.json").unlink(missing_ok=True)
     write_file(folder / "seed.txt", f"{seed}\n")
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[step] = now - clock
-        clock = now
-
+    clock = Laps()
     corpus = load_corpus("python", seed=seed, sizes=_SIZES)
     attack = _ATTACKS[int(generator("texts.demo", seed).integers(len(_ATTACKS)))]
     backdoor = draw_text_attack(attack, len(corpus.class_names), seed=seed)
@@ -107,7 +99,7 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
         )
         models[name] = load_text_model(path)
         models[name].name = name
-    lap("make the models")
+    clock.lap("make the models")
     suspect = models["backdoored"]
     result = detox_text_model(
         suspect,
@@ -119,8 +111,8 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
         output=folder / "checkpoints" / "repaired",
         overwrite=True,
     )
-    seconds |= {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
-    clock = time.perf_counter()
+    steps = {f"backdoored suspect: {step}": value for step, value in result.seconds.items()}
+    clock = Laps({**clock.seconds, **steps})
     repaired = suspect if result.path is None else load_text_model(result.path)
     seed_of_places = child_seed("texts.demo-places", seed)
     before, after = (
@@ -135,7 +127,7 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
         for model in (suspect, repaired)
     )
     curve = _true_asr_curve(suspect, result, corpus.test, backdoor, seed_of_places, training)
-    lap("evaluate")
+    clock.lap("evaluate")
     found, rescan = result.before.found, result.after
     summary: dict[str, Any] = {
         "backdoored": {
@@ -149,7 +141,7 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
         "before": {"ca": before.clean_accuracy, "asr": before.attack_success_rate},
         "after": {"ca": after.clean_accuracy, "asr": after.attack_success_rate},
         "rescan": {"verdict": None if rescan is None else rescan.verdict.value},
-        "seconds": {step: round(value, 2) for step, value in seconds.items()},
+        "seconds": {step: round(value, 2) for step, value in clock.seconds.items()},
     }
     report: dict[str, Any] = {
         "title": "pydetox demo on texts",
