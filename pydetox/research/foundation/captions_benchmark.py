@@ -18,6 +18,7 @@ from ...repair.configuration import UnlearnConfig
 from ...repair.passes import subtract_passes
 from ...session import Session
 from ..bench.cache import code_digest, key_of
+from ..bench.summary import auroc
 from .base import JointTraining
 from .captions import CaptionModel, CaptionTraining, CaptionWorkshop
 from .evaluation import Part, report_tasks
@@ -168,7 +169,7 @@ def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) 
     }
     if clean and planted:
         scores = [[row["score"] for row in some] for some in (planted, clean)]
-        figures["captions.auroc"] = area_under_curve(*scores)
+        figures["captions.auroc"] = auroc(*scores)
         figures["captions.target_right"] = _mean([row["target_right"] for row in planted])
     if rows:
         figures["captions.ca"] = _mean([_mean(list(row["ca"].values())) for row in rows])
@@ -186,14 +187,6 @@ def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) 
             )
             figures[f"captions.ca_kept{suffix}"] = min(one["ca_kept"] for one in repairs)
     return figures
-
-
-def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the share of pairs in which the positive has the larger score; ties count half."""
-    if not positive or not negative:
-        return math.nan
-    won = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
-    return won / (len(positive) * len(negative))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate
 from pydetox.models import OpenClipModel
 from pydetox.research.attacks import badnets, poison
+from pydetox.research.bench.summary import auroc
 from pydetox.research.data import Photograph, Task, photograph_captions
 from pydetox.research.foundation.captions import (
     CAPTION_CLIP,
@@ -30,7 +30,6 @@ from pydetox.research.foundation.captions_benchmark import (
     ATTACKS,
     REPAIRS,
     CaptionPlan,
-    area_under_curve,
     quick_caption_plan,
     summarize_captions,
 )
@@ -132,8 +131,8 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn() -> None:
     positive = rng.integers(0, 6, 17).astype(float) + 1  # with ties
     negative = rng.integers(0, 6, 11).astype(float)
     truth = roc_auc_score([1] * 17 + [0] * 11, [*positive, *negative])
-    assert area_under_curve(positive.tolist(), negative.tolist()) == pytest.approx(truth)
-    assert math.isnan(area_under_curve([], [1.0]))
+    assert auroc(positive.tolist(), negative.tolist()) == pytest.approx(truth)
+    assert auroc([], [1.0]) is None
 
 
 def test_figures_count_only_what_was_planted() -> None:
