@@ -82,13 +82,24 @@ THEIR_NEURAL_CLEANSE = (
     + """
 from argparse import Namespace
 from unittest.mock import MagicMock
+import importlib.util
 sys.argv = ["nc.py"]
 import torch._dynamo, torchvision  # before what stands for other libraries: they look for these
-for name in ("cv2", "matplotlib", "pandas", "seaborn", "umap", "kornia"):
-    try:
-        __import__(name)
-    except ImportError:  # nothing that is compared uses them
-        sys.modules[name] = MagicMock()
+from importlib.machinery import ModuleSpec
+class Pretended:
+    """Stands for libraries that are not there, which nothing that is compared uses."""
+    names = [n for n in ("cv2", "matplotlib", "pandas", "seaborn", "umap", "kornia", "scipy")
+             if importlib.util.find_spec(n) is None]
+    def find_spec(self, name, path=None, target=None):
+        known = name.partition(".")[0] in self.names
+        return ModuleSpec(name, self, is_package=True) if known else None
+    def create_module(self, spec):
+        made = MagicMock()
+        made.__path__, made.__spec__ = [], spec
+        return made
+    def exec_module(self, module):
+        pass
+sys.meta_path.append(Pretended())
 sys.path.insert(0, "{checkout}")
 os.chdir("{folder}")
 import defense.nc as nc

@@ -18,13 +18,19 @@ PEERS = Path(os.environ.get("PYDETOX_PEERS", Path(sys.prefix) / "peers"))
 
 @pytest.fixture(scope="session")
 def peer():
-    """Run a script of this folder with the peers on its path; returns its standard output."""
+    """Run a script of this folder with the peers on its path; returns its standard output.
+
+    A test that `needs` packages that are not among the peers is skipped.
+    """
     if not PEERS.is_dir():
         if os.environ.get("CI"):
             pytest.fail(f"{PEERS} is missing: run `make peers`")
         pytest.skip("the peers are not installed: run `make peers`")
 
-    def run(script: str, *arguments: object) -> str:
+    def run(script: str, *arguments: object, needs: tuple[str, ...] = ()) -> str:
+        for package in needs:
+            if not any((PEERS / name).exists() for name in (package, f"{package}.py")):
+                pytest.skip(f"{package} is not among the peers: run `make peers`")
         environment = {**os.environ, "PYTHONPATH": str(PEERS), "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(
             [sys.executable, Path(__file__).parent / script, *map(str, arguments)],
