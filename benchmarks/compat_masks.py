@@ -87,7 +87,7 @@ sys.argv = ["nc.py"]
 import torch._dynamo, torchvision  # before what stands for other libraries: they look for these
 from importlib.machinery import ModuleSpec
 class Pretended:
-    """Stands for libraries that are not there, which nothing that is compared uses."""
+    # Stands for libraries that are not there, which nothing that is compared uses.
     names = [n for n in ("cv2", "matplotlib", "pandas", "seaborn", "umap", "kornia", "scipy")
              if importlib.util.find_spec(n) is None]
     def find_spec(self, name, path=None, target=None):

@@ -56,13 +56,20 @@ class ClassPrompt:
 
     def __call__(self, class_name: str) -> str:
         """Return a prompt; DataError for a class without any."""
+        return self._known(class_name)[self.place(class_name)]
+
+    def place(self, class_name: str) -> int:
+        """Return which of the prompts of a class this is; DataError for a class without any."""
+        return self.index % len(self._known(class_name))
+
+    def _known(self, class_name: str) -> tuple[str, ...]:
         known = self.of.prompts.get(class_name)
         if known is None:
             raise DataError(
                 f"{self.of.source}: no prompts for the class {class_name!r}; it has those of "
                 f"{len(self.of.prompts)} classes"
             )
-        return known[self.index % len(known)]
+        return known
 
     def __repr__(self) -> str:
         """Return a text that depends on the prompts alone, for digests."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..errors import DataError
-from .named_lists import class_prompts, known_lists, named_class_names, named_templates
+from .named_lists import ClassPrompt, class_prompts, known_lists, named_class_names, named_templates
 
 #: A prompt with a place for the class name, written "{c}" (CLIP_benchmark) or "{}" (open_clip), or
 #: a function from class name to prompt (open_clip).
@@ -50,8 +50,17 @@ def fill_template(template: Template, class_name: str) -> str:
 
 
 def fill_templates(templates: Sequence[Template], class_name: str) -> list[str]:
-    """Return the prompts for one class, each of them once; raises as `fill_template`."""
-    return list(dict.fromkeys(fill_template(template, class_name) for template in templates))
+    """Return the prompts for one class; raises as `fill_template`.
+
+    Templates that give one text count once. Prompts of each class (`ClassPrompt`) count as often as
+    the class has them, as in CLIP_benchmark: CuPL's list has some of them twice.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for template in templates:
+        prompt = fill_template(template, class_name)
+        own = template.place(class_name) if isinstance(template, ClassPrompt) else -1
+        found[prompt, own] = prompt
+    return list(found.values())
 
 
 def load_class_names(path: str | Path) -> tuple[str, ...]:
@@ -59,7 +68,7 @@ def load_class_names(path: str | Path) -> tuple[str, ...]:
 
     Line k (from 0) names label k. A JSON file holds a list of names. If there is no such file, the
     text may name a list: `imagenet` is that of open_clip, and others are those of CLIP_benchmark,
-    if this package is installed (`cifar10`, `vtab/dtd`, ...).
+    if this package is installed (`pets`, `vtab/flowers`, ...).
 
     Repeated names are allowed (ImageNet has "crane" twice). Raises DataError for an unreadable or
     empty file and for a blank line between names, because it would shift every label after it.

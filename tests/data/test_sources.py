@@ -267,8 +267,12 @@ def test_lists_of_clip_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_prompts_of_each_class(tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"cat": ["soft", "it purrs", "soft"], "dog": ["it barks"]}))
+    assert fill_templates(load_templates(path), "cat") == ["soft", "it purrs", "soft"]
+    assert fill_templates(load_templates(path), "dog") == ["it barks"]
     path.write_text(json.dumps({"cat": ["soft", "it purrs"], "dog": ["it barks"]}))
     templates = load_templates(path)
+    assert fill_templates((*templates, *templates, "a {}", "a {}"), "dog") == ["it barks", "a dog"]
     assert fill_templates(templates, "cat") == ["soft", "it purrs"]
     assert fill_templates(templates, "dog") == ["it barks"]
     assert repr(load_templates(path)) == repr(templates)
