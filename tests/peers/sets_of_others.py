@@ -10,9 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-FOLDER = Path(sys.argv[1])
 # Caches go where the test's other files are.
-os.environ["HF_HOME"] = str(FOLDER / "cache")
+os.environ["HF_HOME"] = str(Path(sys.argv[1]) / "cache")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # beside the tests, not a release
 
 import datasets
@@ -30,6 +29,7 @@ from pydetox.data import (
 )
 from pydetox.data.names import fill_templates
 
+FOLDER = Path(sys.argv[1])
 NAMES = ["cat", "dog", "owl"]
 SIZE, COUNT = 12, 9
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, SIZE, SIZE, 3), dtype=np.uint8)
@@ -91,7 +91,9 @@ def of_webdataset() -> dict[str, object]:
             writer.write({"__key__": f"{k:08}", "png": picture, "cls": LABELS[k]})
     (FOLDER / "shards" / "classnames.txt").write_text("\n".join(NAMES) + "\n")
     urls = str(FOLDER / "shards" / "{000000..000001}.tar")
-    rows = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    rows = list(
+        webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")
+    )
     theirs = [row[0] for row in rows], [row[1] for row in rows]
     with webdataset.TarWriter(str(FOLDER / "json.tar")) as writer:
         for k, picture in enumerate(PICTURES):
