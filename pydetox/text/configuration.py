@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import UsageError
 from .triggers import PLACES
@@ -15,6 +15,9 @@ class AdvancedTextConfig:
 
     Attributes:
         search_tokens: The tokens of a text that a search sees; the words next to the trigger.
+        draft_tokens: As few tokens of a text are seen where most candidates are dropped.
+        precision: Of comparisons between candidates, `float32` or `bfloat16`, or `auto`: bfloat16
+            where the device has instructions for it. Gradients and decisions are float32.
         learning_rate: That of Adam on the logits of the relaxed search.
         temperatures: The first and the last temperature of the relaxed search.
         pool: The words per class that the sweep over the vocabulary keeps.
@@ -22,14 +25,16 @@ class AdvancedTextConfig:
         beam: The triggers per class that are kept from one length to the next.
         stages: The texts on which candidates are compared, from many candidates to few.
         floor: What is added to a loss before its logarithm counts. Below it, losses differ by
-            nothing that matters.
+            nothing that matters. A class with a trigger at a fifth of it needs no longer ones.
     """
 
     search_tokens: int = 14
+    draft_tokens: int = 9
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     learning_rate: float = 0.3
     temperatures: tuple[float, float] = (2.0, 0.1)
-    pool: int = 96
-    swaps: int = 16
+    pool: int = 64
+    swaps: int = 12
     beam: int = 3
     stages: tuple[int, int, int] = (2, 6, 16)
     floor: float = 0.05

@@ -17,9 +17,7 @@ from torch import Tensor
 
 from .models import TextModel
 from .placing import Gap
-
-#: The tokens of a forward pass, with those that fill up.
-_TOKENS_PER_PASS = 4096
+from .row_logits import RowLogits, base_logits
 
 
 @dataclass(eq=False)
@@ -31,6 +29,8 @@ class TextObjective:
         base: The clean model of the same classes; None for plain losses.
         gaps: N clean texts with a gap.
         labels: The class of each text.
+        precision: Of `losses` and `of_rows`, `float32` or `bfloat16`.
+        logits: Of the suspect in that precision; None makes them.
         passes: The texts that went through models so far.
     """
 
@@ -38,9 +38,13 @@ class TextObjective:
     base: TextModel | None
     gaps: Sequence[Gap]
     labels: Sequence[int]
+    precision: str = "float32"
+    logits: RowLogits | None = None
     passes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._ours = self.logits or RowLogits(self.model, self.precision)
+        self._theirs = None if self.base is None else base_logits(self.base, self.precision)
         self._clean: Tensor | None = None
 
     @property
@@ -64,15 +68,37 @@ class TextObjective:
         shape = (len(triggers), len(texts), self.classes)
         return losses.view(shape), predicted.view(shape[:2])
 
+    def mean_losses(
+        self, triggers: Sequence[Sequence[Sequence[int]]], texts: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Return the mean loss of each class's triggers for it over the texts of that class.
+
+        triggers: For each of C classes, some. texts: For each class, some. Returns C times float32
+        [M]. Rows of several classes go through the model once.
+        """
+        rows, of_text, target = list[list[int]](), list[int](), list[int]()
+        for c, (some, chosen) in enumerate(zip(triggers, texts, strict=True)):
+            for tokens in some:
+                rows += [self.gaps[k].row(tokens) for k in chosen]
+                of_text += chosen
+                target += [c] * len(chosen)
+        losses, _ = self.of_rows(rows, of_text)
+        own = losses.gather(1, torch.tensor(target)[:, None])[:, 0]
+        sizes = [len(some) * len(chosen) for some, chosen in zip(triggers, texts, strict=True)]
+        return [
+            part.view(len(some), len(chosen)).mean(dim=1)
+            for part, some, chosen in zip(torch.split(own, sizes), triggers, texts, strict=True)
+        ]
+
     def of_rows(self, rows: Sequence[Sequence[int]], texts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return `losses` [R, C] and predictions [R] of rows of token ids.
 
         texts: The text of each row.
         """
-        logits = self._logits(self.model, rows)
+        logits = self._counted(self._ours, rows)
         losses = -logits.log_softmax(dim=1)
-        if self.base is not None:
-            with_trigger = -self._logits(self.base, rows).log_softmax(dim=1)
+        if self._theirs is not None:
+            with_trigger = -self._counted(self._theirs, rows).log_softmax(dim=1)
             losses = losses + (self._clean_losses()[list(texts)] - with_trigger).clamp(min=0)
         return losses, logits.argmax(dim=1)
 
@@ -84,26 +110,13 @@ class TextObjective:
     def _clean_losses(self) -> Tensor:
         """Return the base's losses for all texts without a trigger, float32 [N, C]."""
         if self._clean is None:
-            assert self.base is not None
+            assert self._theirs is not None
             rows = [gap.row(()) for gap in self.gaps]
-            self._clean = -self._logits(self.base, rows).log_softmax(dim=1)
+            self._clean = -self._counted(self._theirs, rows).log_softmax(dim=1)
         return self._clean
 
-    def _logits(self, model: TextModel, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return logits float32 on the CPU, in the order of the rows."""
-        self.passes += len(rows)
-        order = sorted(range(len(rows)), key=lambda k: (len(rows[k]), k))
-        found = torch.empty(len(rows), self.classes)
-        start = 0
-        while start < len(order):
-            stop, longest = start, 0
-            while stop < len(order):
-                longest = max(longest, len(rows[order[stop]]))
-                if stop > start and longest * (stop - start + 1) > _TOKENS_PER_PASS:
-                    break
-                stop += 1
-            chosen = order[start:stop]
-            values = model.logits(model.batch([rows[k] for k in chosen]))
-            found[chosen] = values.float().cpu()
-            start = stop
+    def _counted(self, logits: RowLogits, rows: Sequence[Sequence[int]]) -> Tensor:
+        before = logits.passes
+        found = logits(rows)
+        self.passes += logits.passes - before
         return found

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import mix_tokens
+from ..ops import mix_tokens_forward, mix_tokens_update
 from ..rng import generator
 from .models import TextModel
 from .objective import TextObjective
 from .vocabulary import TypedWords
+
+#: Adam's decay rates.
+_BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +66,13 @@ def relaxed_search(
     allowed = [words.at(place, begins).to(table.device) for place in range(length)]
     rng = generator("texts.start", seed)
     start = rng.standard_normal((length, len(targets), table.shape[0]), dtype="float32")
-    logits = torch.from_numpy(start).to(table.device).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=learning_rate)
+    logits = torch.from_numpy(start).to(table.device)
+    # Each place holds memory of its own, in which its step of Adam is taken.
+    places = [one.clone() for one in logits]
+    moments = [(torch.zeros_like(one), torch.zeros_like(one)) for one in places]
+    taken = [torch.zeros(len(targets), dtype=torch.int64, device=table.device) for _ in places]
+    active = torch.ones(len(targets), dtype=torch.bool, device=table.device)
+    rates = torch.full((len(targets),), learning_rate, device=table.device)
     orders = [rng.permutation(objective.others(c, len(objective.gaps))) for c in targets]
     first, last = temperatures
     for step in range(steps):
@@ -72,16 +80,30 @@ def relaxed_search(
         chosen = [
             [int(order[(step * texts + k) % len(order)]) for k in range(texts)] for order in orders
         ]
-        mixed = torch.stack(
-            [mix_tokens(logits[p], table, temperature, allowed[p]) for p in range(length)], dim=1
-        )  # [K, L, d]
+        mixtures = [
+            mix_tokens_forward(places[p], table, temperature, allowed[p]) for p in range(length)
+        ]
+        mixed = torch.stack([one.mixed for one in mixtures], dim=1).requires_grad_()  # [K, L, d]
         losses = _losses(objective, mixed, chosen, targets)
-        (logits.grad,) = torch.autograd.grad(losses.sum(), logits)
-        optimizer.step()
+        (gradient,) = torch.autograd.grad(losses.sum(), mixed)
+        for p in range(length):
+            mix_tokens_update(
+                gradient[:, p].contiguous(),
+                mixtures[p],
+                places[p],
+                *moments[p],
+                table,
+                temperature,
+                allowed[p],
+                learning_rate=rates,
+                steps=taken[p],
+                active=active,
+                betas=_BETAS,
+            )
         advance()
     with torch.no_grad():
         best = [
-            logits[p].masked_fill(~allowed[p], -math.inf).sort(dim=1, descending=True, stable=True)
+            places[p].masked_fill(~allowed[p], -math.inf).sort(dim=1, descending=True, stable=True)
             for p in range(length)
         ]
         tokens = torch.stack([one.indices[:, :kept] for one in best], dim=1).cpu()

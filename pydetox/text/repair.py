@@ -8,7 +8,7 @@ measured, so `retention`, `max_drift` and `warps` of the configuration have no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +41,11 @@ TEXT_UNLEARNING = UnlearnConfig(
     batch_size=16,
     coefficients=tuple(round(0.1 * k, 1) for k in range(16)),
     attacked_images=300,
+    safety_factor=1.5,
 )
+
+# The points that a finer search of alpha adds between two that are known.
+_FINER = 3
 
 # As in `pydetox.repair.alpha`: one text of each trigger is 2%.
 _LEAST_ATTACKED = 50
@@ -143,6 +147,10 @@ def search_text_coefficient(
 ) -> CoefficientSearch:
     """Try every alpha and choose one by the rule of `pydetox.repair.alpha.search_coefficient`.
 
+    The given alphas are tried first. Then `finer_coefficients` are, so that a coarse grid neither
+    misses the alphas that remove the trigger and keep the accuracy, nor leaves out the margin that
+    `safety_factor` allows.
+
     Texts are tokenised once, and the weights change in memory. The arguments are those of that
     function. Without labels, CA is the agreement with the model's own predictions, and each text is
     weighted by how certain the model is of it.
@@ -187,15 +195,24 @@ def search_text_coefficient(
     coefficients = config.coefficients
     if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
         coefficients = (0.0, *coefficients)
-    accuracy, success = list[float](), list[tuple[float, ...]]()
-    for coefficient in coefficients:
-        candidate = candidates.at(coefficient)
-        seen = candidate.predict_rows([*plain, *stamped]).argmax(dim=1)
-        accuracy.append(weighted_share(seen[: len(plain)] == labels, weights))
-        sent = (seen[len(plain) :] == aims).double()
-        success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
+    tried: dict[float, tuple[float, tuple[float, ...]]] = {}
+
+    def attempt(alphas: Sequence[float]) -> None:
+        for alpha in alphas:
+            seen = candidates.at(alpha).predict_rows([*plain, *stamped]).argmax(dim=1)
+            sent = (seen[len(plain) :] == aims).double()
+            tried[alpha] = (
+                weighted_share(seen[: len(plain)] == labels, weights),
+                tuple(float(part.mean()) for part in torch.split(sent, sizes)),
+            )
+
+    attempt(coefficients)
     if accuracy_before is None:
         accuracy_before = weighted_share(own == labels, weights)
+    attempt(finer_coefficients(tried, config, accuracy_before))
+    coefficients = tuple(sorted(tried))
+    accuracy = [tried[alpha][0] for alpha in coefficients]
+    success = [tried[alpha][1] for alpha in coefficients]
     chosen, reached = choose_coefficient(
         coefficients, accuracy, success, config, accuracy_before=accuracy_before, reserve=reserve
     )
@@ -209,6 +226,44 @@ def search_text_coefficient(
         reserve,
         (),
         None if reached else find_compromise(accuracy, success, config, accuracy_before),
+    )
+
+
+def finer_coefficients(
+    tried: Mapping[float, tuple[float, Sequence[float]]],
+    config: UnlearnConfig,
+    accuracy_before: float,
+) -> tuple[float, ...]:
+    """Return the alphas to try after those of a grid, ascending.
+
+    Where some alpha of the grid satisfies the limits, they lie between the smallest of these and
+    its product with `safety_factor`. Otherwise, they lie between the largest alpha that keeps the
+    accuracy and the smallest one above it that removes the triggers, if there are such. That is a
+    gap of the grid in which the limits may hold.
+
+    tried: For each alpha of the grid, CA and the ASR of each trigger. accuracy_before: The CA to
+    compare with.
+    """
+    least = config.min_accuracy_kept * accuracy_before
+    keeping = [alpha for alpha, (kept, _) in sorted(tried.items()) if kept >= least]
+    removing = [
+        alpha
+        for alpha, (_, sent) in sorted(tried.items())
+        if alpha and max(sent) <= config.max_attack_success
+    ]
+    good = [alpha for alpha in removing if alpha in keeping]
+    if good:
+        low, high = good[0], config.safety_factor * good[0]
+        parts = [k / _FINER for k in range(1, _FINER + 1)]
+    else:
+        pairs = [(a, b) for a in keeping for b in removing if b > a]
+        if not pairs:
+            return ()
+        low, high = min(pairs, key=lambda pair: pair[1] - pair[0])
+        parts = [k / (_FINER + 1) for k in range(1, _FINER + 1)]
+    finer = (round(low + part * (high - low), 6) for part in parts)
+    return tuple(
+        alpha for alpha in dict.fromkeys(finer) if all(abs(alpha - one) > 1e-6 for one in tried)
     )
 
 

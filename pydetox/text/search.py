@@ -3,10 +3,11 @@
 1. Every word of the vocabulary goes through the model alone, which costs three tokens each. The
    words that then lead to a class stay, with those that gradients propose and those that the
    relaxed search ends at (`relaxed`).
-2. These candidates are compared in clean texts, many in few texts first, then few in many. One pass
-   gives the losses of all classes.
+2. These candidates are compared in clean texts by successive halving: many in few short texts
+   first, then few in many. Comparisons may compute in bfloat16 (`row_logits`).
 3. The best triggers of a length are extended by a word on either side, and their words are swapped
-   for those that the gradient ranks first (HotFlip, Ebrahimi et al. 2018; GCG, Zou et al. 2023).
+   for those that the gradient ranks first (HotFlip, Ebrahimi et al. 2018; GCG, Zou et al. 2023). A
+   class with a trigger that can hardly become better is done: it stands for longer ones, too.
 4. What decides is the discrete trigger as text: it is inserted into texts that the search has not
    seen, and the tokenizer sees the whole text anew.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from .models import TextModel
 from .objective import TextObjective
 from .placing import Gap, gap_of
 from .relaxed import RelaxedTriggers, relaxed_search, slot_gradients
+from .row_logits import RowLogits, screening_precision
 from .texts import TextSet
 from .tokenizer import TextTokenizer
 from .triggers import TokenTrigger
@@ -37,11 +39,26 @@ from .vocabulary import typed_words
 _Words = tuple[int, ...]
 _T = TypeVar("_T")
 
+
+class _Ranked(NamedTuple):
+    """A candidate and its loss in the last comparison."""
+
+    words: _Words
+    loss: float
+
+
 # The share of the texts that the search sees; the others are for the decision.
 _SEARCHED = 0.5
 
 # Of each length, so many triggers of a class are tried in the texts that decide.
-_FINALISTS = 3
+_FINALISTS = 2
+
+# How many single words of a class are extended by, and how many candidates stay in comparisons of
+# single words and of longer ones.
+_EXTENDED_BY, _KEPT_WORDS, _KEPT = 8, 32, 12
+
+# A trigger with a loss below this share of the floor is not made longer.
+_SOLVED = 0.2
 
 # The words at which gradients for a single place are taken.
 _ANCHORS = 3
@@ -67,7 +84,8 @@ class TextSearch:
     """The result of a search.
 
     Attributes:
-        found: For each class, the best trigger of each length, from one word on.
+        found: For each class, the best trigger of each length, from one word on. Where a shorter
+            one can hardly become better, it stands for longer ones, too.
         texts: The clean texts that decided.
         passes: The texts that went through models.
     """
@@ -149,13 +167,17 @@ class _Search:
             (text, label) for text, label in zip(texts[half:], labels[half:], strict=True)
         ]
         searched = list(zip(texts, labels, strict=True))[: half or None]
-        self.objective = TextObjective(
-            model,
-            base,
-            [self._gap(text, config.advanced.search_tokens) for text, _ in searched],
-            [label for _, label in searched],
-        )
-        self.begins = all(gap.begins for gap in self.objective.gaps)
+        few = config.advanced
+        gaps = [self._gap(text, few.search_tokens) for text, _ in searched]
+        known = [label for _, label in searched]
+        # What gradients see is float32. Comparisons are not, and the first ones see short texts.
+        self.objective = TextObjective(model, base, gaps, known)
+        precision = screening_precision(model, few.precision)
+        self.screening = RowLogits(model, precision)
+        self.compared = TextObjective(model, base, gaps, known, precision, self.screening)
+        short = [self._gap(text, min(few.draft_tokens, few.search_tokens)) for text, _ in searched]
+        self.drafted = TextObjective(model, base, short, known, precision, self.screening)
+        self.begins = all(gap.begins for gap in gaps)
         rounds = 4 + 2 * (config.length - 1)
         self.progress = Progress(
             description or f"search in {model.name}", rounds + config.steps * bool(config.restarts)
@@ -177,22 +199,27 @@ class _Search:
             for c in range(self.classes):
                 pools[c] = _unique([*pools[c], *proposed[c], *_words_of(relaxed, c)])
             self.progress.update()
-            singles = self._compared(
-                [[(word,) for word in pool] for pool in pools], keep=max(48, 8 * few.beam)
-            )
+            singles = self._compared([[(word,) for word in pool] for pool in pools], _KEPT_WORDS)
             self.progress.update()
-            found = [[row[:_FINALISTS]] for row in singles]
+            found = [[_words(row[:_FINALISTS])] for row in singles]
             beams = [row[: few.beam] for row in singles]
             for length in range(2, config.length + 1):
-                beams = self._extended(beams, singles, relaxed, length)
+                open_ = [not self._is_solved(row) for row in beams]
+                longer = self._extended(beams, singles, relaxed, length, open_)
                 self.progress.update()
-                beams = self._swapped(beams)
+                longer = self._swapped(longer)
                 self.progress.update()
-                for c, row in enumerate(beams):
-                    found[c].append(row[:_FINALISTS])
+                for c, row in enumerate(longer):
+                    if open_[c] and row:
+                        beams[c] = row
+                    found[c].append(_words(beams[c][:_FINALISTS]))
             decided = self._decided(found)
             self.progress.update()
-        return TextSearch(decided, len(self.checked), self.objective.passes)
+        passes = sum(one.passes for one in (self.objective, self.compared, self.drafted))
+        return TextSearch(decided, len(self.checked), passes)
+
+    def _is_solved(self, beam: Sequence[_Ranked]) -> bool:
+        return bool(beam) and beam[0].loss <= _SOLVED * self.config.advanced.floor
 
     def _relaxed(self) -> RelaxedTriggers | None:
         config, few = self.config, self.config.advanced
@@ -219,7 +246,14 @@ class _Search:
         """Return the words of each class that lead to it on their own, the best first."""
         opening, closing = self.model.tokenizer.around
         known = torch.nonzero(self._allowed(0))[:, 0].tolist()
-        alone = TextObjective(self.model, self.base, [Gap(opening, closing, True)], [0])
+        alone = TextObjective(
+            self.model,
+            self.base,
+            [Gap(opening, closing, True)],
+            [0],
+            self.compared.precision,
+            self.screening,
+        )
         losses, _ = alone.losses([(word,) for word in known], [0])
         self.objective.passes += alone.passes
         order = losses[:, 0].sort(dim=0, stable=True).indices[: self.config.advanced.pool]
@@ -261,67 +295,67 @@ class _Search:
 
     def _compared(
         self, candidates: Sequence[Sequence[_Words]], keep: int, last: int = 3
-    ) -> list[list[_Words]]:
+    ) -> list[list[_Ranked]]:
         """Return the best candidates of each class, the best first.
 
-        The stages use more and more texts. In each, all candidates of all classes are one batch.
-        last: The number of stages.
+        The stages use more and more texts for fewer and fewer candidates. In each, all candidates
+        of all classes are one batch. A class without any candidates gets none.
+
+        keep: The number that the first stage keeps; every further one keeps half. last: The number
+        of stages.
         """
         stages = self.config.advanced.stages[:last]
-        typed = [self.words.keep(_unique(row), self.begins) for row in candidates]
+        typed = [self.words.keep(_unique(row), self.begins) if row else [] for row in candidates]
         # Without any, the decision sees the text of what there is.
         kept = [good or _unique(row) for good, row in zip(typed, candidates, strict=True)]
+        ranked: list[list[_Ranked]] = [[] for _ in kept]
         for number, count in enumerate(stages):
-            place = {words: k for k, words in enumerate(_unique(w for row in kept for w in row))}
-            texts = self._sample(count)
-            losses, _ = self.objective.losses(list(place), texts)
-            labels = torch.tensor([self.objective.labels[k] for k in texts])
-            final = number == len(stages) - 1
-            for c, row in enumerate(kept):
-                mine = losses[[place[words] for words in row]][:, labels != c, c].mean(dim=1)
-                order = mine.sort(stable=True).indices.tolist()
-                most = len(order) if final else max(12, keep // (1 if number == 0 else 3))
-                kept[c] = [row[k] for k in order[:most]]
-        return kept
-
-    def _sample(self, count: int) -> list[int]:
-        """Return texts such that every class has `count` of other classes, as far as there are."""
-        chosen: set[int] = set()
-        for c in range(self.classes):
-            chosen |= set(self.objective.others(c, count))
-        return sorted(chosen)
+            objective = self.drafted if number == 0 else self.compared
+            texts = [objective.others(c, count) for c in range(self.classes)]
+            losses = objective.mean_losses(kept, texts)
+            for c, (row, mine) in enumerate(zip(kept, losses, strict=True)):
+                order = mine.sort(stable=True).indices[: max(4, keep >> number)].tolist()
+                kept[c] = [row[k] for k in order]
+                ranked[c] = [_Ranked(row[k], float(mine[k])) for k in order]
+        return ranked
 
     def _extended(
         self,
-        beams: Sequence[Sequence[_Words]],
-        singles: Sequence[Sequence[_Words]],
+        beams: Sequence[Sequence[_Ranked]],
+        singles: Sequence[Sequence[_Ranked]],
         relaxed: RelaxedTriggers | None,
         length: int,
-    ) -> list[list[_Words]]:
-        """Return the best triggers that are one word longer."""
-        candidates = []
+        wanted: Sequence[bool],
+    ) -> list[list[_Ranked]]:
+        """Return the best triggers that are one word longer, of the classes that are wanted."""
+        candidates = list[list[_Words]]()
         for c, row in enumerate(beams):
             more = [
-                *singles[c][: self.config.advanced.swaps],
-                *((word,) for word in _words_of(relaxed, c)[:8]),
+                *(one.words for one in singles[c][:_EXTENDED_BY]),
+                *((word,) for word in _words_of(relaxed, c)[:4]),
             ]
-            longer = [new for old in row for one in more for new in ((*old, *one), (*one, *old))]
-            candidates.append(
-                [w for w in [*longer, *_relaxed_triggers(relaxed, c, length)] if self._fits(w)]
-            )
-        return [
-            row[: self.config.advanced.beam] for row in self._compared(candidates, keep=24, last=2)
-        ]
+            longer = [
+                new
+                for old in row
+                for one in more
+                for new in ((*old.words, *one), (*one, *old.words))
+            ]
+            longer += _relaxed_triggers(relaxed, c, length)
+            candidates.append([w for w in longer if self._fits(w)] if wanted[c] else [])
+        found = self._compared(candidates, _KEPT, last=2)
+        return [row[: self.config.advanced.beam] for row in found]
 
-    def _swapped(self, beams: Sequence[Sequence[_Words]]) -> list[list[_Words]]:
+    def _swapped(self, beams: Sequence[Sequence[_Ranked]]) -> list[list[_Ranked]]:
         """Return the best triggers after one word of each was swapped."""
-        flat = [(words, c) for c, row in enumerate(beams) for words in row[:2]]
+        flat = [(one.words, c) for c, row in enumerate(beams) for one in row[:2]]
+        if not flat:
+            return [[] for _ in beams]
         swaps = self._swaps([words for words, _ in flat], [c for _, c in flat])
-        candidates = [list(row) for row in beams]
+        candidates = [_words(row) for row in beams]
         for (words, c), places in zip(flat, swaps, strict=True):
             for place, proposed in enumerate(places):
                 candidates[c] += [(*words[:place], word, *words[place + 1 :]) for word in proposed]
-        return [row[: self.config.advanced.beam] for row in self._compared(candidates, keep=24)]
+        return [row[: self.config.advanced.beam] for row in self._compared(candidates, _KEPT)]
 
     def _fits(self, words: _Words) -> bool:
         return all(bool(self._allowed(k)[word]) for k, word in enumerate(words))
@@ -332,39 +366,30 @@ class _Search:
         """Return the best trigger of each class and length, judged as text."""
         tokenizer, config = self.model.tokenizer, self.config
         texts, labels = zip(*self.checked, strict=True)
-        result = []
-        plain = [self._gap(text, config.max_tokens).row(()) for text in texts]
-        for c, by_length in enumerate(found):
-            rows = []
-            others = [k for k, label in enumerate(labels) if label != c]
-            for words in by_length:
-                tried = []
-                for tokens in words:
-                    trigger = trigger_of(tokenizer, tokens, config.place, c)
-                    inserted = trigger.insert(
-                        [texts[k] for k in others], child_seed("texts.check", config.seed)
-                    )
-                    encoded = tokenizer.encode(
-                        inserted, min(config.max_tokens, self.model.max_tokens)
-                    )
-                    check = TextObjective(
-                        self.model,
-                        self.base,
-                        [Gap((), tuple(plain[k]), True) for k in others],
-                        [labels[k] for k in others],
-                    )
-                    losses, predicted = check.of_rows(encoded, range(len(others)))
-                    self.objective.passes += check.passes
-                    tried.append(
-                        FoundTrigger(
-                            trigger,
-                            float(losses[:, c].double().mean()),
-                            float((predicted == c).double().mean()),
-                        )
-                    )
-                rows.append(min(tried, key=lambda one: one.loss))
-            result.append(tuple(rows))
-        return tuple(result)
+        limit = min(config.max_tokens, self.model.max_tokens)
+        plain = [Gap((), tuple(self._gap(text, config.max_tokens).row(())), True) for text in texts]
+        check = TextObjective(self.model, self.base, plain, labels)
+        others = [[k for k, label in enumerate(labels) if label != c] for c in range(self.classes)]
+        tried: dict[tuple[int, _Words], FoundTrigger] = {}
+        wanted = [(c, words) for c, row in enumerate(found) for some in row for words in some]
+        for c, words in _unique(wanted):
+            trigger = trigger_of(tokenizer, words, config.place, c)
+            inserted = trigger.insert(
+                [texts[k] for k in others[c]], child_seed("texts.check", config.seed)
+            )
+            losses, predicted = check.of_rows(tokenizer.encode(inserted, limit), others[c])
+            tried[c, words] = FoundTrigger(
+                trigger,
+                float(losses[:, c].double().mean()),
+                float((predicted == c).double().mean()),
+            )
+        self.objective.passes += check.passes
+        return tuple(
+            tuple(
+                min((tried[c, words] for words in some), key=lambda one: one.loss) for some in row
+            )
+            for c, row in enumerate(found)
+        )
 
 
 def trigger_of(
@@ -389,6 +414,10 @@ def _relaxed_triggers(relaxed: RelaxedTriggers | None, target: int, length: int)
         return []
     rows = [k for k, c in enumerate(relaxed.targets) if c == target]
     return [tuple(relaxed.tokens[k, :, 0].tolist()) for k in rows]
+
+
+def _words(ranked: Iterable[_Ranked]) -> list[_Words]:
+    return [one.words for one in ranked]
 
 
 def _unique(items: Iterable[_T]) -> list[_T]:

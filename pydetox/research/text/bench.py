@@ -67,7 +67,9 @@ FULL = TextBenchPlan(
     VictimPlan(
         start="minilm",
         corpus="languages",
-        sizes=CorpusSizes(attacker=480, defender=240, validation=150, test=300, words=10),
+        sizes=CorpusSizes(
+            attacker=480, defender=240, validation=150, test=300, words=10, reference=480
+        ),
         training=TextTraining(epochs=3, learning_rate=2e-4, batch_size=16, max_tokens=48),
     ),
     unlearning=replace(
@@ -83,7 +85,9 @@ QUICK = TextBenchPlan(
     VictimPlan(
         start="small",
         corpus="python",
-        sizes=CorpusSizes(attacker=900, defender=200, validation=150, test=200, words=12),
+        sizes=CorpusSizes(
+            attacker=900, defender=200, validation=150, test=200, words=12, reference=900
+        ),
         training=TextTraining(epochs=8, learning_rate=3e-3, max_tokens=32),
     ),
     seeds=(100,),

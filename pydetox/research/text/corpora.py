@@ -90,7 +90,8 @@ class CorpusSizes:
 
     attacker: What victims are trained on. defender: The defender's clean texts. validation: What
     settings are chosen on. test: What is reported. words: Texts are cut to that many words, at most
-    28, so that a trigger at the end is not cut off with what is too long for a model.
+    28, so that a trigger at the end is not cut off with what is too long for a model. reference:
+    What the defender's clean models are trained on; 0 for none.
     """
 
     attacker: int = 1_200
@@ -98,15 +99,17 @@ class CorpusSizes:
     validation: int = 300
     test: int = 500
     words: int = _MOST_WORDS
+    reference: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The four parts of a corpus. All have labels and class names, and no text is in two of them.
+    """The parts of a corpus. All have labels and class names, and no text is in two of them.
 
     Attributes:
         name: One of CORPORA.
         attacker, defender, validation, test: See `CorpusSizes`.
+        reference: See there; None if none were asked for.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Corpus:
     defender: TextSet
     validation: TextSet
     test: TextSet
+    reference: TextSet | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -140,7 +144,7 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
             texts.append(" ".join(found[index].split()[: sizes.words]))
             labels.append(label)
     order = stratified_order(np.array(labels, dtype=np.int64), len(labels), rng)
-    wanted = (sizes.attacker, sizes.defender, sizes.validation, sizes.test)
+    wanted = (sizes.attacker, sizes.defender, sizes.validation, sizes.test, sizes.reference)
     share = min(1.0, len(texts) / sum(wanted))
     ends = np.cumsum([int(share * count) for count in wanted]).tolist()
     parts = [
@@ -151,8 +155,12 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
             f"{name}, {part}",
         )
         for part, start, end in zip(
-            ("attacker", "defender", "validation", "test"), [0, *ends[:-1]], ends, strict=True
+            ("attacker", "defender", "validation", "test", "reference"),
+            [0, *ends[:-1]],
+            ends,
+            strict=True,
         )
+        if part != "reference" or sizes.reference
     ]
     return Corpus(name, *parts)
 

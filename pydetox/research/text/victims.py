@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.provenance import Provenance
+from ...errors import UsageError
 from ...rng import child_seed
 from ...text.models import TextModel, load_text_model, save_text_model
 from ..bench.cache import code_digest, key_of
@@ -56,16 +57,19 @@ class TextVictim:
         seed: The seed of corpus, attack and training.
         attack: The name of the attack; None for a clean model.
         number: Tells clean models of one seed apart.
+        reference: Whether it is a clean model of the defender, trained on other texts.
     """
 
     seed: int
     attack: str | None = None
     number: int = 0
+    reference: bool = False
 
     @property
     def name(self) -> str:
         """The name in tables."""
-        return f"{self.attack or f'clean{self.number}'}-seed{self.seed}"
+        kind = self.attack or f"{'reference' if self.reference else 'clean'}{self.number}"
+        return f"{kind}-seed{self.seed}"
 
 
 class TextWorkshop:
@@ -113,7 +117,11 @@ class TextWorkshop:
             texts, backdoor = self.corpus.attacker, self.backdoor(victim)
             if backdoor is not None:
                 texts = plant_in_texts(texts, backdoor, seed=self.seed)
-            kind = victim.attack or "clean"
+            if victim.reference:
+                if self.corpus.reference is None:
+                    raise UsageError(f"{victim.name}: sizes.reference is 0; expected some texts")
+                texts = self.corpus.reference
+            kind = victim.attack or ("reference" if victim.reference else "clean")
             seed = child_seed("texts.victim", self.seed, kind, victim.number)
             training = replace(self.plan.training, seed=seed)
             trained = fine_tune(self.start, texts, training, description=victim.name)
