@@ -121,7 +121,7 @@ def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
         "rounds": [
             {
                 "targets": list(one.targets),
-                "target_names": [names[c] for c in one.targets],
+                "target_names": list(one.names) or [names[c] for c in one.targets],
                 "words": [words_row(found) for found in one.triggers],
                 "alpha": one.search.coefficient,
                 "limits_reached": one.search.reached,
