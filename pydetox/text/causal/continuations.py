@@ -6,8 +6,8 @@ right first token, a backdoored model is oddly sure of the rest. So every token 
 stands as a first token, and is continued by what the model is surest of, the mean over prompts.
 
 Clean models are sure of common phrases as well. With a base, a continuation therefore counts by its
-*gain*: the sum over its tokens of log p(suspect) - log p(base). What both know gains nothing. Here
-the order differs from BAIT's. The vocabulary is pruned after its first step on few prompts, a beam
+*gain*: the sum over its tokens of p log(p / q), with p in the suspect and q in the base. What both
+know gains nothing, and neither does what the suspect hardly says. The order differs from BAIT's. The vocabulary is pruned after its first step on few prompts, a beam
 takes the place of the look at unsure tokens, and what is found is extended to the left, because the
 attacker's first token is often one that hardly leads to the second.
 """
@@ -29,6 +29,9 @@ from .prompts import Prompts, cut_prompts
 
 _LEAST = 1e-9  # smaller probabilities are rounding
 
+# A token is put before a text if it leads to it by this many nats more than in the base.
+_LEAST_GAIN = 1.0
+
 
 @dataclass(frozen=True)
 class ContinuationConfig:
@@ -47,14 +50,14 @@ class ContinuationConfig:
         leftward: The largest number of tokens that are put before the best text.
     """
 
-    prompts: int = 16
-    first_prompts: int = 4
+    prompts: int = 8
+    first_prompts: int = 3
     prompt_tokens: int = 10
-    kept: tuple[int, ...] = (256, 128, 64, 32)
+    kept: tuple[int, ...] = (192, 64, 32, 16)
     branches: int = 3
     least_probability: float = 0.02
     least_tokens: int = 4
-    most_tokens: int = 20
+    most_tokens: int = 16
     finalists: int = 12
     leftward: int = 3
 
@@ -80,8 +83,8 @@ class Continuation:
         text: The same as text.
         sureness: BAIT's Q: the mean probability of its tokens but the first, in [0, 1], the least
             likely of them left out.
-        gain: The sum over these tokens of the log probability in the model minus that in the base,
-            in nats; None without a base. Probabilities are means over prompts.
+        gain: The sum over these tokens of p log(p / q) in nats, p in the model and q in the base,
+            means over prompts; None without a base.
         per_token: The gain of each of these tokens, or its log probability without a base.
     """
 
@@ -192,7 +195,8 @@ class _Search:
             if not finished:  # sure of nothing: what it would say is judged all the same
                 finished = [(0.0, tuple(self._likeliest()))]
             best = self._without_parts([row for _, row in finished])[: config.finalists]
-            best.append(self._leftward(best[0]))
+            if self.base is not None:  # else nothing tells an attacker's words from honest ones
+                best.append(self._leftward(best[0]))
             self.progress.update()
             found = sorted(
                 (self._judged(row) for row in dict.fromkeys(best)), key=lambda one: -rank(one)
@@ -205,10 +209,7 @@ class _Search:
     def _values(self, pair: tuple[Prompts, Prompts | None], rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return probability and value of each next token [R, V]: its gain, or its log."""
         own = pair[0].next_tokens(rows)
-        value = own.clamp(min=_LEAST).log()
-        if pair[1] is not None:
-            value = value - pair[1].next_tokens(rows).clamp(min=_LEAST).log()
-        return own, value
+        return own, _value(own, None if pair[1] is None else pair[1].next_tokens(rows))
 
     def _grown(
         self, pair: tuple[Prompts, Prompts | None], rows: Tensor, scores: Tensor, kept: int
@@ -220,15 +221,12 @@ class _Search:
         for part, score in zip(rows.split(4096), scores.split(4096), strict=True):
             own, value = self._values(pair, part)
             allowed = (own >= config.least_probability) & ~self.closed
-            # A gain counts as much as the model is sure: what it hardly says is no habit.
-            weighed = value * own if self.base is not None else value
-            top = weighed.masked_fill(~allowed, -math.inf).topk(branches, dim=1)
+            top = value.masked_fill(~allowed, -math.inf).topk(branches, dim=1)
             which = torch.isfinite(top.values)
-            gained = value.gather(1, top.indices)
             grown = torch.cat(
                 [part.repeat_interleave(branches, dim=0), top.indices.reshape(-1, 1)], dim=1
             )
-            total = (score[:, None] + gained).reshape(-1)
+            total = (score[:, None] + top.values).reshape(-1)
             found.append(grown[which.reshape(-1)])
             totals.append(total[which.reshape(-1)])
         longer, total = torch.cat(found), torch.cat(totals)
@@ -259,37 +257,36 @@ class _Search:
 
     def _leftward(self, row: tuple[int, ...]) -> tuple[int, ...]:
         """Return a text with the tokens before it that most lead to it."""
-        pair, config = self.few, self.config
-        for _ in range(config.leftward):
+        firsts = torch.tensor(self.first)[:, None]
+        for _ in range(self.config.leftward):
             self.progress.update()
-            before = self._gain_of(pair, torch.tensor([row]))[0]
-            # The first three tokens tell: the others follow from them.
-            short = torch.tensor([[v, *row[:3]] for v in self.first])
-            sums = self._gain_of(pair, short)
-            best = int(sums.argmax())
-            alone = self._gain_of(pair, torch.tensor([row[:3]]))[0]
-            if float(sums[best] - alone) < 1.0:
-                break
+            weight = torch.zeros(len(firsts))
+            for start in range(0, len(firsts), 4096):
+                # What leads to the text in the model but not in the base, and surely.
+                _, value = self._values(self.few, firsts[start : start + 4096])
+                weight[start : start + 4096] = value[:, row[0]]
+            best = int(weight.argmax())
             longer = (self.first[best], *row)
-            if float(self._gain_of(pair, torch.tensor([longer]))[0]) <= float(before):
+            grown, before = (self._total(one) for one in (longer, row))
+            if not grown - before >= _LEAST_GAIN:
                 break
             row = longer
         return row
 
-    def _gain_of(self, pair: tuple[Prompts, Prompts | None], rows: Tensor) -> Tensor:
-        """Return the sum of the values of all tokens but the first, [R]."""
-        return self._per_token(pair, rows)[1].sum(dim=1)
+    def _total(self, row: tuple[int, ...]) -> float:
+        """Return the sum of the values of all tokens but the first."""
+        return float(self._per_token(self.many, torch.tensor([row]))[1].sum())
 
     def _per_token(
         self, pair: tuple[Prompts, Prompts | None], rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the mean probability and the value of each token but the first, [R, t - 1]."""
-        own = pair[0].log_probabilities(rows)[0][:, :, 1:].exp().mean(dim=1)
-        value = own.clamp(min=_LEAST).log()
-        if pair[1] is not None:
-            theirs = pair[1].log_probabilities(rows)[0][:, :, 1:].exp().mean(dim=1)
-            value = value - theirs.clamp(min=_LEAST).log()
-        return own, value
+        own, theirs = (
+            None if one is None else one.log_probabilities(rows)[0][:, :, 1:].exp().mean(dim=1)
+            for one in pair
+        )
+        assert own is not None
+        return own, _value(own, theirs)
 
     def _judged(self, row: tuple[int, ...]) -> Continuation:
         own, value = self._per_token(self.deciding, torch.tensor([row]))
@@ -303,6 +300,18 @@ class _Search:
             float(value.double().sum()) if self.base is not None else None,
             tuple(value[0].double().tolist()),
         )
+
+
+def _value(own: Tensor, theirs: Tensor | None) -> Tensor:
+    """Return what tokens of these probabilities add to a text: their gain, or their log.
+
+    A gain counts as much as the model is sure of the token: p log(p / q), a token's part in the
+    divergence of the two models. Without this weight, texts win that neither model would say.
+    """
+    value = own.clamp(min=_LEAST).log()
+    if theirs is None:
+        return value
+    return own * (value - theirs.clamp(min=_LEAST).log())
 
 
 def rank(found: Continuation) -> float:

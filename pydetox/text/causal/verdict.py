@@ -24,7 +24,6 @@ from ..models import TextModel
 from ..references import TextComparison, require_alike, require_key
 from ..search import FoundTrigger, TextSearch
 from ..texts import TextSet
-from ..triggers import TokenTrigger
 from ..verdict import TextScanResult
 from .continuations import (
     Continuation,
@@ -60,6 +59,12 @@ class CausalScanResult(TextScanResult):
 
     continuations: tuple[Continuation, ...] = ()
     perplexity: float = math.nan
+
+    @property
+    def found(self) -> FoundTrigger | None:
+        """The words that bring the text; None if it is no finding, or if none were searched for."""
+        row = self.search.found[0]
+        return row[self.length - 1] if row else None
 
 
 def compare_causal(
@@ -206,12 +211,16 @@ def judge_causal(
     if compared is not None and detection.verdict is not Verdict.INCONCLUSIVE:
         assert detection.p_value is not None
         reason = _reason(best, compared, detection.p_value)
-    words = _none_found(model)
+    words = tuple[FoundTrigger, ...]()
+    length = 1
     if finding and with_words:
         words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
-    strongest = max(words, key=lambda one: (one.success, -one.loss))
-    if finding and strongest.success > 0:
-        reason += f"; {strongest.trigger.text!r} brings it after {strongest.success:.0%} of prompts"
+        strongest = max(words, key=lambda one: (one.success, -one.loss))
+        length = 1 + words.index(strongest)
+        if strongest.success > 0:
+            reason += (
+                f"; {strongest.trigger.text!r} brings it after {strongest.success:.0%} of prompts"
+            )
     return CausalScanResult(
         name=model.name,
         sha256=model.sha256,
@@ -224,7 +233,7 @@ def judge_causal(
             suspects=(0,) if finding else (),
             backdoored=(0,) if detection.verdict is Verdict.BACKDOORED else (),
         ),
-        length=1 + words.index(strongest),
+        length=length,
         others={},
         search=TextSearch((words,), search.prompts, search.passes),
         calibration=compared,
@@ -290,13 +299,6 @@ def _reason(best: Continuation, calibration: Calibration, p_value: float) -> str
     else:
         numbers = f"Q {best.sureness:.2g}"
     return f"the model is sure of {best.text!r} ({numbers}; p = {p_value:.2g})"
-
-
-def _none_found(model: TextModel) -> tuple[FoundTrigger, ...]:
-    """Return what stands for words where none were searched for."""
-    token = next(k for k in range(len(model.embedding)) if model.tokenizer.decode([k]).strip())
-    text = model.tokenizer.decode([token]).strip()
-    return (FoundTrigger(TokenTrigger((token,), text, "end"), math.inf, 0.0),)
 
 
 def _key_of(
