@@ -57,9 +57,12 @@ def command(
     from ..evaluation import evaluate
     from ..models.open_clip_model import HeadMemo
     from ..reporting.documents import evaluation_document, evaluation_row
+    from ..text.causal.evaluation import CausalEvaluation
+    from .causal_commands import in_words
     from .inputs import Inputs, read_triggers, require_class_names
     from .many import emit_all, expand, run_each
     from .outputs import check_files
+    from .summaries import card
     from .text_commands import TextInputs, evaluation_of_text
     from .texts import is_text_target, take_text_options
 
@@ -72,7 +75,7 @@ def command(
     check_files(output=output)
     if target is not None and inputs is not None and text_inputs is None:
         inputs.require_class(target)
-    heads, table = HeadMemo(), list[dict[str, Any]]()
+    heads, table, cards = HeadMemo(), list[dict[str, Any]](), list[dict[str, str]]()
 
     def measure(one: Target) -> dict[str, Any]:
         if text_inputs is not None and is_text_target(one, given["offline"]):
@@ -84,7 +87,10 @@ def command(
                 target_name=target,
                 seed=given["seed"],
             )
-            table.append(evaluation_row(found, document["name"]))
+            if isinstance(found, CausalEvaluation):
+                cards.append(card(document["name"], in_words(found)))
+            else:
+                table.append(evaluation_row(found, document["name"]))
             return document
         if inputs is None:
             raise UsageError(f"{one.name}: is no text model, and other models need --images")
@@ -122,7 +128,7 @@ def command(
     emit_all(
         documents,
         [_row(one) for one in documents],
-        {"title": "pydetox eval", "evaluation": table},
+        {"title": "pydetox eval", "summary": cards, "evaluation": table},
         code=code,
         schema="pydetox.evals/1",
         format_=format_,
@@ -147,5 +153,6 @@ def _row(document: dict[str, Any]) -> dict[str, Any]:
         "attack_success_rate_low": asr_low,
         "attack_success_rate_high": asr_high,
         "n_attack": document.get("n_attack"),
+        "perplexity": document.get("perplexity"),
         "error": document.get("error"),
     }

@@ -18,12 +18,14 @@ from ..reporting.values import clean_text
 from ..scanning.targets import Target
 from ..text.configuration import TextScanConfig
 from ..text.evaluation import evaluate_texts
+from ..text.kinds import texts_for
 from ..text.models import TextModel, load_text_model
 from ..text.search import search_words
 from ..text.texts import TextSet, load_texts
 from ..text.trigger_file import WordsFile, read_words
 from ..text.triggers import TokenTrigger
 from . import exit_codes
+from .causal_commands import evaluation_of_causal, rows_of_causal
 
 #: What `invert` writes for a text model.
 WORDS_NAME = "triggers.json"
@@ -51,7 +53,7 @@ class TextInputs:
         """Return a model and the texts with its classes. Raises CheckpointError or DataError."""
         model = load_text_model(target.reference, device=self._device, offline=self._offline)
         model.name = clean_text(model.name)
-        return model, load_texts(self._source, class_names=self._names or model.class_names)
+        return model, texts_for(model, self._source, self._names)
 
 
 def evaluation_of_text(
@@ -65,6 +67,20 @@ def evaluation_of_text(
 ) -> tuple[dict[str, Any], Any]:
     """Return the document of an evaluation, and the evaluation."""
     model, clean = inputs.read(target)
+    document: dict[str, Any] = {
+        "schema": "pydetox.eval/1",
+        "exit_code": exit_codes.CLEAN,
+        "kind": "text",
+        "name": model.name,
+        "sha256": model.sha256,
+        "texts": texts,
+        "trigger": trigger,
+    }
+    if model.kind == "causal":
+        known, found = evaluation_of_causal(
+            model, clean, trigger=trigger, target_name=target_name, seed=seed
+        )
+        return {**document, **known}, found
     index, words = None, None
     if trigger is not None:
         file = read_words(trigger)
@@ -76,14 +92,7 @@ def evaluation_of_text(
             raise DataError(f"class {name!r} is not one of {model.name}'s: {model.class_names}")
         index, words = model.class_names.index(name), file.triggers[chosen]
     result = evaluate_texts(model, clean, trigger=words, target=index, seed=seed)
-    document = {
-        "schema": "pydetox.eval/1",
-        "exit_code": exit_codes.CLEAN,
-        "kind": "text",
-        "name": model.name,
-        "sha256": model.sha256,
-        "texts": texts,
-        "trigger": trigger,
+    document |= {
         "words": None if words is None else words.text,
         "target_name": None if index is None else model.class_names[index],
         "class_names": model.class_names,
@@ -103,16 +112,10 @@ def words_of_text(
 ) -> dict[str, Any]:
     """Search for words, write them to a folder, and return the document."""
     model, clean = inputs.read(target)
-    unknown = [name for name in classes if name not in model.class_names]
-    if unknown:
-        raise UsageError(f"class {unknown[0]!r} is not one of {model.name}'s: {model.class_names}")
-    found = search_words(model, clean, config)
-    rows = [
-        {**words_row(one), "length": length, "target": model.class_names[c]}
-        for c, row in enumerate(found.found)
-        for length, one in enumerate(row, 1)
-        if not classes or model.class_names[c] in classes
-    ]
+    if model.kind == "causal":
+        rows = rows_of_causal(model, clean, config, targets=classes)
+    else:
+        rows = _rows_of_classes(model, clean, config, classes)
     rows.sort(key=lambda row: row["loss"])  # the first into a class is the one that works best
     file = WordsFile(
         tuple(TokenTrigger(tuple(r["tokens"]), r["text"], r["place"]) for r in rows),
@@ -134,3 +137,18 @@ def words_of_text(
         "triggers": rows,
         "path": folder / WORDS_NAME,
     }
+
+
+def _rows_of_classes(
+    model: TextModel, texts: TextSet, config: TextScanConfig, classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    unknown = [name for name in classes if name not in model.class_names]
+    if unknown:
+        raise UsageError(f"class {unknown[0]!r} is not one of {model.name}'s: {model.class_names}")
+    found = search_words(model, texts, config)
+    return [
+        {**words_row(one), "length": length, "target": model.class_names[c]}
+        for c, row in enumerate(found.found)
+        for length, one in enumerate(row, 1)
+        if not classes or model.class_names[c] in classes
+    ]

@@ -83,7 +83,8 @@ def sort_targets(
         if len(others) == len(found.targets) == 1:
             raise UsageError(
                 f"{others[0].name}: is no text model in transformers' layout (a folder whose "
-                "config.json names a …ForSequenceClassification); other models need --images"
+                "config.json names a …ForSequenceClassification or a …ForCausalLM); other models "
+                "need --images"
             )
         raise UsageError(f"{others[0].name}: is no text model, and other models need --images")
     return [one.reference for one in others], text, found.ignored

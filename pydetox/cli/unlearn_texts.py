@@ -19,14 +19,17 @@ from ..models.device import find_device
 from ..repair.configuration import UnlearnConfig
 from ..reporting import write_detox_report
 from ..reporting.text_documents import text_detox_document, word_scan_row
-from ..text.detox import detox_text_model
+from ..text.causal.detox import CausalDetoxResult, detox_causal_model
+from ..text.causal.repair import CAUSAL_UNLEARNING
+from ..text.detox import TextDetoxResult, detox_text_model
+from ..text.kinds import texts_for
 from ..text.models import TextModel, load_text_model
 from ..text.repair import TEXT_UNLEARNING
 from ..text.saving import TEXT_MODEL_FILES
-from ..text.texts import load_texts
 from ..text.trigger_file import read_words
 from ..text.triggers import TokenTrigger
 from . import exit_codes, options
+from .causal_commands import in_words, known_words
 from .outputs import check_files, emit
 from .summaries import card
 from .texts import text_scan_config
@@ -83,36 +86,59 @@ def unlearn_text_model(
     model = read(checkpoint)
     names = given["class_names"]
     known = None if names is None else load_class_names(Path(names))
-    texts = load_texts(taken["texts"], class_names=known or model.class_names)
+    texts = texts_for(model, taken["texts"], known)
     wanted = force_target
     stamps: tuple[TokenTrigger, ...] = ()
-    if trigger is not None:
+    if model.kind == "causal":
+        if force_target is not None:
+            raise UsageError(
+                "--force-target is for models with classes; give --trigger and --target, the words "
+                "and the text that they bring"
+            )
+        stamps, wanted = known_words(trigger, target)
+    elif trigger is not None:
         file = read_words(trigger)
         chosen = file.select(target)
         wanted = target or file.targets[chosen[0]]
         if wanted is None:
             raise UsageError(f"{trigger}: names no class; give --target")
         stamps = tuple(file.triggers[k] for k in chosen)
-    if wanted is not None and wanted not in model.class_names:
+    if model.kind != "causal" and wanted is not None and wanted not in model.class_names:
         raise UsageError(
             f"class {wanted!r} is not one of {model.name}'s: {', '.join(model.class_names)}"
         )
     base_model = None if base is None else read(base)
     others = [read(name) for name in references] or None
     seconds = {"read": time.perf_counter() - start}
-    result = detox_text_model(
-        model,
-        texts,
-        base=base_model,
-        references=others,
-        config=config,
-        unlearning=_unlearning(given),
-        target=None if wanted is None else model.class_names.index(wanted),
-        triggers=stamps,
-        max_rounds=max_rounds,
-        output=output,
-        overwrite=overwrite,
-    )
+    result: TextDetoxResult
+    if model.kind == "causal":
+        result = detox_causal_model(
+            model,
+            texts,
+            base=base_model,
+            references=others,
+            config=config,
+            unlearning=_unlearning(given, CAUSAL_UNLEARNING),
+            targets=() if wanted is None else (wanted,),
+            triggers=stamps,
+            max_rounds=max_rounds,
+            output=output,
+            overwrite=overwrite,
+        )
+    else:
+        result = detox_text_model(
+            model,
+            texts,
+            base=base_model,
+            references=others,
+            config=config,
+            unlearning=_unlearning(given, TEXT_UNLEARNING),
+            target=None if wanted is None else model.class_names.index(wanted),
+            triggers=stamps,
+            max_rounds=max_rounds,
+            output=output,
+            overwrite=overwrite,
+        )
     last = result.before if result.after is None else result.after
     code = exit_codes.of_verdict(last.verdict.value)
     document = {
@@ -128,25 +154,40 @@ def unlearn_text_model(
     document["seconds"] = {**seconds, **result.seconds}
     shown = [(result.before, "before")]
     shown += [] if result.after is None else [(result.after, "after")]
-    text = _report(document)
+    lines = {}
+    if isinstance(result, CausalDetoxResult):
+        lines = {
+            when: in_words(one)
+            for when, one in (
+                ("before", result.perplexity_before),
+                ("after", result.perplexity_after),
+            )
+            if one is not None
+        }
+    text = _report(document, lines)
     if report is not None:
-        rows = [word_scan_row(scan, f"{scan.name}, {when}", config) for scan, when in shown]
+        rows = [
+            word_scan_row(scan, f"{scan.name}, {when}", config)
+            for scan, when in shown
+            if all(scan.search.found)
+        ]
         write_detox_report(report, {**text, "word_scans": rows})
     emit(document, text, format_)
     return code
 
 
-def _unlearning(given: Mapping[str, Any]) -> UnlearnConfig:
+def _unlearning(given: Mapping[str, Any], usual: UnlearnConfig) -> UnlearnConfig:
     ctx = click.get_current_context()
     changes = {
         name: given[option]
         for option, name in _OPTIONS.items()
         if ctx.get_parameter_source(option) not in (None, ParameterSource.DEFAULT)
     }
-    return replace(TEXT_UNLEARNING, seed=given["seed"], **changes)
+    return replace(usual, seed=given["seed"], **changes)
 
 
-def _report(document: Mapping[str, Any]) -> dict[str, Any]:
+def _report(document: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, Any]:
+    """Return the report of a repair. lines: Perplexities of a causal model, by when."""
     scans = document["scans"]
     summary = [
         card(f"{document['name']}, {when}", f"{one['verdict']}: {one['reason']}", one["verdict"])
@@ -166,6 +207,7 @@ def _report(document: Mapping[str, Any]) -> dict[str, Any]:
                 "" if one["limits_reached"] else "suspicious",
             )
         )
+    summary += [card(f"{document['name']}, {when}", line) for when, line in lines.items()]
     path = document["path"]
     summary.append(card("repaired checkpoint", path or "not written: nothing was subtracted"))
     rounds = document["rounds"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ..detect.statistics import FINDINGS
+from ..text.causal.detox import CausalDetoxResult
+from ..text.causal.verdict import CausalScanResult
 from ..text.configuration import TextScanConfig
 from ..text.detox import TextDetoxResult
 from ..text.references import family_of, loss_of
@@ -21,7 +24,7 @@ def text_scan_document(scan: TextScanResult) -> dict[str, Any]:
         "kind": "text",
         "name": scan.name,
         "sha256": scan.sha256,
-        "objective": "targeted",
+        "objective": "continuation" if isinstance(scan, CausalScanResult) else "targeted",
         "verdict": found.verdict.value,
         "reason": found.reason,
         "p_l1": None,
@@ -57,6 +60,25 @@ def text_scan_document(scan: TextScanResult) -> dict[str, Any]:
             for length, one in sorted(scan.others.items())
         ],
         "warnings": list(scan.warnings),
+        **_continuations(scan),
+    }
+
+
+def _continuations(scan: TextScanResult) -> dict[str, Any]:
+    """Return what only scans of causal models have."""
+    if not isinstance(scan, CausalScanResult):
+        return {}
+    return {
+        "continuations": [
+            {
+                "text": one.text,
+                "tokens": list(one.tokens),
+                "sureness": one.sureness,
+                "gain": one.gain,
+            }
+            for one in scan.continuations
+        ],
+        "perplexity": scan.perplexity,
     }
 
 
@@ -92,7 +114,7 @@ def word_scan_row(scan: TextScanResult, name: str, config: TextScanConfig) -> di
     """
     best = [row[scan.length - 1] for row in scan.search.found]
     references = None
-    if scan.calibration is not None:
+    if scan.calibration is not None and not isinstance(scan, CausalScanResult):
         rows = scan.calibration.of(family_of(scan.length)).p_l1
         references = [
             sum(loss_of(row[c], config) for row in rows) / len(rows) for c in range(len(best))
@@ -121,7 +143,7 @@ def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
         "rounds": [
             {
                 "targets": list(one.targets),
-                "target_names": [names[c] for c in one.targets],
+                "target_names": list(one.names) or [names[c] for c in one.targets],
                 "words": [words_row(found) for found in one.triggers],
                 "alpha": one.search.coefficient,
                 "limits_reached": one.search.reached,
@@ -145,6 +167,23 @@ def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
             )
             if one is not None
         ],
+        **_perplexities(result),
         "path": None if result.path is None else str(result.path),
         "seconds": dict(result.seconds),
+    }
+
+
+def _perplexities(result: TextDetoxResult) -> dict[str, Any]:
+    """Return what only repairs of causal models have."""
+    if not isinstance(result, CausalDetoxResult):
+        return {}
+    return {
+        "perplexity": {
+            when: asdict(one)
+            for when, one in (
+                ("before", result.perplexity_before),
+                ("after", result.perplexity_after),
+            )
+            if one is not None
+        }
     }

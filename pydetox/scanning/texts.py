@@ -23,10 +23,10 @@ from ..reporting.text_documents import text_scan_document
 from ..reporting.values import clean_text
 from ..text.configuration import TextScanConfig
 from ..text.copies import nearest_rung, text_distance
+from ..text.files import TextKind
+from ..text.kinds import compare_text_model, judge_text_model, kind_of_calibration, texts_for
 from ..text.models import TextModel, load_text_model
-from ..text.references import compare_with
 from ..text.texts import TextSet, load_texts
-from ..text.verdict import judge
 from .record import ScanRecord
 from .scanner import record_of_part
 from .store import RunStore
@@ -95,7 +95,7 @@ class TextScanner:
         self._run = None if run is None else Path(run)
         self._notify: Notify = notify or (lambda event, **particulars: None)
         self._store: RunStore | None = None
-        self._calibrations: dict[float | None, Calibration] = {}
+        self._calibrations: dict[tuple[TextKind, float | None], Calibration] = {}
         #: The first calibration in use; None without one.
         self.calibration: Calibration | None = None
 
@@ -143,7 +143,9 @@ class TextScanner:
                 )
                 known = self._store.read_calibration(prefix)
                 if known is not None:
-                    self.calibration = self._calibrations[None] = Calibration.from_dict(known)
+                    self.calibration = Calibration.from_dict(known)
+                    kind = kind_of_calibration(self.calibration)
+                    self._calibrations[kind, None] = self.calibration
             for record in beside:
                 self._log_record(record, again=True)
             self._notify("stage", name="scan", total=len(targets))
@@ -205,31 +207,36 @@ class TextScanner:
 
     def _scanned(self, model: TextModel, digest: str, prefix: str) -> dict[str, Any]:
         config = self._config
-        texts = load_texts(config.texts, class_names=config.class_names or model.class_names)
+        texts = texts_for(model, config.texts, config.class_names)
         base = None if config.base is None else self._others[config.base]
-        references = [self._others[name] for name in config.reference_models] or None
+        references = [self._others[name] for name in config.reference_models]
+        if any(one.kind == model.kind for one in [base, *references] if one is not None):
+            # A registry may hold text models of several kinds; each has the references of its own.
+            base = base if base is not None and base.kind == model.kind else None
+            references = [one for one in references if one.kind == model.kind]
         rung = None
-        if references is None and base is not None:
+        if not references and base is not None:
             rung = nearest_rung(text_distance(base, model))
-        known = self._calibrations.get(rung)
+        known = self._calibrations.get((model.kind, rung))
         if known is not None and digest in known.digests:
             known = None  # compared with itself, which is said below
-        comparison = compare_with(
+        comparison = compare_text_model(
             model,
             texts,
             config.scan,
             base=base,
-            references=None if known is not None else references,
+            references=None if known is not None else references or None,
             calibration=known,
         )
         made = comparison.calibration
         if known is None and made is not None:
-            self._calibrations[rung] = made
+            self._calibrations[model.kind, rung] = made
             self.calibration = self.calibration or made
             # Copies at other distances are made again: they are of other suspects.
-            if self._store is not None and rung is None:
+            # A run folder has one file for a calibration: that of the first kind of model.
+            if self._store is not None and rung is None and self.calibration is made:
                 self._store.write_calibration(prefix, made.to_dict())
-        scan = judge(model, texts, comparison, config.scan)
+        scan = judge_text_model(model, texts, comparison, config.scan)
         document = to_plain(text_scan_document(scan))
         for key in ("calibration", "name"):
             del document[key]

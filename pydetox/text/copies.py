@@ -7,7 +7,7 @@ honest fine-tuning looks suspicious beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -64,18 +64,20 @@ def copies_at_distance(
 
     texts: With labels. Raises OutOfReachError if copies do not get there, or no longer work there.
     """
-    if not distance <= _MOST_DISTANCE:
-        raise OutOfReachError(
-            f"the weights lie {distance:.0%} of the base's norm away from the base, too far for "
-            "copies of it to be comparable: give the base= that the model was fine-tuned from, or "
-            "references= that were made as the model was"
-        )
     assert texts.labels is not None
-    distance = max(distance, _LEAST_DISTANCE)
+    distance = require_reachable(distance)
     labels = torch.tensor(texts.labels)
     before = float((base.predict(texts.texts).argmax(dim=1) == labels).double().mean())
+    rows = base.tokenizer.encode(texts.texts, min(max_tokens, base.max_tokens))
+
+    def loss(copy: TextModel, chosen: Sequence[int]) -> Tensor:
+        logits = copy.logits_with_gradient(copy.batch([rows[k] for k in chosen]))
+        return torch.nn.functional.cross_entropy(logits, labels[list(chosen)].to(logits.device))
+
     for k in range(count):
-        copy = _copy(base, texts, distance, k, max_tokens, seed, f"reference {k + 1} of {count}")
+        copy = copy_at_distance(
+            base, len(texts), loss, distance, k, seed, f"reference {k + 1} of {count}"
+        )
         after = float((copy.predict(texts.texts).argmax(dim=1) == labels).double().mean())
         if after < LEAST_ACCURACY * before:
             raise OutOfReachError(
@@ -87,22 +89,36 @@ def copies_at_distance(
         yield copy
 
 
-def _copy(
+def require_reachable(distance: float) -> float:
+    """Return the distance that copies are to have; OutOfReachError if none could be compared."""
+    if not distance <= _MOST_DISTANCE:
+        raise OutOfReachError(
+            f"the weights lie {distance:.0%} of the base's norm away from the base, too far for "
+            "copies of it to be comparable: give the base= that the model was fine-tuned from, or "
+            "references= that were made as the model was"
+        )
+    return max(distance, _LEAST_DISTANCE)
+
+
+def copy_at_distance(
     base: TextModel,
-    texts: TextSet,
+    count: int,
+    loss_of: Callable[[TextModel, Sequence[int]], Tensor],
     distance: float,
     number: int,
-    max_tokens: int,
     seed: int,
     description: str,
 ) -> TextModel:
+    """Return a copy of a base that was fine-tuned until it had moved by a relative distance.
+
+    count: The number of texts, of which the copy sees a bootstrap. loss_of: The loss of a copy on
+    some of them, by their numbers. number: Tells copies apart. Raises OutOfReachError if the copy
+    does not get there.
+    """
     measured = _Measured(base)
-    drawn = generator("texts.bootstrap", seed, number).integers(len(texts), size=len(texts))
+    drawn = generator("texts.bootstrap", seed, number).integers(count, size=count)
     rng = generator("texts.copies", seed, number)
     copy = base.copy(f"{base.name}, fine-tuned {number + 1}")
-    assert texts.labels is not None
-    rows = copy.tokenizer.encode(texts.texts, min(max_tokens, copy.max_tokens))
-    labels = torch.tensor(texts.labels, device=copy.device)
     parameters = [one for one in copy.module.parameters() if one.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -115,10 +131,7 @@ def _copy(
             if len(order) < BATCH:
                 order += [int(drawn[int(k)]) for k in rng.permutation(len(drawn))]
             chosen, order = order[:BATCH], order[BATCH:]
-            batch = copy.batch([rows[k] for k in chosen])
-            logits = copy.logits_with_gradient(batch)
-            loss = torch.nn.functional.cross_entropy(logits, labels[chosen])
-            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+            slopes = torch.autograd.grad(loss_of(copy, chosen), parameters, allow_unused=True)
             for parameter, slope in zip(parameters, slopes, strict=True):
                 parameter.grad = slope
             optimizer.step()

@@ -42,12 +42,14 @@ class TextUnlearnPass:
         triggers: The words that were recovered; empty for known triggers.
         search: CA and ASR over alpha.
         vector: The trigger vector.
+        names: What the words bring, if that is no class of the model; else empty.
     """
 
     targets: tuple[int, ...]
     triggers: tuple[FoundTrigger, ...]
     search: CoefficientSearch
     vector: TaskVector
+    names: tuple[str, ...] = ()
 
 
 def unlearn_words(

@@ -393,7 +393,7 @@ class _Search:
 
 
 def trigger_of(
-    tokenizer: TextTokenizer, tokens: Sequence[int], place: str, target: int
+    tokenizer: TextTokenizer, tokens: Sequence[int], place: str, target: int | None
 ) -> TokenTrigger:
     """Return token ids as a trigger, with the tokens that its text has."""
     text = tokenizer.decode(tokens).strip()

@@ -186,6 +186,43 @@ def gpt2(folder: Path, *, classes: int | None = None, seed: int = 0, **changes: 
     return folder
 
 
+#: Causal families: their configuration and model, of two layers with random weights.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"head_dim": 8, "sliding_window": 8}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"pad_token_id": 0}),
+}
+
+
+def causal(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """Write a causal model of one of FAMILIES with random weights."""
+    tokenizer = byte_pairs()
+    config_name, model_name, changes = FAMILIES[family]
+    sizes: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = getattr(transformers, config_name)(**{**sizes, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = getattr(transformers, model_name)(config)
+    module.save_pretrained(folder)
+    write_tokenizer(folder, tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    return folder
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     """Change entries of a folder's config.json; None removes one."""
     path = folder / "config.json"
