@@ -6,7 +6,8 @@
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
-Part `emoji40` repairs models of forty classes for a defender who knows ten of them.
+Part `emoji40` repairs models of forty classes for a defender who knows ten of them. Part `imagenet`
+repairs a tower with pretrained features and 1,000 classes (`imagenet.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -36,6 +37,11 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
+from pydetox.research.foundation.imagenet import (
+    ImagenetPlan,
+    quick_imagenet_plan,
+    run_imagenet,
+)
 from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
@@ -59,6 +65,7 @@ _PREFIXES: dict[str, str | tuple[str, ...]] = {
     "verdicts": "default.",
     "captions": "captions.",
     "emoji40": "emoji40.",
+    "imagenet": "imagenet.",
     "tasks": ("tasks.", "quarter"),
 }
 
@@ -104,15 +111,19 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option(
     "--part",
-    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40"]),
+    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40", "imagenet"]),
     default="all",
 )
-@click.option("--seeds", help="Other seeds, separated by commas; `emoji40` takes the first.")
+@click.option(
+    "--seeds", help="Other seeds, separated by commas; `emoji40` and `imagenet` take the first."
+)
 @click.option(
     "--models",
     type=int,
-    help="Clean models of a seed, instead of 40 (verdicts) or 4 (captions).",
+    help="Clean models of a seed, instead of 40 (verdicts), 4 (captions) or 1 (imagenet).",
 )
+@click.option("--image-size", type=int, help="Part imagenet: instead of 112 pixels.")
+@click.option("--head", type=int, help="Part imagenet: so many of the 1,000 classes.")
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
@@ -124,6 +135,8 @@ def main(
     part: str,
     seeds: str | None,
     models: int | None,
+    image_size: int | None,
+    head: int | None,
     minutes: float | None,
     repaired: int | None,
     attacks: str | None,
@@ -136,14 +149,21 @@ def main(
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
+    imagenet = replace(quick_imagenet_plan() if quick else ImagenetPlan(), device=device)
+    if image_size is not None:
+        imagenet = replace(imagenet, image_size=image_size)
+    if head is not None:
+        imagenet = replace(imagenet, classes=head)
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
         unnamed = replace(unnamed, seed=numbers[0])
+        imagenet = replace(imagenet, seed=numbers[0])
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
         captions = replace(captions, clean=models)
+        imagenet = replace(imagenet, clean=models)
     if repaired is not None:
         captions = replace(captions, repaired=repaired)
     if attacks is not None:
@@ -177,6 +197,10 @@ def main(
         if part in ("all", "emoji40"):
             document = run_unnamed(unnamed, log)
             keep("emoji40", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "imagenet"):
+            document = run_imagenet(imagenet, log)
+            keep("imagenet", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

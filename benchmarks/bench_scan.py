@@ -2,8 +2,8 @@
 
     python benchmarks/bench_scan.py [--quick] [--classes 10,100] [--seed 10] [--output FOLDER]
 
-`make bench-foundation` runs it. For each number of classes there are a clean and a backdoored CLIP,
-fine-tuned from one base (`pydetox.research.foundation.classes`), and 500 images without labels.
+`make bench-foundation` runs it. For each number of classes there are clean and backdoored CLIPs,
+fine-tuned from one base (benchmarks/scan_cases.py), and 500 images without labels.
 pydetox gets the base and the images, nothing else: it makes its references, searches them, and
 judges, with its defaults and with `ScanConfig.quick()`. The peers (benchmarks/published.py) need no
 references. Each runs whole, on one thread, in a process of its own; the methods take turns on each
@@ -46,6 +46,7 @@ from benchmarks import decree as decree_step
 from benchmarks import published
 from benchmarks.published import DECREE_SETTINGS, PeerVerdict, decree, neural_cleanse
 from benchmarks.recording import machine
+from benchmarks.scan_cases import Case, Suspect, many_classes, quick_case, ten_classes
 from pydetox import ScanConfig, calibrate, scan
 from pydetox.atomic import write_file
 from pydetox.checkpoints import Provenance, save_checkpoint
@@ -54,12 +55,9 @@ from pydetox.data import ImageSet
 from pydetox.detect.statistics import FINDINGS, Verdict
 from pydetox.errors import PydetoxError
 from pydetox.evaluation import evaluate
-from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.reporting import to_json
 from pydetox.research.bench.cache import SCAN_CODE, code_digest, key_of
-from pydetox.research.foundation.base import JointTraining
-from pydetox.research.foundation.classes import ClassesLab, ClassesPlan
 from pydetox.session import as_model
 from pydetox.training import TrainConfig
 
@@ -75,9 +73,6 @@ PEERS: dict[str, tuple[str, ...]] = {
     "neural_cleanse": ("Neural Cleanse (32)", "Neural Cleanse (256)"),
 }
 SUSPECTS = (1, 10, 100)
-KINDS = ("clean", "badnets")
-#: Images that the base is trained on, by the number of classes.
-IMAGES = {10: 3_000, 100: 6_000}
 
 
 @dataclass(frozen=True)
@@ -205,40 +200,37 @@ def _resident(field: str) -> float:
 
 
 def measure(
-    plan: ClassesPlan,
-    classes: int,
+    case: Case,
     seed: int,
     methods: Sequence[str],
     shortened: Shortened,
     log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Return a row for each model and method, from the cache where nothing changed."""
-    lab = ClassesLab(plan, classes, seed)
+    head = case.base.zero_shot_head(case.test.class_names or (), case.templates)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        base = _saved(lab.base, Path(folder) / "base", seed)
-        write_file(base / "templates.json", json.dumps(lab.task.templates))
-        for kind in KINDS:
-            model = lab.model(kind)
-            backdoor = None if kind == "clean" else lab.backdoor(kind, 0)
-            attack = {} if backdoor is None else {**_attack(backdoor)}
-            measured = evaluate(model, lab.task.splits.test, lab.head, **attack)
-            suspect = _saved(model, Path(folder) / kind, seed)
+        base = _saved(case.base, Path(folder) / "base", seed)
+        write_file(base / "templates.json", json.dumps(case.templates))
+        for suspect in case.suspects:
+            model, planted = suspect.make(), suspect.backdoor
+            attack = {} if planted is None else _attack(planted)
+            measured = evaluate(model, case.test, head, **attack)
+            saved = _saved(model, Path(folder) / suspect.name, seed)
             for method in methods:
                 less = shortened
-                if not method.startswith("Neural Cleanse") or (less.sample or 0) >= classes:
+                if not method.startswith("Neural Cleanse") or (less.sample or 0) >= case.classes:
                     less = replace(less, sample=None)
-                content = {**_content(lab, model.name, method), "shortened": less}
-                key = key_of("scan-time", content)
-                found = lab.cache.document(key)
+                key = _key(suspect, method, seed, less)
+                found = case.cache.document(key)
                 if found is None:
-                    job = (method, suspect, base, lab.defender, seed, less)
-                    found = lab.cache.keep_document(key, _in_own_process(job))
+                    job = (method, saved, base, case.images, seed, less)
+                    found = case.cache.keep_document(key, _in_own_process(job))
                 row = {
-                    "classes": classes,
-                    "model": model.name,
+                    "classes": case.classes,
+                    "model": suspect.name,
                     "method": method,
-                    "true_target": None if backdoor is None else backdoor.target,
+                    "true_target": None if planted is None else planted.target,
                     "ca": measured.clean_accuracy,
                     "asr": measured.attack_success_rate,
                     **found,
@@ -263,15 +255,19 @@ def _saved(model: OpenClipModel, folder: Path, seed: int) -> Path:
     )
 
 
-def _content(lab: ClassesLab, name: str, method: str) -> dict[str, Any]:
+def _key(suspect: Suspect, method: str, seed: int, shortened: Shortened) -> str:
+    """Return the name of a result: what decides it, but not how tables are made."""
     parts = (decree_step, published, work, _ours, _peer, Shortened)
     sources = "".join(inspect.getsource(one) for one in parts).encode()
-    return {
-        "model": lab.key("scan-time", name, lab.plan.scan),
+    content = {
+        "model": suspect.key,
         "method": method,
+        "seed": seed,
+        "shortened": shortened,
         "scan": code_digest(SCAN_CODE),
         "peers": hashlib.sha256(sources).hexdigest(),
     }
+    return key_of("scan-time", content)
 
 
 def _in_own_process(job: tuple[Any, ...]) -> dict[str, Any]:
@@ -398,10 +394,17 @@ def _told(row: Mapping[str, Any]) -> str:
     )
 
 
+def _case(classes: int, seed: int, models: int, device: str) -> Case:
+    if classes == 10:
+        return ten_classes(seed, models, device)
+    return many_classes(classes, seed, 1, device)
+
+
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of seconds that shows that everything works.")
 @click.option("--classes", default="10,100", help="Numbers of classes, separated by commas.")
 @click.option("--seed", default=10, help="Seed of base and models; nothing was developed on 10.")
+@click.option("--models", default=2, help="Clean and backdoored models of ten classes, of each.")
 @click.option(
     "--sample",
     type=int,
@@ -414,39 +417,25 @@ def main(
     quick: bool,
     classes: str,
     seed: int,
+    models: int,
     sample: int | None,
     methods: str,
     device: str,
     output: Path,
 ) -> None:
     """Run the benchmark. pydetox itself always runs."""
-    numbers = tuple(int(one) for one in classes.split(","))
     peers = [one for group in PEERS.values() for one in group if re.search(methods, one)]
-    shortened = Shortened(sample=sample)
-    if quick:
-        numbers, shortened = numbers[:1], Shortened(steps=5, epochs=1)
-    plan = ClassesPlan(
-        classes=numbers,
-        seeds=((seed,),) * len(numbers),
-        images=tuple(600 if quick else IMAGES.get(one, 8_000) for one in numbers),
-        device=device,
-    )
-    if quick:
-        plan = replace(
-            plan,
-            training=JointTraining(steps=60, per_task=32),
-            fine_tuning=TrainConfig(epochs=1, learning_rate=5e-5, batch_size=64),
-            scan=ScanConfig(inversion=InversionConfig(steps=5)),
-        )
+    shortened = Shortened(steps=5, epochs=1) if quick else Shortened(sample=sample)
     rows = list[dict[str, Any]]()
 
     def log(text: str) -> None:
         click.echo(text, err=True)
 
     try:
-        for number in numbers:
-            log(f"{number} classes, seed {seed}")
-            rows += measure(plan, number, seed, [*OURS, *peers], shortened, log)
+        for number in (10,) if quick else map(int, classes.split(",")):
+            case = quick_case() if quick else _case(number, seed, models, device)
+            log(f"{case.classes} classes: {case.tower}")
+            rows += measure(case, seed, [*OURS, *peers], shortened, log)
     except PydetoxError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -454,7 +443,8 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     summary = output / "summary.json"
     known = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    prefixes = tuple(f"scan{number}{end}" for number in numbers for end in (".", "_quick."))
+    measured = {row["classes"] for row in rows}
+    prefixes = tuple(f"scan{number}{end}" for number in measured for end in (".", "_quick."))
     rest = {key: value for key, value in known.items() if not key.startswith(prefixes)}
     write_file(summary, to_json({**rest, **figures}) + "\n")
     document = {"rows": rows, "summary": figures, "machine": machine()}

@@ -124,6 +124,7 @@ STREAMS: Mapping[str, str] = {
     "foundation.names": "the quarter of the classes that the defender knows",
     "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
+    "foundation.imagenet": "seeds of the trigger and the suspects of a pretrained tower",
     "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: text models
     "texts.parts": "the texts of a corpus and their parts; by corpus",

