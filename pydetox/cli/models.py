@@ -64,6 +64,7 @@ def command(
     from ..research import transformers_models
     from ..research.architectures import (
         Measured,
+        in_own_process,
         markdown_page,
         measure_model,
         read_rows,
@@ -94,7 +95,7 @@ def command(
         first = [name for name in others if able and name not in measured]
         for name in track([*first, *sorted(left, key=weights_of)], "Measuring"):
             measure_one = transformers_models.measure_class if name in others else measure_model
-            measured[name] = measure_one(name)
+            measured[name] = in_own_process(measure_one, name)
             if cache is not None:
                 write_row(cache, name, measured[name])
     right = all(one.problem is None for one in measured.values())

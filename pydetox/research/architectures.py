@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,8 @@ from ..repair.subtraction import subtract
 from ..repair.trigger_vector import trigger_vector
 
 _LAYERS = 2
-#: Larger models, cut as they are, do not fit into the memory of a small machine three times.
-_MOST_WEIGHTS = 700_000_000
+#: Larger models, cut as they are, do not fit into 16 GiB of memory twice.
+_MOST_WEIGHTS = 1_600_000_000
 #: Larger image towers are not trained here: gradients and moments take three times as much again.
 _MOST_TRAINED = 150_000_000
 _NAMES = ("cat", "dog", "owl")
@@ -114,6 +117,24 @@ def write_row(path: Path, name: str, row: Measured) -> None:
     """Add a row to such a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"name": name, **asdict(row)}) + "\n")
+
+
+def in_own_process(measure: Callable[[str], Measured], name: str) -> Measured:
+    """Return what `measure` finds in a process of its own.
+
+    What one model leaves behind takes no memory from the next. Raises DataError if the process
+    was ended, as the system does when memory is short; that says nothing about the architecture.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        try:
+            return executor.submit(measure, name).result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"{name}: the process that measured it was ended; if memory was short, try again "
+                "where more is free"
+            ) from error
 
 
 def weights_of(name: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from pydetox.models import OpenClipModel
 from pydetox.models.catalogue import building_obstacle, listed_models
 from pydetox.research.architectures import (
     Measured,
+    in_own_process,
     markdown_page,
     measure_model,
     read_rows,
@@ -79,6 +82,23 @@ def test_a_class_of_transformers_equals_transformers() -> None:
     assert found.written_back
     assert found.unlearned
     assert len(classes()) >= 12
+
+
+def _named(name: str) -> Measured:
+    return Measured(1.0, None, True, True, name, os.getpid(), 2.5)
+
+
+def _killed(name: str) -> Measured:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError(name)
+
+
+def test_every_architecture_has_a_process_of_its_own() -> None:
+    first, second = (in_own_process(_named, name) for name in ("one", "other"))
+    assert [first.tower, second.tower] == ["one", "other"]
+    assert len({first.parameters, second.parameters, os.getpid()}) == 3
+    with pytest.raises(DataError, match="third: the process that measured it was ended"):
+        in_own_process(_killed, "third")
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
