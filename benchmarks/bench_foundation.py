@@ -7,6 +7,7 @@
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Part `emoji40` repairs models of forty classes for a defender who knows ten of them.
+Part `unlearn` times a repair of the demo's models beside the earlier procedure (`unlearn.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -36,6 +37,7 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
+from pydetox.research.foundation.repair_time import RepairTimePlan, run_repair_time
 from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
@@ -59,6 +61,7 @@ _PREFIXES: dict[str, str | tuple[str, ...]] = {
     "verdicts": "default.",
     "captions": "captions.",
     "emoji40": "emoji40.",
+    "unlearn": "unlearn.",
     "tasks": ("tasks.", "quarter"),
 }
 
@@ -104,7 +107,7 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option(
     "--part",
-    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40"]),
+    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40", "unlearn"]),
     default="all",
 )
 @click.option("--seeds", help="Other seeds, separated by commas; `emoji40` takes the first.")
@@ -136,11 +139,13 @@ def main(
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
+    repairs = RepairTimePlan(device=device, **({"seeds": (10,)} if quick else {}))
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
         unnamed = replace(unnamed, seed=numbers[0])
+        repairs = replace(repairs, seeds=numbers)
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
         captions = replace(captions, clean=models)
@@ -177,6 +182,10 @@ def main(
         if part in ("all", "emoji40"):
             document = run_unnamed(unnamed, log)
             keep("emoji40", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "unlearn"):
+            document = run_repair_time(repairs, log)
+            keep("unlearn", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)
