@@ -7,7 +7,7 @@
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Part `emoji40` repairs models of forty classes for a defender who knows ten of them. Part `imagenet`
-repairs a tower with pretrained features and 1,000 classes (`imagenet.*`).
+repairs a tower with pretrained features and 1,000 classes (`imagenet.*`). Part `unlearn` times a repair of the demo's models beside the earlier procedure (`unlearn.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
@@ -42,6 +42,7 @@ from pydetox.research.foundation.imagenet import (
     quick_imagenet_plan,
     run_imagenet,
 )
+from pydetox.research.foundation.repair_time import RepairTimePlan, run_repair_time
 from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
     VerdictPlan,
@@ -66,6 +67,7 @@ _PREFIXES: dict[str, str | tuple[str, ...]] = {
     "captions": "captions.",
     "emoji40": "emoji40.",
     "imagenet": "imagenet.",
+    "unlearn": "unlearn.",
     "tasks": ("tasks.", "quarter"),
 }
 
@@ -111,7 +113,7 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="A run of minutes that shows that everything works.")
 @click.option(
     "--part",
-    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40", "imagenet"]),
+    type=click.Choice(["all", "tasks", "verdicts", "captions", "emoji40", "imagenet", "unlearn"]),
     default="all",
 )
 @click.option(
@@ -154,12 +156,14 @@ def main(
         imagenet = replace(imagenet, image_size=image_size)
     if head is not None:
         imagenet = replace(imagenet, classes=head)
+    repairs = RepairTimePlan(device=device, **({"seeds": (10,)} if quick else {}))
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
         captions = replace(captions, seeds=numbers)
         unnamed = replace(unnamed, seed=numbers[0])
         imagenet = replace(imagenet, seed=numbers[0])
+        repairs = replace(repairs, seeds=numbers)
     if models is not None:
         verdicts = replace(verdicts, clean=models, backdoored=max(1, models // 5))
         captions = replace(captions, clean=models)
@@ -201,6 +205,10 @@ def main(
         if part in ("all", "imagenet"):
             document = run_imagenet(imagenet, log)
             keep("imagenet", document, document["summary"])
+            click.echo(figures(document["summary"]))
+        if part in ("all", "unlearn"):
+            document = run_repair_time(repairs, log)
+            keep("unlearn", document, document["summary"])
             click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)

@@ -1,12 +1,13 @@
 """The parts of a frozen transformer: blocks, normalisations and linear layers that need no module.
 
-They compute a forward pass and the gradient of its input alone. `frozen` and `frozen_timm` build
-towers of them.
+They compute a forward pass and the gradient of its input, and of the weights if they are made
+`trainable`. `frozen` and `frozen_timm` build towers of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def products_are_faster(x: Tensor) -> bool:
     as the same products one by one. In float32 there is no significant difference.
     """
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _held(tensor: Tensor, trainable: bool) -> Tensor:
+    """Return a weight that gets a gradient only if it is trainable."""
+    return tensor if trainable else tensor.detach()
 
 
 class _Attention(torch.autograd.Function):
@@ -76,12 +82,13 @@ class Norm:
     epsilon: float
 
     @classmethod
-    def of(cls, module: nn.Module, dtype: torch.dtype) -> Norm:
+    def of(cls, module: nn.Module, dtype: torch.dtype, *, trainable: bool = False) -> Norm:
         """Return the normalisation that a module computes, in a dtype."""
         if not isinstance(module, nn.LayerNorm):
             return cls(None, None, None, 0.0)
         weight, bias = (
-            None if t is None else t.detach().to(dtype) for t in (module.weight, module.bias)
+            None if t is None else _held(t, trainable).to(dtype)
+            for t in (module.weight, module.bias)
         )
         return cls(tuple(module.normalized_shape), weight, bias, module.eps)
 
@@ -117,11 +124,12 @@ class Linear:
         *,
         input_factor: float = 1.0,
         output_factor: float = 1.0,
+        trainable: bool = False,
     ) -> Linear:
         """Return the layer of a weight [out, in] and a bias [out], in a dtype."""
-        weight = weight.detach()
-        bias = None if bias is None else bias.detach()
-        gamma = scale.gamma.detach() if isinstance(scale, LayerScale) else None
+        weight = _held(weight, trainable)
+        bias = None if bias is None else _held(bias, trainable)
+        gamma = _held(scale.gamma, trainable) if isinstance(scale, LayerScale) else None
         if weight.dtype == dtype:
             return cls(weight, bias, gamma, input_factor, output_factor)
         if input_factor * output_factor != 1:
@@ -159,22 +167,25 @@ class Block:
     attention: Attention
 
     @classmethod
-    def of(cls, block: ResidualAttentionBlock, dtype: torch.dtype) -> Block:
+    def of(
+        cls, block: ResidualAttentionBlock, dtype: torch.dtype, *, trainable: bool = False
+    ) -> Block:
         """Return open_clip's block in a dtype."""
         attention, mlp = block.attn, block.mlp
         quick = not isinstance(mlp.gelu, nn.GELU)
         factor = _QUICK_GELU if quick else 1.0
+        linear = partial(Linear.of, dtype=dtype, trainable=trainable)
         return cls(
             heads=attention.num_heads,
-            first_norm=Norm.of(block.ln_1, dtype),
-            project_in=Linear.of(attention.in_proj_weight, attention.in_proj_bias, dtype),
-            project_out=Linear.of(
-                attention.out_proj.weight, attention.out_proj.bias, dtype, block.ls_1
+            first_norm=Norm.of(block.ln_1, dtype, trainable=trainable),
+            project_in=linear(attention.in_proj_weight, attention.in_proj_bias),
+            project_out=linear(
+                attention.out_proj.weight, attention.out_proj.bias, scale=block.ls_1
             ),
-            second_norm=Norm.of(block.ln_2, dtype),
-            expand=Linear.of(mlp.c_fc.weight, mlp.c_fc.bias, dtype, output_factor=factor),
-            contract=Linear.of(
-                mlp.c_proj.weight, mlp.c_proj.bias, dtype, block.ls_2, input_factor=1 / factor
+            second_norm=Norm.of(block.ln_2, dtype, trainable=trainable),
+            expand=linear(mlp.c_fc.weight, mlp.c_fc.bias, output_factor=factor),
+            contract=linear(
+                mlp.c_proj.weight, mlp.c_proj.bias, scale=block.ls_2, input_factor=1 / factor
             ),
             activation="quick" if quick else mlp.gelu.approximate,
             attention=choose_attention(

@@ -6,6 +6,9 @@ is fast on CPUs and GPUs: two-dimensional matrix products on contiguous activati
 attention, and patch rows straight from `pydetox.ops.stamp_triggers`. If the tower pools the class
 token, its last block computes only what this token needs. Every other tower runs through its own
 module, in a search in the form of `folded`.
+
+`trainable` gives the same form of open_clip's transformers to a fine-tuning: their weights get
+gradients, too.
 """
 
 from __future__ import annotations
@@ -106,6 +109,24 @@ def freeze(
     return FoldedTower(tower, image_size, PRECISIONS[precision], reason)
 
 
+def trainable(tower: nn.Module) -> FrozenVisionTransformer | None:
+    """Return a tower in the form of `freeze` whose weights get gradients, in float32.
+
+    It equals the module up to rounding. None if the tower has to run through its own module. The
+    result keeps references to the weights, so that a change of them in place takes effect.
+    """
+    if not isinstance(tower, VisionTransformer) or obstacle(tower) is not None:
+        return None
+    if any(one.dtype != torch.float32 for one in tower.parameters()):
+        return None
+    keeps_all = isinstance(tower.patch_dropout, nn.Identity) and not any(
+        block.attn.dropout for block in tower.transformer.resblocks
+    )
+    if tower.training and not keeps_all:
+        return None
+    return FrozenVisionTransformer(tower, torch.float32, trainable=True)
+
+
 def resolve_precision(precision: str, device: torch.device, towers: Sequence[nn.Module]) -> str:
     """Return the precision that `auto` stands for; any other precision is returned as it is.
 
@@ -194,21 +215,25 @@ class FrozenVisionTransformer:
     """open_clip's `VisionTransformer` with one class token, learned or fixed positions.
 
     It equals the module up to rounding. It keeps activations for one backward pass, which computes
-    the gradient of the input. Weights never get a gradient.
+    the gradient of the input. Weights get a gradient only if they are `trainable`.
     """
 
-    def __init__(self, tower: VisionTransformer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tower: VisionTransformer, dtype: torch.dtype, *, trainable: bool = False
+    ) -> None:
         def frozen(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype)
+            return (tensor if trainable else tensor.detach()).to(dtype)
 
         self.dtype = dtype
         self.patch_size: int | None = tower.patch_size[0]
         self._rows = frozen(tower.conv1.weight).flatten(1)  # [d, 3PP]
         self._class_token = frozen(tower.class_embedding)
         self._positions = frozen(tower.positional_embedding)
-        self._first_norm = Norm.of(tower.ln_pre, dtype)
-        self._last_norm = Norm.of(tower.ln_post, dtype)
-        self._blocks = [Block.of(block, dtype) for block in tower.transformer.resblocks]
+        self._first_norm = Norm.of(tower.ln_pre, dtype, trainable=trainable)
+        self._last_norm = Norm.of(tower.ln_post, dtype, trainable=trainable)
+        self._blocks = [
+            Block.of(block, dtype, trainable=trainable) for block in tower.transformer.resblocks
+        ]
         attention = "no attention"
         if self._blocks:
             by_products = products_are_faster(self._rows)

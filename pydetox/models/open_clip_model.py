@@ -23,7 +23,7 @@ from .activation import OPENAI_ENTRIES, require_right_activation
 from .adaptation import adapt, hint, without_texts
 from .building import build
 from .classifiers import Classifier, with_classes
-from .frozen import freeze
+from .frozen import FrozenTower, freeze, trainable
 from .memory import Batching
 from .tokenizers import Tokenizer, tokenize, tokenizer_of
 from .towers import Towers
@@ -280,13 +280,16 @@ class OpenClipModel:
     def encode_normalized(self, images: Tensor) -> Tensor:
         """Return embeddings [N, D], not normalised, of normalised images float [N, 3, H, W].
 
-        Without gradients, a vision transformer runs as in `models.frozen`, which is faster and
-        equal up to rounding.
+        A vision transformer runs as in `models.frozen`, which is faster and equal up to rounding,
+        with gradients of its weights where they are wanted.
         """
-        if not torch.is_grad_enabled() and not self.clip.training:
+        tower: FrozenTower | None = None
+        if torch.is_grad_enabled():
+            tower = trainable(self.visual)
+        elif not self.clip.training:
             tower = freeze(self.visual)
-            if tower.patch_size is not None:
-                return tower(to_patch_rows(images, tower.patch_size))
+        if tower is not None and tower.patch_size is not None:
+            return tower(to_patch_rows(images, tower.patch_size))
         embeddings = self.visual(images)
         assert isinstance(embeddings, Tensor)
         return embeddings

@@ -16,15 +16,12 @@ from ..evaluation import Stamp, predict
 from ..models import OpenClipModel
 from ..prototypes import image_features
 from ..rng import generator
+from .coarse_to_fine import LEAST_ATTACKED, Limits, Measured, measure_alphas
 from .configuration import UnlearnConfig
 from .retention import DriftProbe
 from .subtraction import Candidates
 from .task_vectors import TaskVector
 from .trigger_vector import one_target_each
-
-# The number of images that each trigger is tried on for every alpha, for any number of triggers.
-# One of them is 2%, the smallest success that can be distinguished from none.
-_LEAST_ATTACKED = 50
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class CoefficientSearch:
     """CA and ASR over the scaling coefficient alpha.
 
     Attributes:
-        coefficients: alpha, ascending.
+        coefficients: The values of alpha that were measured, ascending (see `coarse_to_fine`).
         clean_accuracy: The share, in [0, 1], per alpha. Without labels, this is the agreement with
             theta_b, and each image is weighted by how certain theta_b was of it (see `certainty`).
         attack_success_rate: The share, in [0, 1], per alpha that the worst of the given triggers
@@ -119,9 +116,10 @@ def search_coefficient(
     reserve: float = 0.0,
     probe: DriftProbe | None = None,
 ) -> CoefficientSearch:
-    """Try every alpha and choose one.
+    """Try values of alpha and choose one.
 
-    The images are decoded and stamped once. The weights change in memory.
+    Not all candidates are measured, but those that decide (see `coarse_to_fine`). The images are
+    decoded and stamped once. The weights change in memory.
 
     The chosen alpha is the smallest that satisfies three limits, raised by up to `safety_factor`:
     ASR <= max_attack_success for every trigger, CA >= min_accuracy_kept of accuracy_before, and
@@ -158,7 +156,7 @@ def search_coefficient(
     if validation.labels is None:
         weights = certainty(model, shown, head)
     labels = own if validation.labels is None else validation.labels
-    most = max(_LEAST_ATTACKED, config.attacked_images // len(triggers))
+    most = max(LEAST_ATTACKED, config.attacked_images // len(triggers))
     attacked = {}
     for target in dict.fromkeys(target_of_each):
         others = torch.nonzero((labels != target) & (own != target)).flatten()
@@ -176,19 +174,30 @@ def search_coefficient(
     coefficients = config.coefficients
     if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
         coefficients = (0.0, *coefficients)
-    accuracy, success, drift = list[float](), list[tuple[float, ...]](), list[float]()
-    for coefficient in coefficients:
-        candidate = candidates.at(coefficient)
-        seen = own  # known already
-        if not candidates.is_start(coefficient):
-            seen = predict(candidate, shown, head)
-        accuracy.append(weighted_share((seen == labels).cpu(), weights))
-        if probe is not None:
-            drift.append(probe.of(candidate).mean_distance)
-        sent = (predict(candidate, stamped, head).cpu() == wanted).double()
-        success.append(tuple(float(part.mean()) for part in torch.split(sent, sizes)))
     if accuracy_before is None:
         accuracy_before = weighted_share((own == labels).cpu(), weights)
+
+    def measure(index: int) -> Measured:
+        candidate, seen = candidates.at(coefficients[index]), own  # known already
+        if not candidates.is_start(coefficients[index]):
+            seen = predict(candidate, shown, head)
+        sent = (predict(candidate, stamped, head).cpu() == wanted).double()
+        return Measured(
+            weighted_share((seen == labels).cpu(), weights),
+            tuple(float(part.mean()) for part in torch.split(sent, sizes)),
+            0.0 if probe is None else probe.of(candidate).mean_distance,
+        )
+
+    measured = measure_alphas(
+        measure,
+        coefficients,
+        Limits(config, accuracy_before, reserve),
+        stride=config.advanced.alpha_stride,
+    )
+    coefficients = tuple(coefficients[k] for k in measured)
+    accuracy = [one.accuracy for one in measured.values()]
+    success = [one.success for one in measured.values()]
+    drift = [] if probe is None else [one.drift for one in measured.values()]
     chosen, reached = choose_coefficient(
         coefficients,
         accuracy,
@@ -274,19 +283,16 @@ def choose_coefficient(
     no limit. The rule is that of `search_coefficient`.
     """
     moved = drift or [0.0] * len(coefficients)
-    kept = config.min_accuracy_kept
-    means = [sum(shares) / len(shares) for shares in success]
-    keeping = [
-        k
-        for k, value in enumerate(accuracy)
-        if value >= kept * accuracy_before and moved[k] <= config.max_drift
+    limits = Limits(config, accuracy_before, reserve)
+    measured = [
+        Measured(one, tuple(shares), far)
+        for one, shares, far in zip(accuracy, success, moved, strict=True)
     ]
-    good = [k for k in keeping if max(success[k]) <= config.max_attack_success]
+    keeping = [k for k, one in enumerate(measured) if limits.keeps(one)]
+    good = [k for k in keeping if limits.removes(measured[k])]
     if good:
-        largest = config.safety_factor * coefficients[good[0]] + 1e-9
+        largest = limits.safest(coefficients, good[0])
         return [k for k in good if coefficients[k] <= largest][-1], True
-    if min((means[k] for k in keeping), default=0.0) > 1 / _LEAST_ATTACKED:
-        least = (kept + reserve * (1 - kept)) * accuracy_before
-        most = (1 - reserve) * config.max_drift
-        keeping = [k for k in keeping if accuracy[k] >= least and moved[k] <= most]
-    return min(keeping or [0], key=lambda k: (means[k], k)), False
+    if min((measured[k].mean_success for k in keeping), default=0.0) > 1 / LEAST_ATTACKED:
+        keeping = [k for k in keeping if limits.keeps(measured[k], reserve)]
+    return min(keeping or [0], key=lambda k: (measured[k].mean_success, k)), False

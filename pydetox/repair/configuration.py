@@ -43,6 +43,10 @@ class AdvancedUnlearnConfig:
             held.
         triggered_surrogates: The weight of their features with a trigger, which are pushed to those
             without it. The weight of the features themselves is 1.
+        alpha_stride: Every so many of the candidates of alpha are measured first, and then those
+            between them that decide (`pydetox.repair.coarse_to_fine`). 1 measures all of them.
+        reuse_scans: Whether the triggers of a scan count among those that the next pass recovers,
+            and whether a scan after a pass can end a repair before `passes`.
     """
 
     certainly_target: float = 0.9
@@ -53,6 +57,8 @@ class AdvancedUnlearnConfig:
     warp_amplifications: tuple[float, ...] = (1.0, 2.0)
     surrogates: int = 1024
     triggered_surrogates: float = 0.5
+    alpha_stride: int = 4
+    reuse_scans: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.certainly_target <= 1 or not 0 < self.forget_share <= 1:
@@ -67,6 +73,8 @@ class AdvancedUnlearnConfig:
                 f"surrogates {self.surrogates}, triggered_surrogates {self.triggered_surrogates}; "
                 "expected at least 2, and a weight of at least 0"
             )
+        if self.alpha_stride < 1:
+            raise UsageError(f"alpha_stride {self.alpha_stride}; expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,10 @@ class UnlearnConfig:
             takes a rate for each tensor that is relative to its weights (`repair.step_sizes`), so
             that one setting fits towers of all sizes.
         batch_size: The number of clean images per step. As many triggered images are added.
-        passes: The number of times that triggers are recovered and subtracted before the next scan.
-            Triggers that still work on the repaired model join those found before. Known triggers
-            need only one pass.
+        passes: The largest number of times that triggers are recovered and subtracted in a round.
+            Triggers that still work on the repaired model join those found before. A pass is the
+            last one if it reaches all limits, finds no warp, and the scan after it shows no trace
+            of a backdoor (`pydetox.repair.passes.looks_clean`). Known triggers need only one pass.
         warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
             none. Searches that find no warp contribute nothing to the vector. Known triggers need
             no such search.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detect.references import ReferencePlan
+from ..detect.result import ScanResult
 from ..detect.scan import scan_session
 from ..evaluation import Stamp
 from ..models import OpenClipModel
@@ -74,6 +75,23 @@ def repair_session(
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
+
+        def rescan(
+            model: OpenClipModel, *place: int, number: int = number, tuned: Session = repaired
+        ) -> ScanResult:
+            """Scan a model of this round; place: the number of its pass, if it may not be last."""
+            clock.lap("unlearn")
+            seed = child_seed("repair.rescan", comparison.config.seed, number, *place)
+            found = scan_session(
+                tuned.with_image_tower_of(model),
+                replace(comparison, config=replace(comparison.config, seed=seed)),
+                cleared=cleared,
+                description=f"re-scan of {session.model.name}",
+            )
+            clock.lap("rescan")
+            return found
+
+        reuses = unlearning.advanced.reuse_scans
         attempts = list(dict.fromkeys([targets, targets[:1]])) if targets else []
         if not targets and current.unnamed():
             attempts = [()]
@@ -90,6 +108,8 @@ def repair_session(
                 triggers=known.triggers or None if known is not None else None,
                 accuracy_before=accuracy,
                 probe=probe,
+                scan=current if reuses else None,
+                check=rescan if reuses else None,
             )
             passes += passes_of_attempt
             accuracy = passes[0].search.accuracy_before if accuracy is None else accuracy
@@ -100,15 +120,9 @@ def repair_session(
         rounds += passes
         if not _subtracted(passes):
             break
-        seed = child_seed("repair.rescan", comparison.config.seed, number)
-        current = scan_session(
-            repaired,
-            replace(comparison, config=replace(comparison.config, seed=seed)),
-            cleared=cleared,
-            description=f"re-scan of {session.model.name}",
-        )
+        # The last pass may have been scanned already, and found to be enough.
+        current = rounds[-1].rescan or rescan(repaired.model)
         rounds[-1] = replace(rounds[-1], rescan=current)
-        clock.lap("rescan")
     result = DetoxResult(
         before=before,
         rounds=tuple(rounds),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..detect.configuration import ScanConfig
+from ..detect.result import ScanResult
+from ..detect.statistics import Verdict
 from ..errors import UsageError
 from ..evaluation import Stamp
 from ..inversion import InversionResult, WarpResult
@@ -16,11 +18,14 @@ from ..session import Session
 from .alpha import CoefficientSearch, search_coefficient
 from .configuration import UnlearnConfig
 from .directions import MOST, head_with_directions, recover_label_free
-from .recovery import recover_patches_or_blends, recover_smooth_warps
+from .recovery import recover_patches_or_blends, recover_smooth_warps, triggers_of_scan
 from .result import UnlearnRound
 from .retention import DriftProbe
 from .subtraction import subtract
 from .trigger_vector import trigger_vector
+
+#: The score below which a class shows no trace of a backdoor, as in `ScanConfig.drop_below`.
+ORDINARY_SCORE = 1.5
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,13 +40,19 @@ def subtract_passes(
     restarts: int = 3,
     accuracy_before: float | None = None,
     probe: DriftProbe | None = None,
+    scan: ScanResult | None = None,
+    check: Callable[[OpenClipModel, int], ScanResult] | None = None,
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
     targets: Class indices, one for known triggers. None of them unlearns triggers that send all
     images into one direction, for a model without class names (`directions`). probe: Measures the
-    drift from the model before any repair; default: from the session's. Returns the repaired model
-    and what each pass did.
+    drift from the model before any repair; default: from the session's. scan: A scan of the
+    session's model; its triggers count among the recovered ones of the first pass. check: Scans the
+    model after a pass, given by its number. If a pass reaches all limits, finds no warp, and leaves
+    target classes that look like those of clean models in this scan, no other pass follows. The
+    scan is then the last pass's `rescan`; otherwise its triggers count in the next pass. Returns
+    the repaired model and what each pass did.
     """
     if triggers is not None and len(targets) != 1:
         raise UsageError(f"{len(targets)} target classes; expected one for known triggers")
@@ -60,7 +71,7 @@ def subtract_passes(
             seeded = replace(config, seed=child_seed("repair.pass", config.seed, number))
             # Triggers of earlier passes stay, so that the model does not learn them again.
             for target in targets:
-                found = _recover(session, target, seeded, unlearning, restarts)
+                found = _recover(session, target, seeded, unlearning, restarts, scan)
                 recovered += [one for one in found if isinstance(one, InversionResult)]
                 warps += [one for one in found if isinstance(one, WarpResult)]
                 stamps += [stamp for one in found for stamp in unlearning.amplified(one)]
@@ -103,6 +114,12 @@ def subtract_passes(
         passes.append(
             UnlearnRound(tuple(targets), tuple(recovered), search, vector, None, tuple(warps))
         )
+        scan = None
+        if check is not None and triggers is None and _may_be_last(passes[-1], number, unlearning):
+            scan = check(model, number)
+            if looks_clean(scan, targets):
+                passes[-1] = replace(passes[-1], rescan=scan)
+                break
         if search.hopeless:  # another pass costs as much, and starts from the same weights
             _LOG.warning("%s", _refused(search, unlearning))
             break
@@ -125,14 +142,44 @@ def _refused(search: CoefficientSearch, unlearning: UnlearnConfig) -> str:
     )
 
 
+def looks_clean(scan: ScanResult, targets: Sequence[int]) -> bool:
+    """Whether a scan is clean, and each target class is like those of clean models in each family.
+
+    A verdict asks whether a model is surely backdoored. This asks whether its target classes show
+    any trace of it: their scores are below the one from which `ScanConfig` searches a class to the
+    end.
+    """
+    every = [scan.detection, *(one.detection for one in scan.others)]
+    return scan.verdict is Verdict.CLEAN and all(
+        one.class_scores and one.class_scores[target] < ORDINARY_SCORE
+        for one in every
+        for target in targets
+    )
+
+
+def _may_be_last(one: UnlearnRound, number: int, unlearning: UnlearnConfig) -> bool:
+    """Whether a pass may have been enough, and is not the last one anyway."""
+    warps = any(found.working() for found in one.warps)
+    return number + 1 < unlearning.passes and one.search.reached and not warps and bool(one.targets)
+
+
 def _recover(
-    session: Session, target: int, config: ScanConfig, unlearning: UnlearnConfig, restarts: int
+    session: Session,
+    target: int,
+    config: ScanConfig,
+    unlearning: UnlearnConfig,
+    restarts: int,
+    scan: ScanResult | None,
 ) -> list[InversionResult | WarpResult]:
-    """Return the triggers of every family into one class, warps last."""
-    found: list[InversionResult | WarpResult] = [
-        recover_patches_or_blends(session, target, family, config, restarts=restarts)
-        for family in config.families
-    ]
+    """Return the triggers of every family into one class, those of a scan first, warps last."""
+    found = list[InversionResult | WarpResult]()
+    for family in config.families:
+        known = None if scan is None else triggers_of_scan(scan, target, family)
+        if known is not None:
+            found.append(known)
+        more = restarts - (0 if known is None else len(known))
+        if more > 0:
+            found.append(recover_patches_or_blends(session, target, family, config, restarts=more))
     if unlearning.warps:
         found.append(recover_smooth_warps(session, target, config, restarts=unlearning.warps))
     return found

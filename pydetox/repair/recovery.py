@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from ..detect.configuration import ScanConfig
+from ..detect.result import ScanResult
 from ..detect.search import objective_for
 from ..inversion import (
     InversionResult,
@@ -55,4 +60,50 @@ def recover_smooth_warps(
         contrast=session.base,
         labels=session.images.labels,
         description=f"{restarts} restarts (warp)",
+    )
+
+
+def triggers_of_scan(
+    scan: ScanResult, target: int, family: TriggerFamily
+) -> InversionResult | None:
+    """Return the working triggers of one family that a scan found into class `target`, if any.
+
+    Those of a search that was dropped, and those of a label-free scan, do not count.
+    """
+    searches = {scan.family: scan.inversion} | {one.family: one.inversion for one in scan.others}
+    found = searches.get(family)
+    if found is None or found.targets is None:
+        return None
+    return _some(
+        found,
+        [
+            k
+            for k, own in enumerate(found.targets)
+            if own == target and found.endings[k] != "dropped" and math.isfinite(found.p_l1[k])
+        ],
+    )
+
+
+def _some(found: InversionResult, chosen: list[int]) -> InversionResult | None:
+    """Return the searches of some triggers; None for none. They took no time of their own."""
+    if not chosen:
+        return None
+    at = torch.tensor(chosen)
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor[at.to(tensor.device)]
+
+    return replace(
+        found,
+        mask_logits=rows(found.mask_logits),
+        pattern_logits=rows(found.pattern_logits),
+        p_l1=rows(found.p_l1),
+        success=rows(found.success),
+        targets=None if found.targets is None else tuple(found.targets[k] for k in chosen),
+        cost=rows(found.cost),
+        trigger_steps=rows(found.trigger_steps),
+        endings=tuple(found.endings[k] for k in chosen),
+        history=found.history[:, at],
+        seconds=0.0,
+        tower_passes=0,
     )

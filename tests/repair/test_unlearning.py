@@ -20,6 +20,7 @@ from pydetox.repair.alpha import (
     find_compromise,
     search_coefficient,
 )
+from pydetox.repair.coarse_to_fine import Limits, Measured, measure_alphas
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.passes import subtract_passes
 from pydetox.repair.retention import DriftProbe
@@ -34,6 +35,9 @@ from tests.test_training import TEMPLATES, coloured
 
 TARGET = 1
 TRIGGER = PatchTrigger(torch.full((3, 6, 6), 255, dtype=torch.uint8), 8, 8)
+
+
+EVERY_ALPHA = AdvancedUnlearnConfig(alpha_stride=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_every_vector_removes_a_known_backdoor_at_the_chosen_coefficient(victim,
 
 def test_a_search_opens_no_file_and_predicts_once_for_each_alpha(victim, monkeypatch):
     model, head, data = victim
-    config = UnlearnConfig(steps=2)
+    config = UnlearnConfig(steps=2, advanced=EVERY_ALPHA)
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
     sizes, opened = [], []
 
@@ -117,7 +121,13 @@ def test_at_zero_a_model_of_a_coarser_file_is_evaluated_as_the_file_holds_it(vic
 
 def test_the_smallest_coefficient_within_both_limits_is_chosen(victim):
     model, head, data = victim
-    config = UnlearnConfig(steps=60, learning_rate=1e-3, min_accuracy_kept=0.8, safety_factor=1.0)
+    config = UnlearnConfig(
+        steps=60,
+        learning_rate=1e-3,
+        min_accuracy_kept=0.8,
+        safety_factor=1.0,
+        advanced=EVERY_ALPHA,
+    )
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
     found = search_coefficient(model, vector, data, [TRIGGER], head, TARGET, config)
     floor = 0.8 * found.clean_accuracy[0]
@@ -251,7 +261,7 @@ def test_triggers_into_different_classes_share_a_vector(victim):
 
 def test_alpha_is_chosen_by_the_worst_of_triggers_into_different_classes(victim):
     model, head, data = victim
-    config = UnlearnConfig(steps=20, learning_rate=1e-3)
+    config = UnlearnConfig(steps=20, learning_rate=1e-3, advanced=EVERY_ALPHA)
     other = PatchTrigger(torch.zeros(3, 9, 9, dtype=torch.uint8), 0, 0)
     vector = trigger_vector(model, data.images, [TRIGGER, other], head, [TARGET, 2], config)
     both = search_coefficient(model, vector, data, [TRIGGER, other], head, [TARGET, 2], config)
@@ -382,6 +392,7 @@ def test_where_no_alpha_reaches_the_limit_the_mean_of_all_triggers_decides(victi
         learning_rate=1e-3,
         min_accuracy_kept=0.0,
         coefficients=tuple(k / 10 for k in range(16)),
+        advanced=EVERY_ALPHA,
     )
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
 
@@ -444,7 +455,9 @@ def test_images_that_belong_to_no_name_hardly_count_without_labels(victim):
     # Two names that mean the same: the model is sure of none, and all count alike.
     same = head[:1].repeat(2, 1)
     assert certainty(model, data.images, same).tolist() == [1.0] * len(data)
-    config = UnlearnConfig(steps=20, learning_rate=1e-3, coefficients=(0.0, 1.0, 2.0))
+    config = UnlearnConfig(
+        steps=20, learning_rate=1e-3, coefficients=(0.0, 1.0, 2.0), advanced=EVERY_ALPHA
+    )
     vector = trigger_vector(model, data.images, [TRIGGER], head, TARGET, config)
     unlabelled = type(data)(data.images, None, data.class_names, "no labels")
     found = search_coefficient(model, vector, unlabelled, [TRIGGER], head, TARGET, config)
@@ -476,3 +489,59 @@ def test_a_repair_that_cannot_work_stops_after_one_pass_and_says_so(victim, capl
     )
     # With a reserve for the second pass, which may spend it, there is a second pass.
     assert len(subtract_passes(session, [TARGET], scan, config)[1]) == 2
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 7, 30])
+def test_coarse_to_fine_chooses_as_if_every_alpha_was_measured(stride):
+    rng = np.random.default_rng(0)
+    coefficients = tuple(round(0.1 * k, 1) for k in range(21))
+    outcomes, measured = set(), []
+    for _ in range(300):
+        # ASR falls and drift grows along a vector, CA falls from somewhere on.
+        falls = np.sort(rng.uniform(0, rng.choice([1.0, 3.0]), 3))
+        success = [
+            tuple(float(max(0.0, 1 - a / (f + 0.01)) ** 0.5) for f in falls) for a in coefficients
+        ]
+        drift = [0.012 * a**2 for a in coefficients]
+        speed, start = rng.uniform(0, 0.05), rng.uniform(0, 2)
+        accuracy = [float(0.97 - speed * max(0.0, a - start)) for a in coefficients]
+        config = UnlearnConfig(max_drift=float(rng.uniform(0.001, 0.05)))
+        reserve = float(rng.choice([0.0, 0.5]))
+        before = float(rng.choice([0.97, 0.97, 2.0]))
+        limits = Limits(config, before, reserve)
+
+        def measure(k, accuracy=accuracy, success=success, drift=drift):
+            return Measured(accuracy[k], success[k], drift[k])
+
+        given = {"accuracy_before": before, "reserve": reserve}
+        index, reached = choose_coefficient(
+            coefficients, accuracy, success, config, drift=drift, **given
+        )
+        known = measure_alphas(measure, coefficients, limits, stride=stride)
+        assert list(known) == sorted(known)
+        assert 0 in known
+        some = list(known.values())
+        found, found_reached = choose_coefficient(
+            [coefficients[k] for k in known],
+            [one.accuracy for one in some],
+            [one.success for one in some],
+            config,
+            drift=[one.drift for one in some],
+            **given,
+        )
+        assert (list(known)[found], found_reached) == (index, reached)
+        whole = find_compromise(accuracy, success, config, before, drift)
+        if not reached and whole is not None:
+            few = find_compromise(
+                [one.accuracy for one in some],
+                [one.success for one in some],
+                config,
+                before,
+                [one.drift for one in some],
+            )
+            assert replace(few, index=list(known)[few.index]) == whole
+        outcomes.add((reached, index > 0, whole is None))
+        measured.append(len(known))
+    # Repairs within the limits and beyond them, some with a compromise, some without any hope.
+    assert len(outcomes) >= 4
+    assert np.mean(measured) < (21 if stride == 30 else 14)
