@@ -83,7 +83,7 @@ def evaluation_of_text(
         return {**document, **known}, found
     if model.kind == "tower":
         raise UsageError(
-            f"{model.name}: a text tower has no accuracy of its own; evaluate the whole CLIP on images"
+            f"{model.name}: a text tower has no accuracy of its own; evaluate its whole CLIP"
         )
     index, words = None, None
     if trigger is not None:
