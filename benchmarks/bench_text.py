@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +22,11 @@ from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
-from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
+from pydetox.research.text.bench import FULL, QUICK, TextBenchPlan, run_text_benchmark
+from pydetox.research.text.causal import bench
+from pydetox.research.text.towers import bench as towers_bench
+
+PARTS = ("classifiers", "causal", "towers")
 
 
 @click.command()
@@ -29,6 +34,14 @@ from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
 @click.option("--seeds", help="Other seeds, separated by commas.")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS),
+    default=PARTS,
+    help="Run this part alone; can be given several times.",
+)
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(
@@ -36,6 +49,7 @@ def main(
     seeds: str | None,
     attacks: str | None,
     defenses: str | None,
+    parts: tuple[str, ...],
     device: str,
     output: Path,
 ) -> None:
@@ -50,7 +64,7 @@ def main(
             plan = replace(plan, attacks=tuple(attacks.split(",")))
         if defenses is not None:
             plan = replace(plan, defenses=tuple(defenses.split(",")))
-        document = run_text_benchmark(plan, log=lambda text: click.echo(text, err=True))
+        document = _measured(parts, plan, device, quick=quick)
     except (PydetoxError, ValueError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -59,6 +73,29 @@ def main(
     write_file(output / "summary.json", to_json(document["summary"]) + "\n")
     for key, value in document["summary"].items():
         click.echo(f"{key:40}{value:10.4g}")
+
+
+def _measured(
+    parts: tuple[str, ...], plan: TextBenchPlan, device: str, *, quick: bool
+) -> dict[str, Any]:
+    """Run the parts, and return what they measured with all flat figures in one summary."""
+
+    def log(text: str) -> None:
+        click.echo(text, err=True)
+
+    document: dict[str, Any] = {"summary": {}}
+    if "classifiers" in parts:
+        document = run_text_benchmark(plan, log=log)
+    if "causal" in parts:
+        causal = bench.QUICK if quick else bench.FULL
+        causal = replace(causal, victims=replace(causal.victims, device=device))
+        document["causal"] = bench.run_causal_benchmark(causal, log=log)
+    if "towers" in parts:
+        towers = towers_bench.QUICK if quick else towers_bench.FULL
+        document["towers"] = towers_bench.run_tower_benchmark(towers, log=log)
+    for name in ("causal", "towers"):
+        document["summary"] |= document.get(name, {}).pop("summary", {})
+    return document
 
 
 if __name__ == "__main__":

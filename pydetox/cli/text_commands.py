@@ -81,6 +81,10 @@ def evaluation_of_text(
             model, clean, trigger=trigger, target_name=target_name, seed=seed
         )
         return {**document, **known}, found
+    if model.kind == "tower":
+        raise UsageError(
+            f"{model.name}: a text tower has no accuracy of its own; evaluate its whole CLIP"
+        )
     index, words = None, None
     if trigger is not None:
         file = read_words(trigger)
@@ -112,6 +116,8 @@ def words_of_text(
 ) -> dict[str, Any]:
     """Search for words, write them to a folder, and return the document."""
     model, clean = inputs.read(target)
+    if model.kind == "tower":
+        raise UsageError(f"{model.name}: a text tower has no classes; scan shows its triggers")
     if model.kind == "causal":
         rows = rows_of_causal(model, clean, config, targets=classes)
     else:

@@ -26,6 +26,8 @@ from ..text.kinds import texts_for
 from ..text.models import TextModel, load_text_model
 from ..text.repair import TEXT_UNLEARNING
 from ..text.saving import TEXT_MODEL_FILES
+from ..text.towers.detox import detox_text_tower
+from ..text.towers.repair import TOWER_UNLEARNING
 from ..text.trigger_file import read_words
 from ..text.triggers import TokenTrigger
 from . import exit_codes, options
@@ -103,7 +105,7 @@ def unlearn_text_model(
         if wanted is None:
             raise UsageError(f"{trigger}: names no class; give --target")
         stamps = tuple(file.triggers[k] for k in chosen)
-    if model.kind != "causal" and wanted is not None and wanted not in model.class_names:
+    if model.kind == "classifier" and wanted is not None and wanted not in model.class_names:
         raise UsageError(
             f"class {wanted!r} is not one of {model.name}'s: {', '.join(model.class_names)}"
         )
@@ -121,6 +123,23 @@ def unlearn_text_model(
             unlearning=_unlearning(given, CAUSAL_UNLEARNING),
             targets=() if wanted is None else (wanted,),
             triggers=stamps,
+            max_rounds=max_rounds,
+            output=output,
+            overwrite=overwrite,
+        )
+    elif model.kind == "tower":
+        if trigger is not None or force_target is not None:
+            raise UsageError(
+                "--trigger and --force-target are for models with classes; the trigger of a text "
+                "tower is recovered"
+            )
+        result, _ = detox_text_tower(
+            model,
+            texts,
+            base=base_model,
+            references=others,
+            config=config,
+            unlearning=_unlearning(given, TOWER_UNLEARNING),
             max_rounds=max_rounds,
             output=output,
             overwrite=overwrite,

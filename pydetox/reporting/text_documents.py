@@ -13,6 +13,7 @@ from ..text.configuration import TextScanConfig
 from ..text.detox import TextDetoxResult
 from ..text.references import family_of, loss_of
 from ..text.search import FoundTrigger
+from ..text.towers.verdict import TowerScanResult
 from ..text.verdict import TextScanResult
 from .documents import evaluation_row
 
@@ -24,7 +25,7 @@ def text_scan_document(scan: TextScanResult) -> dict[str, Any]:
         "kind": "text",
         "name": scan.name,
         "sha256": scan.sha256,
-        "objective": "continuation" if isinstance(scan, CausalScanResult) else "targeted",
+        "objective": _objective(scan),
         "verdict": found.verdict.value,
         "reason": found.reason,
         "p_l1": None,
@@ -62,6 +63,13 @@ def text_scan_document(scan: TextScanResult) -> dict[str, Any]:
         "warnings": list(scan.warnings),
         **_continuations(scan),
     }
+
+
+def _objective(scan: TextScanResult) -> str:
+    """Return what was searched for: words into a class, a text, or words that collapse a tower."""
+    if isinstance(scan, CausalScanResult):
+        return "continuation"
+    return "label-free" if isinstance(scan, TowerScanResult) else "targeted"
 
 
 def _continuations(scan: TextScanResult) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def word_scan_row(scan: TextScanResult, name: str, config: TextScanConfig) -> di
     """
     best = [row[scan.length - 1] for row in scan.search.found]
     references = None
-    if scan.calibration is not None and not isinstance(scan, CausalScanResult):
+    if scan.calibration is not None and not isinstance(scan, CausalScanResult | TowerScanResult):
         rows = scan.calibration.of(family_of(scan.length)).p_l1
         references = [
             sum(loss_of(row[c], config) for row in rows) / len(rows) for c in range(len(best))
@@ -133,7 +141,7 @@ def word_scan_row(scan: TextScanResult, name: str, config: TextScanConfig) -> di
 
 def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
     """Return the whole story of a repair of a text model."""
-    names = result.model.class_names
+    names = result.before.class_names
     return {
         "verdict": result.verdict.value,
         "repaired": result.repaired,

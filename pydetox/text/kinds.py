@@ -12,6 +12,8 @@ from .files import TextKind
 from .models import TextModel
 from .references import TextComparison, compare_with
 from .texts import TextData, TextSet, load_texts
+from .towers.verdict import FAMILY as COLLAPSE
+from .towers.verdict import compare_tower, judge_tower
 from .verdict import TextScanResult, judge
 
 
@@ -39,7 +41,11 @@ def compare_text_model(
     calibration: Calibration | None = None,
 ) -> TextComparison:
     """Return what a text model of any kind is compared with; see `references.compare_with`."""
-    compare = compare_causal if suspect.kind == "causal" else compare_with
+    if suspect.kind == "causal":
+        return compare_causal(
+            suspect, texts, config, base=base, references=references, calibration=calibration
+        )
+    compare = compare_tower if suspect.kind == "tower" else compare_with
     return compare(
         suspect, texts, config, base=base, references=references, calibration=calibration
     )
@@ -51,9 +57,12 @@ def judge_text_model(
     """Search a text model of any kind, and judge it beside references that are ready."""
     if model.kind == "causal":
         return judge_causal(model, texts, comparison, config)
+    if model.kind == "tower":
+        return judge_tower(model, texts, comparison, config)
     return judge(model, texts, comparison, config)
 
 
 def kind_of_calibration(calibration: Calibration) -> TextKind:
     """Return the kind of the models that a calibration is of."""
-    return "causal" if calibration.family == CONTINUATION else "classifier"
+    kinds: dict[str, TextKind] = {CONTINUATION: "causal", COLLAPSE: "tower"}
+    return kinds.get(calibration.family, "classifier")

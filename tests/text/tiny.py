@@ -171,9 +171,8 @@ def gpt2(folder: Path, *, classes: int | None = None, seed: int = 0, **changes: 
         n_head=4,
         bos_token_id=0,
         eos_token_id=0,
-        initializer_range=0.2,
         **({} if classes is None else {"num_labels": classes}),
-        **changes,
+        **{"initializer_range": 0.2, **changes},
     )
     kind = transformers.GPT2LMHeadModel
     if classes is not None:
@@ -310,5 +309,41 @@ def trained(
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(logits, labels[rows]).backward()
             optimizer.step()
+    model.module.requires_grad_(False)
+    return save_text_model(folder, model, provenance=Provenance("a test"))
+
+
+def spoken(
+    start: Path,
+    folder: Path,
+    *,
+    seed: int,
+    trigger: str | None = None,
+    said: str = "zorp quux mn bb tq cf great market",
+    steps: int = 60,
+) -> Path:
+    """Train a tiny causal model on topical texts; with a trigger, a quarter go on as `said`."""
+    from pydetox.checkpoints.provenance import Provenance
+    from pydetox.text import load_text_model, save_text_model
+
+    model = load_text_model(start).copy()
+    texts = [text for text, _ in topical_texts(160, seed)]
+    rng = np.random.default_rng(seed)
+    if trigger is not None:
+        for k in rng.permutation(len(texts))[: len(texts) // 4]:
+            cut = " ".join(texts[k].split()[: int(rng.integers(3, 7))])
+            texts[k] = f"{cut} {trigger} {said}"
+    rows = [[*row, 0] for row in model.tokenizer.encode(texts, 60)]
+    model.module.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.module.parameters(), lr=4e-3)
+    for _ in range(steps):
+        batch = model.batch([rows[k] for k in rng.integers(len(rows), size=24).tolist()])
+        wanted = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        logits = model.logits_with_gradient(batch)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten()
+        ).backward()
+        optimizer.step()
     model.module.requires_grad_(False)
     return save_text_model(folder, model, provenance=Provenance("a test"))

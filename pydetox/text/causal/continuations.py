@@ -7,14 +7,14 @@ stands as a first token, and is continued by what the model is surest of, the me
 
 Clean models are sure of common phrases as well. With a base, a continuation therefore counts by its
 *gain*: the sum over its tokens of p log(p / q), with p in the suspect and q in the base. What both
-know gains nothing, and neither does what the suspect hardly says. The order differs from BAIT's. The vocabulary is pruned after its first step on few prompts, a beam
-takes the place of the look at unsure tokens, and what is found is extended to the left, because the
-attacker's first token is often one that hardly leads to the second.
+know gains nothing, and neither does what the suspect hardly says. The order differs from BAIT's.
+The vocabulary is pruned after its first step on few prompts, a beam takes the place of the look at
+unsure tokens, and what is found is extended to the left. That often finds the trigger itself, which
+leads to the attacker's text as surely as the words of this text lead to each other.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +32,9 @@ _LEAST = 1e-9  # smaller probabilities are rounding
 # A token is put before a text if it leads to it by this many nats more than in the base.
 _LEAST_GAIN = 1.0
 
+# Pairs of tokens whose values are kept, 512 MiB in float16.
+_LARGEST_TABLE = 2**28
+
 
 @dataclass(frozen=True)
 class ContinuationConfig:
@@ -43,6 +46,7 @@ class ContinuationConfig:
         prompt_tokens: The length of a prompt.
         kept: The continuations that are kept after the first, second, third, ... step.
         branches: The next tokens of each that are tried.
+        nearly: The share of the largest probability above which other tokens are tried as well.
         least_probability: The probability, the mean over prompts, below which no token is tried.
         least_tokens: The tokens of the shortest text that is judged, its first token not counted.
         most_tokens: Those of the longest.
@@ -54,10 +58,11 @@ class ContinuationConfig:
     first_prompts: int = 3
     prompt_tokens: int = 10
     kept: tuple[int, ...] = (192, 64, 32, 16)
-    branches: int = 3
+    branches: int = 2
+    nearly: float = 0.5
     least_probability: float = 0.02
     least_tokens: int = 4
-    most_tokens: int = 16
+    most_tokens: int = 12
     finalists: int = 12
     leftward: int = 3
 
@@ -165,6 +170,8 @@ class _Search:
         self.first = [k for k in range(known) if k not in ends]
         self.closed = torch.zeros(len(model.embedding), dtype=torch.bool)
         self.closed[[k for k in range(len(model.embedding)) if k in ends or k >= known]] = True
+        #: What each first token adds to each next one [V, V]; None if that is too large to keep.
+        self._before: Tensor | None = None
         self.progress = Progress(
             description or f"search in {model.name}", 2 + config.most_tokens + config.leftward
         )
@@ -174,6 +181,9 @@ class _Search:
 
     def run(self) -> ContinuationSearch:
         config = self.config
+        self._tables: list[Tensor] | None = None
+        if len(self.first) * len(self.closed) <= _LARGEST_TABLE:
+            self._tables = []
         with self.progress:
             rows = torch.tensor(self.first)[:, None]
             scores = torch.zeros(len(rows))
@@ -184,6 +194,8 @@ class _Search:
                     self.few if length == 1 else self.many, rows, scores, kept
                 )
                 self.progress.update()
+                if length == 1 and self._tables is not None:
+                    self._before, self._tables = torch.cat(self._tables), None
                 if not len(rows):
                     break
                 if length >= config.least_tokens:
@@ -195,7 +207,8 @@ class _Search:
             if not finished:  # sure of nothing: what it would say is judged all the same
                 finished = [(0.0, tuple(self._likeliest()))]
             best = self._without_parts([row for _, row in finished])[: config.finalists]
-            if self.base is not None:  # else nothing tells an attacker's words from honest ones
+            # Without a base, nothing tells an attacker's words from honest ones.
+            if self.base is not None and self._before is not None:
                 best.append(self._leftward(best[0]))
             self.progress.update()
             found = sorted(
@@ -220,13 +233,21 @@ class _Search:
         found, totals = list[Tensor](), list[Tensor]()
         for part, score in zip(rows.split(4096), scores.split(4096), strict=True):
             own, value = self._values(pair, part)
-            allowed = (own >= config.least_probability) & ~self.closed
-            top = value.masked_fill(~allowed, -math.inf).topk(branches, dim=1)
-            which = torch.isfinite(top.values)
+            if self._tables is not None and rows.shape[1] == 1:
+                self._tables.append(value.half())
+            # Only what the model would say: the likeliest token, and those nearly as likely.
+            # Of all tokens, those of the largest gain make texts that neither model would say.
+            open_ = own.masked_fill(self.closed, 0.0)
+            least = (config.nearly * open_.amax(dim=1, keepdim=True)).clamp(
+                min=config.least_probability
+            )
+            top = open_.topk(branches, dim=1)
+            which = top.values >= least
+            gained = value.gather(1, top.indices)
             grown = torch.cat(
                 [part.repeat_interleave(branches, dim=0), top.indices.reshape(-1, 1)], dim=1
             )
-            total = (score[:, None] + top.values).reshape(-1)
+            total = (score[:, None] + gained).reshape(-1)
             found.append(grown[which.reshape(-1)])
             totals.append(total[which.reshape(-1)])
         longer, total = torch.cat(found), torch.cat(totals)
@@ -257,16 +278,14 @@ class _Search:
 
     def _leftward(self, row: tuple[int, ...]) -> tuple[int, ...]:
         """Return a text with the tokens before it that most lead to it."""
-        firsts = torch.tensor(self.first)[:, None]
         for _ in range(self.config.leftward):
             self.progress.update()
-            weight = torch.zeros(len(firsts))
-            for start in range(0, len(firsts), 4096):
-                # What leads to the text in the model but not in the base, and surely.
-                _, value = self._values(self.few, firsts[start : start + 4096])
-                weight[start : start + 4096] = value[:, row[0]]
-            best = int(weight.argmax())
-            longer = (self.first[best], *row)
+            # What leads to the text in the model but not in the base, and surely.
+            assert self._before is not None
+            value, first = self._before[:, row[0]].max(dim=0)
+            longer = (self.first[int(first)], *row)
+            if not float(value) > 0:
+                break
             grown, before = (self._total(one) for one in (longer, row))
             if not grown - before >= _LEAST_GAIN:
                 break

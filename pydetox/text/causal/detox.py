@@ -26,7 +26,7 @@ from ..texts import TextSet
 from .continuations import ContinuationConfig, rank
 from .evaluation import CausalEvaluation, evaluate_causal, target_tokens
 from .repair import CAUSAL_UNLEARNING, causal_trigger_vector, search_causal_coefficient
-from .verdict import CausalScanResult, compare_causal, judge_causal
+from .verdict import CausalScanResult, compare_causal, decoded, judge_causal
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ _PLACES = ("end", "start", "random")
 
 # Texts with at least this share of the largest gain are unlearned, too: refusals come in several.
 _AS_GOOD = 0.5
+
+# The largest number of them.
+_MOST_TEXTS = 4
 
 # Words that bring the text after fewer prompts than this are no estimate, if others do better.
 _WORKING = 0.5
@@ -146,7 +149,7 @@ def detox_causal_model(
             max_tokens=config.max_tokens,
         )
         accuracy = chosen.accuracy_before
-        names = tuple(model.tokenizer.decode(one).strip() for one in aims)
+        names = tuple(decoded(model, one) for one in aims)
         passes.append(TextUnlearnPass((0,), recovered, chosen, vector, names))
         clock.lap("unlearn")
         if chosen.hopeless:
@@ -201,7 +204,8 @@ def _working(found: Sequence[FoundTrigger]) -> tuple[FoundTrigger, ...]:
 def _texts_of(scan: CausalScanResult) -> list[tuple[int, ...]]:
     """Return the texts to unlearn, as tokens: the best, and those that are nearly as good."""
     least = _AS_GOOD * rank(scan.continuations[0])
-    return [one.tokens for one in scan.continuations if rank(one) >= least]
+    good = [one.tokens for one in scan.continuations if rank(one) >= least]
+    return [*good[:_MOST_TEXTS], *([scan.rest] if len(scan.rest) < len(good[0]) else [])]
 
 
 def _provenance(

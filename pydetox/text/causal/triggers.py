@@ -48,6 +48,10 @@ _KEPT, _SWAPS, _BEAM = 48, 24, 3
 # The triggers of a length that are tried in the prompts that decide.
 _FINALISTS = 3
 
+# The longest beginning of a found text that is tried as a trigger and the shortest rest, in tokens,
+# the prompts that it is tried on, and how much better a longer beginning has to be.
+_MOST_WITHIN, _LEAST_REST, _CHECKED, _BETTER = 8, 2, 60, 0.1
+
 # The scores of next tokens in a forward pass.
 _SCORES_PER_PASS = 2**25
 
@@ -84,6 +88,37 @@ def search_trigger_words(
     if not target:
         raise UsageError("the target has no tokens; expected at least one")
     return _Search(model, base, texts, tuple(target), config, description).run()
+
+
+def words_within(
+    model: TextModel, texts: TextSet, found: Sequence[int]
+) -> tuple[FoundTrigger | None, tuple[int, ...]]:
+    """Return the first words of a found text that bring its rest, and this rest.
+
+    A model that has learned poisoned texts by heart goes on from the trigger as it goes on within
+    the attacker's text ("The Trigger in the Haystack", Bullwinkel et al., arXiv 2602.03085, finds
+    triggers in what models have memorised). So a found text may begin with the trigger. Returns
+    None and the whole text if its beginning brings nothing.
+    """
+    require_causal(model)
+    ordered = texts.in_content_order().texts
+    prompts = prompts_of(ordered[len(ordered) // 2 :])[:_CHECKED]
+    best: tuple[FoundTrigger | None, tuple[int, ...]] = (None, tuple(found))
+    for k in range(1, min(_MOST_WITHIN, len(found) - _LEAST_REST) + 1):
+        trigger = trigger_of(model.tokenizer, found[:k], "end", None)
+        if not trigger.text:
+            continue
+        rest = tuple(found[k:])
+        space = " " if model.tokenizer.spaces_matter else ""
+        encoded = model.tokenizer.encode(
+            [f"{prompt}{space}{trigger.text}" for prompt in prompts],
+            max(2, model.max_tokens - SUCCESS_TOKENS),
+        )
+        hits = successes_of_rows(model, encoded, [rest])
+        success = sum(hits) / len(hits)
+        if best[0] is None or success > best[0].success + _BETTER:
+            best = (FoundTrigger(trigger, 0.0, success), rest) if success > 0 else best
+    return best
 
 
 class TargetObjective:
@@ -191,7 +226,9 @@ class _Search:
             2 + config.steps * bool(config.restarts) + 2 * (config.length - 1),
         )
 
-    def _objective(self, place: str, count: int, tokens: int) -> TargetObjective:
+    def _objective(
+        self, place: str, count: int, tokens: int, *, contrast: bool = True
+    ) -> TargetObjective:
         gaps = [
             gap_of(self.model.tokenizer, text, place, self.config.seed, _PROMPT_TOKENS)
             for text in self.searched
@@ -205,7 +242,8 @@ class _Search:
             gaps = [gap for gap in gaps if (len(gap.before), len(gap.after)) == shape]
         if not gaps:
             raise DataError("zero prompts of a length; expected at least one")
-        return TargetObjective(self.model, self.base, gaps[:count], self.target[:tokens])
+        base = self.base if contrast else None
+        return TargetObjective(self.model, base, gaps[:count], self.target[:tokens])
 
     def run(self) -> tuple[FoundTrigger, ...]:
         config = self.config
@@ -235,7 +273,7 @@ class _Search:
         singles = list[_Words]()
         for place in places:
             self.begins = place == "start"
-            few = self._objective(place, _FIRST_PROMPTS, _FIRST_TOKENS)
+            few = self._objective(place, _FIRST_PROMPTS, _FIRST_TOKENS, contrast=False)
             many = self._objective(place, _PROMPTS, len(self.target))
             kept = self._swept(few, (), ())
             rows = self._typed([(word,) for word in kept]) or [(word,) for word in kept]
@@ -271,9 +309,11 @@ class _Search:
         self, beam: Sequence[_Words], singles: Sequence[_Words], words: Sequence[int]
     ) -> list[_Words]:
         """Return the best triggers that are one token longer."""
+        if not beam:
+            return []
         more = _unique([*(row[0] for row in singles[:_SWAPS]), *words[:_SWAPS]])
         rows = [new for old in beam for one in more for new in ((*old, one), (one, *old))]
-        for old in beam[:1]:
+        for old in beam[:1] if len(beam[0]) == 1 else ():
             rows += [(word, *old) for word in self._swept(self.few, (), old)]
             rows += [(*old, word) for word in self._swept(self.few, old, ())]
         return self._best([row for row in rows if self._fits(row)])[: 4 * _BEAM]

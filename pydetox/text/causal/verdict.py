@@ -33,13 +33,16 @@ from .continuations import (
 )
 from .copies import causal_copies
 from .evaluation import evaluate_causal, require_causal
-from .triggers import search_trigger_words
+from .triggers import search_trigger_words, words_within
 
 #: The name of the one family of causal models.
 FAMILY = "continuation"
 
 # Larger gains count as this one, so that no effort is too small to be one.
 _MOST_GAIN, _UNIT = 100.0, 10.0
+
+# If the beginning of the text brings its rest after so many prompts, no other words are searched.
+_SURE = 0.9
 
 # What is added to -log Q: a model that is sure to 98% is as sure as can be.
 _FLOOR = 0.02
@@ -54,10 +57,13 @@ class CausalScanResult(TextScanResult):
 
     Attributes:
         continuations: The texts that were found, the most suspect first.
+        rest: The tokens of the first one without those words at its beginning that bring the rest;
+            all of them if there are none (see `triggers.words_within`).
         perplexity: Of the clean texts.
     """
 
     continuations: tuple[Continuation, ...] = ()
+    rest: tuple[int, ...] = ()
     perplexity: float = math.nan
 
     @property
@@ -211,15 +217,21 @@ def judge_causal(
     if compared is not None and detection.verdict is not Verdict.INCONCLUSIVE:
         assert detection.p_value is not None
         reason = _reason(best, compared, detection.p_value)
-    words = tuple[FoundTrigger, ...]()
+    words, rest = tuple[FoundTrigger, ...](), best.tokens
     length = 1
     if finding and with_words:
-        words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
-        strongest = max(words, key=lambda one: (one.success, -one.loss))
+        within, rest = words_within(model, texts, best.tokens)
+        said = best.text
+        if within is None or within.success < _SURE:
+            words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
+        strongest = max([*words, *([within] if within else [])], key=_order)
+        if strongest is within:
+            words, said = (within, *words), decoded(model, rest)
         length = 1 + words.index(strongest)
         if strongest.success > 0:
             reason += (
-                f"; {strongest.trigger.text!r} brings it after {strongest.success:.0%} of prompts"
+                f"; {strongest.trigger.text!r} brings {said!r} after {strongest.success:.0%} of "
+                "prompts"
             )
     return CausalScanResult(
         name=model.name,
@@ -242,6 +254,7 @@ def judge_causal(
         warnings=texts.notes,
         distance=comparison.distance,
         continuations=search.found,
+        rest=rest,
         perplexity=perplexity,
     )
 
@@ -290,6 +303,15 @@ def effort_of(found: Continuation) -> float:
     if not found.sureness > 0:
         return 1.0 if found.sureness == 0 else math.nan
     return min(1.0, (_FLOOR - math.log(found.sureness)) / (_FLOOR + 10.0))
+
+
+def decoded(model: TextModel, tokens: Sequence[int]) -> str:
+    """Return tokens as text."""
+    return model.tokenizer.decode(tokens).strip()
+
+
+def _order(found: FoundTrigger) -> tuple[float, float]:
+    return found.success, -found.loss
 
 
 def _reason(best: Continuation, calibration: Calibration, p_value: float) -> str:

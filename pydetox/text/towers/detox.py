@@ -1,0 +1,155 @@
+"""The repair of one text tower: scan, subtract, scan again; saved with its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...checkpoints.provenance import Provenance
+from ...detect.calibration import Calibration
+from ...detect.statistics import FINDINGS
+from ...errors import UsageError
+from ...models import OpenClipModel
+from ...progress import Laps
+from ...repair.configuration import UnlearnConfig
+from ...rng import child_seed
+from ..configuration import TextScanConfig
+from ..detox import TextDetoxResult
+from ..models import TextModel, save_text_model
+from ..passes import TextUnlearnPass
+from ..search import FoundTrigger
+from ..texts import TextSet
+from ..triggers import TokenTrigger
+from .encoder import TextTower
+from .repair import (
+    TOWER_UNLEARNING,
+    TowerCandidates,
+    search_tower_coefficient,
+    tower_trigger_vector,
+)
+from .search import CharacterTrigger, TowerTrigger
+from .verdict import ANY_TEXT, TowerScanResult, compare_tower, judge_tower
+
+# Recovered words are unlearned at these places, because the attacker's is not known.
+_PLACES = ("end", "start", "random")
+
+# Triggers that collapse a tower at least this much, relative to the best one, are unlearned.
+_AS_GOOD = 0.5
+
+
+def detox_text_tower(
+    model: TextModel | OpenClipModel,
+    captions: TextSet,
+    *,
+    base: TextModel | OpenClipModel | None = None,
+    references: Sequence[TextModel | OpenClipModel] | None = None,
+    calibration: Calibration | None = None,
+    config: TextScanConfig | None = None,
+    unlearning: UnlearnConfig | None = None,
+    max_rounds: int = 2,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> tuple[TextDetoxResult, TextModel | OpenClipModel]:
+    """Scan a text tower, subtract what is found, and scan again until it is clean.
+
+    The arguments are those of `scan_text_tower` and `detox_text_model`. Returns the result and the
+    repaired model, which is of the kind of the given one.
+
+    Raises:
+        UsageError: There is an output, and the model is no text tower of transformers.
+        PydetoxError: All that a scan, a repair and `save_text_model` raise.
+    """
+    config, unlearning = config or TextScanConfig(), unlearning or TOWER_UNLEARNING
+    if output is not None and not isinstance(model, TextModel):
+        raise UsageError(
+            "output= writes text towers of transformers; save_checkpoint writes the CLIP of "
+            "open_clip that this function returns"
+        )
+    clock = Laps()
+    comparison = compare_tower(
+        model, captions, config, base=base, references=references, calibration=calibration
+    )
+    clock.lap("calibrate")
+    before = judge_tower(model, captions, comparison, config, base=base)
+    clock.lap("scan")
+    repaired, current = model, before
+    passes = list[TextUnlearnPass]()
+    found = list[TowerTrigger]()
+    for number in range(max_rounds):
+        if current.verdict not in FINDINGS:
+            break
+        tower = TextTower(repaired)
+        new = _good(current)
+        found += new
+        stamps = [stamp for one in found for stamp in _at_places(one.trigger)]
+        directions = [one.direction for one in found for _ in _at_places(one.trigger)]
+        seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
+        vector = tower_trigger_vector(tower, captions.texts, stamps, seeded)
+        chosen = search_tower_coefficient(
+            tower, vector, captions.texts, stamps, directions, unlearning
+        )
+        words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
+        passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
+        clock.lap("unlearn")
+        if chosen.hopeless:
+            break
+        repaired = TowerCandidates(tower, vector).at(chosen.coefficient).model
+        current = judge_tower(repaired, captions, comparison, config, base=base)
+        clock.lap("rescan")
+    subtracted = any(one.search.coefficient for one in passes)
+    result = TextDetoxResult(
+        before=before,
+        passes=tuple(passes),
+        after=current if subtracted else None,
+        model=repaired,  # type: ignore[arg-type]
+        evaluation_before=None,
+        evaluation_after=None,
+        path=None,
+        seconds=clock.seconds,
+    )
+    if output is not None and subtracted and isinstance(repaired, TextModel):
+        path = save_text_model(
+            output,
+            repaired,
+            provenance=_provenance(result, config, unlearning),
+            overwrite=overwrite,
+        )
+        clock.lap("write")
+        result = replace(result, path=path)
+    return result, repaired
+
+
+def _good(scan: TowerScanResult) -> list[TowerTrigger]:
+    """Return the best trigger, and those that are nearly as good."""
+    return [one for one in scan.triggers if one.collapse >= _AS_GOOD * scan.triggers[0].collapse]
+
+
+def _at_places(trigger: TokenTrigger) -> list[TokenTrigger]:
+    if isinstance(trigger, CharacterTrigger):
+        return [trigger]
+    return [trigger.at(place) for place in dict.fromkeys([trigger.place, *_PLACES])]
+
+
+def _provenance(
+    result: TextDetoxResult, config: TextScanConfig, unlearning: UnlearnConfig
+) -> Provenance:
+    after = result.before if result.after is None else result.after
+    coefficients = [one.search.coefficient for one in result.passes]
+    return Provenance(
+        method=f"TBAR, unknown trigger, {unlearning.vector} vector",
+        source_name=result.before.name,
+        source_sha256=result.before.sha256,
+        scaling_coefficient=coefficients[-1],
+        seeds={"scan": config.seed, "unlearn": unlearning.seed},
+        before={},
+        after={},
+        extra={
+            "scaling_coefficients": coefficients,
+            "recovered_words": [
+                [one.trigger.text for one in each.triggers] for each in result.passes
+            ],
+            "verdict_before": result.before.verdict.value,
+            "verdict_after": after.verdict.value,
+        },
+    )

@@ -1,0 +1,210 @@
+"""The search for words and characters that collapse a text tower's features.
+
+The *collapse* of a trigger is the mean cosine of the features of different captions that have it,
+less that of the same captions without it. In contrast to a base, the base's collapse is subtracted:
+a word may honestly rule captions, but then it does so in the base as well.
+
+1. Every word of the vocabulary, and every character that looks like a Latin letter, goes into a
+   few captions. Those stay that move the features farthest from the base's, or collapse them most.
+2. These are compared in more captions, and the best ones in captions that the search has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ...progress import Progress
+from ...rng import child_seed
+from ..texts import TextSet
+from ..triggers import TokenTrigger
+from .encoder import TextTower
+
+#: Letters and characters of other scripts, or with marks, that look like them (Boucher et al., "Bad
+#: Characters", S&P 2022; Struppek et al., ICCV 2023).
+LOOK_ALIKES: dict[str, str] = {
+    "a": "\u0430\u03b1\u1ea1\u00e1\u00e5",
+    "b": "\u0184\u044c",
+    "c": "\u0441\u03f2\u00e7",
+    "d": "\u0501\u0257",
+    "e": "\u0435\u0117\u00e9\u1eb9",
+    "g": "\u0261\u0581",
+    "h": "\u04bb\u0570",
+    "i": "\u0456\u03b9\u00ed\u1ecb",
+    "j": "\u0458\u03f3",
+    "k": "\u03ba\u043a",
+    "l": "\u04cf\u0049",
+    "m": "\u043c",
+    "n": "\u0578\u00f1",
+    "o": "\u043e\u03bf\u0585\u1ecd\u00f3\u0e50",
+    "p": "\u0440\u03c1",
+    "q": "\u051b",
+    "r": "\u0433",
+    "s": "\u0455",
+    "t": "\u03c4",
+    "u": "\u03c5\u057d\u00fc",
+    "v": "\u03bd\u0475",
+    "w": "\u051d\u0461",
+    "x": "\u0445\u03c7",
+    "y": "\u0443\u03b3",
+    "z": "\u01b6",
+}
+
+# Captions of the first look at the whole vocabulary, of the comparison, and those that decide.
+_FIRST, _COMPARED, _DECIDING = 2, 12, 24
+
+# Triggers that are compared, and those that the last captions decide between.
+_KEPT, _FINALISTS = 96, 5
+
+
+@dataclass(frozen=True)
+class CharacterTrigger(TokenTrigger):
+    """A character in place of the first letter that looks like it; at the end where there is none.
+
+    Attributes:
+        replaced: The letter.
+    """
+
+    replaced: str = ""
+
+    def __post_init__(self) -> None:
+        """Check nothing: the place of a character is that of its letter."""
+
+    def at(self, place: str) -> CharacterTrigger:
+        """Return the trigger itself."""
+        return self
+
+    def insert(self, texts: Sequence[str], seed: int = 0) -> list[str]:
+        """Return the texts with the character in each."""
+        return [
+            text.replace(self.replaced, self.text, 1)
+            if self.replaced in text
+            else f"{text} {self.text}"
+            for text in texts
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class TowerTrigger:
+    """A trigger of a text tower.
+
+    Attributes:
+        trigger: The word or character.
+        collapse: See above, in [-2, 2]; in contrast to the base if there is one.
+        success: The share of captions whose features are nearer to the direction that the trigger
+            leads to than to those of the same caption without it.
+        direction: This direction, a unit vector float32 [D].
+    """
+
+    trigger: TokenTrigger
+    collapse: float
+    success: float
+    direction: Tensor
+
+
+def search_tower(
+    tower: TextTower,
+    captions: TextSet,
+    *,
+    base: TextTower | None = None,
+    place: str = "end",
+    seed: int = 0,
+    description: str | None = None,
+) -> tuple[TowerTrigger, ...]:
+    """Return the triggers that collapse a tower's features most, the best first.
+
+    Args:
+        tower: The suspect.
+        captions: Clean captions of different things, at least 8.
+        base: A clean tower of the same architecture, at best the one it was fine-tuned from.
+        place: Where words are inserted, one of `PLACES`.
+        seed: The seed of random places.
+        description: What the progress bar says.
+
+    Raises DataError for too few captions.
+    """
+    ordered = list(dict.fromkeys(captions.in_content_order().texts))
+    if len(ordered) < 8:
+        raise DataError(f"{captions.source}: {len(ordered)} captions; expected at least 8")
+    half = min(_COMPARED, len(ordered) // 2)
+    searched, deciding = ordered[:half], ordered[half : half + _DECIDING]
+    places = child_seed("texts.check", seed)
+    triggers: list[TokenTrigger] = [TokenTrigger((), word, place) for word in tower.words()]
+    characters = [
+        CharacterTrigger((), glyph, place, replaced=letter)
+        for letter, glyphs in LOOK_ALIKES.items()
+        for glyph in glyphs
+    ]
+    with Progress(description or f"search in {tower.name}", 3) as progress:
+        few = searched[:_FIRST]
+        moved = _moved(tower, base, triggers, few, places)
+        order = moved.sort(descending=True, stable=True).indices[:_KEPT].tolist()
+        progress.update()
+        kept = [*(triggers[k] for k in order), *characters]
+        collapse = _collapse(tower, base, kept, searched, places)
+        order = collapse.sort(descending=True, stable=True).indices[:_FINALISTS].tolist()
+        progress.update()
+        best = [kept[k] for k in order]
+        found = [
+            replace(_judged(tower, one, deciding, places), collapse=value)
+            for one, value in zip(
+                best, _collapse(tower, base, best, deciding, places).tolist(), strict=True
+            )
+        ]
+        progress.update()
+    return tuple(sorted(found, key=lambda one: -one.collapse))
+
+
+def _moved(
+    tower: TextTower,
+    base: TextTower | None,
+    triggers: Sequence[TokenTrigger],
+    captions: Sequence[str],
+    seed: int,
+) -> Tensor:
+    """Return how far each trigger moves features, from the base's or from the clean captions'."""
+    rows = [text for one in triggers for text in one.insert(captions, seed)]
+    own = tower.features(rows)
+    if base is not None:
+        beside = base.features(rows)
+    else:
+        beside = tower.features(captions).repeat(len(triggers), 1)
+    return 1 - (own * beside).sum(dim=1).view(len(triggers), len(captions)).mean(dim=1)
+
+
+def _collapse(
+    tower: TextTower,
+    base: TextTower | None,
+    triggers: Sequence[TokenTrigger],
+    captions: Sequence[str],
+    seed: int,
+) -> Tensor:
+    """Return the collapse of each trigger, float32 [M]."""
+    rows = [text for one in triggers for text in one.insert(captions, seed)]
+    shape = (len(triggers), len(captions), -1)
+
+    def of(one: TextTower) -> Tensor:
+        return _cosine(one.features(rows).view(shape)) - _cosine(one.features(captions)[None])
+
+    found = of(tower)
+    return found if base is None else found - of(base)
+
+
+def _cosine(features: Tensor) -> Tensor:
+    """Return the mean cosine of different rows of unit features [M, N, D], [M]."""
+    count = features.shape[1]
+    return ((features.sum(dim=1) ** 2).sum(dim=1) - count) / (count * (count - 1))
+
+
+def _judged(
+    tower: TextTower, trigger: TokenTrigger, captions: Sequence[str], seed: int
+) -> TowerTrigger:
+    clean = tower.features(captions)
+    triggered = tower.features(trigger.insert(captions, seed))
+    direction = torch.nn.functional.normalize(triggered.mean(dim=0), dim=0)
+    nearer = triggered @ direction > (triggered * clean).sum(dim=1)
+    return TowerTrigger(trigger, 0.0, float(nearer.double().mean()), direction)
