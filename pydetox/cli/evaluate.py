@@ -57,7 +57,7 @@ def command(
     from ..evaluation import evaluate
     from ..models.open_clip_model import HeadMemo
     from ..reporting.documents import evaluation_document, evaluation_row
-    from .inputs import Inputs, read_triggers, require_class_names
+    from .inputs import Inputs, read_triggers, require_class_names, require_labels
     from .many import emit_all, expand, run_each
     from .outputs import check_files
     from .text_commands import TextInputs, evaluation_of_text
@@ -91,6 +91,7 @@ def command(
         model = inputs.read_suspect(one.reference)
         model.heads = heads
         images = inputs.read_images(model)
+        require_labels(images)
         names = require_class_names(images)
         index, stamp = None, None
         if trigger is not None:
