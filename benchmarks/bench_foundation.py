@@ -7,7 +7,8 @@
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
 Part `captions` poisons captions, finds the models without classes, and repairs them (`captions.*`).
 Part `emoji40` repairs models of forty classes for a defender who knows ten of them. Part `imagenet`
-repairs a tower with pretrained features and 1,000 classes (`imagenet.*`). Part `unlearn` times a repair of the demo's models beside the earlier procedure (`unlearn.*`).
+repairs a tower with pretrained features and 1,000 classes (`imagenet.*`). Part `unlearn` times a
+repair of the demo's models beside the earlier procedure (`unlearn.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.

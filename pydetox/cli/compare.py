@@ -27,8 +27,7 @@ def command(before: Path, after: Path, format_: str, output: Path | None) -> int
     from ..reporting import to_json
     from ..reporting.values import clean_text
     from ..scanning.runs import compare_runs, load_run
-    from .outputs import check_files
-    from .runs import write_out
+    from .outputs import check_files, write_text
 
     check_files(output=output)
     first, second = load_run(before), load_run(after)
@@ -50,7 +49,7 @@ def command(before: Path, after: Path, format_: str, output: Path | None) -> int
                 for change in changed
             ],
         }
-        write_out(f"{to_json(document)}\n", output)
+        write_text(f"{to_json(document)}\n", output)
         return code
     lines = []
     for change in changed:
@@ -60,5 +59,5 @@ def command(before: Path, after: Path, format_: str, output: Path | None) -> int
         ]
         lines.append(f"{change.kind}: {change.name}: {verdicts[0]} -> {verdicts[1]}")
     lines.append(f"{len(changed)} changed, {len(changes) - len(changed)} the same")
-    write_out("".join(f"{clean_text(line)}\n" for line in lines), output)
+    write_text("".join(f"{clean_text(line)}\n" for line in lines), output)
     return code

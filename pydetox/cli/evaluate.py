@@ -59,7 +59,7 @@ def command(
     from ..reporting.documents import evaluation_document, evaluation_row
     from ..text.causal.evaluation import CausalEvaluation
     from .causal_commands import in_words
-    from .inputs import Inputs, read_triggers, require_class_names
+    from .inputs import Inputs, read_triggers, require_class_names, require_labels
     from .many import emit_all, expand, run_each
     from .outputs import check_files
     from .summaries import card
@@ -97,6 +97,7 @@ def command(
         model = inputs.read_suspect(one.reference)
         model.heads = heads
         images = inputs.read_images(model)
+        require_labels(images)
         names = require_class_names(images)
         index, stamp = None, None
         if trigger is not None:

@@ -61,9 +61,10 @@ table_format_option = click.option(
 run_format_option = click.option(
     "--format",
     "format_",
-    type=click.Choice(["text", "json", "sarif", "html"]),
+    type=click.Choice(["text", "json", "jsonl", "csv", "sarif", "html"]),
     default="text",
-    help="The format of the result on stdout.",
+    help="The format of the result: text for people, one JSON document, one JSON line per "
+    "checkpoint, a table in CSV, SARIF, or an HTML page.",
 )
 
 output_option = click.option(

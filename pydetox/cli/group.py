@@ -28,6 +28,7 @@ _COMMANDS = {
     "inspect": "inspection",
     "convert": "convert",
     "models": "models",
+    "datasets": "datasets",
     "bench": "bench",
     "demo": "demo",
     "doctor": "doctor",

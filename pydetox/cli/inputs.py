@@ -243,6 +243,15 @@ def read_triggers(
     return index, [file.trigger(k) for k in chosen]
 
 
+def require_labels(images: ImageSet) -> None:
+    """Raise DataError for images that no accuracy can be measured on."""
+    if images.labels is None:
+        raise DataError(
+            f"{images.name}: no labels; accuracy cannot be measured without them: put the images "
+            "into one folder per class (a scan and a repair need no labels)"
+        )
+
+
 def require_class_names(images: ImageSet) -> tuple[str, ...]:
     """Return the class names of the images; DataError if they have none."""
     if not images.class_names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     "--summary", is_flag=True, show_default=False, help="Leave out the list of the tensors."
 )
 @options.weights_key
-@options.format_option
+@options.table_format_option
+@options.output_option
 def command(
     checkpoints: tuple[str, ...],
     hash_content: bool,
     summary: bool,
     weights_key: str | None,
     format_: str,
+    output: Path | None,
 ) -> int:
     """Tell what weights files hold, without unpickling them and without reading the weights.
 
@@ -49,12 +52,14 @@ def command(
     """
     from ..checkpoints import inspect_checkpoint, parse_reference
     from ..errors import UnsafeCheckpointError, UsageError
-    from .outputs import to_stdout
+    from .outputs import check_files, table, write_text
 
+    check_files(output=output)
     for reference in checkpoints:
         parse_reference(reference)
     entries: list[dict[str, Any]] = []
     codes: list[int] = []
+    told: list[str] = []
     for reference in checkpoints:
         try:
             found = inspect_checkpoint(
@@ -77,16 +82,33 @@ def command(
         entries.append({"name": reference, "error": None, **content})
         codes.append(exit_codes.FOUND if found.findings else exit_codes.CLEAN)
         if format_ == "text":
-            with to_stdout():
-                for line in _lines(found, summary):
-                    click.echo(line)
+            lines = _lines(found, summary)
+            if output is None:
+                write_text("".join(f"{line}\n" for line in lines))
+            else:
+                told += lines
     code = exit_codes.combine(codes)
+    # ASCII: lone surrogates can stand in a name, and have no UTF-8.
     if format_ == "json":
         document = {"schema": "pydetox.inspect/1", "exit_code": code, "files": entries}
-        with to_stdout():
-            # ASCII: lone surrogates can stand in a name, and have no UTF-8.
-            click.echo(json.dumps(document, indent=2))
+        write_text(f"{json.dumps(document, indent=2)}\n", output)
+    elif format_ == "jsonl":
+        write_text("".join(f"{json.dumps(one)}\n" for one in entries), output)
+    elif format_ == "csv":
+        write_text(table([_row(one) for one in entries]), output)
+    elif output is not None:
+        write_text("".join(f"{line}\n" for line in told), output)
     return code
+
+
+def _row(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the line of a checkpoint in a table."""
+    findings = entry.get("findings", ())
+    return {
+        **{key: entry.get(key) for key in ("name", "format", "sha256", "bytes", "parameters")},
+        "findings": " ".join(one["rule"] for one in findings),
+        "error": entry["error"],
+    }
 
 
 def _in_options(finding: Finding) -> Finding:

@@ -64,7 +64,6 @@ def command(
     targets: tuple[str, ...],
     output: Path,
     overwrite: bool,
-    objective: str,
     restarts: int,
     format_: str,
     **given: Any,
@@ -97,6 +96,9 @@ def command(
     from .texts import is_text_target, take_text_options, text_scan_config
 
     taken = take_text_options(given)
+    if given["images"] is not None and not targets:
+        options.choose_objective(given)
+    objective = given["objective"]
     if objective == "label-free" and targets:
         raise UsageError("--target and --objective label-free exclude each other")
     found_targets = expand(checkpoints)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,18 +10,19 @@ from typing import Any
 from ..checkpoints.layout import is_weights_name
 from ..errors import CheckpointError, UsageError, explain
 from ..reporting import to_json
-from ..reporting.serialize import to_plain
 from ..reporting.values import clean_text
-from ..scanning.targets import LIST_SUFFIX, Target, find_targets
+from ..scanning.targets import LIST_SUFFIX, NO_WEIGHTS, Target, find_targets
 from . import exit_codes
 from .group import print_error, print_warning
-from .outputs import emit
-from .runs import write_out
+from .outputs import emit, table, write_text
 from .wording import in_options
 
 # As open_clip's training names what it saves after each epoch.
 _EPOCH = re.compile(r"epoch_(\d+)\.pt")
 _LATEST = "epoch_latest.pt"
+
+# The number of lines about what is passed over; the others are counted.
+_LISTED = 10
 
 
 def expand(names: Sequence[str]) -> list[Target]:
@@ -34,11 +33,43 @@ def expand(names: Sequence[str]) -> list[Target]:
     if len(names) == 1 and _is_one(names[0]):
         return [Target(names[0], names[0])]
     found = find_targets(names)
-    for name, reason in found.ignored:
-        print_warning(f"{name}: {reason}, and is passed over")
+    for line in passed_over(found.ignored):
+        print_warning(line)
     if not found.targets:
         raise UsageError(f"{', '.join(names[:3])}: no checkpoint among them")
     return found.targets
+
+
+def passed_over(ignored: Sequence[tuple[str, str]]) -> list[str]:
+    """Return in a few lines what was no checkpoint: name and reason of each.
+
+    Files that are no weights by their name are counted, and those beside weights are not mentioned:
+    a checkpoint has a configuration, a tokenizer and a card.
+    """
+    others = [name for name, reason in ignored if reason == NO_WEIGHTS]
+    lines = [f"{name}: {why}, and is passed over" for name, why in ignored if why != NO_WEIGHTS]
+    if len(lines) > _LISTED:
+        lines = [*lines[:_LISTED], f"{len(lines) - _LISTED} more are passed over"]
+    beside = dict[Path, bool]()
+    strange = []
+    for name in others:
+        folder = Path(name).parent
+        if folder not in beside:
+            beside[folder] = _holds_weights(folder)
+        if not beside[folder]:
+            strange.append(name)
+    if strange:
+        first = ", ".join(strange[:2]) + (", ..." if len(strange) > 2 else "")
+        count = f"{len(strange)} files are" if len(strange) > 1 else "1 file is"
+        lines.append(f"{count} no weights by name, and passed over ({first})")
+    return lines
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return any(is_weights_name(entry.name) for entry in folder.iterdir())
+    except OSError:
+        return False
 
 
 def one_checkpoint(name: str) -> str:
@@ -135,7 +166,7 @@ def emit_all(
         emit({}, text, format_, output)
         return
     if format_ == "csv":
-        content = _table(rows)
+        content = table(rows)
     elif format_ == "jsonl":
         content = "".join(f"{to_json(one, indent=None)}\n" for one in documents)
     else:
@@ -145,21 +176,4 @@ def emit_all(
             "checkpoints": list(documents),
         }
         content = f"{to_json(documents[0] if len(documents) == 1 else whole)}\n"
-    write_out(content, output)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = to_plain(dict(row))
-        writer.writerow({key: _cell(value) for key, value in plain.items()})
-    return file.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """Return a value for a table: text that a spreadsheet would take for a formula is quoted."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t"):
-        return f"'{value}"
-    return "" if value is None else value
+    write_text(content, output)

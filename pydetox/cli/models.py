@@ -74,16 +74,8 @@ def command(
     from .outputs import check_files, emit, to_stdout
 
     check_files(markdown=markdown)
-    models = [
-        one
-        for one in listed_models()
-        if not patterns or any(fnmatchcase(one.name, pattern) for pattern in patterns)
-    ]
-    others = [
-        name
-        for name in transformers_models.classes()
-        if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+    models = [one for one in listed_models() if _is_wanted(one.name, patterns)]
+    others = [name for name in transformers_models.classes() if _is_wanted(name, patterns)]
     if not models and not others:
         raise UsageError(f"no architecture of open_clip is called {' or '.join(patterns)}")
     names = {one.name for one in models}
@@ -121,6 +113,12 @@ def command(
             if name in measured:
                 click.echo(f"transformers' {name}: {measured[name].in_words()}")
     return code
+
+
+def _is_wanted(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a pattern matches a name, in any case; papers write `ViT-B/32`."""
+    small = [pattern.lower().replace("/", "-") for pattern in patterns]
+    return not patterns or any(fnmatchcase(name.lower(), pattern) for pattern in small)
 
 
 def _lines(models: list[ListedModel], measured: dict[str, Any]) -> list[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +74,40 @@ def emit(
             click.echo(f"{to_json(document)}\n".encode(), nl=False)
         else:
             print_text(text)
+
+
+def write_text(content: str, output: Path | None = None) -> None:
+    """Write text to a file or, without one, to stdout, as UTF-8 whatever the terminal is."""
+    data = content.encode("utf-8", "backslashreplace")
+    if output is not None:
+        write_file(output, data)
+        return
+    with to_stdout():
+        click.echo(data, nl=False)
+        sys.stdout.flush()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with the same keys as CSV, with a line of the keys first.
+
+    Text that a spreadsheet would take for a formula is quoted.
+    """
+    if not rows:
+        return ""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    # As in JSON, a number that is infinite or none at all is left out.
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t"):
+        return f"'{value}"
+    return "" if value is None else value

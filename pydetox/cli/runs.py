@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from ..atomic import write_file
 from ..reporting import print_text, render_text, to_json
@@ -19,8 +16,23 @@ from ..reporting.sarif import to_sarif
 from ..reporting.values import duration
 from ..scanning.store import read_artifacts
 from . import exit_codes
-from .outputs import to_stdout
+from .outputs import table, to_stdout, write_text
 from .wording import in_options
+
+# Those of a table; docs/scanning.md explains them.
+_COLUMNS = (
+    "name",
+    "sha256",
+    "verdict",
+    "target",
+    "p_value",
+    "p_l1",
+    "family",
+    "objective",
+    "reason",
+    "seconds",
+    "error",
+)
 
 if TYPE_CHECKING:
     from ..scanning import ScanRecord, Targets
@@ -93,11 +105,21 @@ def emit_run(
         return
     if format_ == "json":
         content = f"{to_json(document)}\n"
+    elif format_ == "jsonl":
+        lines = [to_json(one, indent=None) for one in document["results"]]
+        content = "".join(f"{line}\n" for line in lines)
+    elif format_ == "csv":
+        content = table([_row(one) for one in document["results"]])
     elif format_ == "sarif":
         content = f"{to_json(to_sarif(document, version=_version()))}\n"
     else:
         content = run_page(document, pictures)
-    write_out(content, output)
+    write_text(content, output)
+
+
+def _row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of a checkpoint in a table."""
+    return {key: result.get(key) for key in _COLUMNS}
 
 
 def _in_options(result: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +150,12 @@ def emit_dry_run(
             "other_shards": targets.other_shards,
             "estimate": None if estimated is None else asdict(estimated),
         }
-        write_out(f"{to_json(document)}\n", output)
+        write_text(f"{to_json(document)}\n", output)
+        return
+    if format_ in ("jsonl", "csv"):
+        rows = [{"name": t.name, "path": t.path, "problem": t.problem} for t in targets.targets]
+        listed = "".join(f"{to_json(row, indent=None)}\n" for row in rows)
+        write_text(listed if format_ == "jsonl" else table(rows), output)
         return
     lines = [
         f"{target.name}" + (f" ({in_options(target.problem)})" if target.problem else "")
@@ -148,18 +175,7 @@ def emit_dry_run(
         lines.append("how long it takes is not known: no checkpoint on the disk can be read")
     from ..errors import one_line
 
-    write_out("".join(f"{one_line(line)}\n" for line in lines), output)
-
-
-def write_out(content: str, output: Path | None) -> None:
-    """Write text to a file or, without one, to stdout, as UTF-8 whatever the terminal is."""
-    data = content.encode("utf-8", "backslashreplace")
-    if output is not None:
-        write_file(output, data)
-        return
-    with to_stdout():
-        click.echo(data, nl=False)
-        sys.stdout.flush()
+    write_text("".join(f"{one_line(line)}\n" for line in lines), output)
 
 
 def _version() -> str:

@@ -19,6 +19,9 @@ from .listing import Listing, list_images
 from .resize import MAX_PIXELS, Resizing, refuse_too_large
 from .sampling import sample_order
 
+# The largest grey value of an image in RGB. Images of 16 and 32 bits may have larger ones.
+_MOST_GREY = 255
+
 
 def load_image_folder(
     directory: Path,
@@ -50,9 +53,11 @@ def load_image_folder(
     images = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     pixels = images.numpy()
 
+    clipped = np.zeros(len(paths), dtype=bool)
+
     def decode(index: int) -> DataError | None:
         try:
-            pixels[index] = _decode(paths[index], resizing)
+            pixels[index], clipped[index] = _decode(paths[index], resizing)
         except DataError as error:
             return error
         return None
@@ -83,6 +88,12 @@ def load_image_folder(
         good = [index for index, error in enumerate(errors) if error is None]
         images = images[good]
         labels = None if labels is None else labels[good]
+    if clipped.any():
+        first = paths[int(clipped.argmax())].relative_to(directory).as_posix()
+        report.notes.append(
+            f"{int(clipped.sum())} with grey values above {_MOST_GREY}, which become white, as in "
+            f"open_clip ({first}): save them with 8 bits"
+        )
     report.images, report.resizing = len(images), resizing
     report.classes = None if labels is None else len(np.unique(labels))
     return ImageSet(
@@ -115,12 +126,13 @@ def choose_images(
     return found
 
 
-def _decode(path: Path, resizing: Resizing) -> NDArray[np.uint8]:
-    """Return one image as uint8 [3, image_size, image_size]."""
+def _decode(path: Path, resizing: Resizing) -> tuple[NDArray[np.uint8], bool]:
+    """Return one image as uint8 [3, image_size, image_size], and whether values were clipped."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             refuse_too_large(width, height, str(path))
+            clipped = image.mode[0] in "IF" and image.getextrema()[1] > _MOST_GREY
             square = resizing(image, str(path))
     except DataError:
         raise
@@ -133,4 +145,4 @@ def _decode(path: Path, resizing: Resizing) -> NDArray[np.uint8]:
         # ValueError, struct.error, zlib.error, ...). Here, all of them mean a damaged file.
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
     pixels: NDArray[np.uint8] = np.asarray(square).transpose(2, 0, 1)
-    return pixels
+    return pixels, bool(clipped)

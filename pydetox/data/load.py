@@ -222,9 +222,10 @@ def load_images(
             f"{_FILES}{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
+        packed = " (unpack it, and name the folder)" if _PACKED.search(path.name.lower()) else ""
         raise DataError(
             f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder, '
-            f"{_FILES}"
+            f"{_FILES}{packed}"
         )
     return load_npz(
         path,
@@ -265,6 +266,9 @@ def default_templates(spec: ImageData) -> tuple[str, ...]:
 
 
 _FILES = "or a .npz, .csv, .tar or .parquet file"
+
+#: Endings of archives that are not read.
+_PACKED = re.compile(r"\.(zip|7z|rar|tgz|tbz2?|txz|tar\.\w+)$")
 
 #: Data sets that people name, in small letters without signs.
 _NAMED = re.compile(

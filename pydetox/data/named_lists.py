@@ -125,9 +125,14 @@ def named_templates(name: str) -> tuple[str | ClassPrompt, ...] | None:
     return tuple(map(str, found)) if isinstance(found, list) else None
 
 
+def other_lists() -> list[str]:
+    """Return the names of CLIP_benchmark's lists; none where it is not installed."""
+    return sorted(_of_clip_benchmark("en_classnames.json"))
+
+
 def known_lists() -> str:
     """Return the names that are known, for messages."""
-    others = sorted(_of_clip_benchmark("en_classnames.json"))
+    others = other_lists()
     if not others:
         return 'imagenet (and those of CLIP_benchmark after pip install "pydetox[clip-benchmark]")'
     more = ", ..." if len(others) > _MOST_NAMES else ""

@@ -125,6 +125,13 @@ def rows_of_shards(paths: Sequence[Path]) -> Rows:
         return _read(path, offset, size), labels[index]
 
     known = None if all(label is None for label in labels) else labels
+    folders = sorted({key.rpartition("/")[0] for key in keys})
+    if known is None and len(folders) > 1:
+        shown = ", ".join(_shown(one or ".") for one in folders[:3])
+        report.notes.append(
+            f"{len(folders)} folders in it ({shown}{', ...' if len(folders) > 3 else ''}) are no "
+            "classes in a WebDataset: unpack it and name the folder, if they are meant as classes"
+        )
     return Rows(
         name,
         len(samples),

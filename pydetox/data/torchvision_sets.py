@@ -44,6 +44,11 @@ def names() -> tuple[str, ...]:
     return tuple(found)
 
 
+def class_of(name: str) -> str:
+    """Return the class of torchvision that a known name means."""
+    return _SETS[name.removesuffix(_TEST)][0]
+
+
 def is_name(name: str) -> bool:
     """Return whether a text names one of these sets."""
     return name in names()

@@ -25,6 +25,9 @@ from ..reporting.values import clean_text, duration
 
 _STAGES = {"survey": "survey", "calibrate": "clean references", "scan": "scan"}
 
+# The number of checkpoints that a line names, of those that are worked on.
+_NAMED = 3
+
 
 class Display:
     """Draws at a terminal, writes a line now and then elsewhere; `log` writes one in both.
@@ -111,6 +114,20 @@ class Display:
         self._counts[record.verdict] = self._counts.get(record.verdict, 0) + 1
         if self._stage == "scan" and record.duplicate_of is None:
             self._advance()
+
+    def _on_waited(self) -> None:
+        """Let the line for a batch system's log come also while no task ends."""
+        if self._lines is None:
+            return
+        now = time.monotonic()
+        busy = [
+            f"{clean_text(name)}, {duration(now - since)}"
+            for _, (name, since) in sorted(self._workers.items())
+            if name != "idle"
+        ]
+        stage = _STAGES.get(self._stage, self._stage) or "workers"
+        named = "; ".join(busy[:_NAMED]) + (f"; {len(busy) - _NAMED} more" * (len(busy) > _NAMED))
+        self._lines.update(f"{stage} ({named})" if named else stage, 0)
 
     def _advance(self) -> None:
         self._bars.advance(self._bar)

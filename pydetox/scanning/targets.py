@@ -28,6 +28,9 @@ from ..errors import CheckpointError, UsageError
 from .store import is_run
 
 LIST_SUFFIX = ".txt"
+
+#: The reason why a file is passed over whose name is not that of weights.
+NO_WEIGHTS = "is no weights file by its name"
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -160,7 +163,7 @@ def _at(path: Path, found: Targets, lists: tuple[Path, ...], *, explicit: bool) 
         # A glob that matches shards means their checkpoint, which the index names.
         yield _file_target(whole if whole is not None and whole.is_file() else path)
     else:
-        found.ignored.append((str(path), "is no weights file by its name"))
+        found.ignored.append((str(path), NO_WEIGHTS))
 
 
 def _read_list(path: Path, found: Targets, lists: tuple[Path, ...]) -> Iterator[Target]:
@@ -212,7 +215,7 @@ def _in_folder(folder: Path, files: list[str], found: Targets) -> Iterator[Targe
         if is_shard_index_name(name):
             weights.append(name)
         elif not is_weights_name(name):
-            found.ignored.append((str(folder / name), "is no weights file by its name"))
+            found.ignored.append((str(folder / name), NO_WEIGHTS))
         elif index in files:
             found.ignored.append((str(folder / name), f"is a part of {index}"))
         else:

@@ -220,3 +220,17 @@ def test_what_is_left_out_does_not_change_the_digest_and_unreadable_files_do(pho
     assert ImageSource(str(photos)).digest() == before
     (photos / "cat" / "000.png").write_bytes(b"")
     assert ImageSource(str(photos)).digest() != before
+
+
+def test_values_that_become_white_are_said(tmp_path: Path) -> None:
+    grey = np.full((8, 8), 200, dtype=np.uint16)
+    for k in range(4):
+        Image.fromarray(grey * 257 if k < 3 else grey).save(tmp_path / f"{k}.png")
+    images = load_images(tmp_path, image_size=8)
+    assert images.images[:3].min() == 255
+    assert images.images[3].max() == 200
+    line = images.report.line()
+    assert line is not None
+    assert "3 with grey values above 255, which become white, as in open_clip (0.png)" in line
+    with pytest.raises(DataError, match="above 255"):
+        load_images(tmp_path, image_size=8, strict=True)

@@ -48,3 +48,22 @@ def test_a_terminal_sees_workers_and_counts(monkeypatch: pytest.MonkeyPatch) -> 
     assert "error: broken.pt" in text
     assert "\x1b]0;" not in text
     assert "\x1b[31m" not in text
+
+
+def test_a_log_gets_a_line_while_no_task_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PYDETOX_PROGRESS_SECONDS", "1e-9")
+    with Display() as display:
+        display("waited")  # nothing has begun
+        display("worker-started", worker=0, pid=1)
+        display("stage", name="scan", total=2)
+        for worker in range(5):
+            display("started", worker=worker, name=f"{worker}\x1b[31m.pt", kind="scan")
+        display("idle", worker=1)
+        display("waited")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("scan (0\ufffd[31m.pt, ")
+    assert "1\ufffd" not in lines[0]
+    assert "; 1 more): 0 of 2 after " in lines[0]

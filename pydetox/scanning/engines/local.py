@@ -155,6 +155,7 @@ class LocalEngine:
                     left = worker.since + self._config.timeout - time.monotonic()
                     timeout = min(timeout, max(0.0, left))
         wait([worker.connection for worker in self._workers.values()], timeout)
+        self._notify("waited")
 
     def _listen(self, worker: _Process, queue: deque[Task], attempts: dict[int, int]) -> None:
         try:

@@ -172,6 +172,7 @@ class RayEngine:
             waiting = {slot.starting: slot for slot in self._slots if not slot.ready}
             running = {slot.reference: slot for slot in self._slots if slot.task}
             done, _ = self._ray.wait([*waiting, *running], timeout=_POLL)
+            self._notify("waited")
             for reference in done:
                 if reference in waiting:
                     self._welcome(waiting[reference])
