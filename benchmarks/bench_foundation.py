@@ -32,7 +32,13 @@ from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
-from pydetox.research.foundation.benchmark import FoundationPlan, quick_plan, run
+from pydetox.research.foundation.benchmark import (
+    KNOWN,
+    UNKNOWN,
+    FoundationPlan,
+    quick_plan,
+    run,
+)
 from pydetox.research.foundation.captions_benchmark import (
     CaptionPlan,
     quick_caption_plan,
@@ -130,6 +136,7 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
+@click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone, known and unknown.")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -143,6 +150,7 @@ def main(
     minutes: float | None,
     repaired: int | None,
     attacks: str | None,
+    no_baselines: bool,
     search: str,
     device: str,
     output: Path,
@@ -157,7 +165,11 @@ def main(
         imagenet = replace(imagenet, image_size=image_size)
     if head is not None:
         imagenet = replace(imagenet, classes=head)
-    repairs = RepairTimePlan(device=device, **({"seeds": (10,)} if quick else {}))
+    repairs = RepairTimePlan(device=device)
+    if quick:
+        repairs = replace(repairs, seeds=(10,))
+    if no_baselines:
+        plan = replace(plan, methods=(UNKNOWN, KNOWN))
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
