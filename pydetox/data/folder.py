@@ -94,6 +94,8 @@ def load_image_folder(
             f"{int(clipped.sum())} with grey values above {_MOST_GREY}, which become white, as in "
             f"open_clip ({first}): save them with 8 bits"
         )
+        if strict:
+            report.refuse()
     report.images, report.resizing = len(images), resizing
     report.classes = None if labels is None else len(np.unique(labels))
     return ImageSet(

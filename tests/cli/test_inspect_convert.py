@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -50,6 +51,23 @@ class TestInspect:
         assert entry["error"] is None
         assert entry["tensors"][2] == {"name": "c", "dtype": "bfloat16", "shape": [3], "bytes": 6}
         assert [finding["rule"] for finding in entry["findings"]] == ["overlapping-storage"]
+
+    def test_lines_and_tables(self, run: Run, pt: Path, tmp_path: Path) -> None:
+        (tmp_path / "bad.pt").write_bytes(b"garbage, nothing else")
+        names = [str(pt), str(tmp_path / "bad.pt")]
+        whole = json.loads(run("inspect", *names, "--format", "json").stdout)
+        lines = run("inspect", *names, "--format", "jsonl").stdout.splitlines()
+        assert [json.loads(line) for line in lines] == whole["files"]
+        output = tmp_path / "table.csv"
+        result = run("inspect", *names, "--format", "csv", "--output", output)
+        assert (result.exit_code, result.stdout) == (2, "")
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        assert [row["name"] for row in rows] == names
+        assert rows[0]["parameters"] == "15"
+        assert rows[0]["findings"] == "overlapping-storage"
+        assert rows[1]["error"] == whole["files"][1]["error"]
+        run("inspect", names[0], "--output", output)
+        assert output.read_text() == run("inspect", names[0]).stdout
 
     def test_summary(self, run: Run, pt: Path) -> None:
         assert "float32[3, 2]" not in run("inspect", "--summary", str(pt)).stdout

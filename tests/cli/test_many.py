@@ -122,3 +122,68 @@ def test_sizes_are_explained_where_they_are_printed(
     for args in (("scan",), ("invert", "--output", tmp_path / "o")):
         text = run(args[0], folder / "suspect", *images, *FAST, *args[1:]).stdout
         assert "share of the image that it covers" in " ".join(text.split())
+
+
+def test_files_beside_weights_are_not_mentioned_and_others_are_counted(
+    run: Run, folder: Path, images: tuple[str, str], tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(12):
+        (photos / f"{k:02}.png").touch()
+    result = run("eval", folder / "base", photos, *images)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        f"warning: {photos}: holds no weights files, and is passed over",
+        f"warning: 12 files are no weights by name, and passed over ({photos}/00.png, "
+        f"{photos}/01.png, ...)",
+    ]
+    links = [tmp_path / "many" / f"{k:02}" for k in range(15)]
+    links[0].parent.mkdir()
+    for link in links:
+        link.symlink_to(photos)
+    lines = run("eval", folder / "base", links[0].parent, *images).stderr.splitlines()
+    assert len(lines) == 11
+    assert lines[-1].endswith("more are passed over")
+
+
+def test_data_sets_and_lists_have_names(run: Run, tmp_path: Path) -> None:
+    whole = json.loads(run("datasets", "--format", "json").stdout)["datasets"]
+    by_name = {one["name"]: one for one in whole}
+    assert by_name["digits"]["classes"] == 10
+    assert by_name["imagenet"] == {
+        "name": "imagenet",
+        "kind": "class names",
+        "classes": 1000,
+        "source": "open_clip",
+        "obstacle": None,
+    }
+    assert {"cifar10=FOLDER", "cifar10-test=FOLDER", "fashion-mnist"} <= by_name.keys()
+    text = run("datasets").stdout
+    assert all(name in text for name in by_name)
+    some = [one for one in whole if one["name"].startswith("cifar10")]
+    lines = run("datasets", "CIFAR10", "--format", "jsonl").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == some
+    output = tmp_path / "table.csv"
+    run("datasets", "cifar10", "--format", "csv", "--output", output)
+    rows = list(csv.DictReader(output.read_text().splitlines()))
+    assert [row["name"] for row in rows] == [one["name"] for one in some]
+    assert run("datasets", "nothing").exit_code == 4
+
+
+def test_architectures_are_found_however_they_are_written(run: Run) -> None:
+    names = [
+        json.loads(run("models", name, "--format", "json").stdout)
+        for name in ("ViT-B-32", "vit-b-32", "ViT-B/32")
+    ]
+    assert [one["models"][0]["name"] for one in names] == ["ViT-B-32"] * 3
+
+
+def test_an_evaluation_without_labels_says_what_is_missing(run: Run, folder: Path) -> None:
+    from .conftest import write_images
+
+    unlabelled = write_images(folder / "unlabelled.npz", 6, labels=None, class_names=None)
+    result = run("eval", folder / "base", "--images", unlabelled)
+    assert result.exit_code == 2
+    assert "no labels; accuracy cannot be measured" in result.stderr
+    assert "class_names" not in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import shutil
@@ -55,6 +56,15 @@ class TestRun:
         assert shown.exit_code == 2
         scanned, reported = parse(first.stdout), parse(shown.stdout)
         assert reported["results"] == scanned["results"]
+        lines = run("report", tmp_path / "run", "--format", "jsonl").stdout.splitlines()
+        assert [json.loads(line) for line in lines] == reported["results"]
+        output = tmp_path / "table.csv"
+        assert run("report", tmp_path / "run", "--format", "csv", "--output", output).stdout == ""
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        for key in ("name", "verdict", "reason"):
+            assert [row[key] for row in rows] == [one[key] for one in reported["results"]]
+        sizes = [one.get("p_l1") for one in reported["results"]]
+        assert [row["p_l1"] for row in rows] == ["" if one is None else str(one) for one in sizes]
         assert reported["counts"] == {
             "backdoored": 2,
             "suspicious": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 
 from pydetox.cli import cli
 from pydetox.data import ImageSource
+
+from .conftest import Run
 
 
 @pytest.fixture
@@ -48,3 +51,13 @@ def test_the_command_says_what_it_searches(
     result = CliRunner().invoke(cli, ["scan", "missing.pt", "--images", folder, *more])
     assert result.exit_code != 0  # there is no such checkpoint
     assert ("has no class names, so the search is label-free" in result.stderr) == said
+
+
+def test_triggers_are_searched_label_free_too(
+    photos: Path, folder: Path, run: Run, tmp_path: Path
+) -> None:
+    output = tmp_path / "triggers"
+    args = ("--images", photos / "flat", "--steps", "2", "--format", "json", "--output", output)
+    result = run("invert", folder / "suspect", *args)
+    assert "has no class names, so the search is label-free" in result.stderr
+    assert json.loads(result.stdout)["objective"] == "label-free"

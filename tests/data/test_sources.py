@@ -301,3 +301,17 @@ def test_numbers_of_pixels_do_not_change_with_the_source(tmp_path: Path, files: 
     sets = [load_images(x, image_size=5) for x in (table, archive, tmp_path / "pics", files)]
     assert all(torch.equal(one.images, sets[0].images) for one in sets)
     assert np.asarray(sets[0].images).shape == (6, 3, 5, 5)
+
+
+def test_folders_in_an_archive_are_no_classes_and_that_is_said(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for k, name in enumerate(("cat", "dog")):
+            add(archive, f"photos/{name}/{k}.png", png(pixels(2)[k]))
+    found = load_images(tmp_path / "a.tar", image_size=SIZE)
+    assert found.labels is None
+    assert found.report is not None
+    assert "2 folders in it (photos/cat, photos/dog) are no classes" in str(found.report.line())
+    for name in ("photos.zip", "photos.tar.gz", "photos.TGZ"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=r"unpack it, and name the folder"):
+            load_images(tmp_path / name, image_size=SIZE)
