@@ -24,7 +24,7 @@ from pydetox.repair.alpha import (
 )
 from pydetox.repair.coarse_to_fine import Limits, Measured, measure_alphas
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
-from pydetox.repair.passes import looks_clean, subtract_passes
+from pydetox.repair.passes import _may_be_last, looks_clean, subtract_passes
 from pydetox.repair.recovery import triggers_of_scan
 from pydetox.repair.retention import DriftProbe
 from pydetox.repair.subtraction import subtract
@@ -599,6 +599,23 @@ def test_a_scan_shows_no_trace_if_no_family_makes_a_target_stand_out():
     assert not looks([1, 2], (0.0, 1.4, 0.0), (0.0, 0.0, 1.6))
     assert not looks([1], (0.0, 0.0, 0.0), verdict=Verdict.SUSPICIOUS)
     assert not looks([1], ())
+
+
+def test_a_warp_that_is_small_asks_for_another_pass():
+    def enough(*sizes, number=0, passes=2, reached=True, targets=(1,)):
+        warps = WarpResult(torch.zeros(len(sizes), 2, 40, 40), torch.tensor(sizes), *[None] * 2)
+        one = SimpleNamespace(
+            warps=(warps,), search=SimpleNamespace(reached=reached), targets=targets
+        )
+        return _may_be_last(one, number, UnlearnConfig(passes=passes))
+
+    assert enough(2.1, math.inf)
+    assert enough(math.inf)
+    assert not enough(2.1, 1.9)
+    assert not enough(2.1, number=1)
+    assert not enough(2.1, reached=False)
+    assert not enough(2.1, targets=())
+    assert enough(2.1, number=1, passes=3)
 
 
 def test_a_pass_is_the_last_one_if_a_scan_after_it_shows_nothing(victim):
