@@ -28,7 +28,7 @@ from pydetox.data import ImageSet
 from pydetox.evaluation import predict
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import search_coefficient
-from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.research.attacks import PatchTrigger
 from pydetox.research.demo import MINI_CLIP
@@ -62,7 +62,8 @@ def test_coefficient_search(
         }
     )
     trigger = PatchTrigger(torch.full((3, 4, 4), 255, dtype=torch.uint8), 2, 2)
-    config = UnlearnConfig()
+    # All candidates: how few of them decide depends on the vector.
+    config = UnlearnConfig(advanced=AdvancedUnlearnConfig(alpha_stride=1))
     count = len(config.coefficients)
     own = predict(model, pixels, head)
     others = validation.subset(torch.nonzero((labels != TARGET) & (own != TARGET)).flatten())

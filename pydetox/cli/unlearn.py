@@ -116,7 +116,8 @@ _SHORT = 20.0
     type=options.COUNT,
     default=2,
     metavar="N",
-    help="The number of times that triggers are recovered and subtracted before the next scan.",
+    help="The largest number of times that triggers are recovered and subtracted in one repair. A "
+    "pass is the last one if a scan after it shows no trace of a backdoor.",
 )
 @click.option(
     "--max-rounds",

@@ -90,8 +90,9 @@ class UnlearnConfig:
         batch_size: The number of clean images per step. As many triggered images are added.
         passes: The largest number of times that triggers are recovered and subtracted in a round.
             Triggers that still work on the repaired model join those found before. A pass is the
-            last one if it reaches all limits, finds no warp, and the scan after it shows no trace
-            of a backdoor (`pydetox.repair.passes.looks_clean`). Known triggers need only one pass.
+            last one if it reaches all limits, finds no small warp, and the scan after it shows no
+            trace of a backdoor (`pydetox.repair.passes.looks_clean`). Known triggers need only one
+            pass.
         warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
             none. Searches that find no warp contribute nothing to the vector. Known triggers need
             no such search.

@@ -2,6 +2,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
 from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
@@ -22,7 +24,8 @@ from pydetox.repair.alpha import (
 )
 from pydetox.repair.coarse_to_fine import Limits, Measured, measure_alphas
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
-from pydetox.repair.passes import subtract_passes
+from pydetox.repair.passes import _may_be_last, looks_clean, subtract_passes
+from pydetox.repair.recovery import triggers_of_scan
 from pydetox.repair.retention import DriftProbe
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.task_vectors import TaskVector
@@ -545,3 +548,112 @@ def test_coarse_to_fine_chooses_as_if_every_alpha_was_measured(stride):
     # Repairs within the limits and beyond them, some with a compromise, some without any hope.
     assert len(outcomes) >= 4
     assert np.mean(measured) < (21 if stride == 30 else 14)
+
+
+def scanned(p_l1, *, verdict=Verdict.CLEAN, scores=(0.0, 0.0, 0.0), family="patch", others=()):
+    """What a repair looks at of a scan of three classes, one search each."""
+    found = invert(
+        mini_model(),
+        mini_images().images,
+        TargetObjective(torch.eye(16)[:3], [0, 1, 2], mini_model().logit_scale),
+        InversionConfig(steps=2, batch_size=4, family=family),
+    )
+    found = replace(found, p_l1=torch.tensor(p_l1, dtype=torch.float64))
+    detection = SimpleNamespace(verdict=verdict, class_scores=scores)
+    return SimpleNamespace(
+        verdict=verdict, detection=detection, family=family, inversion=found, others=others
+    )
+
+
+def test_triggers_of_a_scan_are_those_that_work_for_the_class_and_were_not_dropped():
+    blend = scanned([0.5, math.inf, 0.4], family="blend")
+    both = scanned([0.3, 0.1, 0.2], others=(blend,))
+    patch = triggers_of_scan(both, 1, "patch")
+    assert (patch.targets, patch.p_l1.tolist()) == ((1,), [0.1])
+    assert torch.equal(patch.trigger(0).mask, both.inversion.trigger(1).mask)
+    assert torch.equal(patch.trigger(0).pattern, both.inversion.trigger(1).pattern)
+    assert (patch.seconds, patch.tower_passes, patch.history.shape[1]) == (0.0, 0, 1)
+    assert triggers_of_scan(both, 1, "blend") is None  # the search found none
+    assert triggers_of_scan(both, 2, "blend").p_l1.tolist() == [0.4]
+    assert triggers_of_scan(scanned([0.3, 0.1, 0.2]), 1, "blend") is None
+    both.inversion = replace(both.inversion, endings=("all steps", "dropped", "converged"))
+    assert triggers_of_scan(both, 1, "patch") is None
+    label_free = scanned([0.3, 0.1, 0.2])
+    label_free.inversion = replace(label_free.inversion, targets=None)
+    assert triggers_of_scan(label_free, 1, "patch") is None
+
+
+def test_a_scan_shows_no_trace_if_no_family_makes_a_target_stand_out():
+    def looks(targets, *scores, verdict=Verdict.CLEAN):
+        first, *rest = [
+            SimpleNamespace(
+                detection=SimpleNamespace(class_scores=of_family), verdict=verdict, others=()
+            )
+            for of_family in scores
+        ]
+        first.others = tuple(rest)
+        return looks_clean(first, targets)
+
+    assert looks([1], (3.0, 1.4, 0.0), (0.0, -2.0, 0.0))
+    assert not looks([0], (3.0, 1.4, 0.0), (0.0, -2.0, 0.0))
+    assert not looks([1, 2], (0.0, 1.4, 0.0), (0.0, 0.0, 1.6))
+    assert not looks([1], (0.0, 0.0, 0.0), verdict=Verdict.SUSPICIOUS)
+    assert not looks([1], ())
+
+
+def test_a_warp_that_is_small_asks_for_another_pass():
+    def enough(*sizes, number=0, passes=2, reached=True, targets=(1,)):
+        warps = WarpResult(torch.zeros(len(sizes), 2, 40, 40), torch.tensor(sizes), *[None] * 2)
+        one = SimpleNamespace(
+            warps=(warps,), search=SimpleNamespace(reached=reached), targets=targets
+        )
+        return _may_be_last(one, number, UnlearnConfig(passes=passes))
+
+    assert enough(2.1, math.inf)
+    assert enough(math.inf)
+    assert not enough(2.1, 1.9)
+    assert not enough(2.1, number=1)
+    assert not enough(2.1, reached=False)
+    assert not enough(2.1, targets=())
+    assert enough(2.1, number=1, passes=3)
+
+
+def test_a_pass_is_the_last_one_if_a_scan_after_it_shows_nothing(victim):
+    model, _, data = victim
+    session = Session.open(model, data, templates=TEMPLATES)
+    config = UnlearnConfig(
+        steps=40,
+        learning_rate=1e-3,
+        min_accuracy_kept=0.5,
+        max_attack_success=1.0,  # every alpha that keeps enough is within the limits
+        max_drift=2.0,
+        passes=2,
+        warps=0,
+        advanced=AdvancedUnlearnConfig(amplifications=(1.0,)),
+    )
+    scan = ScanConfig(inversion=InversionConfig(steps=10, batch_size=4), families=("patch",))
+    asked = []
+
+    def check(score):
+        def run(model, number):
+            asked.append(number)
+            return scanned([0.3, 0.1, 0.2], scores=(0.0, score, 0.0))
+
+        return run
+
+    clean = check(0.0)
+    _, rounds = subtract_passes(session, [TARGET], scan, config, restarts=2, check=clean)
+    assert asked == [0]
+    assert len(rounds) == 1
+    assert rounds[0].rescan.detection.class_scores == (0.0, 0.0, 0.0)
+    assert [len(found) for found in rounds[0].triggers] == [2]
+    # Something is left: a second pass, which takes the scan's trigger, and one of its own.
+    standing_out = check(2.0)
+    _, rounds = subtract_passes(session, [TARGET], scan, config, restarts=2, check=standing_out)
+    assert asked == [0, 0]  # the last pass is followed by a scan anyway
+    assert [one.rescan for one in rounds] == [None, None]
+    assert [len(found) for found in rounds[1].triggers] == [1, 1]
+    assert rounds[1].triggers[0].p_l1.tolist() == [0.1]
+    # A known trigger needs no second pass, and so no scan.
+    subtract_passes(session, [TARGET], scan, config, triggers=[TRIGGER], check=clean)
+    assert asked == [0, 0]
