@@ -25,7 +25,7 @@
 #   DEVICE=cpu TINY=1        check-gpu on a CPU, in small: tries the script, measures nothing
 #   LIMIT=530                seconds that check-gpu may take; what does not fit is left out and listed
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
-#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py and bench_classes.py
+#   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py, bench_classes.py and bench_scan.py
 #   TEXT="--quick"   options of benchmarks/bench_text.py
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
@@ -86,7 +86,7 @@ test: $(dev) $(peers)
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)
 	@status=0
-	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py benchmarks/bench_classes.py benchmarks/bench_text.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
+	for file in $(filter-out benchmarks/bench_defenses.py benchmarks/bench_foundation.py benchmarks/bench_classes.py benchmarks/bench_scan.py benchmarks/bench_text.py,$(wildcard benchmarks/bench_*.py)); do $(python) -m pytest "$$file" --device $(where) || status=1; done
 	$(python) benchmarks/report.py --device $(where)
 	$(if $(filter cuda%,$(where)),$(python) -m benchmarks.gpu --device $(where) --limit $(LIMIT) || status=1)
 	exit $$status
@@ -111,6 +111,7 @@ data: $(ready)
 bench-foundation: data
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_foundation.py --device $(where) $(FOUNDATION)
 	$(if $(findstring --part,$(FOUNDATION)),@true,OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_classes.py --device $(where) $(FOUNDATION))
+	$(if $(findstring --part,$(FOUNDATION)),@true,OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) benchmarks/bench_scan.py --device $(where) $(FOUNDATION))
 
 data-text: $(ready)
 	$(python) -m pydetox.research.data texts
