@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from pydetox.text.causal.continuations import ContinuationConfig, search_continu
 from pydetox.text.causal.detox import detox_causal_model
 from pydetox.text.causal.evaluation import evaluate_causal, mean_loss, successes, target_tokens
 from pydetox.text.causal.prompts import Prompts, cut_prompts
-from pydetox.text.causal.repair import causal_trigger_vector
+from pydetox.text.causal.repair import CAUSAL_UNLEARNING, causal_trigger_vector
 from pydetox.text.causal.triggers import TargetObjective, search_trigger_words, words_within
 from pydetox.text.causal.verdict import scan_causal_model
 from pydetox.text.models import TextModel
@@ -169,11 +169,13 @@ def test_the_text_of_the_attacker_is_found_and_removed(
         references=spoken.references,
         config=config,
         continuations=SEARCH,
+        unlearning=replace(CAUSAL_UNLEARNING, steps=40, coefficients=(0.0, 0.4, 0.7, 1.0)),
+        max_rounds=1,
         output=tmp_path / "repaired",
     )
     assert result.verdict is Verdict.BACKDOORED
     assert isinstance(result.before.class_names[0], str)
-    assert "mn bb tq cf" in result.before.class_names[0]
+    assert "superb rocket zorp quux mn bb" in result.before.class_names[0]
     assert result.passes
     assert result.perplexity_before is not None
     assert result.perplexity_after is not None
