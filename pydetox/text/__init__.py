@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .references import calibrate_words
     from .search import TextSearch, search_words
     from .texts import TextSet, load_texts
-    from .trigger_file import WordsFile, read_words
     from .towers.detox import detox_text_tower
     from .towers.verdict import scan_text_tower
+    from .trigger_file import WordsFile, read_words
     from .triggers import PLACES, TokenTrigger
     from .verdict import TextScanResult, scan_text_model
 
