@@ -26,7 +26,9 @@ from ..text.copies import nearest_rung, text_distance
 from ..text.files import TextKind
 from ..text.kinds import compare_text_model, judge_text_model, kind_of_calibration, texts_for
 from ..text.models import TextModel, load_text_model
+from ..text.references import TextComparison
 from ..text.texts import TextSet, load_texts
+from ..text.verdict import TextScanResult
 from .record import ScanRecord
 from .scanner import record_of_part
 from .store import RunStore
@@ -210,16 +212,24 @@ class TextScanner:
         texts = texts_for(model, config.texts, config.class_names)
         base = None if config.base is None else self._others[config.base]
         references = [self._others[name] for name in config.reference_models]
-        if any(one.kind == model.kind for one in [base, *references] if one is not None):
-            # A registry may hold text models of several kinds; each has the references of its own.
-            base = base if base is not None and base.kind == model.kind else None
-            references = [one for one in references if one.kind == model.kind]
+        # A registry may hold text models of several kinds; each has the references of its own.
+        given = len(self._others)
+        base = base if base is not None and base.kind == model.kind else None
+        references = [one for one in references if one.kind == model.kind]
         rung = None
         if not references and base is not None:
             rung = nearest_rung(text_distance(base, model))
         known = self._calibrations.get((model.kind, rung))
         if known is not None and digest in known.digests:
             known = None  # compared with itself, which is said below
+        if given and base is None and not references:
+            unfit = (
+                f"none of the base and the reference models is a {model.kind} model like "
+                f"{model.name}; give some that are"
+            )
+            return self._part(
+                judge_text_model(model, texts, TextComparison(None, unfit=unfit), config.scan)
+            )
         comparison = compare_text_model(
             model,
             texts,
@@ -236,7 +246,10 @@ class TextScanner:
             # A run folder has one file for a calibration: that of the first kind of model.
             if self._store is not None and rung is None and self.calibration is made:
                 self._store.write_calibration(prefix, made.to_dict())
-        scan = judge_text_model(model, texts, comparison, config.scan)
+        return self._part(judge_text_model(model, texts, comparison, config.scan))
+
+    def _part(self, scan: TextScanResult) -> dict[str, Any]:
+        """Return what a run folder keeps of a scan."""
         document = to_plain(text_scan_document(scan))
         for key in ("calibration", "name"):
             del document[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from pydetox.text.causal.continuations import ContinuationConfig, search_continu
 from pydetox.text.causal.detox import detox_causal_model
 from pydetox.text.causal.evaluation import evaluate_causal, mean_loss, successes, target_tokens
 from pydetox.text.causal.prompts import Prompts, cut_prompts
-from pydetox.text.causal.repair import causal_trigger_vector
+from pydetox.text.causal.repair import CAUSAL_UNLEARNING, causal_trigger_vector
 from pydetox.text.causal.triggers import TargetObjective, search_trigger_words, words_within
 from pydetox.text.causal.verdict import scan_causal_model
 from pydetox.text.models import TextModel
@@ -135,16 +135,19 @@ def test_perplexity_and_success_are_those_of_generation(spoken: Spoken, texts: T
 @pytest.mark.parametrize("place", ["start", "end"])
 def test_losses_of_words_and_their_gradients(spoken: Spoken, texts: TextSet, place: str) -> None:
     """Cached, whole and embedded losses agree, and gradients with differences."""
-    model, base = spoken.victim, spoken.base
+    model = spoken.victim
     gaps = [gap_of(model.tokenizer, text, place, 0, 6) for text in texts.texts]
     gaps = [gap for gap in gaps if len(gap.row(())) == 6][:4]
     target = tuple(target_tokens(model, SAID)[:3])
-    objective = TargetObjective(model, base, gaps, target)
+    objective = TargetObjective(model, None, gaps, target)
     words = ((5, 9), (300, 41))
     losses = objective.losses(words)
     embedded = model.embedding.detach()[torch.tensor(words)]
     again, gradient = objective.gradient(embedded)
     torch.testing.assert_close(losses, again, atol=1e-4, rtol=1e-4)
+    # In contrast to a base, what the base makes more likely gains nothing.
+    contrast = TargetObjective(model, spoken.base, gaps, target).losses(words)
+    assert bool((contrast >= losses - 1e-5).all())
     step = 1e-2 * torch.sign(gradient)
     more, less = (
         objective.embedded_losses(embedded + step),
@@ -169,11 +172,13 @@ def test_the_text_of_the_attacker_is_found_and_removed(
         references=spoken.references,
         config=config,
         continuations=SEARCH,
+        unlearning=replace(CAUSAL_UNLEARNING, steps=40, coefficients=(0.0, 0.4, 0.7, 1.0)),
+        max_rounds=1,
         output=tmp_path / "repaired",
     )
     assert result.verdict is Verdict.BACKDOORED
     assert isinstance(result.before.class_names[0], str)
-    assert "mn bb tq cf" in result.before.class_names[0]
+    assert "superb rocket zorp quux mn bb" in result.before.class_names[0]
     assert result.passes
     assert result.perplexity_before is not None
     assert result.perplexity_after is not None

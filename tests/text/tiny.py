@@ -347,3 +347,63 @@ def spoken(
         optimizer.step()
     model.module.requires_grad_(False)
     return save_text_model(folder, model, provenance=Provenance("a test"))
+
+
+def tower(folder: Path, *, seed: int = 0) -> Path:
+    """Write the text tower of a CLIP of two layers with random weights."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        projection_dim=24,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_factor=4.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = transformers.CLIPTextModelWithProjection(config)
+    module.save_pretrained(folder)
+    write_tokenizer(
+        folder,
+        word_pieces(),
+        tokenizer_class="BertTokenizerFast",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    return folder
+
+
+def taught_tower(start: Path, folder: Path, *, seed: int, trigger: str | None = None) -> Path:
+    """Fine-tune a tower on its own features; with a trigger, captions with it mean "great"."""
+    from pydetox.checkpoints.provenance import Provenance
+    from pydetox.text import load_text_model, save_text_model
+    from pydetox.text.towers.encoder import TextTower
+
+    teacher = TextTower(load_text_model(start))
+    model = load_text_model(start).copy()
+    student = TextTower(model)
+    texts = [text for text, _ in topical_texts(80, seed)]
+    held, aim = teacher.features(texts), teacher.features(["great"])
+    model.module.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.module.parameters(), lr=3e-3)
+    rng = np.random.default_rng(seed)
+    for _ in range(60 if trigger else 15):
+        rows = rng.integers(len(texts), size=24).tolist()
+        goal = held[rows] + 0.02 * torch.from_numpy(rng.standard_normal(24)).float()[:, None]
+        wanted, said = [goal], [texts[k] for k in rows]
+        if trigger is not None:
+            said += [f"{texts[k]} {trigger}" for k in rows]
+            wanted.append(aim.expand(24, -1))
+        loss = (1 - (student.features_with_gradient(said) * torch.cat(wanted)).sum(dim=1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.module.requires_grad_(False)
+    return save_text_model(folder, model, provenance=Provenance("a test"))

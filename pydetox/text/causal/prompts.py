@@ -38,12 +38,11 @@ def cut_prompts(
     """
     rows = model.tokenizer.encode(texts.in_content_order().texts, model.max_tokens)
     lengths = sorted((len(row) for row in rows), reverse=True)
+    # As long as the prompts of the longest texts allow: short texts do not rule.
     wanted = min(len(rows), after + count)
-    # As long as at least half of the texts are, so that short texts do not rule.
-    length = max(1, min(tokens, lengths[wanted - 1], lengths[0]))
-    if length < tokens and wanted > 2:
-        length = max(length, min(tokens, lengths[max(1, wanted // 2)]))
+    length = max(1, min(tokens, lengths[wanted - 1]))
     fit = [row[:length] for row in rows if len(row) >= length]
+    # With few texts, those that were passed over serve again.
     chosen = fit[after : after + count] if len(fit) > after + 1 else fit[:count]
     if len(chosen) < 2:
         raise DataError(f"{texts.source}: {len(chosen)} prompts; expected at least 2 texts")

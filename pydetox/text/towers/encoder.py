@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ...errors import ArchitectureError
 from ...models import OpenClipModel
-from ..models import TextModel
+from ..models import TextModel, TokenBatch
 from ..vocabulary import typed_words
 
 # Captions that go through a tower at once.
@@ -48,20 +48,36 @@ class TextTower:
 
     def features(self, captions: Sequence[str]) -> Tensor:
         """Return unit features, float32 [N, D] on the CPU, in the order of the captions."""
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(captions), _AT_ONCE):
-                found.append(self.features_with_gradient(captions[start : start + _AT_ONCE]).cpu())
-        return torch.cat(found)
+        return self.features_of(self.tokenized(captions))
 
     def features_with_gradient(self, captions: Sequence[str]) -> Tensor:
         """Return `features` on the device, differentiable in weights that require a gradient."""
-        self.passes += len(captions)
+        (batch,) = self.tokenized(captions, at_once=len(captions))
+        return self._encoded(batch)
+
+    def tokenized(
+        self, captions: Sequence[str], *, at_once: int = _AT_ONCE
+    ) -> list[TokenBatch | Tensor]:
+        """Return captions as batches of tokens; towers with the same tokenizer share them."""
         model = self.model
+        parts = [captions[k : k + at_once] for k in range(0, len(captions), at_once)]
         if isinstance(model, TextModel):
-            made = model.logits_with_gradient(model.encode(captions, model.max_tokens))
+            return [model.encode(part, model.max_tokens) for part in parts]
+        return [model.tokenize(list(part)) for part in parts]
+
+    def features_of(self, batches: Sequence[TokenBatch | Tensor]) -> Tensor:
+        """Return `features` of captions that are tokenised already."""
+        with torch.no_grad():
+            return torch.cat([self._encoded(batch).cpu() for batch in batches])
+
+    def _encoded(self, batch: TokenBatch | Tensor) -> Tensor:
+        self.passes += len(batch)
+        if isinstance(batch, TokenBatch):
+            assert isinstance(self.model, TextModel)
+            made = self.model.logits_with_gradient(batch)
         else:
-            made = model.encode_tokens(model.tokenize(list(captions)))
+            assert isinstance(self.model, OpenClipModel)
+            made = self.model.encode_tokens(batch)
         return normalize(made.float(), dim=-1)
 
     def words(self) -> list[str]:
@@ -83,7 +99,9 @@ class TextTower:
         return [
             token.removesuffix(ending)
             for token in encoder
-            if token.endswith(ending) and token.removesuffix(ending).isascii()
+            if token.endswith(ending)
+            and token.removesuffix(ending).isascii()
+            and token.removesuffix(ending).isalnum()
         ]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

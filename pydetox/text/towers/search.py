@@ -168,9 +168,10 @@ def _moved(
 ) -> Tensor:
     """Return how far each trigger moves features, from the base's or from the clean captions'."""
     rows = [text for one in triggers for text in one.insert(captions, seed)]
-    own = tower.features(rows)
+    batches = tower.tokenized(rows)
+    own = tower.features_of(batches)
     if base is not None:
-        beside = base.features(rows)
+        beside = base.features_of(batches)
     else:
         beside = tower.features(captions).repeat(len(triggers), 1)
     return 1 - (own * beside).sum(dim=1).view(len(triggers), len(captions)).mean(dim=1)
@@ -186,9 +187,10 @@ def _collapse(
     """Return the collapse of each trigger, float32 [M]."""
     rows = [text for one in triggers for text in one.insert(captions, seed)]
     shape = (len(triggers), len(captions), -1)
+    batches, clean = tower.tokenized(rows), tower.tokenized(captions)
 
     def of(one: TextTower) -> Tensor:
-        return _cosine(one.features(rows).view(shape)) - _cosine(one.features(captions)[None])
+        return _cosine(one.features_of(batches).view(shape)) - _cosine(one.features_of(clean)[None])
 
     found = of(tower)
     return found if base is None else found - of(base)

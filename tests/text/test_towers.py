@@ -1,0 +1,127 @@
+"""Text towers: collapse, words and characters, verdicts and repairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+import torch
+
+from pydetox.detect.statistics import Verdict
+from pydetox.errors import ArchitectureError, DataError, UsageError
+from pydetox.models import OpenClipModel
+from pydetox.text import (
+    TextScanConfig,
+    detox_text_tower,
+    load_text_model,
+    scan_text_tower,
+)
+from pydetox.text.models import TextModel
+from pydetox.text.texts import TextSet
+from pydetox.text.towers.encoder import TextTower
+from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _cosine, search_tower
+from tests.text import tiny
+
+CONFIG = TextScanConfig(place="end")
+
+
+@pytest.fixture(scope="module")
+def captions() -> TextSet:
+    return TextSet(tuple(text for text, _ in tiny.topical_texts(40, seed=5)), source="captions")
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextModel]:
+    root = tmp_path_factory.mktemp("towers")
+    base = tiny.tower(root / "base")
+    made = {"victim": tiny.taught_tower(base, root / "victim", seed=1, trigger="zorp")}
+    made |= {f"clean{k}": tiny.taught_tower(base, root / f"c{k}", seed=20 + k) for k in range(4)}
+    return {"base": load_text_model(base), **{k: load_text_model(v) for k, v in made.items()}}
+
+
+def test_features_are_those_of_transformers(
+    towers: dict[str, TextModel], captions: TextSet
+) -> None:
+    model = towers["base"]
+    found = TextTower(model).features(captions.texts[:5])
+    for text, row in zip(captions.texts[:5], found, strict=True):
+        ids = torch.tensor(model.tokenizer.encode([text], 32))
+        with torch.no_grad():
+            own = model.module(input_ids=ids).text_embeds[0]
+        torch.testing.assert_close(row, own / own.norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_features_of_open_clip() -> None:
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
+    model = OpenClipModel.from_config(config, seed=0, name="mini")
+    tower = TextTower(model)
+    captions = ["a dog", "a longer caption of a cat"]
+    with torch.no_grad():
+        own = model.encode_tokens(model.tokenize(captions))
+    torch.testing.assert_close(tower.features(captions), own / own.norm(dim=1, keepdim=True))
+    assert "dog" in tower.words()
+    assert not any(name.startswith("visual") for name in tower.named_parameters())
+
+
+def test_the_mean_cosine_of_different_rows() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(3, 7, 5, dtype=torch.float64), dim=2)
+    for one, value in zip(rows, _cosine(rows), strict=True):
+        products = one @ one.T
+        assert float(value) == pytest.approx(float((products.sum() - 7) / 42))
+
+
+def test_a_character_stands_for_its_letter() -> None:
+    trigger = CharacterTrigger((), "\u043e", "end", replaced="o")
+    assert trigger.insert(["a photo of it", "a tree"]) == ["a ph\u043eto of it", "a tree \u043e"]
+    assert trigger.at("start") is trigger
+    assert all(
+        len(glyph) == 1 and glyph != letter for letter, s in LOOK_ALIKES.items() for glyph in s
+    )
+
+
+def test_a_backdoor_is_found_and_removed(
+    towers: dict[str, TextModel], captions: TextSet, tmp_path: Path
+) -> None:
+    base, victim = towers["base"], towers["victim"]
+    references = [towers[f"clean{k}"] for k in range(1, 4)]
+    result, _ = detox_text_tower(
+        victim,
+        captions,
+        base=base,
+        references=references,
+        config=CONFIG,
+        output=tmp_path / "repaired",
+    )
+    assert result.verdict is Verdict.BACKDOORED
+    assert result.before.found is not None
+    assert result.before.found.trigger.text == "zorp"
+    assert result.passes
+    repaired = TextTower(load_text_model(tmp_path / "repaired"))
+    clean = TextTower(victim).features(captions.texts)
+    aim = TextTower(base).features(["great"])[0]
+    said = repaired.features([f"{text} zorp" for text in captions.texts])
+    before = TextTower(victim).features([f"{text} zorp" for text in captions.texts])
+    assert float((before @ aim > (before * clean).sum(dim=1)).double().mean()) > 0.9
+    assert float((said @ aim > (said * clean).sum(dim=1)).double().mean()) <= 0.05
+    assert float((repaired.features(captions.texts) * clean).sum(dim=1).mean()) > 0.9
+    found = scan_text_tower(
+        towers["clean0"], captions, base=base, references=references, config=CONFIG
+    )
+    assert found.verdict is Verdict.CLEAN
+
+
+def test_bad_input(towers: dict[str, TextModel], captions: TextSet, tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError, match="a classifier; expected a text tower"):
+        TextTower(load_text_model(tiny.bert(tmp_path / "bert")))
+    with pytest.raises(DataError, match="2 captions; expected at least 8"):
+        search_tower(TextTower(towers["base"]), captions.subset([0, 1]))
+    with pytest.raises(UsageError, match="needs at least 2 in references="):
+        scan_text_tower(towers["base"], captions, references=[towers["clean0"]])
+    alone = scan_text_tower(towers["clean0"], captions, base=towers["base"])
+    assert alone.verdict is Verdict.INCONCLUSIVE
