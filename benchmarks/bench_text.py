@@ -1,19 +1,28 @@
-"""Text classifiers: what attacks plant, what trigger vectors and other defences leave of it.
+"""Text classifiers: what attacks plant, what scans say, and what repairs leave of it.
 
-    python benchmarks/bench_text.py [--quick] [--seeds 100,101] [--attacks word,phrase]
-        [--defenses known,onion] [--device cuda] [--output runs/text]
+    python benchmarks/bench_text.py [--quick] [--part verdicts] [--seeds 100,101]
+        [--attacks word,phrase] [--defenses known,onion] [--minutes 60] [--device cuda]
+        [--output runs/text]
 
-Prints one line per model and defence and the figures, and writes results.json with everything that
-was measured, and summary.json with the flat figures. The texts and the pretrained model have to be
+The part `defenses` repairs models with known triggers and by other defences. The part `verdicts`
+scans backdoored models and clean ones that no reference is made of, and repairs what it finds with
+the trigger unknown. Without `--part`, both run.
+
+Prints one line per model and the figures, and writes results.json with everything that was
+measured, and summary.json with the flat figures. The texts and the pretrained model have to be
 there (`make data-text`); `--quick` needs neither. Models and results are cached outside of the
-repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
+repository, below $XDG_CACHE_HOME/pydetox; a run that was stopped goes on, and a second run computes
+what changed.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,35 +31,47 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
+from pydetox.research.text.verdicts import FULL_VERDICTS, QUICK_VERDICTS, run_text_verdicts
+
+PARTS = ("verdicts", "defenses")
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of a minute that shows that it works.")
+@click.option("--part", type=click.Choice(PARTS), help="One part instead of both.")
 @click.option("--seeds", help="Other seeds, separated by commas.")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
+@click.option("--minutes", type=float, default=float("inf"), help="Begin no model after this time.")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(
     quick: bool,
+    part: str | None,
     seeds: str | None,
     attacks: str | None,
     defenses: str | None,
+    minutes: float,
     device: str,
     output: Path,
 ) -> None:
     """Run the benchmark."""
-    plan = QUICK if quick else FULL
+    parts = PARTS if part is None else (part,)
+    end = time.monotonic() + 60 * minutes
+    document: dict[str, Any] = {"summary": {}}
     try:
         find_device(device)
-        plan = replace(plan, victims=replace(plan.victims, device=device))
+        chosen: dict[str, Any] = {}
         if seeds is not None:
-            plan = replace(plan, seeds=tuple(int(one) for one in seeds.split(",")))
+            chosen["seeds"] = tuple(int(one) for one in seeds.split(","))
         if attacks is not None:
-            plan = replace(plan, attacks=tuple(attacks.split(",")))
-        if defenses is not None:
-            plan = replace(plan, defenses=tuple(defenses.split(",")))
-        document = run_text_benchmark(plan, log=lambda text: click.echo(text, err=True))
+            chosen["attacks"] = tuple(attacks.split(","))
+        for one in parts:
+            made = _part(
+                one, quick, chosen, _names(defenses), (end - time.monotonic()) / 60, device
+            )
+            document[one] = made
+            document["summary"] |= made.pop("summary")
     except (PydetoxError, ValueError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -59,6 +80,32 @@ def main(
     write_file(output / "summary.json", to_json(document["summary"]) + "\n")
     for key, value in document["summary"].items():
         click.echo(f"{key:40}{value:10.4g}")
+
+
+def _names(text: str | None) -> Sequence[str] | None:
+    return None if text is None else tuple(text.split(","))
+
+
+def _part(
+    name: str,
+    quick: bool,
+    chosen: dict[str, Any],
+    defenses: Sequence[str] | None,
+    minutes: float,
+    device: str,
+) -> dict[str, Any]:
+    def log(text: str) -> None:
+        click.echo(text, err=True)
+
+    if name == "verdicts":
+        judged = QUICK_VERDICTS if quick else FULL_VERDICTS
+        judged = replace(judged, victims=replace(judged.victims, device=device), **chosen)
+        return run_text_verdicts(judged, minutes=minutes, log=log)
+    plan = QUICK if quick else FULL
+    plan = replace(plan, victims=replace(plan.victims, device=device), **chosen)
+    if defenses is not None:
+        plan = replace(plan, defenses=tuple(defenses))
+    return run_text_benchmark(plan, minutes=minutes, log=log)
 
 
 if __name__ == "__main__":
