@@ -137,6 +137,7 @@ STREAMS: Mapping[str, str] = {
     "texts.demo-model": "seed of a fine-tuning of the demo on texts; by name",
     "texts.demo-places": "places of the true trigger in the test texts of the demo",
     "texts.places": "places of the true trigger in test texts",
+    "texts.dbs": "noise of the rollbacks of DBS; by target class",
     "captions.images": "which images of each task have captions; by part",
     "captions.attacker": "images that the attacker optimises a trigger on",
     "captions.trigger": "seed of target caption and trigger; by attack and number",

@@ -18,7 +18,6 @@ import numpy as np
 from ...errors import UsageError
 from ...evaluation import Evaluation
 from ...repair.configuration import UnlearnConfig
-from ...rng import child_seed
 from ...text.evaluation import evaluate_texts
 from ...text.models import TextModel
 from ...text.repair import TEXT_UNLEARNING
@@ -279,7 +278,7 @@ def _evaluation(
     if cleaned is not None:
         # The places of a trigger depend on the text as it came, and only then is it filtered.
         trigger = _Cleaned(trigger, cleaned)
-    seed = child_seed("texts.places", victim.seed)
+    seed = workshop.places
     tokens = workshop.plan.training.max_tokens
     found = evaluate_texts(
         model, test, trigger=trigger, target=backdoor.target, seed=seed, max_tokens=tokens

@@ -19,7 +19,6 @@ from ...detect.calibration import Calibration
 from ...detect.statistics import FINDINGS
 from ...errors import UsageError
 from ...repair.configuration import UnlearnConfig
-from ...rng import child_seed
 from ...text.configuration import TextScanConfig
 from ...text.detox import detox_text_model
 from ...text.evaluation import TextStamp, evaluate_texts
@@ -134,11 +133,10 @@ def summarize_text_verdicts(
     with the right class. classifiers.asr_recovered: The mean success of the recovered words on test
     texts, of detected insertion triggers with the right class; .tokens_exact: the mean share of the
     trigger's tokens that are among the recovered ones. classifiers.unknown.asr_mean, .asr_max,
-    .accuracy_kept: After
-    the repair with the trigger unknown, of all backdoored models; one that was not detected keeps
-    its ASR. classifiers.unknown.asr_excess: The mean of ASR minus the share of the same texts that
-    the model sends to the target without a trigger. Models whose planted ASR is too small count
-    nowhere.
+    .accuracy_kept: After the repair with the trigger unknown, of all backdoored models; one that
+    was not detected keeps its ASR. classifiers.unknown.asr_excess: The mean of ASR minus the share
+    of the same texts that the model sends to the target without a trigger. Models whose planted ASR
+    is too small count nowhere.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None and row["counts"]]
@@ -361,7 +359,7 @@ class _Judge:
             self.shop.corpus.test,
             trigger=trigger,
             target=target,
-            seed=child_seed("texts.places", self.seed),
+            seed=self.shop.places,
             max_tokens=self.tokens,
         )
         assert measured.attack_success_rate is not None
