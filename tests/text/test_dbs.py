@@ -20,7 +20,7 @@ def test_dbs_finds_the_word_of_a_backdoored_model(world: World) -> None:
     victim = load_text_model(world.victim)
     texts = load_texts(world.texts, class_names=victim.class_names)
     money = victim.class_names.index("money")
-    config = DbsConfig(length=2, epochs=80, texts=8, max_tokens=16)
+    config = DbsConfig(length=4, epochs=50, texts=8, max_tokens=16)
     found = invert_class(victim, texts, money, config, benign=load_text_model(world.base))
     assert "cf" in victim.tokenizer.decode(found.tokens).split()
     assert found.success > 0.9
