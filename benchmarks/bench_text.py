@@ -6,7 +6,8 @@
 
 The part `defenses` repairs models with known triggers and by other defences. The part `verdicts`
 scans backdoored models and clean ones that no reference is made of, and repairs what it finds with
-the trigger unknown. Without `--part`, both run.
+the trigger unknown. The part `search` compares the CPU time of a search with that of DBS, one class
+after another. Without `--part`, all run.
 
 Prints one line per model and the figures, and writes results.json with everything that was
 measured, and summary.json with the flat figures. The texts and the pretrained model have to be
@@ -31,14 +32,15 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
+from pydetox.research.text.search_speed import SpeedPlan, compare_searches
 from pydetox.research.text.verdicts import FULL_VERDICTS, QUICK_VERDICTS, run_text_verdicts
 
-PARTS = ("verdicts", "defenses")
+PARTS = ("verdicts", "search", "defenses")
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of a minute that shows that it works.")
-@click.option("--part", type=click.Choice(PARTS), help="One part instead of both.")
+@click.option("--part", type=click.Choice(PARTS), help="One part instead of all.")
 @click.option("--seeds", help="Other seeds, separated by commas.")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
@@ -97,10 +99,15 @@ def _part(
     def log(text: str) -> None:
         click.echo(text, err=True)
 
+    judged = QUICK_VERDICTS if quick else FULL_VERDICTS
+    judged = replace(judged, victims=replace(judged.victims, device=device), **chosen)
     if name == "verdicts":
-        judged = QUICK_VERDICTS if quick else FULL_VERDICTS
-        judged = replace(judged, victims=replace(judged.victims, device=device), **chosen)
         return run_text_verdicts(judged, minutes=minutes, log=log)
+    if name == "search":
+        if minutes <= 0:
+            log("the search was not compared: the time is over")
+            return {"summary": {}}
+        return compare_searches(SpeedPlan(judged, attack=judged.attacks[0]), log=log)
     plan = QUICK if quick else FULL
     plan = replace(plan, victims=replace(plan.victims, device=device), **chosen)
     if defenses is not None:
