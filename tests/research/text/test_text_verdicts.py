@@ -118,8 +118,7 @@ def test_a_run_that_is_stopped_has_both_kinds() -> None:
 
 
 def test_references_are_trained_on_texts_of_their_own(tmp_path: Path) -> None:
-    whole = replace(VICTIMS, sizes=replace(SIZES, words=28))
-    shop = TextWorkshop(whole, 1, folder=tmp_path)
+    shop = TextWorkshop(VICTIMS, 1, folder=tmp_path)
     corpus = shop.corpus
     assert corpus.reference is not None
     parts = (corpus.attacker, corpus.defender, corpus.validation, corpus.test, corpus.reference)
