@@ -1,17 +1,28 @@
-"""Text classifiers: what attacks plant, what trigger vectors and other defences leave of it.
+"""Text models: what attacks plant, what scans say, and what repairs leave of it.
 
-    python benchmarks/bench_text.py [--quick] [--seeds 100,101] [--attacks word,phrase]
-        [--defenses known,onion] [--device cuda] [--output runs/text]
+    python benchmarks/bench_text.py [--quick] [--part verdicts] [--seeds 100,101]
+        [--attacks word,phrase] [--defenses known,onion] [--minutes 60] [--device cuda]
+        [--output runs/text]
 
-Prints one line per model and defence and the figures, and writes results.json with everything that
-was measured, and summary.json with the flat figures. The texts and the pretrained model have to be
+The part `verdicts` scans backdoored classifiers and clean ones that no reference is made of, and
+repairs what it finds with the trigger unknown. The part `search` compares the CPU time of a search
+with that of DBS, one class after another. The part `causal` scans and repairs models that continue
+texts, and the part `towers` does so with the text towers of CLIPs. The part `defenses` repairs
+classifiers with known triggers and by other defences. Without `--part`, all run. `--seeds`,
+`--attacks` and `--minutes` are of the parts about classifiers.
+
+Prints one line per model and the figures, and writes results.json with everything that was
+measured, and summary.json with the flat figures. The texts and the pretrained model have to be
 there (`make data-text`); `--quick` needs neither. Models and results are cached outside of the
-repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
+repository, below $XDG_CACHE_HOME/pydetox; a run that was stopped goes on, and a second run computes
+what changed.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +33,17 @@ from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
-from pydetox.research.text.bench import FULL, QUICK, TextBenchPlan, run_text_benchmark
-from pydetox.research.text.causal import bench
+from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
+from pydetox.research.text.causal import bench as causal_bench
+from pydetox.research.text.search_speed import SpeedPlan, compare_searches
 from pydetox.research.text.towers import bench as towers_bench
+from pydetox.research.text.verdicts import FULL_VERDICTS, QUICK_VERDICTS, run_text_verdicts
 
-PARTS = ("classifiers", "causal", "towers")
+PARTS = ("verdicts", "search", "causal", "towers", "defenses")
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="A run of a minute that shows that it works.")
-@click.option("--seeds", help="Other seeds, separated by commas.")
-@click.option("--attacks", help="Fewer attacks, separated by commas.")
-@click.option("--defenses", help="Fewer defences, separated by commas.")
 @click.option(
     "--part",
     "parts",
@@ -42,29 +52,38 @@ PARTS = ("classifiers", "causal", "towers")
     default=PARTS,
     help="Run this part alone; can be given several times.",
 )
+@click.option("--seeds", help="Other seeds, separated by commas.")
+@click.option("--attacks", help="Fewer attacks, separated by commas.")
+@click.option("--defenses", help="Fewer defences, separated by commas.")
+@click.option("--minutes", type=float, default=float("inf"), help="Begin no model after this time.")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(
     quick: bool,
+    parts: tuple[str, ...],
     seeds: str | None,
     attacks: str | None,
     defenses: str | None,
-    parts: tuple[str, ...],
+    minutes: float,
     device: str,
     output: Path,
 ) -> None:
     """Run the benchmark."""
-    plan = QUICK if quick else FULL
+    end = time.monotonic() + 60 * minutes
+    document: dict[str, Any] = {"summary": {}}
     try:
         find_device(device)
-        plan = replace(plan, victims=replace(plan.victims, device=device))
+        chosen: dict[str, Any] = {}
         if seeds is not None:
-            plan = replace(plan, seeds=tuple(int(one) for one in seeds.split(",")))
+            chosen["seeds"] = tuple(int(one) for one in seeds.split(","))
         if attacks is not None:
-            plan = replace(plan, attacks=tuple(attacks.split(",")))
-        if defenses is not None:
-            plan = replace(plan, defenses=tuple(defenses.split(",")))
-        document = _measured(parts, plan, device, quick=quick)
+            chosen["attacks"] = tuple(attacks.split(","))
+        for one in parts:
+            made = _part(
+                one, quick, chosen, _names(defenses), (end - time.monotonic()) / 60, device
+            )
+            document["summary"] |= made.pop("summary")
+            document[one] = made
     except (PydetoxError, ValueError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -75,27 +94,42 @@ def main(
         click.echo(f"{key:40}{value:10.4g}")
 
 
-def _measured(
-    parts: tuple[str, ...], plan: TextBenchPlan, device: str, *, quick: bool
-) -> dict[str, Any]:
-    """Run the parts, and return what they measured with all flat figures in one summary."""
+def _names(text: str | None) -> Sequence[str] | None:
+    return None if text is None else tuple(text.split(","))
 
+
+def _part(
+    name: str,
+    quick: bool,
+    chosen: dict[str, Any],
+    defenses: Sequence[str] | None,
+    minutes: float,
+    device: str,
+) -> dict[str, Any]:
     def log(text: str) -> None:
         click.echo(text, err=True)
 
-    document: dict[str, Any] = {"summary": {}}
-    if "classifiers" in parts:
-        document = run_text_benchmark(plan, log=log)
-    if "causal" in parts:
-        causal = bench.QUICK if quick else bench.FULL
+    judged = QUICK_VERDICTS if quick else FULL_VERDICTS
+    judged = replace(judged, victims=replace(judged.victims, device=device), **chosen)
+    if name == "verdicts":
+        return run_text_verdicts(judged, minutes=minutes, log=log)
+    if name != "defenses" and minutes <= 0:
+        log(f"the part {name} was not run: the time is over")
+        return {"summary": {}}
+    if name == "search":
+        return compare_searches(SpeedPlan(judged, attack=judged.attacks[0]), log=log)
+    if name == "causal":
+        causal = causal_bench.QUICK if quick else causal_bench.FULL
         causal = replace(causal, victims=replace(causal.victims, device=device))
-        document["causal"] = bench.run_causal_benchmark(causal, log=log)
-    if "towers" in parts:
+        return causal_bench.run_causal_benchmark(causal, log=log)
+    if name == "towers":
         towers = towers_bench.QUICK if quick else towers_bench.FULL
-        document["towers"] = towers_bench.run_tower_benchmark(towers, log=log)
-    for name in ("causal", "towers"):
-        document["summary"] |= document.get(name, {}).pop("summary", {})
-    return document
+        return towers_bench.run_tower_benchmark(towers, log=log)
+    plan = QUICK if quick else FULL
+    plan = replace(plan, victims=replace(plan.victims, device=device), **chosen)
+    if defenses is not None:
+        plan = replace(plan, defenses=tuple(defenses))
+    return run_text_benchmark(plan, minutes=minutes, log=log)
 
 
 if __name__ == "__main__":

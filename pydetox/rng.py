@@ -149,6 +149,7 @@ STREAMS: Mapping[str, str] = {
     "texts.tower-victim": "seed of the fine-tuning of a text tower",
     "texts.tower-training": "captions of the steps of a text tower's fine-tuning",
     "texts.places": "places of the true trigger in test texts",
+    "texts.dbs": "noise of the rollbacks of DBS; by target class",
     "captions.images": "which images of each task have captions; by part",
     "captions.attacker": "images that the attacker optimises a trigger on",
     "captions.trigger": "seed of target caption and trigger; by attack and number",

@@ -70,6 +70,7 @@ def detox_text_model(
     unlearning: UnlearnConfig | None = None,
     target: int | None = None,
     triggers: Sequence[TextStamp] = (),
+    before: TextScanResult | None = None,
     max_rounds: int = 3,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -86,6 +87,8 @@ def detox_text_model(
         unlearning: The repair; default: TEXT_UNLEARNING.
         target: A class to unlearn once, whatever the verdict is.
         triggers: Known triggers into that class; empty to recover them.
+        before: A scan of this model with these texts, references and configuration, if there is one
+            already.
         max_rounds: The largest number of repairs, each of which is followed by a scan.
         output: The folder for the repaired model, which is written if something was subtracted.
         overwrite: Whether to replace this folder if it holds nothing but a text model.
@@ -107,7 +110,7 @@ def detox_text_model(
         model, texts, config, base=base, references=references, calibration=calibration
     )
     clock.lap("calibrate")
-    before = judge(model, texts, comparison, config)
+    before = before or judge(model, texts, comparison, config)
     clock.lap("scan")
     stamp = triggers[0] if triggers else None
 

@@ -140,21 +140,24 @@ def _losses(
     wanted = torch.tensor([c for c in targets for _ in range(count)], device=embedded.device)
     slots = embedded.repeat_interleave(count, dim=0)
     loss = torch.nn.functional.cross_entropy(
-        _through(objective.model, objective, slots, texts), wanted, reduction="none"
+        slot_logits(objective.model, objective, slots, texts), wanted, reduction="none"
     )
     if objective.base is not None:
         # The base sees the same mixture in its own embeddings where the tables are alike: the
         # suspect was fine-tuned from it or from the same model.
-        theirs = _through(objective.base, objective, slots, texts)
+        theirs = slot_logits(objective.base, objective, slots, texts)
         loss = loss + objective.contribution(theirs, texts).gather(1, wanted[:, None])[:, 0]
     objective.passes += len(texts) * (1 if objective.base is None else 2)
     return loss.view(len(targets), count).mean(dim=1)
 
 
-def _through(
+def slot_logits(
     model: TextModel, objective: TextObjective, slots: Tensor, texts: Sequence[int]
 ) -> Tensor:
-    """Return logits [n, C] of texts with embedded triggers [n, L, d] in their gaps."""
+    """Return logits [n, C] of texts with embedded triggers [n, L, d] in their gaps.
+
+    model: The model of the objective or its base. texts: The text of each trigger.
+    """
     table, length = model.embedding.detach(), slots.shape[1]
     gaps = [objective.gaps[k] for k in texts]
     batch = model.batch([gap.row([model.tokenizer.pad_id] * length) for gap in gaps])

@@ -32,6 +32,7 @@ from pydetox.text.evaluation import evaluate_texts
 from pydetox.text.localization import localize_words
 from pydetox.text.passes import unlearn_words
 from pydetox.text.repair import (
+    finer_coefficients,
     search_text_coefficient,
     subtract_from_text_model,
     text_trigger_vector,
@@ -118,6 +119,26 @@ def test_a_vector_unlearns_a_known_trigger(victim: TextModel, vector: TaskVector
     start, weights = victim.state_dict(), repaired.state_dict()
     for name, change in vector.tensors.items():
         assert torch.equal(weights[name], torch.add(start[name], change, alpha=-search.coefficient))
+
+
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        # The margin above the smallest alpha that removes the trigger.
+        ({0.0: (1.0, (0.9,)), 0.2: (1.0, (0.0,)), 0.4: (0.9, (0.0,))}, (0.22, 0.24, 0.26)),
+        # A gap between too little and too much.
+        ({0.0: (1.0, (0.9,)), 0.4: (1.0, (0.5,)), 0.8: (0.5, (0.0,))}, (0.5, 0.6, 0.7)),
+        # Nothing to find: no alpha removes the trigger.
+        ({0.0: (1.0, (0.9,)), 0.4: (1.0, (0.5,))}, ()),
+        # The worst trigger counts.
+        ({0.0: (1.0, (0.9, 0.0)), 0.2: (1.0, (0.0, 0.3))}, ()),
+    ],
+)
+def test_alpha_is_searched_finer_where_the_limits_begin(
+    tried: dict[float, tuple[float, tuple[float, ...]]], expected: tuple[float, ...]
+) -> None:
+    config = replace(UNLEARNING, safety_factor=1.3, min_accuracy_kept=0.97)
+    assert finer_coefficients(tried, config, 1.0) == pytest.approx(expected)
 
 
 def test_alpha_without_labels_compares_with_the_model_itself(

@@ -6,6 +6,8 @@ measured on test texts, which nothing else has seen.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +18,6 @@ import numpy as np
 from ...errors import UsageError
 from ...evaluation import Evaluation
 from ...repair.configuration import UnlearnConfig
-from ...rng import child_seed
 from ...text.evaluation import evaluate_texts
 from ...text.models import TextModel
 from ...text.repair import TEXT_UNLEARNING
@@ -105,30 +106,42 @@ QUICK = TextBenchPlan(
 def run_text_benchmark(
     plan: TextBenchPlan,
     *,
+    minutes: float = math.inf,
     folder: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run a plan, from the cache where nothing changed.
 
-    folder: The cache; default: below `research.data.cache_folder`. log: Takes a line per row.
+    minutes: No row is begun after this time. What was measured by then is returned. folder: The
+    cache; default: below `research.data.cache_folder`. log: Takes a line per row.
     Returns "plan", "rows" (one per victim and defence), "clean" (one per clean model) and
     "summary", the flat figures of `summarize`.
     """
+    end = time.monotonic() + 60 * minutes
     rows, clean = list[dict[str, Any]](), list[dict[str, Any]]()
-    for seed in plan.seeds:
-        workshop = TextWorkshop(plan.victims, seed, folder=folder)
+    wanted = [
+        (seed, one)
+        for seed in plan.seeds
+        for one in (*range(plan.clean), *((a, d) for a in plan.attacks for d in plan.defenses))
+    ]
+    workshops = dict[int, TextWorkshop]()
+    for seed, one in wanted:
+        if time.monotonic() >= end:
+            log(f"stopped after {minutes:g} minutes; the same command goes on")
+            break
+        workshop = workshops.setdefault(seed, TextWorkshop(plan.victims, seed, folder=folder))
         cache = Cache(workshop.folder)
-        for number in range(plan.clean):
-            victim = TextVictim(seed, None, number)
+        if isinstance(one, int):
+            victim = TextVictim(seed, None, one)
             row = _clean_row(workshop, cache, victim)
             log(f"{victim.name}: accuracy {row['accuracy']:.3f}")
             clean.append(row)
-        for attack in plan.attacks:
+        else:
+            attack, name = one
             victim = TextVictim(seed, attack)
-            for name in plan.defenses:
-                row = _row(workshop, cache, victim, name, plan)
-                log(f"{victim.name}, {name}: {_told(row)}")
-                rows.append(row)
+            row = _row(workshop, cache, victim, name, plan)
+            log(f"{victim.name}, {name}: {_told(row)}")
+            rows.append(row)
     document: dict[str, Any] = {"plan": asdict(plan), "rows": rows, "clean": clean}
     document["summary"] = summarize(rows, clean)
     return document
@@ -265,7 +278,7 @@ def _evaluation(
     if cleaned is not None:
         # The places of a trigger depend on the text as it came, and only then is it filtered.
         trigger = _Cleaned(trigger, cleaned)
-    seed = child_seed("texts.places", victim.seed)
+    seed = workshop.places
     tokens = workshop.plan.training.max_tokens
     found = evaluate_texts(
         model, test, trigger=trigger, target=backdoor.target, seed=seed, max_tokens=tokens

@@ -136,13 +136,18 @@ def load_corpus(name: str, *, seed: int, sizes: CorpusSizes | None = None) -> Co
         raise UsageError(f"corpus {name!r}; expected one of {', '.join(CORPORA)}")
     sizes = sizes or CorpusSizes()
     classes = CORPORA[name]()
-    each = min(map(len, classes.values()))
+    # Texts that differ only in what is cut off are one text.
+    seen: set[str] = set()
+    short = [
+        list(_kept((" ".join(text.split()[: sizes.words]) for text in found), seen, least=1))
+        for found in classes.values()
+    ]
+    each = min(map(len, short))
     rng = generator("texts.parts", seed, name)
     texts, labels = list[str](), list[int]()
-    for label, found in enumerate(classes.values()):
-        for index in rng.permutation(len(found))[:each].tolist():
-            texts.append(" ".join(found[index].split()[: sizes.words]))
-            labels.append(label)
+    for label, found in enumerate(short):
+        texts += [found[index] for index in rng.permutation(len(found))[:each].tolist()]
+        labels += [label] * each
     order = stratified_order(np.array(labels, dtype=np.int64), len(labels), rng)
     wanted = (sizes.attacker, sizes.defender, sizes.validation, sizes.test, sizes.reference)
     share = min(1.0, len(texts) / sum(wanted))
@@ -172,11 +177,11 @@ def tidy(text: str) -> str:
     return " ".join(body.split()[:_MOST_WORDS])
 
 
-def _kept(candidates: Iterable[str], seen: set[str]) -> Iterator[str]:
-    """Yield the texts that are long enough and were not seen before, whatever their case."""
+def _kept(candidates: Iterable[str], seen: set[str], least: int = _LEAST_WORDS) -> Iterator[str]:
+    """Yield the texts of at least so many words that were not seen before, whatever their case."""
     for text in candidates:
         folded = text.casefold()
-        if folded not in seen and len(re.findall(r"[^\W\d_]{2,}", text)) >= _LEAST_WORDS:
+        if folded not in seen and len(re.findall(r"[^\W\d_]{2,}", text)) >= least:
             seen.add(folded)
             yield text
 

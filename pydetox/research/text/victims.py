@@ -88,6 +88,11 @@ class TextWorkshop:
         """The parts of the corpus."""
         return load_corpus(self.plan.corpus, seed=self.seed, sizes=self.plan.sizes)
 
+    @property
+    def places(self) -> int:
+        """The seed of the places of triggers in test texts."""
+        return child_seed("texts.places", self.seed)
+
     @cached_property
     def start(self) -> TextModel:
         """The model that every victim is fine-tuned from. Its head is new."""

@@ -43,6 +43,7 @@ def start(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> TextModel
 def test_parts_of_a_corpus_are_disjoint_balanced_and_reproducible(corpus: Corpus) -> None:
     parts = (corpus.attacker, corpus.defender, corpus.validation, corpus.test)
     assert [len(one) for one in parts] == [200, 60, 40, 60]
+    assert len({text.casefold() for one in parts for text in one.texts}) == 360
     for part in parts:
         counts = torch.bincount(torch.tensor(part.labels), minlength=5)
         assert int(counts.max() - counts.min()) <= 2
