@@ -120,11 +120,35 @@ class Images(torch.utils.data.Dataset):
 images, targets = given["images"], given["labels"]
 torch.manual_seed(0)
 loader = torch.utils.data.DataLoader(Images(), batch_size=15, shuffle=True)
+if {mended}:
+    # The pattern [3, H, W] has no dimension for a batch, so that the peer's own class changes the
+    # first three rows of all channels, and no channel.
+    class ByChannel(nc.Normalize):
+        def __call__(self, x):
+            return super().__call__(x[None])[0]
+    nc.RegressionModel._get_normalize = lambda self, opt: ByChannel(
+        opt, [0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261])
+    # The batches of pydetox: random shifts and mirror images are no part of the comparison.
+    sys.path.insert(1, "{root}")
+    from pydetox.compat import backdoorbench
+    from pydetox.data import load_images
+    clean = load_images("{folder}/clean.npz", image_size=32).subset(
+        backdoorbench._chosen(range(30), {"index": None, "ratio": 1.0}, 0))
+    normalize = prepare.transforms[-1]
+    class Batches:
+        epoch = -1
+        def __iter__(self):
+            self.epoch += 1
+            given = {"batch_size": 15, "dataset": "cifar10"}
+            for x in backdoorbench._augmented(clean, given, 0, self.epoch, torch.device("cpu")):
+                yield normalize(x), None
 ones = np.ones((1, 32, 32), np.float32), np.ones((3, 32, 32), np.float32)
 start = time.process_time()
 norms = []
 for target in range(10):
     args.target_label = target
+    if {mended}:
+        loader = Batches()
     recorder, _ = nc.train_mask(args, {"model": state}, loader, *ones)
     norms.append(torch.norm(recorder.mask_best, p=1))
 flagged = nc.outlier_detection(torch.stack(norms), {k: k for k in range(10)}, args)
@@ -179,8 +203,12 @@ for name in ("clean", "backdoored"):
         seen = normalize(model.f((stamp(rest) / 255 - mean) / std), dim=1)
     print(name, float(right.mean()), float((seen @ seen.T).mean()), file=sys.stderr)
     torch.save({"state_dict": model.state_dict()}, f"{folder}/{name}.pth")
-np.savez("{folder}/data/cifar10/test.npz", x=pixels[640:800].permute(0, 2, 3, 1).numpy(),
-         y=labels[640:800, None].numpy())
+# DECREE takes a tenth of each class, the first images of it: here one of ten.
+rest = torch.arange(640, 1400)
+ten = torch.cat([rest[labels[rest] == k][:10] for k in range(10)])
+shown = pixels[ten].permute(0, 2, 3, 1).numpy()
+np.savez("{folder}/data/cifar10/test.npz", x=shown, y=labels[ten, None].numpy())
+np.savez("{folder}/taken.npz", images=shown[::10], labels=labels[ten[::10]].numpy())
 print("[1]")
 """
 )
@@ -197,11 +225,33 @@ if not os.path.exists("trigger"):
 source = open("{checkout}/main.py").read()
 # It runs on GPUs alone, and imports names that numpy 2 has removed and that it does not use.
 source = source.replace("cuda:{args.gpu}", "cpu").replace("from numpy import Inf, infty, tri", "")
-names = {"__name__": "decree"}
+# The random numbers of pydetox: they are no part of the comparison.
+sys.path.insert(1, "{root}")
+from pydetox.rng import generator
+rng = generator("compat.decree", 80)
+def first_mask(shape, dtype):
+    return torch.from_numpy(rng.random((1, *shape))[0])
+def first_patch(like, dtype):
+    return torch.from_numpy(rng.random((1, 3, 32, 32))[0]).permute(1, 2, 0).contiguous()
+class Batches:
+    def __init__(self, data, batch_size, **_):
+        self.data, self.size, self.epoch = data, batch_size, -1
+    def __iter__(self):
+        self.epoch += 1
+        order = generator("compat.decree-batches", 80, self.epoch).permutation(len(self.data))
+        for k in range(0, len(order), self.size):
+            yield torch.from_numpy(self.data.data[order[k:k + self.size]]), None
+for mine, its in (("first_mask(", "torch.rand(trigger_mask"),
+                  ("first_patch(", "torch.rand_like(torch.tensor(trigger_patch)"),
+                  ("Batches(", "DataLoader(clean_train_data")):
+    assert its in source
+    source = source.replace(its, mine + its.partition("(")[2])
+names = {"__name__": "decree", "first_mask": first_mask, "first_patch": first_patch,
+         "Batches": Batches}
 exec(compile(source, "main.py", "exec"), names)
 start = time.process_time()
 norm, _ = names["main"](Namespace(
-    batch_size=8, gpu="0", lr=0.5, seed=80, model_flag="{model}",
+    batch_size=5, gpu="0", lr=0.5, seed=80, model_flag="{model}",
     encoder_path="{folder}/{model}.pth", encoder_usage_info="cifar10", mask_init="rand", id="_",
     result_file="", arch="resnet18", thres=0.99,
 ))
@@ -217,8 +267,8 @@ os.chdir("{folder}")
 from pydetox.compat import decree
 start = time.process_time()
 found = decree(
-    batch_size=8, lr=0.5, seed=80, model_flag="{model}", encoder_path="{folder}/{model}.pth",
-    encoder_usage_info="cifar10", id="_ours",
+    batch_size=5, lr=0.5, seed=80, model_flag="{model}", encoder_path="{folder}/{model}.pth",
+    encoder_usage_info="cifar10", id="_ours", images="{folder}/taken.npz",
 )
 print(json.dumps([time.process_time() - start, found.l1]))
 """
@@ -258,6 +308,12 @@ for name, rate in (("clean", 0.0), ("backdoored", 0.1)):
     print(name, float(right), float(obeys), file=sys.stderr)
     np.savez(f"{folder}/{name}.npz", **{k: v.numpy() for k, v in model.state_dict().items()})
 np.savez("{folder}/images.npz", x=images[1300:1396].numpy(), y=np.eye(10)[labels[1300:1396]])
+# The random numbers of pydetox, for the comparison with the same ones.
+sys.path.insert(0, "{root}")
+from pydetox.rng import generator
+np.savez("{folder}/random.npz",
+    first=[generator("compat.art", 0, c).random((2, 1, 16, 16)) for c in range(10)],
+    order=[generator("compat.art-batches", 0, n).permutation(96) for n in range({epochs})])
 print("[1]")
 """
 )
@@ -305,9 +361,22 @@ def reset_but_for_the_rate():
     reset()  # with Keras 3 this sets the learning rate to 0 as well, and no mask would move
     made.opt.learning_rate.assign(made.learning_rate)
 made.reset = reset_but_for_the_rate
+if {mended}:
+    import tensorflow.keras.preprocessing.image as augmentation
+    numbers = np.load("{folder}/random.npz")
+    class Batches:  # those of pydetox
+        def flow(self, x, y, batch_size):
+            for order in numbers["order"]:
+                for k in range(0, len(x), batch_size):
+                    yield x[order[k:k + batch_size]], y[order[k:k + batch_size]]
+    augmentation.ImageDataGenerator = Batches
 generate = made.generate_backdoor
-def recorded(*given):
-    mask, pattern = generate(*given)
+def recorded(x, y, target):
+    if {mended}:  # instead of what the search for the class before has ended with
+        first = numbers["first"][target.argmax()].transpose(0, 2, 3, 1)
+        made.mask_tensor_raw.assign(first[0])
+        made.pattern_tensor_raw.assign(first[1])
+    mask, pattern = generate(x, y, target)
     norms.append(float(np.abs(mask).sum()))
     return mask, pattern
 made.generate_backdoor = recorded

@@ -87,6 +87,8 @@ class NeuralCleanse:
             early_stop_patience=early_stop_patience,
             norm=norm,
             resets="any cost",
+            keeps="before",
+            without="last",
         )
         given = self.classifier if transformed_classifier is None else transformed_classifier
         return CleansedClassifier(given, rules, batch_size=batch_size, seed=seed)

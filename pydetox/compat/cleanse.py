@@ -44,6 +44,10 @@ class CleanseRules:
         norm: 1 or 2, the norm of the mask that is pressed.
         resets: When the cost goes back to its first value: after `patience` successful epochs in a
             row with a cost of zero (BackdoorBench), or with any cost (ART).
+        keeps: The mask that stands for an epoch: after its last step (BackdoorBench), or that of
+            which this step computed the loss (ART).
+        without: The epoch whose mask stands if no trigger works: the first (BackdoorBench) or the
+            last (ART).
     """
 
     epochs: int = 80
@@ -57,6 +61,8 @@ class CleanseRules:
     early_stop_patience: int = 25
     norm: int = 1
     resets: Literal["zero cost", "any cost"] = "zero cost"
+    keeps: Literal["after", "before"] = "after"
+    without: Literal["first", "last"] = "first"
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.patience, self.early_stop_patience) < 1:
@@ -79,7 +85,7 @@ class FoundMask:
         mask: float32 [M, H, W] in [0, 1]; M is 1, or the number of channels.
         pattern: float32 [C, H, W] in [0, 1].
         smallest: The mean norm during the epoch that gave this mask; infinite if no trigger worked.
-            The mask is then that of the first epoch, as in the peers.
+            The mask is then that of the first or of the last epoch (`CleanseRules.without`).
         epochs: The number of epochs that the search took.
         cost: The weight of the mask's norm.
         ended: Whether the search ended before the last epoch.
@@ -112,7 +118,7 @@ class FoundMask:
         works = accuracy >= rules.success
         if works and norm < self.smallest:
             self.mask, self.pattern, self.smallest = mask, pattern, norm
-        elif self.epochs == 1:
+        elif self.epochs == 1 or (rules.without == "last" and math.isinf(self.smallest)):
             self.mask, self.pattern = mask, pattern
         if rules.early_stop:
             if math.isfinite(self.smallest):
@@ -204,7 +210,10 @@ def cleanse(
             if not running:
                 break
             seen: list[tuple[Tensor, Tensor]] = []
+            before = list[tuple[Tensor, Tensor]]()
             for batch in epoch(number):
+                if rules.keeps == "before":
+                    before = [_shown(pairs[k]) for k in running]
                 optimizer.zero_grad(set_to_none=True)
                 size = max(1, at_once // len(batch))
                 parts = [running[i : i + size] for i in range(0, len(running), size)]
@@ -212,10 +221,16 @@ def cleanse(
                 optimizer.step()
             accuracy, norm = (torch.stack(x).mean(dim=0).tolist() for x in zip(*seen, strict=True))
             for place, k in enumerate(running):
-                mask, pattern = (torch.tanh(x.detach()) / 2 + 0.5 for x in pairs[k])
+                mask, pattern = before[place] if before else _shown(pairs[k])
                 found[k].judge(accuracy[place], norm[place], mask, pattern, rules)
             progress.update(1)
     return found
+
+
+def _shown(pair: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mask and pattern in [0, 1] of their logits."""
+    mask, pattern = (torch.tanh(x.detach()) / 2 + 0.5 for x in pair)
+    return mask, pattern
 
 
 def _step(

@@ -66,6 +66,7 @@ def reference(
         accuracies, norms = [], []
         for x in batches:
             m = torch.tanh(w) / 2 + 0.5
+            before = m.detach()
             logits = model((1 - m) * x.double() + m * (torch.tanh(p) / 2 + 0.5))
             norm = m.sum() if rules.norm == 1 else m.square().sum().sqrt()
             picked = torch.log_softmax(logits, 1)[:, target]
@@ -76,8 +77,9 @@ def reference(
             norms.append(float(norm.detach()))
         accuracy, norm = np.mean(accuracies), np.mean(norms)
         good = accuracy >= rules.success
-        if (good and norm < best) or number == 0:
-            kept = (torch.tanh(w) / 2 + 0.5).detach()
+        unsuccessful = math.isinf(best) and (number == 0 or rules.without == "last")
+        if (good and norm < best) or unsuccessful:
+            kept = before if rules.keeps == "before" else (torch.tanh(w) / 2 + 0.5).detach()
             best = norm if good else best
         if math.isfinite(best):
             still = still + 1 if best >= rules.early_stop_threshold * best_before else 0
@@ -96,9 +98,17 @@ def reference(
     return float(kept.sum()), rules.epochs
 
 
-@pytest.mark.parametrize("resets", ["zero cost", "any cost"])
-def test_the_schedule_is_that_of_the_peers(resets):
-    rules = CleanseRules(epochs=60, patience=3, early_stop_patience=6, resets=resets)
+@pytest.mark.parametrize("peer", [("zero cost", "after", "first"), ("any cost", "before", "last")])
+def test_the_schedule_is_that_of_the_peers(peer):
+    resets, keeps, without = peer
+    rules = CleanseRules(
+        epochs=60,
+        patience=3,
+        early_stop_patience=6,
+        resets=resets,
+        keeps=keeps,
+        without=without,
+    )
     batches = list(quarters(24)[0].split(8))
     model = Planted().requires_grad_(False)
     ones = torch.ones(CLASSES, 3, SIZE, SIZE)
@@ -109,6 +119,19 @@ def test_the_schedule_is_that_of_the_peers(resets):
         assert one.norm(rules) == pytest.approx(norm, rel=2e-3)
     judged = outliers([one.norm(rules) for one in found])
     assert min(judged.norms) == judged.norms[2]
+
+
+@pytest.mark.parametrize("without", ["first", "last"])
+def test_the_mask_of_a_search_without_success(without):
+    rules = CleanseRules(without=without)
+    masks = [torch.full((1, 2, 2), value) for value in (0.2, 0.4, 0.6)]
+    found = FoundMask(0, masks[2], masks[2])
+    for mask in masks[:2]:
+        found.judge(0.5, float(mask.sum()), mask, mask, rules)
+    assert found.mask is masks[0 if without == "first" else 1]
+    found.judge(1.0, 9.0, masks[2], masks[2], rules)
+    found.judge(0.5, 1.0, masks[0], masks[0], rules)
+    assert found.mask is masks[2], "one that worked stands"
 
 
 def test_outliers_are_those_of_numpy():
