@@ -116,7 +116,10 @@ def configure(
             "interpolation= and resize_mode= tell them"
         )
     config = {**found.config, **given}
-    check_preprocess_config(config)
+    try:
+        check_preprocess_config(config)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{reference}: {error} (from {source})") from error
     return Configuration(model_config, config or None, source, tuple(warnings), own, named)
 
 

@@ -17,6 +17,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from ..checkpoints.layout import TOKENIZER_NAMES
+from ..checkpoints.tokenizer_files import check_tokenizer_json, guarded, is_failure, reason_of
 from ..errors import ArchitectureError
 from .hub_towers import vocabulary_of
 
@@ -82,6 +83,11 @@ def _of_the_hub(
         "trust_remote_code": False,
     }
     files = {key: companions[key] for key in TOKENIZER_NAMES if key in companions}
+    if "tokenizer.json" in files:
+        try:
+            check_tokenizer_json(files["tokenizer.json"])
+        except ArchitectureError as error:
+            raise ArchitectureError(f"{name}: {error}") from error
     tokenizer: Tokenizer
     try:
         if not files:
@@ -98,9 +104,10 @@ def _of_the_hub(
             f"{name}: its text tower wants the tokenizer {wanted!r}, which transformers reads: "
             "pip install transformers (a label-free scan needs no text tower)"
         ) from error
-    except Exception as error:  # transformers and tokenizers raise whatever a file led them into
-        where = "beside its weights" if files else "in the hub's cache"
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    except BaseException as error:  # the libraries raise whatever a file led them into
+        if not is_failure(error):
+            raise
+        where, reason = "beside its weights" if files else "in the hub's cache", reason_of(error)
         raise ArchitectureError(
             f"{name}: its tokenizer {wanted!r} cannot be read {where}: fetch it with "
             f"`hf download {wanted}`, or put its files beside the weights (a label-free scan needs "
@@ -112,7 +119,7 @@ def tokenize(
     tokenizer: Tokenizer, prompts: Sequence[str], text: Mapping[str, Any], name: str
 ) -> Tensor:
     """Return token ids int64 [n, context_length]; ArchitectureError for one out of the table."""
-    tokens = tokenizer(list(prompts))
+    tokens = guarded(tokenizer, name)(list(prompts))
     vocabulary = vocabulary_of(text)
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ArchitectureError(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..checkpoints.tokenizer_files import check_tokenizer_json, guarded, is_failure, reason_of
 from ..data.lines import lines_of
 from ..errors import ArchitectureError, UsageError
 from .extra import import_extra
@@ -52,7 +53,7 @@ class TextTokenizer:
         Raises ArchitectureError for files that are no tokenizer.
         """
         roles = _roles(files, name)
-        self._rust = _read(files, model_type, name)
+        self._rust: Any = _Guarded(_read(files, model_type, name), name)
         self._rust.no_padding()
         self._rust.no_truncation()
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
@@ -130,6 +131,16 @@ class TextTokenizer:
         self._rust.enable_truncation(max_length=max_tokens)
 
 
+class _Guarded:
+    """A tokenizer of the library whose methods raise ArchitectureError where they fail."""
+
+    def __init__(self, rust: Any, name: str) -> None:
+        self._rust, self._name = rust, name
+
+    def __getattr__(self, key: str) -> Any:
+        return guarded(getattr(self._rust, key), self._name)
+
+
 def _roles(files: Mapping[str, bytes], name: str) -> dict[str, str]:
     """Return the text of each token with a role, from the files that tell it."""
     found: dict[str, str] = {}
@@ -159,16 +170,23 @@ def _read(files: Mapping[str, bytes], model_type: str, name: str) -> Any:
     tokenizers = import_extra("tokenizers", name)
     try:
         if "tokenizer.json" in files:
+            check_tokenizer_json(files["tokenizer.json"])
             return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         if "vocab.txt" in files:
             return _word_pieces(tokenizers, files, name)
         if "vocab.json" in files and "merges.txt" in files:
             return _byte_pairs(tokenizers, files, model_type, name)
-    except ArchitectureError:
-        raise
-    except Exception as error:  # the library raises whatever a file led it into
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ArchitectureError(f"{name}: its tokenizer cannot be read: {reason}") from error
+    except ArchitectureError as error:
+        message = str(error)
+        raise ArchitectureError(
+            message if message.startswith(name) else f"{name}: {message}"
+        ) from error
+    except BaseException as error:  # the library raises whatever a file led it into
+        if not is_failure(error):
+            raise
+        raise ArchitectureError(
+            f"{name}: its tokenizer cannot be read: {reason_of(error)}"
+        ) from error
     others = [
         file
         for file in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")

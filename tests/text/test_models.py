@@ -274,3 +274,28 @@ def test_inputs_are_checked(folders: dict[str, Path]) -> None:
         model.encode(["a"], max_tokens=2)
     assert model.encode(["a " * 500], max_tokens=10).input_ids.shape == (1, 10)
     assert model.encode(["a " * 500], max_tokens=1000).input_ids.shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"unk_token": "[NONE]"}}, "its tokenizer fails: .*Missing"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}}},
+            "its tokenizer fails: .*retry-limit",
+        ),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot be read"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 100}}, "inserts 100 characters"),
+    ],
+)
+def test_a_hostile_tokenizer_ends_in_one_line(bert: Path, changes: dict, message: str) -> None:
+    path = bert / "tokenizer.json"
+    content = json.loads(path.read_text())
+    split = {"behavior": "Isolated", "invert": False}
+    for key, value in changes.items():
+        more = split if value.get("type") == "Split" else {}
+        kept = content[key] if key == "model" else {}
+        content[key] = {**kept, **value, **more}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArchitectureError, match=message):
+        load_text_model(bert).tokenizer.encode([f"{'a' * 40} unheard b"], 16)
