@@ -139,7 +139,9 @@ def main(
     verdicts = replace(quick_verdict_plan() if quick else VerdictPlan(), device=device)
     captions = replace(quick_caption_plan() if quick else CaptionPlan(), device=device)
     unnamed = replace(quick_unnamed_plan() if quick else UnnamedPlan(), device=device)
-    repairs = RepairTimePlan(device=device, **({"seeds": (10,)} if quick else {}))
+    repairs = RepairTimePlan(device=device)
+    if quick:
+        repairs = replace(repairs, seeds=repairs.seeds[-1:])
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)
