@@ -2,9 +2,9 @@
 
 `before` is the earlier procedure as a configuration: two passes, whatever the first one reached;
 triggers of its own in both, warps of any size among them; all 21 values of alpha; vectors of 160
-steps, in open_clip's own modules. `now` is the default. Both repair the backdoored model of the demo from the same scan
-configuration and references, in turns, so that a machine whose speed changes does so for both. The
-attack is unknown to both.
+steps, in open_clip's own modules. `now` is the default. Both repair the backdoored model of the
+demo from the same scan configuration and references, in turns, so that a machine whose speed
+changes does so for both. The attack is unknown to both.
 """
 
 from __future__ import annotations
