@@ -124,7 +124,7 @@ def summarize_repair_time(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]
         return {"unlearn.models": 0}
 
     def seconds(row: Mapping[str, Any], *laps: str) -> float:
-        return sum(row["seconds"].get(lap, 0.0) for lap in laps)
+        return float(sum(row["seconds"].get(lap, 0.0) for lap in laps))
 
     def ratio(*laps: str) -> float:
         return statistics.median(
