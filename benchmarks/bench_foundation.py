@@ -167,7 +167,7 @@ def main(
         imagenet = replace(imagenet, classes=head)
     repairs = RepairTimePlan(device=device)
     if quick:
-        repairs = replace(repairs, seeds=(10,))
+        repairs = replace(repairs, seeds=repairs.seeds[-1:])
     if no_baselines:
         plan = replace(plan, methods=(UNKNOWN, KNOWN))
     if seeds is not None:

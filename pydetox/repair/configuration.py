@@ -39,6 +39,9 @@ class AdvancedUnlearnConfig:
             this mask would still obey the attacker's stronger one.
         blend_amplifications: The factors of a recovered blend's mask.
         warp_amplifications: The factors of a recovered warp's offsets.
+        largest_warp: The mean offset, as a share of the side of an image, up to which a recovered
+            warp counts. A larger one makes another picture of the image, in clean models too, and
+            no alpha removes it.
         surrogates: The number of images without a class, made of the given ones, whose features are
             held.
         triggered_surrogates: The weight of their features with a trigger, which are pushed to those
@@ -55,6 +58,7 @@ class AdvancedUnlearnConfig:
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     blend_amplifications: tuple[float, ...] = (1.0, 2.0)
     warp_amplifications: tuple[float, ...] = (1.0, 2.0)
+    largest_warp: float = 0.05
     surrogates: int = 1024
     triggered_surrogates: float = 0.5
     alpha_stride: int = 4
@@ -73,8 +77,11 @@ class AdvancedUnlearnConfig:
                 f"surrogates {self.surrogates}, triggered_surrogates {self.triggered_surrogates}; "
                 "expected at least 2, and a weight of at least 0"
             )
-        if self.alpha_stride < 1:
-            raise UsageError(f"alpha_stride {self.alpha_stride}; expected at least 1")
+        if self.alpha_stride < 1 or not self.largest_warp > 0:
+            raise UsageError(
+                f"alpha_stride {self.alpha_stride}, largest_warp {self.largest_warp}; expected at "
+                "least 1, and a share above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,11 @@ class UnlearnConfig:
         """
         return 1 - (number + 1) / self.passes
 
+    def warps_that_count(self, recovered: WarpResult) -> list[int]:
+        """Return the indices of the warps that work and are small enough."""
+        most = self.advanced.largest_warp * recovered.offsets.shape[-1]
+        return [k for k in recovered.working() if float(recovered.sizes[k]) <= most]
+
     def amplified(
         self, recovered: InversionResult | WarpResult, *, most: float = math.inf
     ) -> list[Stamp]:
@@ -191,7 +203,7 @@ class UnlearnConfig:
         if isinstance(recovered, WarpResult):
             return [
                 recovered.trigger(k).amplified(factor)
-                for k in recovered.working()
+                for k in self.warps_that_count(recovered)
                 for factor in factors.warp_amplifications
             ]
         blend = recovered.family == "blend"

@@ -24,13 +24,9 @@ from .retention import DriftProbe
 from .subtraction import subtract
 from .trigger_vector import trigger_vector
 
-#: The mean offset of a warp, as a share of the side of an image, beyond which it says nothing about
-#: a backdoor: it makes another picture of the image. In a model of digits with a patch, the
-#: smallest warp that worked had 1/16, in one with a sinusoid 1/34 (docs/method.md).
-SMALL_WARP = 1 / 20
-
-#: The score below which a class shows no trace of a backdoor, as in `ScanConfig.drop_below`.
-ORDINARY_SCORE = 1.5
+#: The score below which a class shows no trace of a backdoor. The ten classes of a clean model of
+#: the demo had scores of up to 2.1.
+ORDINARY_SCORE = 2.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -151,8 +147,7 @@ def looks_clean(scan: ScanResult, targets: Sequence[int]) -> bool:
     """Whether a scan is clean, and each target class is like those of clean models in each family.
 
     A verdict asks whether a model is surely backdoored. This asks whether its target classes show
-    any trace of it: their scores are below the one from which `ScanConfig` searches a class to the
-    end.
+    any trace of it: a score of `ORDINARY_SCORE` is far from a finding, and counts as one.
     """
     every = [scan.detection, *(one.detection for one in scan.others)]
     return scan.verdict is Verdict.CLEAN and all(
@@ -164,9 +159,7 @@ def looks_clean(scan: ScanResult, targets: Sequence[int]) -> bool:
 
 def _may_be_last(one: UnlearnRound, number: int, unlearning: UnlearnConfig) -> bool:
     """Whether a pass may have been enough, and is not the last one anyway."""
-    small = any(
-        float(found.sizes.min()) <= SMALL_WARP * found.offsets.shape[-1] for found in one.warps
-    )
+    small = any(unlearning.warps_that_count(found) for found in one.warps)
     return number + 1 < unlearning.passes and one.search.reached and not small and bool(one.targets)
 
 

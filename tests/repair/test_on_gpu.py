@@ -11,7 +11,7 @@ from pydetox.models import attention
 from pydetox.models.frozen import freeze
 from pydetox.prototypes import image_prototypes
 from pydetox.repair.alpha import search_coefficient
-from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.repair.trigger_vector import trigger_vector
 from tests.mini import CLASS_NAMES, mini_images, mini_model
@@ -71,7 +71,8 @@ def test_images_are_not_sent_again_for_every_alpha(gpu):
         for count in (2, 6):
             gpu.sent = 0
             coefficients = tuple(k / 4 for k in range(count))
-            config = UnlearnConfig(coefficients=coefficients)
+            every = AdvancedUnlearnConfig(alpha_stride=1)
+            config = UnlearnConfig(coefficients=coefficients, advanced=every)
             found[place] = search_coefficient(
                 model,
                 vector,

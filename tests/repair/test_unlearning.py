@@ -301,11 +301,14 @@ def test_recovered_triggers_are_amplified_by_their_family_and_failed_ones_left_o
 
 def test_warps_are_amplified_and_those_that_do_not_work_left_out():
     config = UnlearnConfig(advanced=AdvancedUnlearnConfig(warp_amplifications=(1.0, 1.5)))
-    sizes = torch.tensor([0.5, math.inf, 0.25], dtype=torch.float64)
-    found = WarpResult(torch.randn(3, 2, 16, 16), sizes, torch.ones(3), (0, 0, 0))
+    sizes = torch.tensor([0.5, math.inf, 0.25, 0.9], dtype=torch.float64)
+    found = WarpResult(torch.randn(4, 2, 16, 16), sizes, torch.ones(4), (0, 0, 0, 0))
     stamps = config.amplified(found)
     expected = [f * found.offsets[k] for k in (0, 2) for f in (1.0, 1.5)]
     assert all(torch.equal(s.offsets, e) for s, e in zip(stamps, expected, strict=True))
+    # The last one is larger than a twentieth of the side, and makes another picture of the image.
+    any_size = AdvancedUnlearnConfig(warp_amplifications=(1.0,), largest_warp=math.inf)
+    assert len(UnlearnConfig(advanced=any_size).amplified(found)) == 3
     assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
 
 
@@ -594,9 +597,9 @@ def test_a_scan_shows_no_trace_if_no_family_makes_a_target_stand_out():
         first.others = tuple(rest)
         return looks_clean(first, targets)
 
-    assert looks([1], (3.0, 1.4, 0.0), (0.0, -2.0, 0.0))
-    assert not looks([0], (3.0, 1.4, 0.0), (0.0, -2.0, 0.0))
-    assert not looks([1, 2], (0.0, 1.4, 0.0), (0.0, 0.0, 1.6))
+    assert looks([1], (3.0, 1.9, 0.0), (0.0, -2.0, 0.0))
+    assert not looks([0], (3.0, 1.9, 0.0), (0.0, -2.0, 0.0))
+    assert not looks([1, 2], (0.0, 1.9, 0.0), (0.0, 0.0, 2.0))
     assert not looks([1], (0.0, 0.0, 0.0), verdict=Verdict.SUSPICIOUS)
     assert not looks([1], ())
 
@@ -648,7 +651,7 @@ def test_a_pass_is_the_last_one_if_a_scan_after_it_shows_nothing(victim):
     assert rounds[0].rescan.detection.class_scores == (0.0, 0.0, 0.0)
     assert [len(found) for found in rounds[0].triggers] == [2]
     # Something is left: a second pass, which takes the scan's trigger, and one of its own.
-    standing_out = check(2.0)
+    standing_out = check(2.1)
     _, rounds = subtract_passes(session, [TARGET], scan, config, restarts=2, check=standing_out)
     assert asked == [0, 0]  # the last pass is followed by a scan anyway
     assert [one.rescan for one in rounds] == [None, None]

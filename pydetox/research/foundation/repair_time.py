@@ -1,21 +1,23 @@
 """How long a repair takes beside the procedure that it replaces, on the same models.
 
 `before` is the earlier procedure as a configuration: two passes, whatever the first one reached;
-triggers of its own in both; all 21 values of alpha; vectors of 160 steps, in open_clip's own
-modules. `now` is the default. Both repair the backdoored model of the demo from the same scan
-configuration and references, in turns, so that a machine whose speed changes does so for both. The
-attack is unknown to both.
+triggers of its own in both, warps of any size among them; all 21 values of alpha; vectors of 160
+steps, in open_clip's own modules. `now` is the default. Both repair the backdoored model of the
+demo from the same scan configuration and references, in turns, so that a machine whose speed
+changes does so for both. The attack is unknown to both.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -37,7 +39,7 @@ BEFORE = UnlearnConfig(
     batch_size=64,
     passes=2,
     warps=4,
-    advanced=AdvancedUnlearnConfig(alpha_stride=1, reuse_scans=False),
+    advanced=AdvancedUnlearnConfig(largest_warp=math.inf, alpha_stride=1, reuse_scans=False),
 )
 
 
@@ -122,7 +124,7 @@ def summarize_repair_time(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]
         return {"unlearn.models": 0}
 
     def seconds(row: Mapping[str, Any], *laps: str) -> float:
-        return sum(row["seconds"].get(lap, 0.0) for lap in laps)
+        return float(sum(row["seconds"].get(lap, 0.0) for lap in laps))
 
     def ratio(*laps: str) -> float:
         return statistics.median(
@@ -161,10 +163,5 @@ def _told(row: Mapping[str, Any]) -> str:
 @contextmanager
 def _own_modules(wanted: bool) -> Iterator[None]:
     """Let fine-tunings run through open_clip's own modules, as they did before."""
-    kept = open_clip_model.trainable
-    try:
-        if wanted:
-            open_clip_model.trainable = lambda tower: None
+    with patch.object(open_clip_model, "trainable", lambda _: None) if wanted else nullcontext():
         yield
-    finally:
-        open_clip_model.trainable = kept
