@@ -259,7 +259,7 @@ def _saved(model: OpenClipModel, folder: Path, seed: int) -> Path:
 
 def _key(suspect: Suspect, method: str, seed: int, shortened: Shortened) -> str:
     """Return the name of a result: what decides it, but not how tables are made."""
-    parts = (decree_step, published, work, _ours, _peer, Shortened)
+    parts = (work, Shortened, _ours) if method in OURS else (decree_step, published, work, _peer)
     sources = "".join(inspect.getsource(one) for one in parts).encode()
     content = {
         "model": suspect.key,
@@ -267,7 +267,7 @@ def _key(suspect: Suspect, method: str, seed: int, shortened: Shortened) -> str:
         "seed": seed,
         "shortened": shortened,
         "scan": code_digest(SCAN_CODE),
-        "peers": hashlib.sha256(sources).hexdigest(),
+        "code": hashlib.sha256(sources).hexdigest(),
     }
     return key_of("scan-time", content)
 

@@ -178,7 +178,8 @@ def neural_cleanse(
         optimizer = torch.optim.Adam(
             [mask_logits, pattern_logits], lr=rules.learning_rate, betas=(0.5, 0.9)
         )
-        one = FoundMask(target, *_shares(mask_logits, pattern_logits), cost=rules.initial_cost)
+        first = _shares(mask_logits, pattern_logits)
+        one = FoundMask(target, first[0], first[1], cost=rules.initial_cost)
         for _ in range(rules.epochs):
             rights, norms = list[Tensor](), list[Tensor]()
             for part in torch.randperm(len(images), generator=order).split(batch_size):
@@ -197,7 +198,8 @@ def neural_cleanse(
                 norms.append(norm.detach())
                 passes, steps = passes + 2 * len(part), steps + 1
             accuracy, size = (float(torch.stack(values).mean()) for values in (rights, norms))
-            one.judge(accuracy, size, *_shares(mask_logits, pattern_logits), rules)
+            mask, pattern = _shares(mask_logits, pattern_logits)
+            one.judge(accuracy, size, mask, pattern, rules)
             if one.ended:
                 break
         found.append(one)
@@ -211,5 +213,6 @@ def neural_cleanse(
     return PeerVerdict(backdoored, found[weakest].target, p_l1, index, passes, steps)
 
 
-def _shares(*logits: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.tanh(one.detach()) / 2 + 0.5 for one in logits)
+def _shares(mask_logits: Tensor, pattern_logits: Tensor) -> tuple[Tensor, Tensor]:
+    mask, pattern = (torch.tanh(x.detach()) / 2 + 0.5 for x in (mask_logits, pattern_logits))
+    return mask, pattern

@@ -74,7 +74,7 @@ class ImagenetPlan:
     image_size: int = 112
     classes: int | None = None
     photographs: int = 200
-    sizes: TaskSizes = field(default_factory=lambda: TaskSizes(3_200, 800, 0, 2_000))
+    sizes: TaskSizes = field(default_factory=lambda: TaskSizes(3_200, 800, 1, 2_000))
     attack: str = "badnets"
     rate: float = 0.1
     fine_tuning: TrainConfig = field(
@@ -92,7 +92,7 @@ def quick_imagenet_plan() -> ImagenetPlan:
         image_size=32,
         classes=30,
         photographs=16,
-        sizes=TaskSizes(96, 32, 0, 96),
+        sizes=TaskSizes(96, 32, 1, 96),
         fine_tuning=TrainConfig(epochs=1, learning_rate=1e-4, batch_size=32),
         clean=0,
         scan=ScanConfig(

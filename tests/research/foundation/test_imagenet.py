@@ -99,7 +99,8 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def digits(name: str, *, image_size: int, classes: int, sizes: Any, seed: int) -> Any:
-        return load_task("digits", seed=seed, image_size=image_size, sizes=replace(sizes, test=96))
+        sizes = replace(sizes, validation=20)
+        return load_task("digits", seed=seed, image_size=image_size, sizes=sizes)
 
     def small(image_size: int, classes: int | None) -> OpenClipModel:
         torch.manual_seed(0)
