@@ -9,7 +9,7 @@ honest words of each class. Its logits are kept as long as the base itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -109,8 +109,8 @@ def base_logits(base: TextModel, precision: str) -> RowLogits:
 def screening_precision(model: TextModel, wanted: str) -> str:
     """Return the precision in which candidates are screened, `float32` or `bfloat16`.
 
-    wanted: That, or `auto`: bfloat16 where the device has instructions for it, as in float32 it
-    takes about twice as long there. A model that is not stored in float32 stays as it is.
+    wanted: That, or `auto`: bfloat16 where the device has instructions for it, since float32 takes
+    about twice as long there. A model that is not in float32 stays as it is.
     """
     if model.embedding.dtype != torch.float32:
         return "float32"
@@ -120,5 +120,7 @@ def screening_precision(model: TextModel, wanted: str) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if model.device.type != "cpu":
         return "float32"
-    has = torch.cpu.get_capabilities()
+    # Not every version of torch that is supported tells.
+    tell: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    has = tell()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
