@@ -226,7 +226,7 @@ def judge_causal(
             words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
         strongest = max([*words, *([within] if within else [])], key=_order)
         if strongest is within:
-            words, said = (within, *words), decoded(model, rest)
+            words, said = (strongest, *words), decoded(model, rest)
         length = 1 + words.index(strongest)
         if strongest.success > 0:
             reason += (
