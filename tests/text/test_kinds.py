@@ -64,8 +64,10 @@ def test_one_command_scans_all_kinds(registry: Path, tmp_path: Path) -> None:
     done = scan(registry, run, "json", "--report", report)
     assert done.exit_code in (0, 1, 2), done.output
     document = json.loads(done.stdout)
-    found = {Path(one["name"]).name: one for one in document["results"]}
-    assert set(found) == {"image", "classifier", "causal", "tower"}
+    kinds = ("image", "classifier", "causal", "tower")
+    found = {k: one for one in document["results"] for k in kinds if k in Path(one["name"]).parts}
+    assert set(found) == set(kinds)
+    assert len(document["results"]) == 4
     assert all(one["verdict"] != "error" for one in found.values()), found
     assert "kind" not in found["image"]
     assert {found[name]["kind"] for name in ("classifier", "causal", "tower")} == {"text"}
