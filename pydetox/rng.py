@@ -133,7 +133,6 @@ STREAMS: Mapping[str, str] = {
     "texts.language-attack": "trigger and target text of an attack on a causal model; by attack",
     "texts.language-poisoned": "which texts of a causal model are poisoned, and where they are cut",
     "texts.language-victim": "seed of the fine-tuning of a causal victim; by kind and number",
-    "texts.language-prompts": "where test texts are cut into prompts",
     "texts.attack": "trigger and target class of an attack; by attack",
     "texts.poisoned": "which texts are poisoned",
     "texts.head": "first weights of a text classifier's head",
