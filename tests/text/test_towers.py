@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers")
 
 import torch
 
-from pydetox.detect.statistics import Verdict
+from pydetox.detect.statistics import FINDINGS, Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.models import OpenClipModel
 from pydetox.text import (
@@ -99,7 +99,7 @@ def test_a_backdoor_is_found_and_removed(
         config=CONFIG,
         output=tmp_path / "repaired",
     )
-    assert result.verdict is Verdict.BACKDOORED
+    assert result.verdict in FINDINGS
     assert isinstance(result.before, TowerScanResult)
     assert "zorp" in [one.trigger.text for one in result.before.triggers]
     assert result.passes

@@ -134,7 +134,7 @@ def detox_causal_model(
             stamps += [one.trigger.at(place) for one in recovered for place in _PLACES]
             aims += _texts_of(current)
         aims = list(dict.fromkeys(aims))
-        seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
+        seeded = replace(unlearning, seed=child_seed("causal.vector-pass", unlearning.seed, number))
         vector = causal_trigger_vector(
             repaired, texts.texts, stamps, aims, seeded, base=base, max_tokens=config.max_tokens
         )

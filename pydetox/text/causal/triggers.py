@@ -347,7 +347,7 @@ class _Search:
         config, few = self.config, self.config.advanced
         table = self.model.embedding.detach()
         allowed = [self.words.at(k, self.begins).to(table.device) for k in range(config.length)]
-        rng = generator("texts.start", config.seed)
+        rng = generator("causal.start", config.seed)
         shape = (config.length, config.restarts, len(table))
         start = rng.standard_normal(shape, dtype="float32")
         logits = torch.from_numpy(start).to(table.device).requires_grad_()
@@ -375,7 +375,7 @@ class _Search:
 
     def _decided(self, rows: Sequence[_Words]) -> FoundTrigger:
         """Return the best trigger, judged as text in prompts that the search has not seen."""
-        model, seed = self.model, child_seed("texts.check", self.config.seed)
+        model, seed = self.model, child_seed("causal.check", self.config.seed)
         prompts = prompts_of(self.checked)
         tried = []
         for tokens in rows:
