@@ -65,7 +65,7 @@ STREAMS: Mapping[str, str] = {
     "texts.vector-places": "places of a trigger in the texts of its vector; by number",
     "causal.vector": "texts and triggers of the fine-tuning that makes a causal model's vector",
     "causal.vector-cuts": "after which words of a text a trigger of a causal model stands",
-    "causal.vector-places": "places of a trigger in the texts of a causal model's vector; by number",
+    "causal.vector-places": "places of a trigger in the texts of a causal vector; by number",
     "causal.vector-pass": "seed of the trigger vector of a repair of a causal model; by number",
     "causal.attacked-places": "places of a trigger in the prompts that choose alpha; by number",
     "causal.start": "first logits of a relaxed search for words that bring a text",
