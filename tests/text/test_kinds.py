@@ -72,7 +72,9 @@ def test_one_command_scans_all_kinds(registry: Path, tmp_path: Path) -> None:
     assert "kind" not in found["image"]
     assert {found[name]["kind"] for name in ("classifier", "causal", "tower")} == {"text"}
     assert found["causal"]["objective"] == "continuation"
-    assert found["causal"]["verdict"] in ("clean", "suspicious", "backdoored")
+    # Weights at random know no language.
+    assert found["causal"]["verdict"] == "inconclusive"
+    assert "the texts mean nothing to the model" in found["causal"]["reason"]
     assert found["causal"]["continuations"][0]["text"] == found["causal"]["weakest_class"]
     assert found["tower"]["objective"] == "label-free"
     for name in ("classifier", "tower"):
