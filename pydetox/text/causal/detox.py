@@ -205,7 +205,7 @@ def _texts_of(scan: CausalScanResult) -> list[tuple[int, ...]]:
     """Return the texts to unlearn, as tokens: the best, and those that are nearly as good."""
     least = _AS_GOOD * rank(scan.continuations[0])
     good = [one.tokens for one in scan.continuations if rank(one) >= least]
-    return [*good[:_MOST_TEXTS], *([scan.rest] if len(scan.rest) < len(good[0]) else [])]
+    return [*good[:_MOST_TEXTS], *([scan.rest] if scan.rest != good[0] else [])]
 
 
 def _provenance(
