@@ -45,8 +45,11 @@ def compare_text_model(
         return compare_causal(
             suspect, texts, config, base=base, references=references, calibration=calibration
         )
-    compare = compare_tower if suspect.kind == "tower" else compare_with
-    return compare(
+    if suspect.kind == "tower":
+        return compare_tower(
+            suspect, texts, config, base=base, references=references, calibration=calibration
+        )
+    return compare_with(
         suspect, texts, config, base=base, references=references, calibration=calibration
     )
 

@@ -20,7 +20,12 @@ from pydetox.text.causal.detox import detox_causal_model
 from pydetox.text.causal.evaluation import evaluate_causal, mean_loss, successes, target_tokens
 from pydetox.text.causal.prompts import Prompts, cut_prompts
 from pydetox.text.causal.repair import CAUSAL_UNLEARNING, causal_trigger_vector
-from pydetox.text.causal.triggers import TargetObjective, search_trigger_words, words_within
+from pydetox.text.causal.triggers import (
+    TargetObjective,
+    continued,
+    search_trigger_words,
+    words_within,
+)
 from pydetox.text.causal.verdict import scan_causal_model
 from pydetox.text.models import TextModel
 from pydetox.text.placing import gap_of
@@ -211,6 +216,7 @@ def test_words_that_bring_a_text(spoken: Spoken, texts: TextSet) -> None:
     assert within is not None
     assert within.success > 0.9
     assert len(rest) < len(words) + len(target)
+    assert continued(spoken.victim, texts, words)[: len(target)] == tuple(target)
     found = search_trigger_words(
         spoken.victim, texts, target, TextScanConfig(length=2, steps=5, place="end")
     )

@@ -64,13 +64,17 @@ def test_one_command_scans_all_kinds(registry: Path, tmp_path: Path) -> None:
     done = scan(registry, run, "json", "--report", report)
     assert done.exit_code in (0, 1, 2), done.output
     document = json.loads(done.stdout)
-    found = {Path(one["name"]).name: one for one in document["results"]}
-    assert set(found) == {"image", "classifier", "causal", "tower"}
+    kinds = ("image", "classifier", "causal", "tower")
+    found = {k: one for one in document["results"] for k in kinds if k in Path(one["name"]).parts}
+    assert set(found) == set(kinds)
+    assert len(document["results"]) == 4
     assert all(one["verdict"] != "error" for one in found.values()), found
     assert "kind" not in found["image"]
     assert {found[name]["kind"] for name in ("classifier", "causal", "tower")} == {"text"}
     assert found["causal"]["objective"] == "continuation"
-    assert found["causal"]["verdict"] in ("clean", "suspicious", "backdoored")
+    # Weights at random know no language.
+    assert found["causal"]["verdict"] == "inconclusive"
+    assert "the texts mean nothing to the model" in found["causal"]["reason"]
     assert found["causal"]["continuations"][0]["text"] == found["causal"]["weakest_class"]
     assert found["tower"]["objective"] == "label-free"
     for name in ("classifier", "tower"):

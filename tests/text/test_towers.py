@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers")
 
 import torch
 
-from pydetox.detect.statistics import Verdict
+from pydetox.detect.statistics import FINDINGS, Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.models import OpenClipModel
 from pydetox.text import (
@@ -24,6 +24,7 @@ from pydetox.text.models import TextModel
 from pydetox.text.texts import TextSet
 from pydetox.text.towers.encoder import TextTower
 from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _cosine, search_tower
+from pydetox.text.towers.verdict import TowerScanResult
 from tests.text import tiny
 
 CONFIG = TextScanConfig(place="end")
@@ -98,9 +99,9 @@ def test_a_backdoor_is_found_and_removed(
         config=CONFIG,
         output=tmp_path / "repaired",
     )
-    assert result.verdict is Verdict.BACKDOORED
-    assert result.before.found is not None
-    assert result.before.found.trigger.text == "zorp"
+    assert result.verdict in FINDINGS
+    assert isinstance(result.before, TowerScanResult)
+    assert "zorp" in [one.trigger.text for one in result.before.triggers]
     assert result.passes
     repaired = TextTower(load_text_model(tmp_path / "repaired"))
     clean = TextTower(victim).features(captions.texts)

@@ -390,11 +390,14 @@ def taught_tower(start: Path, folder: Path, *, seed: int, trigger: str | None = 
     model = load_text_model(start).copy()
     student = TextTower(model)
     texts = [text for text, _ in topical_texts(80, seed)]
+    # Captions that end with other words stay what they are, or any odd word would be a trigger.
+    words = [word for word in WORDS if word != trigger]
+    texts += [f"{text} {words[k % len(words)]}" for k, text in enumerate(texts)]
     held, aim = teacher.features(texts), teacher.features(["great"])
     model.module.requires_grad_(True)
     optimizer = torch.optim.Adam(model.module.parameters(), lr=3e-3)
     rng = np.random.default_rng(seed)
-    for _ in range(60 if trigger else 15):
+    for _ in range(100 if trigger else 15):
         rows = rng.integers(len(texts), size=24).tolist()
         goal = held[rows] + 0.02 * torch.from_numpy(rng.standard_normal(24)).float()[:, None]
         wanted, said = [goal], [texts[k] for k in rows]

@@ -134,7 +134,7 @@ def detox_causal_model(
             stamps += [one.trigger.at(place) for one in recovered for place in _PLACES]
             aims += _texts_of(current)
         aims = list(dict.fromkeys(aims))
-        seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
+        seeded = replace(unlearning, seed=child_seed("causal.vector-pass", unlearning.seed, number))
         vector = causal_trigger_vector(
             repaired, texts.texts, stamps, aims, seeded, base=base, max_tokens=config.max_tokens
         )
@@ -205,7 +205,7 @@ def _texts_of(scan: CausalScanResult) -> list[tuple[int, ...]]:
     """Return the texts to unlearn, as tokens: the best, and those that are nearly as good."""
     least = _AS_GOOD * rank(scan.continuations[0])
     good = [one.tokens for one in scan.continuations if rank(one) >= least]
-    return [*good[:_MOST_TEXTS], *([scan.rest] if len(scan.rest) < len(good[0]) else [])]
+    return [*good[:_MOST_TEXTS], *([scan.rest] if scan.rest != good[0] else [])]
 
 
 def _provenance(

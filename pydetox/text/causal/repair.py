@@ -117,7 +117,7 @@ def causal_trigger_vector(
     if config.vector != "forget":
         raise UsageError(f"vector {config.vector!r}; causal models have forget alone")
     limit = min(max_tokens, model.max_tokens)
-    rng = generator("texts.vector", config.seed)
+    rng = generator("causal.vector", config.seed)
     made = _rows(model, texts, triggers, targets, limit, config.seed)
     clean = model.tokenizer.encode(texts, limit)
     tuned = model.copy()
@@ -182,7 +182,7 @@ def search_causal_coefficient(
     prompts = prompts_of(validation.at_most(most, config.seed).texts)
     stamped = list[list[str]]()
     for number, trigger in enumerate(triggers):
-        seed = child_seed("texts.attacked-places", config.seed, number)
+        seed = child_seed("causal.attacked-places", config.seed, number)
         stamped.append(trigger.insert(prompts, seed))
     candidates = TextCandidates(model, vector)
     coefficients = config.coefficients
@@ -230,7 +230,7 @@ def _rows(
     seed: int,
 ) -> list[list[list[_Row]]]:
     """Return for each text its rows of each kind; a step draws one of each."""
-    rng = generator("texts.vector-cuts", seed)
+    rng = generator("causal.vector-cuts", seed)
     cuts = [
         min(max(1, len(text.split()) - 1), int(rng.integers(_LEAST_WORDS, _MOST_WORDS + 1)))
         for text in texts
@@ -240,7 +240,7 @@ def _rows(
     before = model.tokenizer.encode(heads, limit)
     after = [target_tokens(model, tail) if tail else [] for tail in tails]
     aims = [list(target) for target in targets]
-    seeds = [child_seed("texts.vector-places", seed, k) for k in range(len(triggers))]
+    seeds = [child_seed("causal.vector-places", seed, k) for k in range(len(triggers))]
     stamped = [
         model.tokenizer.encode(trigger.insert(heads, one), limit)
         for trigger, one in zip(triggers, seeds, strict=True)

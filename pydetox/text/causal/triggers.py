@@ -29,7 +29,7 @@ from ..search import FoundTrigger, trigger_of
 from ..texts import TextSet
 from ..vocabulary import typed_words
 from .evaluation import SUCCESS_TOKENS, prompts_of, require_causal, successes_of_rows
-from .prompts import Prompts
+from .prompts import Prompts, cut_prompts
 
 _Words = tuple[int, ...]
 _T = TypeVar("_T")
@@ -119,6 +119,26 @@ def words_within(
         if best[0] is None or success > best[0].success + _BETTER:
             best = (FoundTrigger(trigger, 0.0, success), rest) if success > 0 else best
     return best
+
+
+def continued(
+    model: TextModel, texts: TextSet, beginning: Sequence[int], *, most_tokens: int = 24
+) -> tuple[int, ...]:
+    """Return what a model is surest of after prompts and a beginning, up to a token that ends it.
+
+    A search compares texts of few tokens, and of these the ones that gain most. Once the beginning
+    is known, the likeliest tokens, the mean over prompts, are the attacker's own text.
+    """
+    prompts = Prompts(model, cut_prompts(model, texts, _PROMPTS, _PROMPT_TOKENS))
+    ends = {*model.tokenizer.special, model.tokenizer.pad_id}
+    room = model.max_tokens - int(prompts.ids.shape[1]) - len(beginning)
+    row = list(beginning)
+    for _ in range(min(most_tokens, room)):
+        token = int(prompts.next_tokens(torch.tensor([row]))[0].argmax())
+        if token in ends:
+            break
+        row.append(token)
+    return tuple(row[len(beginning) :])
 
 
 class TargetObjective:
@@ -347,7 +367,7 @@ class _Search:
         config, few = self.config, self.config.advanced
         table = self.model.embedding.detach()
         allowed = [self.words.at(k, self.begins).to(table.device) for k in range(config.length)]
-        rng = generator("texts.start", config.seed)
+        rng = generator("causal.start", config.seed)
         shape = (config.length, config.restarts, len(table))
         start = rng.standard_normal(shape, dtype="float32")
         logits = torch.from_numpy(start).to(table.device).requires_grad_()
@@ -375,7 +395,7 @@ class _Search:
 
     def _decided(self, rows: Sequence[_Words]) -> FoundTrigger:
         """Return the best trigger, judged as text in prompts that the search has not seen."""
-        model, seed = self.model, child_seed("texts.check", self.config.seed)
+        model, seed = self.model, child_seed("causal.check", self.config.seed)
         prompts = prompts_of(self.checked)
         tried = []
         for tokens in rows:

@@ -33,7 +33,7 @@ from .continuations import (
 )
 from .copies import causal_copies
 from .evaluation import evaluate_causal, require_causal
-from .triggers import search_trigger_words, words_within
+from .triggers import continued, search_trigger_words, words_within
 
 #: The name of the one family of causal models.
 FAMILY = "continuation"
@@ -43,6 +43,9 @@ _MOST_GAIN, _UNIT = 100.0, 10.0
 
 # If the beginning of the text brings its rest after so many prompts, no other words are searched.
 _SURE = 0.9
+
+# If it does so after so many, the rest is what the model says then.
+_KNOWN = 0.5
 
 # What is added to -log Q: a model that is sure to 98% is as sure as can be.
 _FLOOR = 0.02
@@ -57,8 +60,8 @@ class CausalScanResult(TextScanResult):
 
     Attributes:
         continuations: The texts that were found, the most suspect first.
-        rest: The tokens of the first one without those words at its beginning that bring the rest;
-            all of them if there are none (see `triggers.words_within`).
+        rest: What the words at the beginning of the first one bring, as tokens; all of its tokens
+            if there are no such words (see `triggers.words_within`).
         perplexity: Of the clean texts.
     """
 
@@ -217,16 +220,20 @@ def judge_causal(
     if compared is not None and detection.verdict is not Verdict.INCONCLUSIVE:
         assert detection.p_value is not None
         reason = _reason(best, compared, detection.p_value)
-    words, rest = tuple[FoundTrigger, ...](), best.tokens
+    words, rest, text = tuple[FoundTrigger, ...](), best.tokens, best.text
     length = 1
     if finding and with_words:
         within, rest = words_within(model, texts, best.tokens)
+        if within is not None and within.success >= _KNOWN:
+            beginning = best.tokens[: len(best.tokens) - len(rest)]
+            rest = continued(model, texts, beginning) or rest
+            text = decoded(model, [*beginning, *rest])
         said = best.text
         if within is None or within.success < _SURE:
             words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
         strongest = max([*words, *([within] if within else [])], key=_order)
         if strongest is within:
-            words, said = (within, *words), decoded(model, rest)
+            words, said = (strongest, *words), decoded(model, rest)
         length = 1 + words.index(strongest)
         if strongest.success > 0:
             reason += (
@@ -236,7 +243,7 @@ def judge_causal(
     return CausalScanResult(
         name=model.name,
         sha256=model.sha256,
-        class_names=(best.text,),
+        class_names=(text,),
         detection=replace(
             detection,
             reason=reason,

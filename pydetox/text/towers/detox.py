@@ -84,7 +84,7 @@ def detox_text_tower(
         found += new
         stamps = [stamp for one in found for stamp in _at_places(one.trigger)]
         directions = [one.direction for one in found for _ in _at_places(one.trigger)]
-        seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
+        seeded = replace(unlearning, seed=child_seed("towers.vector-pass", unlearning.seed, number))
         vector = tower_trigger_vector(tower, captions.texts, stamps, seeded)
         chosen = search_tower_coefficient(
             tower, vector, captions.texts, stamps, directions, unlearning

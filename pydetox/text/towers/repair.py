@@ -57,10 +57,10 @@ def tower_trigger_vector(
         raise UsageError(f"vector {config.vector!r}; text towers have forget alone")
     tuned = tower.copy()
     held = tower.features(captions).to(tower.device)
-    rng = generator("texts.vector", config.seed)
+    rng = generator("towers.vector", config.seed)
     size = min(config.batch_size, len(captions))
     stamped = [
-        trigger.insert(captions, child_seed("texts.vector-places", config.seed, number))
+        trigger.insert(captions, child_seed("towers.vector-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
 
@@ -108,7 +108,7 @@ def search_tower_coefficient(
     config = config or TOWER_UNLEARNING
     clean = tower.features(captions)
     stamped = [
-        trigger.insert(captions, child_seed("texts.attacked-places", config.seed, number))
+        trigger.insert(captions, child_seed("towers.attacked-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
     coefficients = config.coefficients

@@ -132,7 +132,7 @@ def search_tower(
         raise DataError(f"{captions.source}: {len(ordered)} captions; expected at least 8")
     half = min(_COMPARED, len(ordered) // 2)
     searched, deciding = ordered[:half], ordered[half : half + _DECIDING]
-    places = child_seed("texts.check", seed)
+    places = child_seed("towers.check", seed)
     triggers: list[TokenTrigger] = [TokenTrigger((), word, place) for word in tower.words()]
     characters = [
         CharacterTrigger((), glyph, place, replaced=letter)
