@@ -293,8 +293,8 @@ def choose_objective(given: dict[str, Any]) -> None:
         given["objective"] = "label-free"
         click.echo(
             f"{given['images']} has no class names, so the search is label-free: for one trigger "
-            "that sends all images in one direction. It overlooks many backdoors that lead into "
-            "one class; --class-names FILE, without labels, searches a trigger into each class",
+            "that sends all images in one direction. With --class-names FILE, which needs no "
+            "labels, it looks for one into each class, and tells which one a backdoor leads to",
             err=True,
         )
 

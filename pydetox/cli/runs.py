@@ -119,7 +119,8 @@ def emit_run(
 
 def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the line of a checkpoint in a table."""
-    return {key: result.get(key) for key in _COLUMNS}
+    seconds = (result.get("seconds") or {}).get("total")
+    return {key: result.get(key) for key in _COLUMNS} | {"seconds": seconds}
 
 
 def _in_options(result: dict[str, Any]) -> dict[str, Any]:

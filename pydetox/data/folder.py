@@ -53,7 +53,7 @@ def load_image_folder(
     images = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
     pixels = images.numpy()
 
-    clipped = np.zeros(len(paths), dtype=bool)
+    clipped: NDArray[np.bool_] = np.zeros(len(paths), dtype=bool)
 
     def decode(index: int) -> DataError | None:
         try:

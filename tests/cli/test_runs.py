@@ -64,6 +64,8 @@ class TestRun:
         for key in ("name", "verdict", "reason"):
             assert [row[key] for row in rows] == [one[key] for one in reported["results"]]
         sizes = [one.get("p_l1") for one in reported["results"]]
+        seconds = [(one["seconds"] or {}).get("total") for one in reported["results"]]
+        assert [row["seconds"] for row in rows] == ["" if s is None else str(s) for s in seconds]
         assert [row["p_l1"] for row in rows] == ["" if one is None else str(one) for one in sizes]
         assert reported["counts"] == {
             "backdoored": 2,
