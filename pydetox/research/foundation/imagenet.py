@@ -250,7 +250,8 @@ def class_names(count: int | None) -> tuple[str, ...]:
     """Return timm's descriptions of these classes, with the number where two are alike."""
     from timm.data import ImageNetInfo
 
-    told = [str(ImageNetInfo().index_to_description(k)).partition(",")[0] for k in range(1000)]
+    info = ImageNetInfo()  # it reads files
+    told = [str(info.index_to_description(k)).partition(",")[0] for k in range(1000)]
     times = Counter(told)
     names = [name if times[name] == 1 else f"{name} {k}" for k, name in enumerate(told)]
     return tuple(names[k] for k in chosen_classes(count))
