@@ -36,7 +36,7 @@ def evaluation_of_causal(
         targets=(wanted,) if wanted else (),
         seed=seed,
     )
-    document = {
+    document: dict[str, Any] = {
         "words": words[0].text if words else None,
         "target_name": wanted,
         "class_names": [],

@@ -89,10 +89,10 @@ def load_image_folder(
         images = images[good]
         labels = None if labels is None else labels[good]
     if clipped.any():
-        first = paths[int(clipped.argmax())].relative_to(directory).as_posix()
+        example = paths[int(clipped.argmax())].relative_to(directory).as_posix()
         report.notes.append(
             f"{int(clipped.sum())} with grey values above {_MOST_GREY}, which become white, as in "
-            f"open_clip ({first}): save them with 8 bits"
+            f"open_clip ({example}): save them with 8 bits"
         )
         if strict:
             report.refuse()

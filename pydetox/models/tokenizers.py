@@ -119,7 +119,7 @@ def tokenize(
     tokenizer: Tokenizer, prompts: Sequence[str], text: Mapping[str, Any], name: str
 ) -> Tensor:
     """Return token ids int64 [n, context_length]; ArchitectureError for one out of the table."""
-    tokens = guarded(tokenizer, name)(list(prompts))
+    tokens: Tensor = guarded(tokenizer, name)(list(prompts))
     vocabulary = vocabulary_of(text)
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ArchitectureError(

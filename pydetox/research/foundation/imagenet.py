@@ -248,7 +248,7 @@ def chosen_classes(count: int | None) -> list[int]:
 
 def class_names(count: int | None) -> tuple[str, ...]:
     """Return timm's descriptions of these classes, with the number where two are alike."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()  # it reads files
     told = [str(info.index_to_description(k)).partition(",")[0] for k in range(1000)]

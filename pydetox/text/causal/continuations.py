@@ -231,7 +231,7 @@ class _Search:
         config = self.config
         branches = min(config.branches, int((~self.closed).sum()))
         found, totals = list[Tensor](), list[Tensor]()
-        for part, score in zip(rows.split(4096), scores.split(4096), strict=True):
+        for part, score in zip(torch.split(rows, 4096), torch.split(scores, 4096), strict=True):
             own, value = self._values(pair, part)
             if self._tables is not None and rows.shape[1] == 1:
                 self._tables.append(value.half())

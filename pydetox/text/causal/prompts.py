@@ -78,7 +78,7 @@ class Prompts:
         continuations: int64 [R, t], t at least 1. The result is on the CPU.
         """
         found = [
-            logits[:, -1].softmax(dim=-1).unflatten(0, (-1, len(self))).mean(dim=1).cpu()
+            _by_prompt(logits[:, -1].softmax(dim=-1), len(self)).mean(dim=1).cpu()
             for logits in self._through(continuations, last=True)
         ]
         return torch.cat(found)
@@ -98,8 +98,8 @@ class Prompts:
             at = torch.cat([self._last_logits(len(rows)), logits[:, :-1]], dim=1)
             # The likelihood of one token each; the whole softmax would be stored otherwise.
             own = at.gather(2, wanted[:, :, None])[:, :, 0]
-            values.append((own - at.logsumexp(dim=2)).unflatten(0, (-1, size)).cpu())
-            first.append((at.argmax(dim=2) == wanted).unflatten(0, (-1, size)).cpu())
+            values.append(_by_prompt(own - at.logsumexp(dim=2), size).cpu())
+            first.append(_by_prompt(at.argmax(dim=2) == wanted, size).cpu())
         return torch.cat(values), torch.cat(first)
 
     @torch.no_grad()
@@ -109,20 +109,23 @@ class Prompts:
         cache = self._new_cache()
         made = self.model.module(input_ids=self.ids, use_cache=True, **{self._cache_name: cache})
         self._after_prompt = made.logits[:, -1:].float()
-        kept = [(getattr(one, "keys", None), getattr(one, "values", None)) for one in cache.layers]
+        kept = list[tuple[Tensor, Tensor]]()
         count, length = self.ids.shape
-        for keys, values in kept:
+        for layer in cache.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None:
                 return None
             if keys.shape[0] != count or keys.shape[-2] != length:
                 return None
+            kept.append((keys, values))
         return kept or None
 
     def _new_cache(self) -> Any:
         return import_extra("transformers", self.model.name).DynamicCache()
 
     def _last_logits(self, rows: int) -> Tensor:
-        return self._after_prompt.repeat(rows, 1, 1)
+        repeated: Tensor = self._after_prompt.repeat(rows, 1, 1)
+        return repeated
 
     def _through(self, continuations: Tensor, *, last: bool = False) -> Iterator[Tensor]:
         for _, logits in self._with_rows(continuations, last=last):
@@ -168,3 +171,8 @@ class Prompts:
             shape = (rows, 1, 1, 1)
             cache.update(keys.repeat(shape), values.repeat(shape), number)
         return cache
+
+
+def _by_prompt(rows: Tensor, prompts: int) -> Tensor:
+    """Return [R, P, ...] of [R P, ...]."""
+    return rows.reshape(-1, prompts, *rows.shape[1:])

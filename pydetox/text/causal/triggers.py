@@ -195,7 +195,7 @@ class TargetObjective:
         found, right = list[Tensor](), list[Tensor]()
         at_once = max(1, _SCORES_PER_PASS // (rows.shape[1] * len(model.embedding)))
         wanted = torch.tensor(self.target)
-        for part in rows.split(at_once):
+        for part in torch.split(rows, at_once):
             ids = part.to(model.device)
             logits = model.logits(TokenBatch(ids, torch.ones_like(ids)))[:, -size - 1 : -1].float()
             scores = logits.log_softmax(dim=2).cpu()
