@@ -87,7 +87,7 @@ print(json.dumps(sorted(third_party)))
     own = ["index", "index_json", "formats", "sandbox_server", "safetensors_index", "torch_index"]
     own += ["zip_index", "pickle_index", "pickle_globals", "pickle_calls", "pickle_values"]
     own += ["pickle_literals", "weight_sets", "legacy_index"]
-    expected = {"pydetox", "pydetox.errors", "pydetox.checkpoints"}
+    expected = {"pydetox", "pydetox.errors", "pydetox.lazy", "pydetox.checkpoints"}
     assert set(modules) - {"__main__"} == expected | {f"pydetox.checkpoints.{name}" for name in own}
 
 
