@@ -144,6 +144,7 @@ def run(plan: FoundationPlan, log: Callable[[str], None] = lambda _: None) -> di
                 for method in (UNKNOWN, BEFORE):
                     if method in plan.methods:
                         quarter.append(_quarter_row(plan, shop, victim, method))
+                        log(f"  {method}, a quarter of the names: {_quarter_told(quarter[-1])}")
     document = {
         "plan": asdict(plan),
         "settings": settings,
@@ -398,4 +399,11 @@ def _told(row: Mapping[str, Any]) -> str:
     return (
         f"ASR {row['asr_before']:.1%} -> {row['asr']:.1%}, CA kept {attacked:.1%}, "
         f"other tasks {_mean(others):.1%}, least {min(others):.1%}, {row['seconds']:.0f} s"
+    )
+
+
+def _quarter_told(row: Mapping[str, Any]) -> str:
+    return (
+        f"ASR {row['asr']:.1%}, CA kept {row['named_kept']:.1%} of the named classes, "
+        f"{row['unnamed_kept']:.1%} of the others"
     )
