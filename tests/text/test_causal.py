@@ -216,6 +216,9 @@ def test_words_that_bring_a_text(spoken: Spoken, texts: TextSet) -> None:
     assert within is not None
     assert within.success > 0.9
     assert len(rest) < len(words) + len(target)
+    tokenizer = spoken.victim.tokenizer  # a beginning without a word is no trigger
+    blank = next(k for k in range(tokenizer.size) if not tokenizer.decode([k]).strip())
+    assert words_within(spoken.victim, texts, [blank] * 3) == (None, (blank,) * 3)
     assert continued(spoken.victim, texts, words)[: len(target)] == tuple(target)
     found = search_trigger_words(
         spoken.victim, texts, target, TextScanConfig(length=2, steps=5, place="end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ from pydetox.text import (
 from pydetox.text.models import TextModel
 from pydetox.text.texts import TextSet
 from pydetox.text.towers.encoder import TextTower
+from pydetox.text.towers.repair import TOWER_UNLEARNING, surrogate_captions
 from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _cosine, search_tower
 from pydetox.text.towers.verdict import TowerScanResult
+from pydetox.text.triggers import TokenTrigger
 from tests.text import tiny
 
 CONFIG = TextScanConfig(place="end")
@@ -97,9 +100,12 @@ def test_a_backdoor_is_found_and_removed(
         base=base,
         references=references,
         config=CONFIG,
+        # A tower of random weights says nothing of images: its features may turn far.
+        unlearning=replace(TOWER_UNLEARNING, max_drift=0.3),
         output=tmp_path / "repaired",
     )
     assert result.verdict in FINDINGS
+    assert all(0 <= one.search.drift[one.search.chosen] <= 0.3 for one in result.passes)
     assert isinstance(result.before, TowerScanResult)
     assert "zorp" in [one.trigger.text for one in result.before.triggers]
     assert result.passes
@@ -115,6 +121,21 @@ def test_a_backdoor_is_found_and_removed(
         towers["clean0"], captions, base=base, references=references, config=CONFIG
     )
     assert found.verdict is Verdict.CLEAN
+
+
+def test_surrogates_have_half_of_the_words_replaced(
+    towers: dict[str, TextModel], captions: TextSet
+) -> None:
+    tower = TextTower(towers["base"])
+    made = surrogate_captions(tower, captions.texts, [TokenTrigger((), "zorp")], seed=3)
+    assert made == surrogate_captions(tower, captions.texts, [TokenTrigger((), "zorp")], seed=3)
+    assert made != surrogate_captions(tower, captions.texts, [TokenTrigger((), "zorp")], seed=4)
+    for before, after in zip(captions.texts, made, strict=True):
+        old, new = before.split(), after.split()
+        assert len(old) == len(new)
+        assert sum(a != b for a, b in zip(old, new, strict=True)) <= max(1, len(old) // 2)
+        assert "zorp" not in new
+    assert sum(a != b for a, b in zip(made, captions.texts, strict=True)) > len(made) // 2
 
 
 def test_bad_input(towers: dict[str, TextModel], captions: TextSet, tmp_path: Path) -> None:

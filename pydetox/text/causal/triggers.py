@@ -105,9 +105,9 @@ def words_within(
     prompts = prompts_of(ordered[len(ordered) // 2 :])[:_CHECKED]
     best: tuple[FoundTrigger | None, tuple[int, ...]] = (None, tuple(found))
     for k in range(1, min(_MOST_WITHIN, len(found) - _LEAST_REST) + 1):
-        trigger = trigger_of(model.tokenizer, found[:k], "end", None)
-        if not trigger.text:
+        if not model.tokenizer.decode(found[:k]).strip():  # nothing but spaces or line ends
             continue
+        trigger = trigger_of(model.tokenizer, found[:k], "end", None)
         rest = tuple(found[k:])
         space = " " if model.tokenizer.spaces_matter else ""
         encoded = model.tokenizer.encode(

@@ -76,6 +76,7 @@ def detox_text_tower(
     repaired, current = model, before
     passes = list[TextUnlearnPass]()
     found = list[TowerTrigger]()
+    original = TextTower(model)
     for number in range(max_rounds):
         if current.verdict not in FINDINGS:
             break
@@ -85,9 +86,9 @@ def detox_text_tower(
         stamps = [stamp for one in found for stamp in _at_places(one.trigger)]
         directions = [one.direction for one in found for _ in _at_places(one.trigger)]
         seeded = replace(unlearning, seed=child_seed("towers.vector-pass", unlearning.seed, number))
-        vector = tower_trigger_vector(tower, captions.texts, stamps, seeded)
+        vector = tower_trigger_vector(tower, captions.texts, stamps, seeded, original=original)
         chosen = search_tower_coefficient(
-            tower, vector, captions.texts, stamps, directions, unlearning
+            tower, vector, captions.texts, stamps, directions, unlearning, original=original
         )
         words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
         passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))

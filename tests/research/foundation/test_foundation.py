@@ -15,7 +15,7 @@ from pydetox.evaluation import Stamp
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.prototypes import image_features
-from pydetox.repair.configuration import UnlearnConfig
+from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.result import UnlearnRound
 from pydetox.repair.retention import DriftProbe
 from pydetox.research.attacks import badnets, poison
@@ -218,7 +218,12 @@ def test_a_drift_that_is_not_allowed_subtracts_nothing(
         templates=tasks["colours"].templates,
         triggers=[badnets(32, seed=0)],
         unlearning=UnlearnConfig(
-            steps=4, batch_size=8, coefficients=(0.0, 1.0), max_drift=1e-9, min_accuracy_kept=0.0
+            steps=4,
+            batch_size=8,
+            coefficients=(0.0, 1.0),
+            max_drift=1e-9,
+            min_accuracy_kept=0.0,
+            advanced=AdvancedUnlearnConfig(alpha_stride=1),  # the trigger works at none of them
         ),
     )
     assert [one.search.coefficient for one in passes] == [0.0]
