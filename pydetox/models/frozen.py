@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .blocks import Block, Norm, products_are_faster
 from .folded import FoldedTower, is_convolutional
-from .frozen_timm import FrozenSiglipTower, timm_obstacle
+from .frozen_timm import FrozenSiglipTower, left_over, timm_obstacle
 
 #: The precisions that a tower can run in.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -151,6 +151,8 @@ def obstacle(tower: nn.Module) -> str | None:
         return "it returns its tokens too"
     if tower.patch_size[0] != tower.patch_size[1]:
         return f"its patches are {tower.patch_size[0]}x{tower.patch_size[1]}, not square"
+    if any(side % tower.patch_size[0] for side in tower.image_size):
+        return left_over(tower.image_size[0], tower.patch_size[0])
     if type(tower.transformer) is not Transformer or not all(
         type(block) is ResidualAttentionBlock for block in tower.transformer.resblocks
     ):

@@ -26,6 +26,11 @@ def trunk_of(tower: nn.Module) -> Any | None:
     return trunk if type(trunk) is VisionTransformer else None
 
 
+def left_over(side: int, patch: int) -> str:
+    """Return the obstacle of images of which a convolution leaves the last pixels out."""
+    return f"its images of {side} pixels are no whole number of patches of {patch}"
+
+
 def timm_obstacle(tower: nn.Module) -> str | None:
     """Return why a tower of timm must run through its own module; None if it need not."""
     from timm.layers.attention import Attention
@@ -50,6 +55,8 @@ def timm_obstacle(tower: nn.Module) -> str | None:
     height, width = trunk.patch_embed.patch_size
     if height != width:
         return f"its patches are {height}x{width}, not square"
+    if any(side % height for side in trunk.patch_embed.img_size):
+        return left_over(trunk.patch_embed.img_size[0], height)
     for block in trunk.blocks:
         if type(block) is not TimmBlock or type(block.attn) is not Attention:
             return "its blocks are not timm's plain ones"

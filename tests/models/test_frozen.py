@@ -190,6 +190,7 @@ def test_float32_follows_the_weights_bfloat16_is_a_copy():
         ({"layers": [1, 1, 1, 1], "width": 16, "image_size": 64}, "ModifiedResNet"),
         ({"attentional_pool": True}, "pools by attention"),
         ({"qk_norm": True}, "not open_clip's plain ones"),
+        ({"image_size": 36}, "images of 36 pixels are no whole number of patches of 8"),
     ],
 )
 def test_other_towers_run_as_they_are_and_say_so(vision, why):
