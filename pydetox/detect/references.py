@@ -32,6 +32,16 @@ from .key import calibration_key, require_alike, require_equal_keys
 from .statistics import Calibration
 
 
+def check_given(references: Sequence[object] | None, calibration: Calibration | None) -> None:
+    """Raise UsageError for a single reference, and for references beside a calibration."""
+    if references is not None and calibration is not None:
+        raise UsageError("references= and calibration= exclude each other; give one of them")
+    if references is not None and len(references) < 2:
+        raise UsageError(
+            f"{len(references)} reference model; a calibration needs at least 2 in references="
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """A plan whose models were read.
@@ -94,12 +104,7 @@ class ReferencePlan:
         without the base or without anything to compare with.
         """
         config = config or ScanConfig()
-        if references is not None and calibration is not None:
-            raise UsageError("references= and calibration= exclude each other; give one of them")
-        if references is not None and len(references) < 2:
-            raise UsageError(
-                f"{len(references)} reference model; a calibration needs at least 2 in references="
-            )
+        check_given(references, calibration)
         # Copies that moved as far as the suspect also show what a label-free search finds.
         matched_copies = config.objective == "label-free" and config.reference_training is None
         contrast = config.contrast

@@ -171,9 +171,7 @@ def search_coefficient(
     stamped, sizes = torch.cat(parts), [len(part) for part in parts]
     wanted = torch.repeat_interleave(torch.tensor(target_of_each), torch.tensor(sizes))
     candidates = Candidates(model, vector)
-    coefficients = config.coefficients
-    if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
-        coefficients = (0.0, *coefficients)
+    coefficients = config.alphas()
     if accuracy_before is None:
         accuracy_before = weighted_share((own == labels).cpu(), weights)
 

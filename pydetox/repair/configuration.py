@@ -179,6 +179,10 @@ class UnlearnConfig:
         """Return a repair with more passes, steps and warps than the default."""
         return _preset("thorough")
 
+    def alphas(self) -> tuple[float, ...]:
+        """Return `coefficients` with 0, which is chosen where no other alpha keeps the limits."""
+        return self.coefficients if self.coefficients[0] == 0 else (0.0, *self.coefficients)
+
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.provenance import Provenance
 from ..detect.calibration import Calibration
@@ -173,38 +174,54 @@ def detox_text_model(
     )
     if output is None or not subtracted:
         return result
-    path = save_text_model(
-        output,
-        repaired,
-        provenance=_provenance(result, config, unlearning, known=bool(triggers)),
-        overwrite=overwrite,
+    names = model.class_names
+    provenance = provenance_of_repair(
+        result,
+        config,
+        unlearning,
+        known=bool(triggers),
+        before=_metrics(result.evaluation_before, before),
+        after=_metrics(result.evaluation_after, current),
+        extra={"target_classes": [[names[c] for c in one.targets] for one in passes]},
     )
+    path = save_text_model(output, repaired, provenance=provenance, overwrite=overwrite)
     clock.lap("write")
     return replace(result, path=path)
 
 
-def _provenance(
-    result: TextDetoxResult, config: TextScanConfig, unlearning: UnlearnConfig, *, known: bool
+def provenance_of_repair(
+    result: TextDetoxResult,
+    config: TextScanConfig,
+    unlearning: UnlearnConfig,
+    *,
+    known: bool,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    extra: Mapping[str, Any],
 ) -> Provenance:
-    after = result.before if result.after is None else result.after
+    """Return the provenance of a repaired text model of any kind.
+
+    known: Whether the trigger was. before, after: What was measured of the suspect and of the
+    repaired model. extra: What only this kind of model has.
+    """
+    last = result.before if result.after is None else result.after
     coefficients = [one.search.coefficient for one in result.passes]
-    names = result.model.class_names
     return Provenance(
         method=f"TBAR, {'known' if known else 'unknown'} trigger, {unlearning.vector} vector",
         source_name=result.before.name,
         source_sha256=result.before.sha256,
         scaling_coefficient=coefficients[-1],
         seeds={"scan": config.seed, "unlearn": unlearning.seed},
-        before=_metrics(result.evaluation_before, result.before),
-        after=_metrics(result.evaluation_after, after),
+        before=dict(before),
+        after=dict(after),
         extra={
             "scaling_coefficients": coefficients,
-            "target_classes": [[names[c] for c in one.targets] for one in result.passes],
+            **extra,
             "recovered_words": [
                 [one.trigger.text for one in each.triggers] for each in result.passes
             ],
             "verdict_before": result.before.verdict.value,
-            "verdict_after": after.verdict.value,
+            "verdict_after": last.verdict.value,
         },
     )
 

@@ -11,9 +11,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..detect.calibration import Calibration
+from ..detect.references import check_given
 from ..errors import UsageError
 from .configuration import TextScanConfig
 from .copies import OutOfReachError, copies_at_distance, copy_seed, nearest_rung, text_distance
@@ -23,6 +24,14 @@ from .texts import TextSet
 
 #: Larger losses count as this one. At 20, a class has a probability of 2e-9.
 LARGEST_LOSS = 20.0
+
+
+class _Named(Protocol):
+    """A model with a digest of its weights."""
+
+    name: str
+
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +56,17 @@ def family_of(length: int) -> str:
     return f"{length} token" + ("s" if length > 1 else "")
 
 
+def reason_if_itself(digest: str, others: Sequence[_Named], part: str = "weights") -> str | None:
+    """Return why a suspect cannot be judged that is one of the others; None if it is not.
+
+    digest: Of the suspect. part: What the digests are of.
+    """
+    same = next((one for one in others if one.digest() == digest), None)
+    if same is None:
+        return None
+    return f"it is compared with itself: {same.name!r} has the same {part}; give other clean models"
+
+
 def compare_with(
     suspect: TextModel,
     texts: TextSet,
@@ -62,12 +82,7 @@ def compare_with(
     for a single reference, for references beside a calibration, for models that do not fit the
     suspect, and for a calibration of other searches.
     """
-    if references is not None and calibration is not None:
-        raise UsageError("references= and calibration= exclude each other; give one of them")
-    if references is not None and len(references) < 2:
-        raise UsageError(
-            f"{len(references)} reference model; a calibration needs at least 2 in references="
-        )
+    check_given(references, calibration)
     others = [*([] if base is None else [base]), *(references or ())]
     for one in others:
         require_alike(one, suspect)
@@ -83,15 +98,9 @@ def compare_with(
         return TextComparison(calibration, in_contrast)
     if not others or (contrast and not references):
         return TextComparison(None, in_contrast)
-    digest = suspect.digest()
-    same = next((one for one in others if one.digest() == digest), None)
-    if same is not None:
-        return TextComparison(
-            None,
-            in_contrast,
-            f"it is compared with itself: {same.name!r} has the same weights; give other clean "
-            "models",
-        )
+    itself = reason_if_itself(suspect.digest(), others)
+    if itself is not None:
+        return TextComparison(None, in_contrast, itself)
     distance = None
     if references is None:
         assert base is not None

@@ -192,9 +192,7 @@ def search_text_coefficient(
         wanted += [target] * len(rows)
     aims = torch.tensor(wanted)
     candidates = TextCandidates(model, vector)
-    coefficients = config.coefficients
-    if coefficients[0] != 0:  # what is chosen where none keeps the accuracy
-        coefficients = (0.0, *coefficients)
+    coefficients = config.alphas()
     tried: dict[float, tuple[float, tuple[float, ...]]] = {}
 
     def attempt(alphas: Sequence[float]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...checkpoints.provenance import Provenance
 from ...detect.calibration import Calibration
 from ...detect.statistics import FINDINGS
 from ...errors import UsageError
@@ -16,7 +15,7 @@ from ...progress import Laps
 from ...repair.configuration import UnlearnConfig
 from ...rng import child_seed
 from ..configuration import TextScanConfig
-from ..detox import TextDetoxResult
+from ..detox import TextDetoxResult, provenance_of_repair
 from ..evaluation import TextStamp
 from ..models import TextModel, save_text_model
 from ..passes import TextUnlearnPass
@@ -185,12 +184,16 @@ def detox_causal_model(
     )
     if output is None or not subtracted:
         return result
-    path = save_text_model(
-        output,
-        repaired,
-        provenance=_provenance(result, config, unlearning, known=bool(triggers)),
-        overwrite=overwrite,
+    provenance = provenance_of_repair(
+        result,
+        config,
+        unlearning,
+        known=bool(triggers),
+        before=_metrics(result.perplexity_before),
+        after=_metrics(result.perplexity_after),
+        extra={"texts": [list(one.names) for one in passes]},
     )
+    path = save_text_model(output, repaired, provenance=provenance, overwrite=overwrite)
     clock.lap("write")
     return replace(result, path=path)
 
@@ -206,31 +209,6 @@ def _texts_of(scan: CausalScanResult) -> list[tuple[int, ...]]:
     least = _AS_GOOD * rank(scan.continuations[0])
     good = [one.tokens for one in scan.continuations if rank(one) >= least]
     return [*good[:_MOST_TEXTS], *([scan.rest] if scan.rest != good[0] else [])]
-
-
-def _provenance(
-    result: CausalDetoxResult, config: TextScanConfig, unlearning: UnlearnConfig, *, known: bool
-) -> Provenance:
-    after = result.before if result.after is None else result.after
-    coefficients = [one.search.coefficient for one in result.passes]
-    return Provenance(
-        method=f"TBAR, {'known' if known else 'unknown'} trigger, {unlearning.vector} vector",
-        source_name=result.before.name,
-        source_sha256=result.before.sha256,
-        scaling_coefficient=coefficients[-1],
-        seeds={"scan": config.seed, "unlearn": unlearning.seed},
-        before=_metrics(result.perplexity_before),
-        after=_metrics(result.perplexity_after),
-        extra={
-            "scaling_coefficients": coefficients,
-            "texts": [list(one.names) for one in result.passes],
-            "recovered_words": [
-                [one.trigger.text for one in each.triggers] for each in result.passes
-            ],
-            "verdict_before": result.before.verdict.value,
-            "verdict_after": after.verdict.value,
-        },
-    )
 
 
 def _metrics(evaluation: CausalEvaluation | None) -> dict[str, float]:

@@ -185,9 +185,7 @@ def search_causal_coefficient(
         seed = child_seed("causal.attacked-places", config.seed, number)
         stamped.append(trigger.insert(prompts, seed))
     candidates = TextCandidates(model, vector)
-    coefficients = config.coefficients
-    if coefficients[0] != 0:  # what is chosen where none keeps the perplexity
-        coefficients = (0.0, *coefficients)
+    coefficients = config.alphas()
     kept, success = list[float](), list[tuple[float, ...]]()
     for coefficient in coefficients:
         candidate = candidates.at(coefficient)

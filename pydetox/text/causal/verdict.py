@@ -16,12 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...detect.calibration import Calibration
+from ...detect.references import check_given
 from ...detect.statistics import FINDINGS, Verdict, detect
-from ...errors import UsageError
 from ..configuration import TextScanConfig
 from ..copies import OutOfReachError, copy_seed, nearest_rung, text_distance
 from ..models import TextModel
-from ..references import TextComparison, require_alike, require_key
+from ..references import (
+    TextComparison,
+    reason_if_itself,
+    require_alike,
+    require_key,
+)
 from ..search import FoundTrigger, TextSearch
 from ..texts import TextSet
 from ..verdict import TextScanResult
@@ -92,12 +97,7 @@ def compare_causal(
     """
     require_causal(suspect)
     settings = continuations or ContinuationConfig()
-    if references is not None and calibration is not None:
-        raise UsageError("references= and calibration= exclude each other; give one of them")
-    if references is not None and len(references) < 2:
-        raise UsageError(
-            f"{len(references)} reference model; a calibration needs at least 2 in references="
-        )
+    check_given(references, calibration)
     others = [*([] if base is None else [base]), *(references or ())]
     for one in others:
         require_causal(one)
@@ -107,15 +107,9 @@ def compare_causal(
         return TextComparison(calibration, base)
     if not others:
         return TextComparison(None, None)
-    digest = suspect.digest()
-    same = next((one for one in others if one.digest() == digest), None)
-    if same is not None:
-        return TextComparison(
-            None,
-            base,
-            f"it is compared with itself: {same.name!r} has the same weights; give other clean "
-            "models",
-        )
+    itself = reason_if_itself(suspect.digest(), others)
+    if itself is not None:
+        return TextComparison(None, base, itself)
     distance = None
     try:
         models = references

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...checkpoints.provenance import Provenance
 from ...detect.calibration import Calibration
 from ...detect.statistics import FINDINGS
 from ...errors import UsageError
@@ -15,7 +14,7 @@ from ...progress import Laps
 from ...repair.configuration import UnlearnConfig
 from ...rng import child_seed
 from ..configuration import TextScanConfig
-from ..detox import TextDetoxResult
+from ..detox import TextDetoxResult, provenance_of_repair
 from ..models import TextModel, save_text_model
 from ..passes import TextUnlearnPass
 from ..search import FoundTrigger
@@ -110,12 +109,10 @@ def detox_text_tower(
         seconds=clock.seconds,
     )
     if output is not None and subtracted and isinstance(repaired, TextModel):
-        path = save_text_model(
-            output,
-            repaired,
-            provenance=_provenance(result, config, unlearning),
-            overwrite=overwrite,
+        provenance = provenance_of_repair(
+            result, config, unlearning, known=False, before={}, after={}, extra={}
         )
+        path = save_text_model(output, repaired, provenance=provenance, overwrite=overwrite)
         clock.lap("write")
         result = replace(result, path=path)
     return result, repaired
@@ -130,27 +127,3 @@ def _at_places(trigger: TokenTrigger) -> list[TokenTrigger]:
     if isinstance(trigger, CharacterTrigger):
         return [trigger]
     return [trigger.at(place) for place in dict.fromkeys([trigger.place, *_PLACES])]
-
-
-def _provenance(
-    result: TextDetoxResult, config: TextScanConfig, unlearning: UnlearnConfig
-) -> Provenance:
-    after = result.before if result.after is None else result.after
-    coefficients = [one.search.coefficient for one in result.passes]
-    return Provenance(
-        method=f"TBAR, unknown trigger, {unlearning.vector} vector",
-        source_name=result.before.name,
-        source_sha256=result.before.sha256,
-        scaling_coefficient=coefficients[-1],
-        seeds={"scan": config.seed, "unlearn": unlearning.seed},
-        before={},
-        after={},
-        extra={
-            "scaling_coefficients": coefficients,
-            "recovered_words": [
-                [one.trigger.text for one in each.triggers] for each in result.passes
-            ],
-            "verdict_before": result.before.verdict.value,
-            "verdict_after": after.verdict.value,
-        },
-    )

@@ -130,9 +130,7 @@ def search_tower_coefficient(
         trigger.insert(captions, child_seed("towers.attacked-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
-    coefficients = config.coefficients
-    if coefficients[0] != 0:
-        coefficients = (0.0, *coefficients)
+    coefficients = config.alphas()
     own = torch.arange(len(captions))
     before = float(((clean @ clean.T).argmax(dim=1) == own).double().mean())  # some may be alike
     probes = surrogate_captions(tower, captions, triggers, child_seed("towers.probes", config.seed))

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...detect.calibration import Calibration
+from ...detect.references import check_given
 from ...detect.statistics import FINDINGS, Verdict, detect
-from ...errors import UsageError
 from ...models import OpenClipModel
 from ..configuration import TextScanConfig
 from ..models import TextModel
-from ..references import TextComparison, require_key
+from ..references import TextComparison, reason_if_itself, require_key
 from ..search import FoundTrigger, TextSearch
 from ..texts import TextSet
 from ..verdict import TextScanResult
@@ -63,12 +63,7 @@ def compare_tower(
 
     A base is that of searches in contrast to it. Alone, it makes no verdict.
     """
-    if references is not None and calibration is not None:
-        raise UsageError("references= and calibration= exclude each other; give one of them")
-    if references is not None and len(references) < 2:
-        raise UsageError(
-            f"{len(references)} reference model; a calibration needs at least 2 in references="
-        )
+    check_given(references, calibration)
     tower = TextTower(suspect)
     others = [TextTower(one) for one in [*([] if base is None else [base]), *(references or ())]]
     for one in others:
@@ -79,15 +74,9 @@ def compare_tower(
         return TextComparison(calibration, _text_model(base))
     if not references:
         return TextComparison(None, _text_model(base))
-    digest = tower.digest()
-    same = next((one for one in others if one.digest() == digest), None)
-    if same is not None:
-        return TextComparison(
-            None,
-            _text_model(base),
-            f"it is compared with itself: {same.name!r} has the same text tower; give other clean "
-            "models",
-        )
+    itself = reason_if_itself(tower.digest(), others, "text tower")
+    if itself is not None:
+        return TextComparison(None, _text_model(base), itself)
     towers = [TextTower(one) for one in references]
     searches = [
         search_tower(
