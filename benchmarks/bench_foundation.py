@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,22 +208,17 @@ def main(
             document = run_verdicts(verdicts, log, minutes=minutes or math.inf)
             keep("verdicts", document, document["summary"])
             click.echo(f"{verdict_tables(document)}\n\n{figures(document['summary'])}")
-        if part in ("all", "captions"):
-            document = run_captions(captions, log)
-            keep("captions", document, document["summary"])
-            click.echo(figures(document["summary"]))
-        if part in ("all", "emoji40"):
-            document = run_unnamed(unnamed, log)
-            keep("emoji40", document, document["summary"])
-            click.echo(figures(document["summary"]))
-        if part in ("all", "imagenet"):
-            document = run_imagenet(imagenet, log)
-            keep("imagenet", document, document["summary"])
-            click.echo(figures(document["summary"]))
-        if part in ("all", "unlearn"):
-            document = run_repair_time(repairs, log)
-            keep("unlearn", document, document["summary"])
-            click.echo(figures(document["summary"]))
+        others: dict[str, Callable[[], dict[str, Any]]] = {
+            "captions": lambda: run_captions(captions, log),
+            "emoji40": lambda: run_unnamed(unnamed, log),
+            "imagenet": lambda: run_imagenet(imagenet, log),
+            "unlearn": lambda: run_repair_time(repairs, log),
+        }
+        for name, go in others.items():
+            if part in ("all", name):
+                document = go()
+                keep(name, document, document["summary"])
+                click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)
             summary = document["summary"]
