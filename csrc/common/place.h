@@ -43,8 +43,9 @@ const char* error_string(int error);
 class Place {
  public:
   explicit Place(const Tensor& on) : guard_(on.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_));
+    // Compared with 0, and not with torch's macro, whose name differs between torch 2.10 and 2.14.
+    if (aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream_) != 0)
+      throw std::runtime_error("torch gives no current CUDA stream");
   }
   // run_x(params, stream), which must succeed.
   template <class Params>
