@@ -164,7 +164,8 @@ class Check:
             native.take_libraries(manifest)
             commands = [*configure, [sys.executable, "-m", "benchmarks.gpu.native"]]
             if self.run(Part("native", native.together(commands), 120)).passed:
-                if cuda == "ON":
+                # It would take time from the measuring where nothing is waited for before.
+                if cuda == "ON" and not self.options.skip_correctness:
                     self.start_in_background(self.build())
                 return True
             self.say("the bundle's libraries cannot be used: building all")
@@ -279,7 +280,7 @@ class Check:
 
     def counters(self) -> None:
         """Read the hardware counters of every kernel of pydetox."""
-        if not self.gpu:
+        if not self.gpu or self.options.tiny:
             return
         if shutil.which("ncu") is None:
             self.leave_out("ncu", "there is no ncu on PATH")
