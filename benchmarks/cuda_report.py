@@ -128,7 +128,8 @@ class Kernel:
     def launch(self) -> tuple[int, int]:
         """Threads and shared bytes of a block, at a batch of 16 images."""
         channels = {3: 3, 0: 3}.get(self.channels, 4)
-        patch = 0 if self.run > 1 else 1  # patches of one pixel leave no run for vectors
+        # Patches of one pixel leave no run for vectors, those of two leave pairs.
+        patch = 1 if self.run == 1 else 2 if self.run < self.pixels else 0
         sizes = [1, 16, channels, 64, 64, patch]
         box = [32, 32] if self.cropped else []
         return stamp_launch(self.name == "stamp_backward", sizes, self.types, box)
@@ -533,7 +534,8 @@ def kernel_table(kernels: list[Kernel]) -> Iterator[str]:
     for same in rows.values():
         kernel = same[0]
         threads, shared = kernel.launch()
-        form = "crop" if kernel.cropped else "vector" if kernel.run > 1 else "scalar"
+        whole = "vector" if kernel.run == kernel.pixels else "pairs"
+        form = "crop" if kernel.cropped else whole if kernel.run > 1 else "scalar"
         cells = [
             kernel.name,
             *kernel.types,

@@ -2,7 +2,8 @@
 
 This is the command that proves a build on a GPU. A case passes when its error against float64 is at
 most twice that of plain PyTorch in the same dtype, plus the rounding of the result and of the
-reference itself.
+reference itself. Attention, which is PyTorch's own, may have four times the error of its plain form
+on the CPU: its kernels on a GPU add up in other orders.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Case:
     operator: name in torch.ops.pydetox. what: sizes, in words. dtype: of inputs and result.
     run: called with the inputs on a device, returns results. plain: the same in plain PyTorch, in
     the dtype of the inputs it gets. inputs: on the CPU. moved: bytes to read and write at least.
-    note: says of a device what ran there, where that is not always the same.
+    note: says of a device what ran there, where that is not always the same. allowed: the error
+    that is allowed, relative to that of `plain` on the CPU.
     """
 
     operator: str
@@ -44,6 +46,7 @@ class Case:
     plain: Callable[..., Sequence[Tensor]]
     moved: int
     note: Callable[[torch.device], str] = lambda device: ""
+    allowed: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def selftest(devices: Sequence[torch.device] | None = None) -> Iterator[Outcome]
         truth = [t.double() for t in case.plain(*_convert(case.inputs, torch.float64))]
         scale = max([float(t.abs().max()) for t in truth if t.numel()], default=1.0) or 1.0
         plain = _error([t.cpu() for t in case.plain(*case.inputs)], truth, scale)
-        bound = max(2 * plain + torch.finfo(case.dtype).eps / 2, _TRUTH)
+        bound = max(case.allowed * plain + torch.finfo(case.dtype).eps / 2, _TRUTH)
         for device in devices:
             inputs = _convert(case.inputs, device)
             seconds = []
@@ -304,7 +307,7 @@ def _tokens(r: int, v: int, d: int, dtype: torch.dtype, stored: torch.dtype) -> 
 
     def run(name: str, module: Any) -> Callable[..., Sequence[Tensor]]:
         def call(
-            logits: Tensor, table: Tensor, allowed: Tensor, gradient: Tensor
+            logits: Tensor, table: Tensor, allowed: Tensor, gradient: Tensor, rates: Tensor
         ) -> Sequence[Tensor]:
             rows = torch.arange(r, device=logits.device)
             if name == "top_swaps":
@@ -318,13 +321,15 @@ def _tokens(r: int, v: int, d: int, dtype: torch.dtype, stored: torch.dtype) -> 
             moments = torch.zeros_like(leaf), torch.ones_like(leaf)
             mixture = ops.TokenMixture(*module.mix_tokens_forward(leaf, table, 2.0, allowed))
             places = (gradient, mixture, leaf, *moments, table, 2.0, allowed)
-            how = {"learning_rate": 0.1 + rows.float() / 100, "steps": rows + 3}
+            how = {"learning_rate": rates, "steps": rows + 3}
             module.mix_tokens_update(*places, **how, active=rows != 1, betas=(0.5, 0.9))
             return leaf, *moments
 
         return call
 
-    inputs = (logits, table, allowed, gradient)
+    # Made here: a GPU divides by a number in another way than a CPU.
+    rates = 0.1 + torch.arange(r, dtype=torch.float32) / 100
+    inputs = (logits, table, allowed, gradient, rates)
     for name, moved in (
         ("mix_tokens", table.nbytes + logits.nbytes),
         ("mix_tokens_backward", 2 * table.nbytes + 3 * logits.nbytes),
@@ -424,6 +429,7 @@ def _attention(images: int, tokens: int, heads: int, size: int, dtype: torch.dty
         plain,
         2 * packed.nbytes + 2 * images * tokens * heads * size * packed.element_size(),
         lambda device: choose_attention(device, dtype, size).description,
+        allowed=4.0,
     )
 
 

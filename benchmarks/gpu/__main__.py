@@ -280,7 +280,7 @@ class Check:
 
     def counters(self) -> None:
         """Read the hardware counters of every kernel of pydetox."""
-        if not self.gpu or self.options.tiny:
+        if not self.gpu or self.options.tiny or self.options.no_counters:
             return
         if shutil.which("ncu") is None:
             self.leave_out("ncu", "there is no ncu on PATH")
@@ -348,6 +348,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help="folder that make gpu-bundle has made")
     parser.add_argument("--only", nargs="*", choices=[stage.name for stage in plan.STAGES])
     parser.add_argument("--skip-correctness", action="store_true", help="measure alone")
+    parser.add_argument("--no-counters", action="store_true", help="leave ncu out")
     options = parser.parse_args()
     # Nothing is fetched, idle threads sleep, and a log shows what was printed before a kill.
     os.environ.update(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="passive", PYTHONUNBUFFERED="1")

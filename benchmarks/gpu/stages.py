@@ -67,8 +67,10 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda":
+        # set_device takes no device without a number.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
     session = Session(device, options.tiny, options.results, options.work)
     expected = {one.name: 0.0 if options.tiny else one.expected for one in plan.STAGES}
     for name in options.stages:

@@ -13,7 +13,7 @@
 
 namespace pydetox::cuda {
 
-constexpr int kForwardThreads = 128;
+constexpr int kForwardThreads = 64;   // small blocks: every multiprocessor gets as many
 constexpr int kImagesPerThread = 16;  // that many outputs for one evaluation of the sigmoids
 constexpr int kMaxBackwardWarps = 8;
 
@@ -177,7 +177,7 @@ struct Pixels {
 // One thread: N pixels of one channel, a few triggers whose blends stay in registers, up to
 // kImagesPerThread images. With a crop every trigger has its box elsewhere: then it is one trigger.
 template <class T, class Image, class Output, int N, int Run, class Places>
-__global__ void __launch_bounds__(kForwardThreads, 4)
+__global__ void __launch_bounds__(kForwardThreads, sizeof(Image) == 8 ? 6 : 8)
     stamp_forward(const StampForwardParams params) {
   constexpr int kTriggers = kForwardTriggers<N, Places>;
   const StampShape& shape = params.shape;
@@ -224,17 +224,35 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
 
   const auto* images = static_cast<const Image*>(params.images) + c * plane_size;
   auto* output = static_cast<Output*>(params.output) + c * shape.inner();
+  const bool own_images = params.image_stride != 0;
+  // The pixels of image b: those of the first trigger where all have the same.
+  const auto fetch = [&](int64_t b, Image(&image)[kTriggers][N]) {
+    PYDETOX_UNROLL
+    for (int t = 0; t < kTriggers; ++t) {
+      const int64_t k = k_begin + t;
+      if (k >= shape.triggers || (t > 0 && !own_images)) break;
+      pixels.gather(images + k * params.image_stride + b * image_size, pixels.plane, image[t]);
+    }
+  };
+  // The next image is on its way while this one is stamped.
+  Image ahead[kTriggers][N] = {};
+  if (b_begin < b_end) fetch(b_begin, ahead);
   for (int64_t b = b_begin; b < b_end; ++b) {
+    Image image[kTriggers][N];
+    PYDETOX_UNROLL
+    for (int t = 0; t < kTriggers; ++t) {
+      PYDETOX_UNROLL
+      for (int j = 0; j < N; ++j) image[t][j] = ahead[t][j];
+    }
+    if (b + 1 < b_end) fetch(b + 1, ahead);
     T x[N] = {};
     PYDETOX_UNROLL
     for (int t = 0; t < kTriggers; ++t) {
       const int64_t k = k_begin + t;
       if (k >= shape.triggers) break;
-      if (t == 0 || params.image_stride != 0) {
-        Image image[N] = {};
-        pixels.gather(images + k * params.image_stride + b * image_size, pixels.plane, image);
+      if (t == 0 || own_images) {
         PYDETOX_UNROLL
-        for (int j = 0; j < N; ++j) x[j] = pixel_value<T>(image[j]);
+        for (int j = 0; j < N; ++j) x[j] = pixel_value<T>(image[t][j]);
       }
       Output y[N];
       PYDETOX_UNROLL
@@ -248,12 +266,17 @@ __global__ void __launch_bounds__(kForwardThreads, 4)
 
 // What a block of the backward kernel shares: Channels + 1 rows of a tile of N * kWarpSize pixels,
 // row 0 for the mask and the others for the pattern's channels.
-template <class T, int N, int Channels>
+template <class T, int N, int Run, int Channels>
 struct BackwardShared {
   static constexpr int kTile = N * kWarpSize;
-  double sums[Channels + 1][kTile];
-  Sigmoid<T> sigmoids[Channels + 1][kTile];
-  T partials[kMaxBackwardWarps][Channels + 1][kTile];  // one for each warp that the block has
+  // Where a row holds pixel t of the tile. Threads whose N pixels lie in a row would be N elements
+  // apart, in the same banks; one empty place after every N puts them into different ones.
+  static __device__ __forceinline__ int place(int t) { return Run > 1 ? t + t / Run : t; }
+  static constexpr int kPlaces = Run > 1 ? kTile + kTile / Run : kTile;
+
+  double sums[Channels + 1][kPlaces];
+  Sigmoid<T> sigmoids[Channels + 1][kPlaces];
+  T partials[kMaxBackwardWarps][Channels + 1][kPlaces];  // one for each warp that the block has
 
   static constexpr int64_t bytes(int warps) {
     return static_cast<int64_t>(sizeof(BackwardShared)) -
@@ -270,7 +293,7 @@ struct BackwardShared {
 template <class T, class Image, class Gradient, int N, int Run, int Channels, class Places>
 __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
     stamp_backward(const StampBackwardParams params) {
-  using Shared = BackwardShared<T, N, Channels>;
+  using Shared = BackwardShared<T, N, Run, Channels>;
   Shared& shared = *shared_memory<Shared>();
   const StampShape& shape = params.shape;
   const int channels = Channels == kMaxChannels ? static_cast<int>(shape.channels) : Channels;
@@ -300,8 +323,8 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
       const T* logits = row == 0 ? mask_logits : pattern_logits + (row - 1) * logit_plane;
       T logit{};
       if (inside) load<1>(logits + offset, &logit);
-      shared.sums[row][t] = 0;
-      shared.sigmoids[row][t] = sigmoid_of_twice(logit);
+      shared.sums[row][Shared::place(t)] = 0;
+      shared.sigmoids[row][Shared::place(t)] = sigmoid_of_twice(logit);
     }
   }
   __syncthreads();  // the sigmoids are there
@@ -314,39 +337,67 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
   for (int64_t first_chunk = 0; first_chunk < chunks; first_chunk += warps) {
     const int64_t chunk = first_chunk + warp;
     if (chunk < chunks) {
+      // In registers: shared memory would be read once more for every image.
+      Sigmoid<T> mask[N], pattern[Channels][N];
+      PYDETOX_UNROLL
+      for (int j = 0; j < N; ++j) {
+        const int place = Shared::place(pixels.in_tile(j, lane, kWarpSize));
+        mask[j] = shared.sigmoids[0][place];
+        PYDETOX_UNROLL
+        for (int c = 0; c < Channels; ++c) {
+          if (c < channels) pattern[c][j] = shared.sigmoids[c + 1][place];
+        }
+      }
       T mask_sum[N] = {}, pattern_sum[Channels][N] = {};
       const int64_t b_begin = chunk * kBatchChunk;
       const int64_t b_end =
           b_begin + kBatchChunk < shape.images ? b_begin + kBatchChunk : shape.images;
-      for (int64_t b = b_begin; b < b_end; ++b) {
+      const auto fetch = [&](int64_t b, Gradient(&upstream)[Channels][N],
+                             Image(&image)[Channels][N]) {
         PYDETOX_UNROLL
         for (int c = 0; c < Channels; ++c) {
           if (c >= channels) break;
-          Gradient upstream[N] = {};
-          Image image[N] = {};
-          pixels.gather(gradient + b * image_size + c * shape.inner(), pixels.output, upstream);
-          pixels.gather(images + b * image_size + c * plane_size, pixels.plane, image);
+          pixels.gather(gradient + b * image_size + c * shape.inner(), pixels.output, upstream[c]);
+          pixels.gather(images + b * image_size + c * plane_size, pixels.plane, image[c]);
+        }
+      };
+      // The next image is on its way while this one is summed.
+      Gradient upstream_ahead[Channels][N] = {};
+      Image image_ahead[Channels][N] = {};
+      fetch(b_begin, upstream_ahead, image_ahead);
+      for (int64_t b = b_begin; b < b_end; ++b) {
+        Gradient upstream[Channels][N];
+        Image image[Channels][N];
+        PYDETOX_UNROLL
+        for (int c = 0; c < Channels; ++c) {
+          PYDETOX_UNROLL
+          for (int j = 0; j < N; ++j) {
+            upstream[c][j] = upstream_ahead[c][j];
+            image[c][j] = image_ahead[c][j];
+          }
+        }
+        if (b + 1 < b_end) fetch(b + 1, upstream_ahead, image_ahead);
+        PYDETOX_UNROLL
+        for (int c = 0; c < Channels; ++c) {
+          if (c >= channels) break;
           const T inverse_std = static_cast<T>(params.normalization.inverse_std[c]);
           PYDETOX_UNROLL
           for (int j = 0; j < N; ++j) {
-            const int t = pixels.in_tile(j, lane, kWarpSize);
-            const Sigmoid<T> mask = shared.sigmoids[0][t];
-            const Sigmoid<T> pattern = shared.sigmoids[c + 1][t];
-            const T x = pixel_value<T>(image[j]);
-            const T g =
-                passed_gradient(make_blend(mask, pattern)(x), load_gradient<T>(upstream[j]));
-            mask_sum[j] += mask_term(g, inverse_std, pattern.value, x);
+            const T x = pixel_value<T>(image[c][j]);
+            const T g = passed_gradient(make_blend(mask[j], pattern[c][j])(x),
+                                        load_gradient<T>(upstream[c][j]));
+            mask_sum[j] += mask_term(g, inverse_std, pattern[c][j].value, x);
             pattern_sum[c][j] += g;
           }
         }
       }
       PYDETOX_UNROLL
       for (int j = 0; j < N; ++j) {
-        const int t = pixels.in_tile(j, lane, kWarpSize);
-        shared.partials[warp][0][t] = mask_sum[j];
+        const int place = Shared::place(pixels.in_tile(j, lane, kWarpSize));
+        shared.partials[warp][0][place] = mask_sum[j];
         PYDETOX_UNROLL
         for (int c = 0; c < Channels; ++c) {
-          if (c < channels) shared.partials[warp][c + 1][t] = pattern_sum[c][j];
+          if (c < channels) shared.partials[warp][c + 1][place] = pattern_sum[c][j];
         }
       }
     }
@@ -357,9 +408,10 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
       PYDETOX_UNROLL
       for (int row = 0; row <= Channels; ++row) {
         if (row > channels) break;
-        double sum = shared.sums[row][t];
-        for (int w = 0; w < active; ++w) sum += static_cast<double>(shared.partials[w][row][t]);
-        shared.sums[row][t] = sum;
+        const int place = Shared::place(t);
+        double sum = shared.sums[row][place];
+        for (int w = 0; w < active; ++w) sum += static_cast<double>(shared.partials[w][row][place]);
+        shared.sums[row][place] = sum;
       }
     }
     __syncthreads();  // the partial sums may be overwritten
@@ -371,15 +423,16 @@ __global__ void __launch_bounds__(kMaxBackwardWarps* kWarpSize, 1)
   for (int t = thread; t < Shared::kTile; t += threads) {
     if (tile_begin + t >= logit_plane) break;
     const int64_t offset = places(tile_begin + t).logit;
-    const Sigmoid<T> mask = shared.sigmoids[0][t];
-    const T mask_result = mask_logit_gradient(shared.sums[0][t], mask);
+    const int place = Shared::place(t);
+    const Sigmoid<T> mask = shared.sigmoids[0][place];
+    const T mask_result = mask_logit_gradient(shared.sums[0][place], mask);
     store<1>(mask_gradient + offset, &mask_result);
     PYDETOX_UNROLL
     for (int c = 0; c < Channels; ++c) {
       if (c >= channels) break;
       const T result =
-          pattern_logit_gradient(shared.sums[c + 1][t], params.normalization.inverse_std[c], mask,
-                                 shared.sigmoids[c + 1][t]);
+          pattern_logit_gradient(shared.sums[c + 1][place], params.normalization.inverse_std[c],
+                                 mask, shared.sigmoids[c + 1][place]);
       store<1>(pattern_gradient + c * logit_plane + offset, &result);
     }
   }

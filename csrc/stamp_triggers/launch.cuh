@@ -20,10 +20,20 @@ bool aligned(const void* tensor) {
   return reinterpret_cast<uintptr_t>(tensor) % kAccessBytes<T, N> == 0;
 }
 
-// Pixels of a thread: 16 bytes of the output or its gradient, or two single accesses.
+// Pixels of a thread: 16 bytes of the output; for its gradient at most four, whose sums and
+// sigmoids leave registers for other threads; where rows of patches are too short for that, such as
+// 14, two pairs; or two single accesses.
 template <class T>
 constexpr int kVectorPixels = kMaxWordBytes / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kBackwardPixels = kVectorPixels<T> < 4 ? kVectorPixels<T> : 4;
+constexpr int kPairedPixels = 4;
 constexpr int kScalarPixels = 2;
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 template <int N, class Places>
 LaunchShape forward_grid(const StampShape& shape, int64_t pixels) {
@@ -56,14 +66,23 @@ bool launch_stamp_forward(const StampForwardParams& params, const Launch& launch
                     forward_grid<kScalarPixels, CropPlaces>(shape, pixels));
       return;
     }
-    constexpr int N = kVectorPixels<Output>;
-    const bool vectors = divides_runs<N>(shape) && aligned<N, Image>(params.images) &&
-                         aligned<N, T>(params.mask_logits) &&
-                         aligned<N, T>(params.pattern_logits) && aligned<N, Output>(params.output);
-    done = vectors ? launch(&stamp_forward<T, Image, Output, N, N, WholePlaces>, params,
-                            forward_grid<N, WholePlaces>(shape, shape.pixels()))
-                   : launch(&stamp_forward<T, Image, Output, kScalarPixels, 1, WholePlaces>, params,
-                            forward_grid<kScalarPixels, WholePlaces>(shape, shape.pixels()));
+    const auto run = [&](auto pixels, auto together) {
+      constexpr int N = pixels.value, Run = together.value;
+      done = launch(&stamp_forward<T, Image, Output, N, Run, WholePlaces>, params,
+                    forward_grid<N, WholePlaces>(shape, shape.pixels()));
+    };
+    const auto fits = [&](auto together) {
+      constexpr int Run = together.value;
+      return divides_runs<Run>(shape) && aligned<Run, Image>(params.images) &&
+             aligned<Run, T>(params.mask_logits) && aligned<Run, T>(params.pattern_logits) &&
+             aligned<Run, Output>(params.output);
+    };
+    constexpr Number<kVectorPixels<Output>> kVector;
+    if (fits(kVector)) return run(kVector, kVector);
+    if constexpr (kVector.value > 2) {
+      if (fits(Number<2>{})) return run(Number<kPairedPixels>{}, Number<2>{});
+    }
+    run(Number<kScalarPixels>{}, Number<1>{});
   });
   return done;
 }
@@ -75,8 +94,8 @@ bool launch_stamp_backward(const StampBackwardParams& params, const Launch& laun
   bool done = false;
   with_image_type(params.image_dtype, [&](auto image) {
     using Image = typename decltype(image)::Type;
-    using AnyChannels = BackwardShared<T, 1, kMaxChannels>;
-    using Scalar = BackwardShared<T, kScalarPixels, 3>;
+    using AnyChannels = BackwardShared<T, 1, 1, kMaxChannels>;
+    using Scalar = BackwardShared<T, kScalarPixels, 1, 3>;
     if (crop.corners != nullptr) {
       const int64_t pixels = crop.height * crop.width;
       done = shape.channels == 3
@@ -92,13 +111,22 @@ bool launch_stamp_backward(const StampBackwardParams& params, const Launch& laun
                     backward_grid<AnyChannels>(shape, pixels));
       return;
     }
-    constexpr int N = kVectorPixels<Gradient>;
-    const bool vectors = divides_runs<N>(shape) && aligned<N, Gradient>(params.gradient) &&
-                         aligned<N, Image>(params.images);
-    done = vectors ? launch(&stamp_backward<T, Image, Gradient, N, N, 3, WholePlaces>, params,
-                            backward_grid<BackwardShared<T, N, 3>>(shape, pixels))
-                   : launch(&stamp_backward<T, Image, Gradient, kScalarPixels, 1, 3, WholePlaces>,
-                            params, backward_grid<Scalar>(shape, pixels));
+    const auto run = [&](auto pixels_of_thread, auto together) {
+      constexpr int N = pixels_of_thread.value, Run = together.value;
+      done = launch(&stamp_backward<T, Image, Gradient, N, Run, 3, WholePlaces>, params,
+                    backward_grid<BackwardShared<T, N, Run, 3>>(shape, pixels));
+    };
+    const auto fits = [&](auto together) {
+      constexpr int Run = together.value;
+      return divides_runs<Run>(shape) && aligned<Run, Gradient>(params.gradient) &&
+             aligned<Run, Image>(params.images);
+    };
+    constexpr Number<kBackwardPixels<Gradient>> kVector;
+    if (fits(kVector)) return run(kVector, kVector);
+    if constexpr (kVector.value > 2) {
+      if (fits(Number<2>{})) return run(Number<kPairedPixels>{}, Number<2>{});
+    }
+    run(Number<kScalarPixels>{}, Number<1>{});
   });
   return done;
 }

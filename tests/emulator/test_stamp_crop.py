@@ -414,7 +414,7 @@ def test_more_than_2_to_the_31_elements(
 def test_launch_shapes(stamp_launch_shape: Callable[..., tuple[int, int, int]]) -> None:
     """The grid is the boxes': 64x64 of 224x224."""
     shape, sizes = stamp_launch_shape, [8, 16, 3, 224, 224, 0]
-    assert shape(False, sizes, box=[64, 64]) == (8 * 3 * 16, 128, 0)
+    assert shape(False, sizes, box=[64, 64]) == (8 * 3 * 32, 64, 0)
     assert shape(True, sizes, box=[64, 64])[:2] == (8 * 64, 64)
     for box in ([0, 5], [5, 0], [0, 0]):
         assert shape(False, sizes, box=box)[0] == shape(True, sizes, box=box)[0] == 0
