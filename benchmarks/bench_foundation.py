@@ -132,7 +132,7 @@ def figures(summary: dict[str, Any]) -> str:
     type=int,
     help="Clean models of a seed, instead of 40 (verdicts), 4 (captions) or 1 (imagenet).",
 )
-@click.option("--image-size", type=int, help="Part imagenet: instead of 112 pixels.")
+@click.option("--image-size", type=int, help="Part imagenet: instead of 224 pixels.")
 @click.option("--head", type=int, help="Part imagenet: so many of the 1,000 classes.")
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
