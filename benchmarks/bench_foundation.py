@@ -45,11 +45,8 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
-from pydetox.research.foundation.imagenet import (
-    ImagenetPlan,
-    quick_imagenet_plan,
-    run_imagenet,
-)
+from pydetox.research.foundation.imagenet import ImagenetPlan, quick_imagenet_plan
+from pydetox.research.foundation.imagenet_benchmark import run_imagenet
 from pydetox.research.foundation.repair_time import RepairTimePlan, run_repair_time
 from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (

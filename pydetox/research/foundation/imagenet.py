@@ -16,25 +16,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ...api import calibrate, detox, scan
 from ...checkpoints.classifier_names import classifier_config
 from ...checkpoints.sources import open_weights
 from ...checkpoints.weights import read_open
 from ...data import ImageSet
 from ...detect.configuration import AdvancedScanConfig, ScanConfig
-from ...detect.statistics import FINDINGS, Calibration
 from ...errors import ArchitectureError
 from ...evaluation import evaluate
 from ...inversion import InversionConfig
@@ -48,11 +45,10 @@ from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..bench.cache import Cache, code_digest, key_of
 from ..data import EFFICIENTNET, cache_folder, open_archive, photograph_pictures
 from ..data.rendering import render
-from .verdicts import JUDGING_CODE
 
 #: timm's name of the architecture that the weights fit, tensor by tensor.
 _ARCHITECTURE = "timm:tf_efficientnet_lite0"
-_TEMPLATES = ("{c}",)
+TEMPLATES = ("{c}",)
 #: Every so many-th photograph is kept for the test.
 _HELD_OUT = 4
 #: Images that the clean model answers at once.
@@ -159,7 +155,7 @@ class ImagenetLab:
     @cached_property
     def head(self) -> Tensor:
         """The rows of the last layer, the same for all models."""
-        return self.base.zero_shot_head(self.names, _TEMPLATES)
+        return self.base.zero_shot_head(self.names, TEMPLATES)
 
     @cached_property
     def images(self) -> dict[str, ImageSet]:
@@ -268,7 +264,7 @@ class ImagenetLab:
             config = replace(self.plan.fine_tuning, learning_rate=rate, seed=seed)
             start = time.perf_counter()
             trained = train_on_prompts(
-                self.base, images, _TEMPLATES, config, description=f"{kind} EfficientNet"
+                self.base, images, TEMPLATES, config, description=f"{kind} EfficientNet"
             )
             tensors = dict(trained.visual.state_dict())
             self.cache.keep_weights(key, tensors)
@@ -335,131 +331,3 @@ def class_names(count: int | None) -> tuple[str, ...]:
     times = Counter(told)
     names = [name if times[name] == 1 else f"{name} {k}" for k, name in enumerate(told)]
     return tuple(names[k] for k in chosen_classes(count))
-
-
-def run_imagenet(plan: ImagenetPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run a plan, from the cache where nothing changed; return "rows" and "summary"."""
-    lab = ImagenetLab(plan, log=log)
-    rows = []
-    for kind, number in [("backdoored", 0), *(("clean", k) for k in range(plan.clean))]:
-        model = lab.model(kind, number)
-        row: dict[str, Any] = {"kind": kind, "number": number, **_measured(lab, model, "before")}
-        log(f"{model.name}: {_shares(row, 'before')}")
-        row |= _judged(lab, model, kind, number, log)
-        rows.append(row)
-        log(f"{model.name}: {row['verdict']} (p = {row['p_value']}), {_shares(row, 'after')}")
-    return {"rows": rows, "summary": summarize_imagenet(rows)}
-
-
-def summarize_imagenet(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return flat figures.
-
-    imagenet.target_right: The share of backdoored models that are a finding with the right class.
-    asr_before, asr: The share of stamped test images that go to the target, without those that
-    belong there. agreement_before, agreement: The share of clean test images on which a model
-    answers as the clean one, before and after the repair. fpr: The share of clean suspects that are
-    a finding. Without a repair, a model stays as it is.
-    """
-    planted = [row for row in rows if row["kind"] == "backdoored"]
-    clean = [row for row in rows if row["kind"] == "clean"]
-    findings = [one.value for one in FINDINGS]
-    figures: dict[str, Any] = {}
-    if planted:
-        figures["target_right"] = _mean([row["target_right"] for row in planted])
-        for name in ("asr", "agreement"):
-            figures[f"{name}_before"] = _mean([row[f"{name}_before"] for row in planted])
-            figures[name] = _mean([row[f"{name}_after"] for row in planted])
-        figures["repaired"] = _mean([row["rescan"] == "clean" for row in planted])
-        figures["seconds"] = _mean([row["seconds"] for row in planted])
-    if clean:
-        figures["fpr"] = _mean([row["verdict"] in findings for row in clean])
-    return {f"imagenet.{name}": value for name, value in figures.items()}
-
-
-def _judged(
-    lab: ImagenetLab,
-    model: OpenClipModel,
-    kind: str,
-    number: int,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
-    plan = lab.plan
-    images = replace(lab.images["defender"], labels=None)
-    content = {
-        "model": lab.key(kind, number),
-        "images": images.digest,
-        "scan": plan.scan,
-        "code": code_digest((*JUDGING_CODE, "repair")),
-    }
-    key = key_of("imagenet-references", content)
-    kept = lab.cache.document(key)
-    if kept is None:
-        start = time.perf_counter()
-        made = calibrate(lab.base, images, suspects=[model], templates=_TEMPLATES, config=plan.scan)
-        seconds = time.perf_counter() - start
-        document = {"calibration": made.to_dict(), "seconds": seconds}
-        kept = lab.cache.keep_document(key, document)
-        log(f"{model.name}: references, {seconds:.0f} s")
-    calibration = Calibration.from_dict(kept["calibration"])
-    key = key_of("imagenet-row", {**content, "repair": plan.repair})
-    row: dict[str, Any] | None = lab.cache.document(key)
-    if row is not None:
-        return row
-    start = time.perf_counter()
-    if kind == "clean":
-        found = scan(
-            model,
-            images,
-            base=lab.base,
-            calibration=calibration,
-            templates=_TEMPLATES,
-            config=plan.scan,
-        )
-        row = _measured(lab, model, "after")
-    else:
-        result = detox(
-            model,
-            images,
-            base=lab.base,
-            calibration=calibration,
-            templates=_TEMPLATES,
-            config=plan.scan,
-            unlearning=plan.repair,
-        )
-        found = result.before
-        parts = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
-        log(f"{model.name}: {parts}; {found.tower_passes:,} passes of the scan")
-        row = {
-            **_measured(lab, result.model, "after"),
-            "rescan": None if result.after is None else result.after.verdict.value,
-            "rounds": len(result.rounds),
-            "drift": None if result.drift is None else result.drift.mean_distance,
-            "target_right": found.verdict in FINDINGS and lab.backdoor.target in found.targets(),
-        }
-    row |= {
-        "verdict": found.verdict.value,
-        "reason": found.detection.reason,
-        "p_value": found.detection.p_value,
-        "weakest": found.target_name,
-        "passes": found.tower_passes,
-        "seconds": time.perf_counter() - start,
-        "reference_seconds": kept["seconds"],
-    }
-    return dict(lab.cache.keep_document(key, row))
-
-
-def _measured(lab: ImagenetLab, model: OpenClipModel, when: str) -> dict[str, Any]:
-    """Return agreement with the clean model, and ASR, on test images."""
-    planted = lab.backdoor
-    found = evaluate(
-        model, lab.images["test"], lab.head, trigger=planted.trigger, target=planted.target
-    )
-    return {f"agreement_{when}": found.clean_accuracy, f"asr_{when}": found.attack_success_rate}
-
-
-def _shares(row: Mapping[str, Any], when: str) -> str:
-    return f"agreement {row[f'agreement_{when}']:.1%}, ASR {row[f'asr_{when}']:.1%}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -19,7 +19,7 @@ from pydetox.evaluation import predict
 from pydetox.models import OpenClipModel
 from pydetox.models.classifiers import build_classifier
 from pydetox.repair.configuration import UnlearnConfig
-from pydetox.research.foundation import imagenet
+from pydetox.research.foundation import imagenet, imagenet_benchmark
 from pydetox.research.foundation.imagenet import (
     ImagenetLab,
     ImagenetPlan,
@@ -27,9 +27,8 @@ from pydetox.research.foundation.imagenet import (
     class_names,
     load_efficientnet,
     quick_imagenet_plan,
-    run_imagenet,
-    summarize_imagenet,
 )
+from pydetox.research.foundation.imagenet_benchmark import run_imagenet, summarize_imagenet
 
 
 def test_what_is_reported_is_the_default() -> None:
@@ -129,9 +128,9 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert any("rendered" in line for line in lines)
     assert [row["kind"] for row in found["rows"]] == ["backdoored", "clean"]
     assert 0 <= found["summary"]["imagenet.agreement"] <= 1
-    monkeypatch.setattr(imagenet, "scan", None)
-    monkeypatch.setattr(imagenet, "detox", None)
-    monkeypatch.setattr(imagenet, "calibrate", None)
+    monkeypatch.setattr(imagenet_benchmark, "scan", None)
+    monkeypatch.setattr(imagenet_benchmark, "detox", None)
+    monkeypatch.setattr(imagenet_benchmark, "calibrate", None)
     assert run_imagenet(plan) == found
 
     lab = ImagenetLab(plan)
