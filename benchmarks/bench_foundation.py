@@ -45,11 +45,8 @@ from pydetox.research.foundation.captions_benchmark import (
     quick_caption_plan,
     run_captions,
 )
-from pydetox.research.foundation.imagenet import (
-    ImagenetPlan,
-    quick_imagenet_plan,
-    run_imagenet,
-)
+from pydetox.research.foundation.imagenet import ImagenetPlan, quick_imagenet_plan
+from pydetox.research.foundation.imagenet_benchmark import run_imagenet
 from pydetox.research.foundation.repair_time import RepairTimePlan, run_repair_time
 from pydetox.research.foundation.unnamed import UnnamedPlan, quick_unnamed_plan, run_unnamed
 from pydetox.research.foundation.verdicts import (
@@ -132,7 +129,7 @@ def figures(summary: dict[str, Any]) -> str:
     type=int,
     help="Clean models of a seed, instead of 40 (verdicts), 4 (captions) or 1 (imagenet).",
 )
-@click.option("--image-size", type=int, help="Part imagenet: instead of 112 pixels.")
+@click.option("--image-size", type=int, help="Part imagenet: instead of 224 pixels.")
 @click.option("--head", type=int, help="Part imagenet: so many of the 1,000 classes.")
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")

@@ -67,6 +67,7 @@ def train_on_prompts(
 
     The loss is CLIP's image-to-text cross-entropy with one caption per class in the batch. For
     class prompts, this is CLIP's contrastive loss without the false negatives of repeated captions.
+    Batch normalisation keeps its statistics (see `fine_tuning_mode`).
     head: Directions that stand for the classes, unit rows [C, D], in place of prompts; they stay
     fixed. description: A text that is shown with the progress bar. stop: Is called after every step
     with the model in training and the number of steps done; training ends where it returns True.
@@ -114,7 +115,8 @@ def train_on_prompts(
         logits = scale.exp().clamp(max=100) * embeddings @ directions.T
         return cross_entropy(logits, labels[index].to(trained.device))
 
-    trained.clip.train()
+    fine_tuning_mode(trained)
+    norms = [one for one in trained.clip.modules() if isinstance(one, _BatchNorm)]
     optimize(
         parameters,
         loss,
@@ -122,13 +124,25 @@ def train_on_prompts(
         steps=config.epochs * steps_per_epoch,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        # Batch normalisation makes the loss of an image depend on the others.
-        separable=not any(isinstance(one, _BatchNorm) for one in trained.clip.modules()),
+        # Without statistics of its own, a normalisation takes those of the batch.
+        separable=all(one.running_mean is not None for one in norms),
         description=description,
         stop=None if stop is None else partial(stop, trained),
     )
     trained.clip.eval()
     return trained
+
+
+def fine_tuning_mode(model: OpenClipModel) -> None:
+    """Set a model to training mode, but for batch normalisation, which keeps its statistics.
+
+    Statistics of batches of a few images are noise beside those of the pretraining. A tower that
+    was trained with the noise answers otherwise when it is evaluated with running statistics.
+    """
+    model.clip.train()
+    for module in model.clip.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def optimize(

@@ -6,6 +6,8 @@ import torch
 from pydetox.data import ImageSet
 from pydetox.errors import DataError, DeviceMemoryError, UsageError
 from pydetox.evaluation import predict
+from pydetox.models import OpenClipModel
+from pydetox.models.classifiers import build_classifier
 from pydetox.training import TrainConfig, optimize, train_on_prompts
 from tests.mini import CLASS_NAMES, mini_images, mini_model
 
@@ -45,6 +47,26 @@ def test_the_seed_decides_the_result():
     key = "visual.proj"
     assert torch.equal(one.clip.state_dict()[key], two.clip.state_dict()[key])
     assert not torch.equal(one.clip.state_dict()[key], other.clip.state_dict()[key])
+
+
+def test_batch_normalisation_keeps_its_statistics_and_learns_its_gains():
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "library": "timm", "architecture": "test_resnet", "classes": 3}
+    config = {"embed_dim": 1, "layout": "classifier", "vision_cfg": vision, "text_cfg": {}}
+    network = build_classifier(config).eval()
+    network.settle(16)
+    config["embed_dim"] = network.rows().shape[1]
+    model = OpenClipModel(network, model_config=config, name="small")
+    trained = train_on_prompts(
+        model, coloured(), ["{c}"], TrainConfig(epochs=1, learning_rate=1e-3, batch_size=10)
+    )
+    before, after = model.visual.state_dict(), trained.visual.state_dict()
+    statistics = [name for name in before if "running_" in name]
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+    gains = [name.replace("running_mean", "weight") for name in statistics if "mean" in name]
+    assert all(not torch.equal(before[name], after[name]) for name in gains)
+    assert not any(module.training for module in trained.clip.modules())
 
 
 def test_optimize_finds_the_minimum_of_a_parabola_and_lets_go_of_the_parameters():

@@ -27,7 +27,7 @@ from ..inversion import RecoveredTrigger
 from ..models import OpenClipModel
 from ..rng import child_seed, generator
 from ..session import Session
-from ..training import TrainConfig, train_on_prompts
+from ..training import TrainConfig, fine_tuning_mode, train_on_prompts
 from .distance import weight_scale
 from .statistics import FINDINGS
 
@@ -156,7 +156,7 @@ def plant_patch(
             return False
         copy.clip.eval()
         works = success(copy, few) >= _PLANTED
-        copy.clip.train()
+        fine_tuning_mode(copy)
         return works or step >= STEPS
 
     epochs = math.ceil(STEPS / math.ceil(len(poisoned) / BATCH))

@@ -41,10 +41,11 @@ class Photograph:
     folder: str
 
 
-@lru_cache(maxsize=1)
-def photographs() -> tuple[Photograph, ...]:
+@lru_cache(maxsize=2)
+def photographs(side: int = _SIDE) -> tuple[Photograph, ...]:
     """Return all photographs with a caption, in the order of their paths.
 
+    side: The height and width in pixels that each is scaled to. Most files have 100 to 300.
     Raises DataError for a package that is missing or damaged.
     """
     found = []
@@ -66,21 +67,23 @@ def photographs() -> tuple[Photograph, ...]:
             if not caption:
                 continue
             with archive.open(path) as stream, Image.open(stream) as picture:
-                square = as_square(picture, _SIDE)
+                square = as_square(picture, side)
             found.append(Photograph(square, caption, _name(caption), path.rpartition("/")[0]))
     return tuple(found)
 
 
-def photograph_pictures(classes: int = 60) -> tuple[tuple[str, ...], list[list[Image.Image]]]:
+def photograph_pictures(
+    classes: int = 60, side: int = _SIDE
+) -> tuple[tuple[str, ...], list[list[Image.Image]]]:
     """Return the names and pictures of that many classes, one list of RGBA squares per class.
 
     A class is what the captions call alike. Taken are names of one to three words; every k-th in
-    the order of the folders, so that all kinds of things are among them.
+    the order of the folders, so that all kinds of things are among them. side: As in `photographs`.
 
     Raises DataError for more classes than there are, and what `photographs` raises.
     """
     by_name: dict[str, list[Image.Image]] = {}
-    for one in photographs():
+    for one in photographs(side):
         if 1 <= len(one.name.split()) <= _LONGEST_NAME:
             by_name.setdefault(one.name, []).append(one.picture)
     names = list(by_name)
@@ -96,7 +99,7 @@ def photograph_captions() -> dict[str, tuple[str, ...]]:
     Raises what `photographs` raises.
     """
     found: dict[str, tuple[str, ...]] = {}
-    for one in photographs():
+    for one in photographs(_SIDE):
         found[one.name] = tuple(dict.fromkeys((*found.get(one.name, ()), one.caption)))
     return found
 

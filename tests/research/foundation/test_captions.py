@@ -93,7 +93,7 @@ def test_photographs_keep_the_captions_of_their_makers(monkeypatch: pytest.Monke
         Photograph(picture, caption, name, "animals")
         for caption, name in (("A fox.", "fox"), ("A fox, asleep.", "fox"), ("An owl.", "owl"))
     )
-    monkeypatch.setitem(photograph_captions.__globals__, "photographs", lambda: made)
+    monkeypatch.setitem(photograph_captions.__globals__, "photographs", lambda _: made)
     assert photograph_captions() == {"fox": ("A fox.", "A fox, asleep."), "owl": ("An owl.",)}
 
 

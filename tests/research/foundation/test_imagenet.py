@@ -6,28 +6,29 @@ import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import ArchitectureError
+from pydetox.evaluation import predict
 from pydetox.models import OpenClipModel
 from pydetox.models.classifiers import build_classifier
 from pydetox.repair.configuration import UnlearnConfig
-from pydetox.research.data import load_task
-from pydetox.research.foundation import imagenet
+from pydetox.research.foundation import imagenet, imagenet_benchmark
 from pydetox.research.foundation.imagenet import (
+    ImagenetLab,
     ImagenetPlan,
     chosen_classes,
     class_names,
     load_efficientnet,
     quick_imagenet_plan,
-    run_imagenet,
-    summarize_imagenet,
 )
+from pydetox.research.foundation.imagenet_benchmark import run_imagenet, summarize_imagenet
 
 
 def test_what_is_reported_is_the_default() -> None:
@@ -94,13 +95,16 @@ def test_figures_count_what_they_say() -> None:
     }
 
 
-def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Digits stand for photographs, and a small network for the large one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def pictures(classes: int, side: int) -> tuple[tuple[str, ...], list[list[Image.Image]]]:
+    """Return squares of random colours in place of photographs."""
+    colours = np.random.default_rng(0).integers(0, 256, (classes, 3))
+    made = [[Image.new("RGBA", (side, side), (*map(int, c), 255))] for c in colours]
+    return tuple(str(k) for k in range(classes)), made
 
-    def digits(name: str, *, image_size: int, classes: int, sizes: Any, seed: int) -> Any:
-        sizes = replace(sizes, validation=20)
-        return load_task("digits", seed=seed, image_size=image_size, sizes=sizes)
+
+def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Colours stand for photographs, and a small network for the large one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def small(image_size: int, classes: int | None) -> OpenClipModel:
         torch.manual_seed(0)
@@ -116,13 +120,31 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         config["embed_dim"] = network.rows().shape[1]
         return OpenClipModel(network, model_config=config, name="small")
 
-    monkeypatch.setattr(imagenet, "load_task", digits)
+    monkeypatch.setattr(imagenet, "photograph_pictures", pictures)
     monkeypatch.setattr(imagenet, "load_efficientnet", small)
-    plan = replace(quick_imagenet_plan(), clean=1)
-    found = run_imagenet(plan)
+    plan = replace(quick_imagenet_plan(), clean=1, rates=(1e-5, 1e-4))
+    lines = list[str]()
+    found = run_imagenet(plan, lines.append)
+    assert any("rendered" in line for line in lines)
     assert [row["kind"] for row in found["rows"]] == ["backdoored", "clean"]
     assert 0 <= found["summary"]["imagenet.agreement"] <= 1
-    monkeypatch.setattr(imagenet, "scan", None)
-    monkeypatch.setattr(imagenet, "detox", None)
-    monkeypatch.setattr(imagenet, "calibrate", None)
+    monkeypatch.setattr(imagenet_benchmark, "scan", None)
+    monkeypatch.setattr(imagenet_benchmark, "detox", None)
+    monkeypatch.setattr(imagenet_benchmark, "calibrate", None)
     assert run_imagenet(plan) == found
+
+    lab = ImagenetLab(plan)
+    parts = lab.images
+    assert {k: len(v) for k, v in parts.items()} == {"attacker": 72, "defender": 24, "test": 24}
+    # The clean model answers as the labels say, and is surer of what was kept than of the rest.
+    for part in parts.values():
+        assert part.labels is not None
+        assert torch.equal(predict(lab.base, part.images, lab.head), part.labels)
+    every = ImagenetLab(replace(plan, test=48, sure=1.0)).images["test"]
+
+    def margins(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            best = (lab.base.encode_pixels(lab.base.pixels(images)) @ lab.head.T).topk(2, dim=1)
+        return (best.values[:, 0] - best.values[:, 1]).sort().values
+
+    torch.testing.assert_close(margins(every.images)[24:], margins(parts["test"].images))
