@@ -197,8 +197,10 @@ class Check:
             self.leave_out("sanitizers", "there is no compute-sanitizer on PATH")
             return
         for tool in SANITIZERS:
-            # memcheck looks at every kernel, the others, which are slower, at ours alone.
-            only = [] if tool == "memcheck" else ["--kernel-regex", "kns=pydetox"]
+            # memcheck looks at every kernel, races are sought in ours alone, which is slower.
+            # initcheck has to see that torch's kernels write what ours read.
+            ours_alone = tool in ("racecheck", "synccheck")
+            only = ["--kernel-regex", "kns=pydetox"] if ours_alone else []
             checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *only]
             # No caching: what is beyond a tensor is beyond its allocation.
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -1,7 +1,8 @@
 """A summary as tables, and docs/gpu.md made of the summaries in docs/gpu.
 
 python -m benchmarks.gpu.page            renew the tables of docs/gpu.md
-python -m benchmarks.gpu.page --add runs/gpu/summary.json    take a result over, then renew
+python -m benchmarks.gpu.page --add runs/gpu/summary.json    take a result over, then renew;
+                                                             counters, if ncu.csv lies beside it
 python -m benchmarks.gpu.page --show runs/gpu/summary.json   print its tables
 
 Only what was measured on a GPU, in full size, goes onto the page.
@@ -16,12 +17,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import plan
+from . import counters, plan
 from .summary import SummaryError, Value, figures, read_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RESULTS = ROOT / "docs" / "gpu.md", ROOT / "docs" / "gpu"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+COUNTED = """The kernels in ncu, each alone and with cold caches. Memory and compute are shares of
+the device's peak rates, warps of those that a multiprocessor can hold. The sizes are those of
+`benchmarks/gpu/operators_once.py`.
+
+"""
 NOT_MEASURED = "Not measured yet: nobody has run `make check-gpu` on a GPU and sent the result."
 
 
@@ -91,6 +97,10 @@ def section(folder: Path = RESULTS) -> str:
         values = read_summary(path)
         check_publishable(path, values)
         parts.append(render(values))
+        counted = path.with_suffix(".csv")
+        if counted.is_file():
+            lines = counters.table(counters.from_csv(counted.read_text(encoding="utf-8")))
+            parts.append(COUNTED + "\n".join(lines) + "\n")
     return "\n".join(parts) if parts else NOT_MEASURED + "\n"
 
 
@@ -124,8 +134,12 @@ def main() -> int:
             check_publishable(options.add, values)
             RESULTS.mkdir(exist_ok=True)
             shutil.copyfile(options.add, RESULTS / file_name(values))
+            counted = options.add.with_name("ncu.csv")
+            if counted.is_file():
+                text = counters.to_csv(counters.read_ncu(counted))
+                (RESULTS / file_name(values)).with_suffix(".csv").write_text(text)
         PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    except (SummaryError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError) as error:
         print(f"page: {error}", file=sys.stderr)
         return 1
     return 0

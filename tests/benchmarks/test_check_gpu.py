@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import bundle, events, machine, page, plan, recorder, stages
+from benchmarks.gpu import bundle, counters, events, machine, page, plan, recorder, stages
 from benchmarks.gpu.__main__ import WRITTEN, Check
 from benchmarks.gpu.processes import Clock, Outcome, Part, Running
 from benchmarks.gpu.summary import SCHEMA, Summary, SummaryError, figures, read_summary
@@ -73,6 +73,42 @@ def test_tables_carry_the_device_and_only_a_gpu_has_bounds(tmp_path: Path) -> No
     assert "missed" not in on_cpu
     write(tmp_path / "result.json", GPU)
     assert "### Some GPU" in page.section(tmp_path)
+
+
+def ncu_output(*calls: tuple[str, str]) -> str:
+    """Return what ncu writes for kernels and their times in nanoseconds."""
+    head = ["ID", "Kernel Name", "Block Size", "Grid Size", "Metric Name", "Metric Unit"]
+    lines = ["==PROF== Connected", ",".join(f'"{name}"' for name in [*head, "Metric Value"])]
+    metrics = [
+        ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "46.56"),
+        ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "%", "40.1"),
+        ("sm__warps_active.avg.pct_of_peak_sustained_active", "%", "25"),
+        ("launch__registers_per_thread", "register/thread", "75"),
+    ]
+    for number, (kernel, time_ns) in enumerate(calls):
+        for metric in [*metrics, ("gpu__time_duration.sum", "ns", time_ns)]:
+            cells = [str(number), kernel, "(128, 1, 1)", "(2, 3, 4)", *metric]
+            lines.append(",".join(f'"{cell}"' for cell in cells))
+    return "\n".join(lines)
+
+
+def test_counters_of_the_second_round_become_a_table(tmp_path: Path) -> None:
+    stamp, total = "void stamp<float, (int)4>(Params)", "void sum(P)"
+    calls = [(stamp, "9,000"), (total, "9,000"), (stamp, "40,768"), (total, "5")]
+    (tmp_path / "ncu.csv").write_text(ncu_output(*calls))
+    found = counters.read_ncu(tmp_path / "ncu.csv")
+    assert [(one.kernel, one.microseconds) for one in found] == [
+        ("stamp<float, (int)4>", 40.8),
+        ("sum", 0.0),
+    ]
+    assert (found[0].blocks, found[0].threads, found[0].registers) == (24, 128, 75)
+    assert counters.from_csv(counters.to_csv(found)) == found
+    assert list(counters.table(found))[2].endswith("| 24 × 128 | 40.8 | 47% | 40% | 25% | 75 |")
+    (tmp_path / "ncu.csv").write_text(ncu_output(*calls[:1]))
+    assert len(counters.read_ncu(tmp_path / "ncu.csv")) == 1
+    (tmp_path / "ncu.csv").write_text("==ERROR== no device")
+    with pytest.raises(ValueError, match="no kernel"):
+        counters.read_ncu(tmp_path / "ncu.csv")
 
 
 def test_figures_are_those_of_the_summarys_own_device() -> None:
