@@ -35,8 +35,6 @@ from .victims import (
     train_tower,
 )
 
-_TASK = "fashion"
-
 #: What captions are of, beside the classes of the task. The first half trains towers, the second is
 #: split between defender and test.
 THINGS = (
@@ -70,6 +68,8 @@ class TowerBenchPlan:
         backdoored, clean, references: The models.
         scan: The scan.
         images: The number of test images.
+        task: The images of the base (see `research.data.load_task`). Digits are there without
+            fetching.
     """
 
     seed: int = 0
@@ -85,6 +85,7 @@ class TowerBenchPlan:
     references: tuple[TowerVictim, ...] = tuple(TowerVictim(seed) for seed in range(300, 304))
     scan: TextScanConfig = field(default_factory=lambda: TextScanConfig(place="end"))
     images: int = 1_000
+    task: str = "fashion"
 
 
 FULL = TowerBenchPlan()
@@ -97,6 +98,7 @@ QUICK = TowerBenchPlan(
     clean=(TowerVictim(200),),
     references=(TowerVictim(300), TowerVictim(301)),
     images=100,
+    task="digits",
 )
 
 
@@ -111,9 +113,9 @@ def run_tower_benchmark(
     folder: The cache of the base; towers are fine-tuned in seconds, and are not cached.
     """
     shop = Workshop(
-        plan.seed, training=plan.training, tower=EMOJI_CLIP, names=(_TASK,), folder=folder
+        plan.seed, training=plan.training, tower=EMOJI_CLIP, names=(plan.task,), folder=folder
     )
-    base, task = shop.base, shop.tasks[_TASK]
+    base, task = shop.base, shop.tasks[plan.task]
     half = len(THINGS) // 2
     training = captions_of([*task.class_names, *THINGS[:half]], [*_TEMPLATES, *task.templates])
     others = captions_of(THINGS[half:], _TEMPLATES)
