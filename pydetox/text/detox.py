@@ -127,8 +127,8 @@ def detox_text_model(
         )
 
     evaluation_before = evaluation(model)
-    # As for images (`detect.rescan`): a class must stand out before the repair and after it, because
-    # a repair moves the weights, and the references do not move with it.
+    # As for images (`detect.rescan`): a class must stand out before the repair and after it. A
+    # repair moves the weights, and the references do not move with it.
     every = [before.detection, *before.others.values()]
     p_before = p_values_of_suspects(every)
     suspects = p_before.keys() | {target}
