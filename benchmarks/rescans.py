@@ -12,11 +12,17 @@ must find the other.
 Prints one row per model, and the shares of findings. Of the classes that the attack does not lead
 to, it also prints how much the scores scatter in the re-scan; in clean models, this is 1. A seed
 whose file is there is not run again.
+
+    python benchmarks/rescans.py --simulate
+
+Simulates the share of repaired models in which a class without a backdoor is a finding, for scores
+of clean classes that scatter more than those of clean models in both scans, with a correlation.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -28,6 +34,9 @@ from typing import Any
 
 # The script's own folder is on the path, the project's is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from scipy.special import ndtr
 
 from benchmarks.demo_models import splits, suspects
 from pydetox import calibrate, detox
@@ -50,6 +59,11 @@ from pydetox.session import as_model
 from pydetox.training import TrainConfig, train_on_prompts
 
 WAYS = ("alone", "single", "both")
+
+#: What is simulated: models, classes besides the repaired one, classes that the first scan drops,
+#: families of triggers, and the deviations of scores and their correlations between the scans.
+MODELS, OTHERS, DROPPED, FAMILIES = 100_000, 9, 5, 2
+WIDTHS, CORRELATIONS = (1.0, 1.2, 1.5), (0.0, 0.6, 0.9)
 
 
 def measure(seed: int) -> dict[str, Any]:
@@ -153,11 +167,49 @@ def _line(seed: int, name: str, row: Mapping[str, Any]) -> str:
     return f"seed {seed}, {name}: ASR {before:.1%} -> {after:.1%}; {'; '.join(said)}"
 
 
+def simulate() -> None:
+    """Print the shares of false alarms at nominal 5% and 1% as a table."""
+    generator = np.random.default_rng(0)
+    print("| deviation | correlation | " + " | ".join(("first scan", *WAYS)) + " |")
+    print("|---:|---:|" + "---|" * (1 + len(WAYS)))
+    for width, correlation in itertools.product(WIDTHS, CORRELATIONS):
+        own, new = generator.standard_normal((2, MODELS, OTHERS, FAMILIES))
+        after = correlation * own + math.sqrt(1 - correlation**2) * new
+        chances = [ndtr(-width * scores) for scores in (own, after)]
+        every = (1 + OTHERS) * FAMILIES
+        before, alone = (_adjusted(chance, every).min(axis=2) for chance in chances)
+        # What the re-scan judges besides the repaired class, and is corrected for.
+        suspects = before < 0.05
+        judged = suspects | (np.arange(OTHERS) < DROPPED)
+        tries = (1 + judged.sum(axis=1)) * FAMILIES
+        single = _adjusted(chances[1], tries[:, None, None]).min(axis=2)
+        p_values = {
+            "first scan": before,
+            "alone": alone,
+            "single": np.where(judged, single, 1.0),
+            "both": np.maximum(before, single),
+        }
+        cells = (
+            ", ".join(f"{(p < level).any(axis=1).mean():.1%}" for level in (0.05, 0.01))
+            for p in p_values.values()
+        )
+        print(f"| {width} | {correlation} | " + " | ".join(cells) + " |")
+
+
+def _adjusted(chance: Any, tries: Any) -> Any:
+    """Return Sidak's correction of `chance` for that many tries, as arrays."""
+    return -np.expm1(tries * np.log1p(-chance))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="22-25", help="first-last, default 22-25")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/rescans"))
+    parser.add_argument("--simulate", action="store_true", help="simulate false alarms instead")
     options = parser.parse_args()
+    if options.simulate:
+        simulate()
+        return 0
     first, last = (int(part) for part in options.seeds.split("-"))
     results = []
     for seed in range(first, last + 1):
