@@ -164,7 +164,11 @@ def _line(seed: int, name: str, row: Mapping[str, Any]) -> str:
         for way, found in row["rescan"].items()
     )
     before, after = row["asr"]
-    return f"seed {seed}, {name}: ASR {before:.1%} -> {after:.1%}; {'; '.join(said)}"
+    near, far = row["distance"]
+    return (
+        f"seed {seed}, {name}: ASR {before:.1%} -> {after:.1%}, distance from the base {near:.3f} "
+        f"-> {far:.3f}; {'; '.join(said)}"
+    )
 
 
 def simulate() -> None:

@@ -123,7 +123,8 @@ def rejudged(
 ) -> ScanResult:
     """Return the re-scan of all classes with the same sizes, and other knowledge of the first scan.
 
-    The arguments are those of `scan_session`. Raises what `detect` raises.
+    result: Without a screening, which judges all classes, so that nothing becomes known later. The
+    other arguments are those of `scan_session`. Raises what `detect` raises.
     """
     judged = [
         replace(
@@ -134,6 +135,7 @@ def rejudged(
                 has_classes=True,
                 p_backdoored=config.p_backdoored,
                 p_suspicious=config.p_suspicious,
+                dropped=one.detection.dropped,
                 families=len(config.families),
                 cleared=cleared,
                 p_before=p_before,
