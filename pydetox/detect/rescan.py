@@ -9,8 +9,8 @@ p-value is the larger one of the two (an intersection-union test: Berger 1982, d
 whatever a repair does to sizes.
 
 A first scan may have dropped a class before its search ended, so that its p-value is unknown. If
-such a class stands out in the re-scan, its search in the model before the repair is made up for,
-and only then. A class of which the first scan gave up too early is thus still found.
+such a class stands out in the re-scan, and only then, it is searched to the end in the model before
+the repair. A backdoor that the first scan gave up too early is thus still found.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Rescans:
             description=f"re-scan of {self._session.model.name}",
         )
         while unknown := self._unknown(found):
-            self._make_up_for(unknown)
+            self._search_before(unknown)
             found = rejudged(found, config, self.cleared, self._p_before)
         return replace(found, seconds=time.perf_counter() - start)
 
@@ -80,7 +80,7 @@ class Rescans:
         suspects = {c for one in families(found) for c in one.detection.suspects}
         return sorted(suspects - self._cleared - self._p_before.keys() - {self._known})
 
-    def _make_up_for(self, classes: Sequence[int]) -> None:
+    def _search_before(self, classes: Sequence[int]) -> None:
         """Search classes that were dropped, in the model before the repair, to the end."""
         config, chances = self._comparison.config, dict.fromkeys(classes, 1.0)
         for one in families(self._before):
@@ -92,7 +92,7 @@ class Rescans:
                     config,
                     one.family,
                     classes=missing,
-                    description=f"what {self._session.model.name} was before ({one.family})",
+                    description=f"{self._session.model.name} before its repair ({one.family})",
                 )
                 found = sizes_per_class(search.p_l1, config)
                 for c, size in zip(missing, found, strict=True):
