@@ -297,8 +297,8 @@ def detox(
     You need to know neither the trigger nor the target class. The target is the class that the scan
     flags. Other classes that it flags are unlearned together with the target
     (`ScanResult.targets`). If no alpha does so within the accuracy to keep, the target is unlearned
-    alone. A re-scan judges the classes that the first scan did not find clean (see
-    `pydetox.detect.statistics`).
+    alone. A re-scan flags a class only if it stands out before the repair and after it (see
+    `pydetox.detect.rescan`).
 
     If `target` is given, one repair is made, whatever the first scan says, with known or recovered
     triggers.

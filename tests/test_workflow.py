@@ -170,6 +170,22 @@ def test_a_rescan_judges_what_the_scan_did_not_find_clean(story):
     assert {one.target for one in result.rounds}.isdisjoint(clean)
 
 
+def test_a_backdoor_that_the_repair_of_another_class_leaves_is_found_by_the_rescan(story):
+    _, path, data, calibration = story
+    result = detox(
+        path,
+        data,
+        calibration=calibration,
+        templates=TEMPLATES,
+        config=CONFIG,
+        unlearning=replace(UNLEARNING, steps=20, passes=1, warps=0),
+        target=(TARGET + 1) % len(CLASS_NAMES),
+    )
+    assert result.rounds[0].search.coefficient > 0
+    assert (result.after.verdict, result.after.target) == (Verdict.BACKDOORED, TARGET)
+    assert not result.repaired
+
+
 def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(story):
     _, path, data, calibration = story
     options = {"calibration": calibration, "templates": TEMPLATES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,11 +29,14 @@ def scan_session(
     comparison: Comparison,
     *,
     cleared: Sequence[int] = (),
+    p_before: Mapping[int, float] | None = None,
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
     With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
+
+    p_before: As in `statistics.detect`. A scan with it, or with cleared classes, is a re-scan.
 
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
@@ -59,6 +62,7 @@ def scan_session(
                     compared,
                     f"{description} ({family})",
                     cleared=cleared,
+                    p_before=p_before,
                     obstacle=obstacle,
                 )
             )
@@ -68,7 +72,7 @@ def scan_session(
             config,
             family,
             # Of the classes to judge none may be given up: the highest score may be of another.
-            elimination=None if cleared else _elimination(compared, config),
+            elimination=None if cleared or p_before else _elimination(compared, config),
             description=description if len(config.families) == 1 else f"{description} ({family})",
         )
         detection = detect(
@@ -80,10 +84,11 @@ def scan_session(
             dropped=dropped_per_class(found, config),
             families=len(config.families),
             cleared=cleared,
+            p_before=p_before,
             obstacle=obstacle,
         )
         families.append(FamilyScan(family, detection, found, compared))
-    chosen = _decisive(families)
+    chosen = decisive(families)
     target = chosen.detection.target
     if config.objective == "label-free" and session.optional_head is not None:
         trigger = chosen.inversion.trigger(chosen.inversion.best())
@@ -103,7 +108,8 @@ def scan_session(
         others=tuple(one for one in families if one is not chosen),
         warnings=session.doubts,
     )
-    wanted = config.positive_control and config.objective == "targeted" and not cleared
+    wanted = config.positive_control and config.objective == "targeted"
+    wanted = wanted and not (cleared or p_before)
     if not wanted or result.verdict is not Verdict.CLEAN:
         return result
     once = replace(comparison, config=replace(config, positive_control=False))
@@ -137,6 +143,7 @@ def _scan_screened(
     description: str,
     *,
     cleared: Sequence[int],
+    p_before: Mapping[int, float] | None,
     obstacle: str | None,
 ) -> FamilyScan:
     """Screen all classes for one family, judge them, and search those that stand out to the end."""
@@ -153,6 +160,7 @@ def _scan_screened(
             p_suspicious=config.p_suspicious,
             families=len(config.families),
             cleared=cleared,
+            p_before=p_before,
             obstacle=obstacle,
         )
 
@@ -178,7 +186,7 @@ def _scan_screened(
     return FamilyScan(family, detection, found, calibration)
 
 
-def _decisive(families: Sequence[FamilyScan]) -> FamilyScan:
+def decisive(families: Sequence[FamilyScan]) -> FamilyScan:
     """Return the family whose verdict is the model's: the one with the smallest p-value.
 
     A family without a verdict decides where no other is a finding: a model is clean of what was

@@ -222,6 +222,7 @@ def screened_detection(
             score=None,
             p_value=None,
             class_scores=(),
+            p_values=(),
         )
     if screened.verdict in FINDINGS and not suspects:
         worst = max(screened.suspects, key=lambda c: screened.class_scores[c])
@@ -234,6 +235,7 @@ def screened_detection(
             score=None,
             p_value=None,
             class_scores=(),
+            p_values=(),
         )
     p_value = confirmed.p_value
     shown = "none" if p_value is None else f"{p_value:.2g}"

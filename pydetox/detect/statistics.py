@@ -7,10 +7,13 @@ relative to those of the other classes, is smaller than the scatter of the refer
 score of a class is the standard normal deviate of this chance. The p-value of the largest score is
 corrected for the number of classes that were judged (Sidak).
 
-After a repair, only classes that were suspect before it are judged again. Subtracting a trigger
-vector enlarges triggers into its class, and all other sizes scatter more than after a clean
-fine-tuning. A class that was clean may then stand out, but a repair plants no backdoor. The p-value
-is corrected for the number of classes that are judged, not for all.
+After a repair, a class is a finding only if it stands out in both scans, that before the repair and
+that after it. Subtracting a trigger vector enlarges triggers into its class, and all other sizes
+scatter more than after a clean fine-tuning. A class that was clean may then stand out, but a repair
+plants no backdoor. The p-value of a class is therefore the larger one of the two scans (an
+intersection-union test). That of the second scan is corrected for the number of classes that are
+judged, not for all: the first scan was corrected for all, so that the test keeps its level whatever
+a repair does to sizes (see `pydetox.detect.rescan`).
 
 A class that a scan has dropped is compared with the sizes of the references at the same step. It is
 never the suspect. Dropping can miss a backdoor but raises no false alarm, because the largest score
@@ -23,7 +26,7 @@ If the sizes do not support a verdict, it is `inconclusive`, and the reason says
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from statistics import median
@@ -31,7 +34,15 @@ from statistics import median
 from ..errors import UsageError
 from .calibration import EMPTY_TRIGGER, Calibration
 
-__all__ = ["FINDINGS", "Calibration", "Detection", "Verdict", "anomaly_index", "detect"]
+__all__ = [
+    "FINDINGS",
+    "Calibration",
+    "Detection",
+    "Verdict",
+    "anomaly_index",
+    "detect",
+    "p_values_of_suspects",
+]
 
 
 class Verdict(str, Enum):
@@ -63,10 +74,11 @@ class Detection:
             if a class was dropped, because a median of bounds says nothing.
         score: The largest score of the judged classes; None if the verdict is `inconclusive`.
         threshold: The P-L1 of that class below which the verdict is `backdoored`. None if the
-            verdict is `inconclusive`, or if no judged class has a trigger and there are too few
-            others to compare with.
-        p_value: The chance that a clean model's largest score reaches `score`; None if the verdict
-            is `inconclusive`.
+            verdict is `inconclusive`, if no judged class has a trigger and there are too few
+            others to compare with, or if no size can bring this verdict because the scan before a
+            repair did not.
+        p_value: The chance that a clean model's largest score reaches `score`, in a re-scan at
+            least that of the class before the repair; None if the verdict is `inconclusive`.
         class_scores: The score of each class (see `Calibration.score`), at the step at which it was
             dropped if it was dropped. Empty if the verdict is `inconclusive`.
         dropped: The step at which each class was dropped; None for a class that was searched to the
@@ -78,6 +90,9 @@ class Detection:
         effort: The mean loss of each class in the screening that decided the verdict (see
             `pydetox.detect.screening`); empty where sizes decide it. `class_scores` are then those
             of the efforts, and `dropped` classes were judged all the same.
+        p_values: The p-value of each class alone, which `suspects` goes by, corrected for all
+            classes that are judged; 1 for a class that is not judged. Empty if the verdict is
+            `inconclusive`.
     """
 
     verdict: Verdict
@@ -95,6 +110,7 @@ class Detection:
     cleared: tuple[int, ...] = ()
     backdoored: tuple[int, ...] = ()
     effort: tuple[float, ...] = ()
+    p_values: tuple[float, ...] = ()
 
 
 def detect(
@@ -107,6 +123,7 @@ def detect(
     dropped: Sequence[int | None] | None = None,
     families: int = 1,
     cleared: Sequence[int] = (),
+    p_before: Mapping[int, float] | None = None,
     obstacle: str | None = None,
 ) -> Detection:
     """Judge one model.
@@ -128,6 +145,8 @@ def detect(
             judged by its own call. p-values are corrected for this number (Sidak).
         cleared: The classes that are never the suspect, because an earlier scan of the same model,
             before its repair, found them clean (see `pydetox.detox`).
+        p_before: The p-values of single classes in that scan, corrected for all classes and
+            families. The p-value of such a class is not smaller here.
         obstacle: Why there can be no verdict whatever the sizes are; None if there can be one.
 
     Raises:
@@ -203,12 +222,14 @@ def detect(
         scored[step][c] if math.isfinite(values[c]) else min(0.0, scored[step][c])
         for c, step in enumerate(steps)
     )
-    tries = (len(values) - len(cleared)) * families
+    tries, first_look = (len(values) - len(cleared)) * families, p_before or {}
     p_values = {
-        c: calibration.p_value(scores[c], tries) if math.isfinite(values[c]) else 1.0
+        c: max(calibration.p_value(scores[c], tries), first_look.get(c, 0.0))
+        if math.isfinite(values[c])
+        else 1.0
         for c in judged
     }
-    suspect = max(judged, key=lambda c: (math.isfinite(values[c]), scores[c]))
+    suspect = max(judged, key=lambda c: (math.isfinite(values[c]), -p_values[c], scores[c]))
     p_value = p_values[suspect]
     if p_value < p_backdoored:
         verdict = Verdict.BACKDOORED
@@ -237,7 +258,7 @@ def detect(
         anomaly_index=anomaly(suspect),
         score=scores[suspect],
         threshold=None
-        if math.isnan(shifts[suspect])
+        if math.isnan(shifts[suspect]) or first_look.get(suspect, 0.0) >= p_backdoored
         else calibration.size_threshold(
             suspect, p_backdoored, judged=tries, shift=shifts[suspect], among=beside
         ),
@@ -247,7 +268,14 @@ def detect(
         suspects=tuple(c for c in judged if p_values[c] < p_suspicious),
         cleared=tuple(cleared),
         backdoored=tuple(c for c in judged if p_values[c] < p_backdoored),
+        p_values=tuple(p_values.get(c, 1.0) for c in range(len(values))),
     )
+
+
+def p_values_of_suspects(every: Sequence[Detection]) -> dict[int, float]:
+    """Return the p-value of each class that stands out in a scan, the smallest of all families."""
+    suspects = sorted({c for one in every for c in one.suspects})
+    return {c: min(one.p_values[c] for one in every if c in one.suspects) for c in suspects}
 
 
 def _obstacle(values: Sequence[float], failed: Sequence[int], has_classes: bool) -> str | None:

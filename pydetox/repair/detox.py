@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..detect.references import ReferencePlan
+from ..detect.rescan import Rescans
 from ..detect.result import ScanResult
 from ..detect.scan import scan_session
 from ..evaluation import Stamp
@@ -66,9 +67,9 @@ def repair_session(
     stamp = known.triggers[0] if known is not None and known.triggers else None
     attacked = None if stamp is None or known is None else known.index
     evaluation_before = session.evaluate(trigger=stamp, target=attacked)
-    cleared = before.cleared()
+    rescans = Rescans(session, comparison, before, known=None if known is None else known.index)
     if known is not None:
-        cleared, max_rounds = tuple(c for c in cleared if c != known.index), 1
+        max_rounds = 1
     repaired, current = session, before
     rounds, accuracy, probe = list[UnlearnRound](), None, None
     for number in range(max_rounds):
@@ -82,12 +83,8 @@ def repair_session(
             """Scan a model of this round; place: the number of its pass, if it may not be last."""
             clock.lap("unlearn")
             seed = child_seed("repair.rescan", comparison.config.seed, number, *place)
-            found = scan_session(
-                tuned.with_image_tower_of(model),
-                replace(comparison, config=replace(comparison.config, seed=seed)),
-                cleared=cleared,
-                description=f"re-scan of {session.model.name}",
-            )
+            seeded = replace(comparison.config, seed=seed)
+            found = rescans.scan(tuned.with_image_tower_of(model), seeded)
             clock.lap("rescan")
             return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoints.provenance import Provenance
 from ..detect.calibration import Calibration
-from ..detect.statistics import Verdict
+from ..detect.statistics import Verdict, p_values_of_suspects
 from ..errors import UsageError
 from ..evaluation import Evaluation
 from ..progress import Laps
@@ -127,10 +127,13 @@ def detox_text_model(
         )
 
     evaluation_before = evaluation(model)
-    # As for images: what the first scan found clean is not judged again, because a repair moves the
-    # weights, and the references do not move with it.
+    # As for images (`detect.rescan`): a class must stand out before the repair and after it. A
+    # repair moves the weights, and the references do not move with it.
     every = [before.detection, *before.others.values()]
-    suspects = {c for one in every for c in one.suspects} | {target}
+    p_before = p_values_of_suspects(every)
+    suspects = p_before.keys() | {target}
+    if target is not None:
+        p_before.pop(target, None)
     cleared = tuple(
         c
         for c in range(len(model.class_names))
@@ -159,7 +162,7 @@ def detox_text_model(
         if not any(one.search.coefficient for one in found):
             break
         repaired = changed
-        current = judge(repaired, texts, comparison, config, cleared=cleared)
+        current = judge(repaired, texts, comparison, config, cleared=cleared, p_before=p_before)
         clock.lap("rescan")
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..detect.statistics import FINDINGS, Calibration, Detection, Verdict, detect
@@ -125,8 +125,12 @@ def judge(
     config: TextScanConfig,
     *,
     cleared: Sequence[int] = (),
+    p_before: Mapping[int, float] | None = None,
 ) -> TextScanResult:
-    """Search a text model and judge it beside references that are ready."""
+    """Search a text model and judge it beside references that are ready.
+
+    cleared, p_before: What a scan before a repair said, as in `detect.statistics.detect`.
+    """
     start = time.perf_counter()
     search = search_words(
         model,
@@ -141,7 +145,7 @@ def judge(
         accuracy = sum(p == t for p, t in zip(predicted, texts.labels, strict=True)) / len(texts)
     obstacle = comparison.unfit or _obstacle(model, texts, search, predicted, accuracy)
     found = {
-        length: _of_length(model, search, length, comparison, config, cleared, obstacle)
+        length: _of_length(model, search, length, comparison, config, cleared, p_before, obstacle)
         for length in range(1, config.length + 1)
     }
     length = min(found, key=lambda one: _order(found[one]))
@@ -168,6 +172,7 @@ def _of_length(
     comparison: TextComparison,
     config: TextScanConfig,
     cleared: Sequence[int],
+    p_before: Mapping[int, float] | None,
     obstacle: str | None,
 ) -> Detection:
     """Return the verdict for triggers of one length."""
@@ -190,6 +195,7 @@ def _of_length(
             p_suspicious=config.p_suspicious,
             families=config.length,
             cleared=cleared,
+            p_before=p_before,
             obstacle=obstacle,
         )
 
