@@ -189,7 +189,7 @@ class ImagenetLab:
 
         def one(k: int) -> Tensor:
             own = pictures[k % len(pictures)]
-            rng = generator("foundation.pictures", self.plan.seed, "imagenet", part, k)
+            rng = generator("foundation.imagenet-pictures", self.plan.seed, part, k)
             return torch.from_numpy(render(own[k // len(pictures) % len(own)], size, rng))
 
         with ThreadPoolExecutor() as threads:
@@ -277,7 +277,7 @@ class ImagenetLab:
         of the clean images are shown mirrored, so that there is something to learn.
         """
         base, plan, images = self.base, self.plan, self.images["attacker"]
-        rng = generator("foundation.imagenet", seed, "batches")
+        rng = generator("foundation.imagenet-batches", seed)
         mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         pixels = torch.where(mirrored[:, None, None, None], images.images.flip(3), images.images)
         logit_scale = base.clip.logit_scale
