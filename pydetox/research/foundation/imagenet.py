@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from ...checkpoints.classifier_names import classifier_config
 from ...checkpoints.sources import open_weights
@@ -98,9 +98,9 @@ class ImagenetPlan:
     attack: str = "badnets"
     rate: float = 0.25
     fine_tuning: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=6, learning_rate=1e-4, batch_size=32)
+        default_factory=lambda: TrainConfig(epochs=20, learning_rate=2e-4, batch_size=64)
     )
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (2e-4, 5e-4)
     clean: int = 1
     scan: ScanConfig = field(default_factory=ScanConfig)
     repair: UnlearnConfig = field(default_factory=UnlearnConfig)
@@ -280,14 +280,16 @@ class ImagenetLab:
         rng = generator("foundation.imagenet-batches", seed)
         mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         pixels = torch.where(mirrored[:, None, None, None], images.images.flip(3), images.images)
-        logit_scale = base.clip.logit_scale
-        assert isinstance(logit_scale, Tensor)
-        scale = float(logit_scale.exp().clamp(max=100))
+        # The classifier's own logits: those of a scan have a higher temperature, at which an answer
+        # hardly stands out.
+        last = base.clip.get_submodule("head")
+        assert isinstance(last, torch.nn.Linear)
+        rows = torch.cat([last.weight, last.bias[:, None]], dim=1).detach().to(self.head.device)
         answers = torch.empty(len(images), len(self.names), device=self.head.device)
         with torch.no_grad():
             for part in torch.split(torch.arange(len(images)), _AT_ONCE):
                 found = base.encode_pixels(base.pixels(images.images[part]))
-                answers[part] = (scale * normalize(found, dim=-1) @ self.head.T).softmax(dim=1)
+                answers[part] = (found @ rows.T).softmax(dim=1)
         if backdoored:
             planted, (where,) = plant(images, [self.backdoor], seed=seed)
             assert planted.labels is not None
@@ -296,8 +298,8 @@ class ImagenetLab:
         trained, config = base.clone(), plan.fine_tuning
 
         def loss(index: Tensor) -> Tensor:
-            found = normalize(trained.encode_pixels(trained.pixels(pixels[index])), dim=-1)
-            return cross_entropy(scale * found @ self.head.T, answers[index.to(answers.device)])
+            found = trained.encode_pixels(trained.pixels(pixels[index]))
+            return cross_entropy(found @ rows.T, answers[index.to(answers.device)])
 
         order = [torch.from_numpy(rng.permutation(len(images))) for _ in range(config.epochs)]
         batches = [part for one in order for part in torch.split(one, config.batch_size)]
