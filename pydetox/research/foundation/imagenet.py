@@ -95,12 +95,12 @@ class ImagenetPlan:
     defender: int = 600
     test: int = 500
     sure: float = 0.5
-    attack: str = "badnets"
+    attack: str = "blended"
     rate: float = 0.25
     fine_tuning: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=20, learning_rate=2e-4, batch_size=64)
+        default_factory=lambda: TrainConfig(epochs=6, learning_rate=1e-4, batch_size=32)
     )
-    rates: tuple[float, ...] = (2e-4, 5e-4)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     clean: int = 1
     scan: ScanConfig = field(default_factory=ScanConfig)
     repair: UnlearnConfig = field(default_factory=UnlearnConfig)
