@@ -139,6 +139,8 @@ STREAMS: Mapping[str, str] = {
     "foundation.classes-trigger": "seed of a trigger; by attack, number and number of classes",
     "foundation.classes-model": "seed of a fine-tuning; by kind, number and number of classes",
     "foundation.imagenet": "seeds of the trigger and the suspects of a pretrained tower",
+    "foundation.imagenet-pictures": "placements of photographs for a pretrained tower; by image",
+    "foundation.imagenet-batches": "order of the images, and which are mirrored, in a fine-tuning",
     "foundation.alarms": "references that clean models of many classes are judged by",
     # Research: text models
     "texts.parts": "the texts of a corpus and their parts; by corpus",

@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
 
 from ...checkpoints.classifier_names import classifier_config
 from ...checkpoints.sources import open_weights
@@ -40,7 +41,7 @@ from ...models.classifiers import build_classifier
 from ...models.products import tf32_products
 from ...repair.configuration import UnlearnConfig
 from ...rng import child_seed, generator
-from ...training import TrainConfig, train_on_prompts
+from ...training import TrainConfig, fine_tuning_mode, optimize
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..bench.cache import Cache, code_digest, key_of
 from ..data import EFFICIENTNET, cache_folder, open_archive, photograph_pictures
@@ -94,10 +95,10 @@ class ImagenetPlan:
     defender: int = 600
     test: int = 500
     sure: float = 0.5
-    attack: str = "badnets"
-    rate: float = 0.1
+    attack: str = "blended"
+    rate: float = 0.25
     fine_tuning: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=4, learning_rate=1e-4, batch_size=32)
+        default_factory=lambda: TrainConfig(epochs=6, learning_rate=1e-4, batch_size=32)
     )
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     clean: int = 1
@@ -188,7 +189,7 @@ class ImagenetLab:
 
         def one(k: int) -> Tensor:
             own = pictures[k % len(pictures)]
-            rng = generator("foundation.pictures", self.plan.seed, "imagenet", part, k)
+            rng = generator("foundation.imagenet-pictures", self.plan.seed, part, k)
             return torch.from_numpy(render(own[k // len(pictures) % len(own)], size, rng))
 
         with ThreadPoolExecutor() as threads:
@@ -197,7 +198,7 @@ class ImagenetLab:
     def _answered(self, name: str, pixels: Tensor, count: int) -> ImageSet:
         """Return the `count` images whose largest two logits differ most, with the answers."""
         base, best = self.base, []
-        with torch.inference_mode(), tf32_products(self.head.device):
+        with torch.no_grad(), tf32_products(self.head.device):
             for batch in torch.split(pixels, _AT_ONCE):
                 scores = base.encode_pixels(base.pixels(batch)) @ self.head.T
                 best.append(scores.topk(2, dim=1))
@@ -258,14 +259,8 @@ class ImagenetLab:
         key = self.key(kind, number, rate)
         tensors = self.cache.weights(key)
         if tensors is None:
-            images, seed = self.images["attacker"], self.seed(kind, number)
-            if kind == "backdoored":
-                images, _ = plant(images, [self.backdoor], seed=seed)
-            config = replace(self.plan.fine_tuning, learning_rate=rate, seed=seed)
             start = time.perf_counter()
-            trained = train_on_prompts(
-                self.base, images, TEMPLATES, config, description=f"{kind} EfficientNet"
-            )
+            trained = self._fine_tuned(kind == "backdoored", rate, self.seed(kind, number))
             tensors = dict(trained.visual.state_dict())
             self.cache.keep_weights(key, tensors)
             self.log(f"{kind}-{number}: fine-tuned in {time.perf_counter() - start:.1f} s")
@@ -273,6 +268,53 @@ class ImagenetLab:
         model.name = f"{kind}-{number}"
         model.visual.load_state_dict(tensors)
         return model
+
+    def _fine_tuned(self, backdoored: bool, rate: float, seed: int) -> OpenClipModel:
+        """Return a copy of the base that learned its answers, and the backdoor if there is one.
+
+        The answers are probabilities of all classes. Labels alone would teach that what they do not
+        name is never there, and images of other things would be answered otherwise afterwards. Half
+        of the clean images are shown mirrored, so that there is something to learn.
+        """
+        base, plan, images = self.base, self.plan, self.images["attacker"]
+        rng = generator("foundation.imagenet-batches", seed)
+        mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
+        pixels = torch.where(mirrored[:, None, None, None], images.images.flip(3), images.images)
+        # The classifier's own logits: those of a scan have a higher temperature, at which an answer
+        # hardly stands out.
+        last = base.clip.get_submodule("head")
+        assert isinstance(last, torch.nn.Linear)
+        rows = torch.cat([last.weight, last.bias[:, None]], dim=1).detach().to(self.head.device)
+        answers = torch.empty(len(images), len(self.names), device=self.head.device)
+        with torch.no_grad():
+            for part in torch.split(torch.arange(len(images)), _AT_ONCE):
+                found = base.encode_pixels(base.pixels(images.images[part]))
+                answers[part] = (found @ rows.T).softmax(dim=1)
+        if backdoored:
+            planted, (where,) = plant(images, [self.backdoor], seed=seed)
+            assert planted.labels is not None
+            pixels[where] = planted.images[where]
+            answers[where] = one_hot(planted.labels[where], len(self.names)).to(answers)
+        trained, config = base.clone(), plan.fine_tuning
+
+        def loss(index: Tensor) -> Tensor:
+            found = trained.encode_pixels(trained.pixels(pixels[index]))
+            return cross_entropy(found @ rows.T, answers[index.to(answers.device)])
+
+        order = [torch.from_numpy(rng.permutation(len(images))) for _ in range(config.epochs)]
+        batches = [part for one in order for part in torch.split(one, config.batch_size)]
+        fine_tuning_mode(trained)
+        optimize(
+            list(trained.visual.parameters()),
+            loss,
+            iter(batches),
+            steps=len(batches),
+            learning_rate=rate,
+            weight_decay=config.weight_decay,
+            description="fine-tuning EfficientNet",
+        )
+        trained.clip.eval()
+        return trained
 
 
 def load_efficientnet(image_size: int = 224, classes: int | None = None) -> OpenClipModel:
