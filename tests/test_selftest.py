@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from pydetox import selftest as module
 from pydetox.cli import cli
 from pydetox.selftest import selftest
-from pydetox.selftest_cases import Case, cases
+from pydetox.selftest.operators import Case, cases
 
 
 def test_every_operator_is_in_it() -> None:

@@ -18,7 +18,7 @@ from .conftest import Run
 ROOT = Path(pydetox.__file__).parent
 
 #: Layers other than the library, whose messages are for people who type commands.
-CLI_SIDE = ("cli", "research", "selftest.py")
+CLI_SIDE = ("cli", "research", "selftest")
 #: A file with options of other programs.
 KNOWN = {"ops/_library.py"}
 

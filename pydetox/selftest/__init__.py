@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .selftest_cases import cases
+from .. import ops
+from .operators import cases
 
 _REPEATS = 3
 # The error of the float64 reference itself, which sums a million terms.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from . import ops
-from .models.attention import choose_attention
-from .ops import reference
+from .. import ops
+from ..models.attention import choose_attention
+from ..ops import reference
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
