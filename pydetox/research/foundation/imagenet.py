@@ -98,7 +98,7 @@ class ImagenetPlan:
     attack: str = "blended"
     rate: float = 0.25
     fine_tuning: TrainConfig = field(
-        default_factory=lambda: TrainConfig(epochs=6, learning_rate=1e-4, batch_size=32)
+        default_factory=lambda: TrainConfig(epochs=3, learning_rate=1e-4, batch_size=32)
     )
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     clean: int = 1
