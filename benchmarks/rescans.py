@@ -1,6 +1,6 @@
 """What re-scans say of repaired models, judged in three ways, and of a second backdoor.
 
-    python benchmarks/rescans.py [--seeds 22-25] [--output runs/bench/rescans]
+    python benchmarks/rescans.py [--seeds 22-26,28] [--output runs/bench/rescans]
 
 For every seed of the demo, its backdoored suspect is repaired, the trigger unknown. The sizes of
 the first re-scan are then judged in three ways: as those of a model that nobody has scanned before
@@ -46,7 +46,7 @@ from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.distance import model_distance
 from pydetox.detect.rescan import families, rejudged
 from pydetox.detect.result import ScanResult
-from pydetox.detect.statistics import FINDINGS, p_values_of_suspects
+from pydetox.detect.statistics import p_values_of_suspects
 from pydetox.evaluation import evaluate
 from pydetox.models import OpenClipModel
 from pydetox.repair.configuration import UnlearnConfig
@@ -156,6 +156,12 @@ def _said(one: ScanResult) -> dict[str, Any]:
     }
 
 
+def _seeds(text: str) -> list[int]:
+    """Return the seeds that `text` stands for, such as 22-26,28."""
+    ends = ([int(end) for end in part.split("-")] for part in text.split(","))
+    return [seed for one in ends for seed in range(one[0], one[-1] + 1)]
+
+
 def _line(seed: int, name: str, row: Mapping[str, Any]) -> str:
     if row["rescan"] is None:
         return f"seed {seed}, {name}: {row['before']}, nothing was subtracted"
@@ -207,16 +213,17 @@ def _adjusted(chance: Any, tries: Any) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="22-25", help="first-last, default 22-25")
+    parser.add_argument(
+        "--seeds", default="22-26,28", help="first-last or single ones, default 22-26,28"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench/rescans"))
     parser.add_argument("--simulate", action="store_true", help="simulate false alarms instead")
     options = parser.parse_args()
     if options.simulate:
         simulate()
         return 0
-    first, last = (int(part) for part in options.seeds.split("-"))
     results = []
-    for seed in range(first, last + 1):
+    for seed in _seeds(options.seeds):
         path = options.output / f"{seed}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,15 +231,19 @@ def main() -> int:
         results.append(json.loads(path.read_text()))
         for name in ("repaired", "one of two"):
             print(_line(seed, name, results[-1][name]), flush=True)
-    findings = {one.value for one in FINDINGS}
     for name in ("repaired", "one of two"):
         rows = [one for one in results if one[name]["rescan"] is not None]
         for way in WAYS:
-            said = [(one, one[name]["rescan"][way]) for one in rows]
-            alarms = sum(found["verdict"] in findings for _, found in said)
-            right = sum(one["second"] in found["suspects"] for one, found in said)
-            more = f", {right} name the second class" if name == "one of two" else ""
-            print(f"{name}, judged {way}: {alarms} of {len(said)} are findings{more}")
+            said = [(one, set(one[name]["rescan"][way]["suspects"])) for one in rows]
+            planted = [{one["target"]} for one in rows]
+            if name == "one of two":
+                planted = [{one["target"], one["second"]} for one in rows]
+            pairs = zip(said, planted, strict=True)
+            alarms = sum(bool(suspects - known) for (_, suspects), known in pairs)
+            print(f"{name}, {way}: {alarms} of {len(said)} flag a class that was never planted")
+            if name == "one of two":
+                right = sum(one["second"] in suspects for one, suspects in said)
+                print(f"{name}, {way}: {right} of {len(said)} flag the second class")
     scores = [
         score
         for one in results
