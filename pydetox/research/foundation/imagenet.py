@@ -272,8 +272,7 @@ class ImagenetLab:
     def _fine_tuned(self, backdoored: bool, rate: float, seed: int) -> OpenClipModel:
         """Return a copy of the base that learned its answers, and the backdoor if there is one.
 
-        The answers are probabilities of all classes. Labels alone would teach that what they do not
-        name is never there, and images of other things would be answered otherwise afterwards. Half
+        The answers are probabilities of all classes, because labels name only a tenth of them. Half
         of the clean images are shown mirrored, so that there is something to learn.
         """
         base, plan, images = self.base, self.plan, self.images["attacker"]
