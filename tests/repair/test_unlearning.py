@@ -13,7 +13,7 @@ from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
-from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
+from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, WaveResult, invert
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import (
     CoefficientSearch,
@@ -310,6 +310,22 @@ def test_warps_are_amplified_and_those_that_do_not_work_left_out():
     any_size = AdvancedUnlearnConfig(warp_amplifications=(1.0,), largest_warp=math.inf)
     assert len(UnlearnConfig(advanced=any_size).amplified(found)) == 3
     assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
+
+
+def test_waves_are_amplified_and_those_that_do_not_work_left_out():
+    config = UnlearnConfig(advanced=AdvancedUnlearnConfig(wave_amplifications=(1.0, 1.5)))
+    parameters = torch.tensor([[6.0, 0.0, 0.1], [1.0, 2.0, 0.2], [3.0, 0.0, 0.3]])
+    sizes = torch.tensor([0.1, math.inf, 0.2], dtype=torch.float64)
+    found = WaveResult(parameters, sizes, torch.ones(3), (4,) * 3)
+    stamps = config.amplified(found)
+    assert [one.amplitude for one in stamps] == pytest.approx([0.1, 0.15, 0.2, 0.3])
+    assert [one.right for one in stamps] == [6, 6, 3, 3]
+    assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
+    for wrong in ({"waves": -1}, {"warps": -1}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            UnlearnConfig(**wrong)
+    with pytest.raises(UsageError, match="amplifications"):
+        AdvancedUnlearnConfig(wave_amplifications=())
 
 
 def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
