@@ -499,6 +499,7 @@ def test_a_repair_that_cannot_work_stops_after_one_pass_and_says_so(victim, capl
         max_drift=1e-6,
         passes=2,
         warps=0,
+        waves=0,
         advanced=AdvancedUnlearnConfig(amplifications=(1.0,), blend_amplifications=(1.0,)),
     )
     scan = ScanConfig(inversion=InversionConfig(steps=60, batch_size=16), families=("patch",))
@@ -648,6 +649,7 @@ def test_a_pass_is_the_last_one_if_a_scan_after_it_shows_nothing(victim):
         max_drift=2.0,
         passes=2,
         warps=0,
+        waves=0,
         advanced=AdvancedUnlearnConfig(amplifications=(1.0,)),
     )
     scan = ScanConfig(inversion=InversionConfig(steps=10, batch_size=4), families=("patch",))
