@@ -39,7 +39,7 @@ class WaveConfig:
     """How to search for waves.
 
     Attributes:
-        count: The number of waves to find, of different frequencies.
+        count: The largest number of waves to find, of different frequencies.
         highest_frequency: The largest number of periods over the width and over the height.
         largest_amplitude: The largest height of a wave, as a share of the range of a pixel.
         first_images: The number of images that all waves of the grid are tried on.
@@ -289,11 +289,17 @@ def _grid(highest: int) -> Tensor:
 
 
 def _of_different_frequencies(parameters: Tensor, count: int) -> Tensor:
-    """Return the first `count` of parameters [K, 3] that differ in their frequencies."""
-    first: dict[tuple[float, float], int] = {}
-    for k, (right, down, _) in enumerate(parameters.tolist()):
-        first.setdefault((right, down), k)
-    return parameters[list(first.values())[:count]]
+    """Return the first `count` of parameters [K, 3] whose frequencies are no neighbours.
+
+    Of waves whose frequencies differ by at most 1 in both directions, the first one counts: the
+    others work because they resemble it. There may be fewer than `count`.
+    """
+    chosen: list[int] = []
+    for k in range(len(parameters)):
+        apart = (parameters[chosen, :2] - parameters[k, :2]).abs().amax(dim=1)
+        if bool((apart > 1).all()):
+            chosen.append(k)
+    return parameters[chosen[:count]]
 
 
 def _neighbours(parameters: Tensor, frequency: float, phase: float) -> Tensor:

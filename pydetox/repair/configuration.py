@@ -109,8 +109,8 @@ class UnlearnConfig:
         warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
             none. Searches that find no warp contribute nothing to the vector. Known triggers need
             no such search.
-        waves: The number of waves to search for into each target class, in every pass; 0 for none.
-            As with warps, those that do not work contribute nothing.
+        waves: The largest number of waves to search for into each target class, in every pass; 0
+            for none. As with warps, those that do not work contribute nothing.
         coefficients: The candidate values of alpha, ascending and at least 0. The value 0, which
             leaves the model unchanged, is always tried.
         max_attack_success: The largest acceptable ASR on validation images, in [0, 1].

@@ -17,7 +17,7 @@ from pydetox.inversion import (
     WaveResult,
     search_waves,
 )
-from pydetox.inversion.waves import _grid, _neighbours
+from pydetox.inversion.waves import _grid, _neighbours, _of_different_frequencies
 from pydetox.research.attacks import SinusoidTrigger
 from tests.inversion.test_search import PixelModel
 from tests.inversion.test_warps import Broken
@@ -169,6 +169,13 @@ def test_neighbours_are_all_combinations_of_steps_the_wave_itself_first():
     assert near[0, 0].tolist() == [2.0, 0.0, 1.0]
     assert len({tuple(one) for one in near[0].tolist()}) == 27
     assert sorted(set(near[0, :, 0].tolist())) == [1.5, 2.0, 2.5]
+
+
+def test_waves_that_resemble_a_better_one_do_not_count():
+    waves = [[2, 0, 0], [2, 0, 1], [3, -1, 0], [4, 0, 0], [0, 5, 0], [4, 1, 2]]
+    every = torch.tensor(waves, dtype=torch.float64)
+    assert _of_different_frequencies(every, 9).tolist() == [waves[k] for k in (0, 3, 4)]
+    assert _of_different_frequencies(every, 2).tolist() == [waves[k] for k in (0, 3)]
 
 
 def test_no_more_images_are_shown_than_said():
