@@ -17,8 +17,9 @@ SCAN_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "thorough": {"steps": 300, "batch_size": 32, "restarts": 2, "references": 6},
 }
 
-#: Of a repair: one short pass without warps; or three passes, with twice the steps and warps.
+#: Of a repair: one short pass without warps and waves; or three passes, with twice the steps,
+#: warps and waves.
 UNLEARN_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"vector_steps": 80, "passes": 1, "warps": 0},
-    "thorough": {"vector_steps": 320, "passes": 3, "warps": 8},
+    "quick": {"vector_steps": 80, "passes": 1, "warps": 0, "waves": 0},
+    "thorough": {"vector_steps": 320, "passes": 3, "warps": 8, "waves": 4},
 }

@@ -40,7 +40,7 @@ def test_the_way_from_python(
         references=2,
         reference_training=TrainConfig(epochs=1, learning_rate=1e-4),
     )
-    unlearning = pydetox.UnlearnConfig(steps=2, passes=1, warps=0)
+    unlearning = pydetox.UnlearnConfig(steps=2, passes=1, warps=0, waves=0)
     names: dict = {"config": config, "unlearning": unlearning}
     exec(compile(code, "README.md", "exec"), names)
     verdict, repaired = capsys.readouterr().out.split()

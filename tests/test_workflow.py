@@ -227,6 +227,8 @@ def test_classes_that_are_surely_backdoored_too_are_unlearned_with_the_target(st
         assert torch.equal(one.mask_logits, same.mask_logits)
     assert [one.targets for one in done[0].warps] == [(t,) * 4 for t in (TARGET, 1)]
     assert torch.equal(alone.warps[0].offsets, done[0].warps[0].offsets)
+    assert [one.targets for one in done[0].waves] == [(t,) * 2 for t in (TARGET, 1)]
+    assert torch.equal(alone.waves[0].parameters, done[0].waves[0].parameters)
     for wrong in ((), (TARGET, 9)):
         with pytest.raises(UsageError):
             triggers(wrong)
@@ -365,6 +367,7 @@ def test_each_pass_recovers_every_family_and_subtracts_once(story):
     assert [[one.family for one in step.triggers] for step in done] == [["patch", "blend"]] * 2
     assert all(len(one) == 2 for step in done for one in step.triggers)
     assert [len(found) for step in done for found in step.warps] == [4, 4]
+    assert [len(found) for step in done for found in step.waves] == [2, 2]
     # The accuracy is held to that of the model given, not of the pass before.
     assert done[0].search.accuracy_before == done[1].search.accuracy_before
 
@@ -379,10 +382,11 @@ def test_a_pass_has_a_reserve_unless_it_is_of_a_later_round(story, before):
         restarts=1,
         templates=TEMPLATES,
         config=replace(CONFIG, families=("patch",), inversion=InversionConfig(steps=5)),
-        unlearning=replace(UNLEARNING, steps=2, passes=2, warps=0),
+        unlearning=replace(UNLEARNING, steps=2, passes=2, warps=0, waves=0),
         accuracy_before=before,
     )
     assert [one.warps for one in done] == [(), ()]
+    assert [one.waves for one in done] == [(), ()]
     own = done[0].search.accuracy_before
     assert [one.search.reserve for one in done] == ([0.5, 0.0] if before is None else [0.0] * 2)
     assert done[1].search.accuracy_before == own

@@ -36,8 +36,9 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
             target = "triggers that send all images into one direction"
         if one["alpha"] == 0:
             reached += "; nothing subtracted"
-        if one["warps"]:
-            reached += f"; of its triggers {one['warps']} are warps"
+        for kind in ("warps", "waves"):
+            if one.get(kind):
+                reached += f"; of its triggers {one[kind]} are {kind}"
         summary.append(
             card(
                 f"trigger vector {place}",

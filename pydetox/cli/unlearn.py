@@ -112,6 +112,14 @@ _SHORT = 20.0
     "patches and blends; 0 for none.",
 )
 @click.option(
+    "--waves",
+    type=click.IntRange(min=0),
+    default=2,
+    metavar="N",
+    help="The largest number of faint waves over the whole image to search for, into the class; 0 "
+    "for none. This search is short.",
+)
+@click.option(
     "--passes",
     type=options.COUNT,
     default=2,
@@ -230,6 +238,7 @@ def command(
         steps=given["vector_steps"],
         learning_rate=given["vector_learning_rate"],
         warps=given["warps"],
+        waves=given["waves"],
         passes=given["passes"],
         retention=given["retention"],
         max_drift=given["max_drift"],

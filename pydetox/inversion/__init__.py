@@ -2,8 +2,8 @@
 
 `objectives` defines what a trigger must do to the embeddings. `schedule` weighs the trigger's size
 against that. `search` takes the steps, and `state` holds the tensors that they work on.
-`elimination` decides which classes to give up. `result` holds the best triggers. `warps` searches
-for another kind of trigger: smooth warps of the image.
+`elimination` decides which classes to give up. `result` holds the best triggers. `warps` and
+`waves` search for other kinds of triggers: smooth warps of the image, and waves added to it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .schedule import CostSchedule
 from .search import InversionSearch, invert
 from .state import TriggerFamily
 from .warps import RecoveredWarp, WarpConfig, WarpResult, invert_warps
+from .waves import RecoveredWave, WaveConfig, WaveResult, search_waves
 
 __all__ = [
     "FAMILIES",
@@ -37,11 +38,15 @@ __all__ = [
     "Objective",
     "RecoveredTrigger",
     "RecoveredWarp",
+    "RecoveredWave",
     "TargetObjective",
     "TriggerFamily",
     "WarpConfig",
     "WarpResult",
+    "WaveConfig",
+    "WaveResult",
     "invert",
     "invert_warps",
     "relative_to_smallest",
+    "search_waves",
 ]

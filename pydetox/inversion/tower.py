@@ -64,3 +64,10 @@ def chunks(count: int, size: int) -> list[slice]:
     parts = max(1, -(-count // size))
     ends = [count * part // parts for part in range(parts + 1)]
     return [slice(first, last) for first, last in itertools.pairwise(ends) if last > first]
+
+
+def patch_rows(images: Tensor, patch: int) -> Tensor:
+    """Return the rows [N, (H/P)(W/P), 3PP] of images [N, 3, H, W], channels first in a row."""
+    count, channels, height, width = images.shape
+    split = images.view(count, channels, height // patch, patch, width // patch, patch)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch)

@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .tower import batching_of, check_images, check_sample, chunks, tower_of
+from .tower import batching_of, check_images, check_sample, chunks, patch_rows, tower_of
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def invert_warps(
         pixels = _warp(clean.to(torch.float32), fields).flatten(0, 1)
         inputs = ((pixels / 255 - mean) / std).to(tower.dtype)
         if tower.patch_size is not None:
-            inputs = _patch_rows(inputs, tower.patch_size)
+            inputs = patch_rows(inputs, tower.patch_size)
         return tower(inputs).view(len(fields), len(clean), -1)
 
     optimizer = torch.optim.Adam([control], lr=config.learning_rate, betas=config.betas)
@@ -300,10 +300,3 @@ def _warp(images: Tensor, fields: Tensor) -> Tensor:
     picture = images.reshape(1, -1, height, width).expand(count, -1, -1, -1)
     warped = grid_sample(picture, grid, padding_mode="border", align_corners=True)
     return warped.view(count, *images.shape)
-
-
-def _patch_rows(images: Tensor, patch: int) -> Tensor:
-    """Return the rows [N, (H/P)(W/P), 3PP] of images [N, 3, H, W], channels first in a row."""
-    count, channels, height, width = images.shape
-    split = images.view(count, channels, height // patch, patch, width // patch, patch)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UsageError
 from ..evaluation import Stamp
-from ..inversion import InversionResult, WarpResult
+from ..inversion import InversionResult, WarpResult, WaveResult
 from ..presets import UNLEARN_PRESETS
 
 #: See `pydetox.repair.trigger_vector`.
@@ -39,6 +39,7 @@ class AdvancedUnlearnConfig:
             this mask would still obey the attacker's stronger one.
         blend_amplifications: The factors of a recovered blend's mask.
         warp_amplifications: The factors of a recovered warp's offsets.
+        wave_amplifications: The factors of a recovered wave's amplitude.
         largest_warp: The mean offset, as a share of the side of an image, up to which a recovered
             warp counts. A larger one makes another picture of the image, in clean models too, and
             no alpha removes it.
@@ -58,6 +59,7 @@ class AdvancedUnlearnConfig:
     amplifications: tuple[float, ...] = (1.0, 2.0, 4.0)
     blend_amplifications: tuple[float, ...] = (1.0, 2.0)
     warp_amplifications: tuple[float, ...] = (1.0, 2.0)
+    wave_amplifications: tuple[float, ...] = (1.0, 1.5)
     largest_warp: float = 0.05
     surrogates: int = 1024
     triggered_surrogates: float = 0.5
@@ -70,7 +72,11 @@ class AdvancedUnlearnConfig:
                 f"certainly_target {self.certainly_target}, forget_share {self.forget_share}; "
                 "expected shares in (0, 1]"
             )
-        if not (self.amplifications and self.blend_amplifications and self.warp_amplifications):
+        factors = (
+            *(self.amplifications, self.blend_amplifications),
+            *(self.warp_amplifications, self.wave_amplifications),
+        )
+        if not all(factors):
             raise UsageError("no amplifications; expected at least one factor for each family")
         if self.surrogates < 2 or not 0 <= self.triggered_surrogates < math.inf:
             raise UsageError(
@@ -103,6 +109,8 @@ class UnlearnConfig:
         warps: The number of searches for a smooth warp into each target class, in every pass; 0 for
             none. Searches that find no warp contribute nothing to the vector. Known triggers need
             no such search.
+        waves: The largest number of waves to search for into each target class, in every pass; 0
+            for none. As with warps, those that do not work contribute nothing.
         coefficients: The candidate values of alpha, ascending and at least 0. The value 0, which
             leaves the model unchanged, is always tried.
         max_attack_success: The largest acceptable ASR on validation images, in [0, 1].
@@ -129,6 +137,7 @@ class UnlearnConfig:
     batch_size: int = 64
     passes: int = 2
     warps: int = 4
+    waves: int = 2
     coefficients: tuple[float, ...] = tuple(round(0.1 * k, 1) for k in range(21))
     max_attack_success: float = 0.01
     attacked_images: int = 1000
@@ -162,8 +171,8 @@ class UnlearnConfig:
                 f"retention {self.retention}, max_drift {self.max_drift}; expected a weight of at "
                 "least 0, and a distance above 0"
             )
-        if self.warps < 0:
-            raise UsageError(f"warps {self.warps}; expected at least 0")
+        if min(self.warps, self.waves) < 0:
+            raise UsageError(f"warps {self.warps}, waves {self.waves}; expected at least 0 each")
         if not self.coefficients or list(self.coefficients) != sorted(set(self.coefficients)):
             raise UsageError(f"coefficients {self.coefficients}; expected ascending numbers")
         if not all(0 <= one < math.inf for one in self.coefficients):
@@ -171,12 +180,12 @@ class UnlearnConfig:
 
     @classmethod
     def quick(cls) -> UnlearnConfig:
-        """Return a repair of one short pass that does not search for warps."""
+        """Return a repair of one short pass that searches for neither warps nor waves."""
         return _preset("quick")
 
     @classmethod
     def thorough(cls) -> UnlearnConfig:
-        """Return a repair with more passes, steps and warps than the default."""
+        """Return a repair with more passes, steps, warps and waves than the default."""
         return _preset("thorough")
 
     def alphas(self) -> tuple[float, ...]:
@@ -197,7 +206,7 @@ class UnlearnConfig:
         return [k for k in recovered.working() if float(recovered.sizes[k]) <= most]
 
     def amplified(
-        self, recovered: InversionResult | WarpResult, *, most: float = math.inf
+        self, recovered: InversionResult | WarpResult | WaveResult, *, most: float = math.inf
     ) -> list[Stamp]:
         """Return the recovered triggers that work, each amplified by each factor of its family.
 
@@ -209,6 +218,12 @@ class UnlearnConfig:
                 recovered.trigger(k).amplified(factor)
                 for k in self.warps_that_count(recovered)
                 for factor in factors.warp_amplifications
+            ]
+        if isinstance(recovered, WaveResult):
+            return [
+                recovered.trigger(k).amplified(factor)
+                for k in recovered.working()
+                for factor in factors.wave_amplifications
             ]
         blend = recovered.family == "blend"
         sizes = recovered.p_l1

@@ -13,7 +13,7 @@ from ..detect.copies import BATCH, STEPS
 from ..detect.references import ReferencePlan
 from ..detect.search import label_free_objective, objective_for
 from ..evaluation import predict
-from ..inversion import invert
+from ..inversion import WaveConfig, invert
 from ..models.frozen import freeze
 from ..session import Session
 from .configuration import UnlearnConfig
@@ -76,7 +76,10 @@ def estimate_repair(
     vector = unlearning.steps * min(unlearning.batch_size, len(images)) * views * forward
     candidates = len(unlearning.coefficients)
     alpha = candidates * (len(images) + unlearning.attacked_images + 256) * forward
-    one_pass = recovered * config.inversion.steps * step + vector + alpha
+    waves = 0.0
+    if recovers and unlearning.waves and config.objective == "targeted":
+        waves = WaveConfig(count=unlearning.waves).shown * towers * forward
+    one_pass = recovered * config.inversion.steps * step + waves + vector + alpha
     return RepairEstimate(references, scan, unlearning.passes * one_pass, _memory(session, plan))
 
 

@@ -11,14 +11,19 @@ from ..detect.result import ScanResult
 from ..detect.statistics import Verdict
 from ..errors import UsageError
 from ..evaluation import Stamp
-from ..inversion import InversionResult, WarpResult
+from ..inversion import InversionResult, WarpResult, WaveResult
 from ..models import OpenClipModel
 from ..rng import child_seed
 from ..session import Session
 from .alpha import CoefficientSearch, search_coefficient
 from .configuration import UnlearnConfig
 from .directions import MOST, head_with_directions, recover_label_free
-from .recovery import recover_patches_or_blends, recover_smooth_warps, triggers_of_scan
+from .recovery import (
+    recover_patches_or_blends,
+    recover_smooth_warps,
+    recover_waves,
+    triggers_of_scan,
+)
 from .result import UnlearnRound
 from .retention import DriftProbe
 from .subtraction import subtract
@@ -66,6 +71,7 @@ def subtract_passes(
     passes, first = list[UnlearnRound](), accuracy_before is None
     for number in range(unlearning.passes if triggers is None else 1):
         recovered, warps = list[InversionResult](), list[WarpResult]()
+        waves = list[WaveResult]()
         reserve = 0.0
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
@@ -75,6 +81,7 @@ def subtract_passes(
                 found = _recover(session, target, seeded, unlearning, restarts, scan)
                 recovered += [one for one in found if isinstance(one, InversionResult)]
                 warps += [one for one in found if isinstance(one, WarpResult)]
+                waves += [one for one in found if isinstance(one, WaveResult)]
                 stamps += [stamp for one in found for stamp in unlearning.amplified(one)]
                 target_of_each += [target] * (len(stamps) - len(target_of_each))
             if not targets:
@@ -113,7 +120,15 @@ def subtract_passes(
         model = subtract(session.model, vector, search.coefficient)
         session = session.with_image_tower_of(model)
         passes.append(
-            UnlearnRound(tuple(targets), tuple(recovered), search, vector, None, tuple(warps))
+            UnlearnRound(
+                tuple(targets),
+                tuple(recovered),
+                search,
+                vector,
+                None,
+                warps=tuple(warps),
+                waves=tuple(waves),
+            )
         )
         scan = None
         if check is not None and triggers is None and _may_be_last(passes[-1], number, unlearning):
@@ -170,9 +185,9 @@ def _recover(
     unlearning: UnlearnConfig,
     restarts: int,
     scan: ScanResult | None,
-) -> list[InversionResult | WarpResult]:
-    """Return the triggers of every family into one class, those of a scan first, warps last."""
-    found = list[InversionResult | WarpResult]()
+) -> list[InversionResult | WarpResult | WaveResult]:
+    """Return the triggers of every family into one class, those of a scan first, waves last."""
+    found = list[InversionResult | WarpResult | WaveResult]()
     for family in config.families:
         known = None if scan is None else triggers_of_scan(scan, target, family)
         if known is not None:
@@ -182,4 +197,6 @@ def _recover(
             found.append(recover_patches_or_blends(session, target, family, config, restarts=more))
     if unlearning.warps:
         found.append(recover_smooth_warps(session, target, config, restarts=unlearning.warps))
+    if unlearning.waves:
+        found.append(recover_waves(session, target, config, count=unlearning.waves))
     return found

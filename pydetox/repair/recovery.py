@@ -16,8 +16,11 @@ from ..inversion import (
     TriggerFamily,
     WarpConfig,
     WarpResult,
+    WaveConfig,
+    WaveResult,
     invert,
     invert_warps,
+    search_waves,
 )
 from ..rng import child_seed
 from ..session import Session
@@ -60,6 +63,27 @@ def recover_smooth_warps(
         contrast=session.base,
         labels=session.images.labels,
         description=f"{restarts} restarts (warp)",
+    )
+
+
+def recover_waves(session: Session, target: int, config: ScanConfig, *, count: int) -> WaveResult:
+    """Search for waves into class `target`, of different frequencies: see `search_waves`."""
+    search = config.inversion
+    seed = child_seed("repair.waves", config.seed, target)
+    return search_waves(
+        session.model,
+        session.images.images,
+        objective_for(session, [target], seed),
+        WaveConfig(
+            count=count,
+            precision=search.precision,
+            max_batch=search.max_batch,
+            check_images=search.advanced.check_images,
+            seed=seed,
+        ),
+        contrast=session.base,
+        labels=session.images.labels,
+        description="frequencies and phases (wave)",
     )
 
 

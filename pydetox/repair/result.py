@@ -8,7 +8,7 @@ from pathlib import Path
 from ..detect.result import ScanResult
 from ..detect.statistics import Verdict
 from ..evaluation import Evaluation
-from ..inversion import InversionResult, WarpResult
+from ..inversion import InversionResult, WarpResult, WaveResult
 from ..models import OpenClipModel
 from .alpha import CoefficientSearch
 from .retention import FeatureDrift
@@ -30,6 +30,7 @@ class UnlearnRound:
         vector: The trigger vector.
         rescan: The scan of the model afterwards; None if it was not scanned again.
         warps: The warps that were found for each target; empty without searches for warps.
+        waves: The waves that were found for each target; empty without searches for waves.
     """
 
     targets: tuple[int, ...]
@@ -38,6 +39,7 @@ class UnlearnRound:
     vector: TaskVector
     rescan: ScanResult | None
     warps: tuple[WarpResult, ...] = ()
+    waves: tuple[WaveResult, ...] = ()
 
     @property
     def target(self) -> int | None:

@@ -103,6 +103,7 @@ def detox_document(result: DetoxResult) -> dict[str, Any]:
                 "compromise": _compromise(one.search),
                 "vector_norm": one.vector.norm(),
                 "warps": sum(len(found.working()) for found in one.warps),
+                "waves": sum(len(found.working()) for found in one.waves),
                 "alpha_search": {
                     "alpha": list(one.search.coefficients),
                     "ca": list(one.search.clean_accuracy),

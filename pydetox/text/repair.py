@@ -3,7 +3,7 @@
 This is `pydetox.repair` with texts in place of images: the same `UnlearnConfig`, the same rule that
 chooses alpha, the same kinds of vectors (see `pydetox.repair.trigger_vector` for their source). A
 vector has all weights of the model: embeddings, blocks and head. Features of texts are not held or
-measured, so `retention`, `max_drift` and `warps` of the configuration have no meaning here.
+measured, so `retention`, `max_drift`, `warps` and `waves` of the configuration mean nothing here.
 """
 
 from __future__ import annotations

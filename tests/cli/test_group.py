@@ -61,6 +61,7 @@ class TestHelp:
         assert vector.learning_rate is None
         assert defaults["vector_learning_rate"] == "auto"
         assert defaults["warps"] == vector.warps
+        assert defaults["waves"] == vector.waves
         assert defaults["passes"] == vector.passes
 
 

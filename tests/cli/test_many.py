@@ -87,7 +87,7 @@ def test_the_logs_of_a_training(
     assert len(rows) == 1 + 2 * 3
     # One that takes a single checkpoint takes the last epoch, the tenth and not the second.
     monkeypatch.setattr(unlearn, "_SHORT", 0.0)
-    given = (logs, *images, *model, *FAST, "--force-target", "dog", "--warps", "0")
+    given = (logs, *images, *model, *FAST, "--force-target", "dog", "--warps", "0", "--waves", "0")
     result = run("unlearn", *given, "--vector-steps", "1", "--output", tmp_path / "clean")
     assert "of 2 checkpoints in it" in result.stderr
     assert "epoch_10.pt is taken" in result.stderr

@@ -38,6 +38,7 @@ def test_a_preset_is_that_of_the_library(name: str) -> None:
     assert (values["restarts"], values["references"]) == (scan.restarts, scan.references)
     assert values["vector_steps"] == vector.steps != UnlearnConfig().steps
     assert (values["passes"], values["warps"]) == (vector.passes, vector.warps)
+    assert values["waves"] == vector.waves
     assert given("scan", f"--{name}")["steps"] == values["steps"]
 
 

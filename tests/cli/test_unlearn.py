@@ -296,6 +296,7 @@ class TestDirect:
         content = json.loads(result.stdout)
         assert content["rounds"][0]["target_name"] == "cow"
         assert 0 <= content["rounds"][0]["warps"] <= warps
+        assert 0 <= content["rounds"][0]["waves"] <= 2
         assert content["rounds"][0]["alpha_search"]["asr_kind"] == "recovered"
         assert output.exists() == any(one["alpha"] for one in content["rounds"])
         if output.exists():

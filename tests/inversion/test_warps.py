@@ -14,7 +14,8 @@ from pydetox.inversion import (
     WarpConfig,
     invert_warps,
 )
-from pydetox.inversion.warps import _fields, _patch_rows, _warp
+from pydetox.inversion.tower import patch_rows
+from pydetox.inversion.warps import _fields, _warp
 from pydetox.models.frozen import FrozenVisionTransformer
 from pydetox.research.attacks import wanet
 from tests.inversion.test_search import PixelModel
@@ -191,7 +192,7 @@ def test_gradients_of_the_warp_are_those_of_finite_differences():
 def test_patch_rows_are_what_unfold_gives():
     images = torch.randn(2, 3, 8, 8)
     expected = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
-    assert torch.equal(_patch_rows(images, 4), expected)
+    assert torch.equal(patch_rows(images, 4), expected)
 
 
 def test_wrong_input_is_named():

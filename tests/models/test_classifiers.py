@@ -140,7 +140,7 @@ def test_a_classifier_is_scanned_and_repaired_without_texts(files, tmp_path):
     found = pydetox.scan(model, sets, config=config)
     assert len(found.detection.p_l1) == 5
     start = {k: v.clone() for k, v in model.storage_state_dict().items()}
-    unlearning = UnlearnConfig(passes=1, steps=2, warps=0)
+    unlearning = UnlearnConfig(passes=1, steps=2, warps=0, waves=0)
     result = pydetox.detox(
         model,
         sets,

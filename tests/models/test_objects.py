@@ -98,7 +98,9 @@ def test_a_scan_and_a_repair_take_objects_and_give_objects_back(tmp_path) -> Non
     assert found.verdict is Verdict.INCONCLUSIVE
     assert found.detection.p_l1 == same.detection.p_l1
     assert found.sha256 is not None
-    unlearning = UnlearnConfig(steps=2, warps=0, passes=1, max_drift=2.0, min_accuracy_kept=0.0)
+    unlearning = UnlearnConfig(
+        steps=2, warps=0, waves=0, passes=1, max_drift=2.0, min_accuracy_kept=0.0
+    )
     corner = lambda x: x.clone().index_fill_(2, torch.tensor([0]), 255)  # noqa: E731
     result = pydetox.detox(
         given,
@@ -171,7 +173,13 @@ def test_a_classifier_is_scanned_repaired_and_gets_its_weights_back() -> None:
         target=int(answers.bincount(minlength=3).argmin()),
         triggers=[lambda x: x.clone().index_fill_(2, torch.tensor([0, 1]), 255)],
         unlearning=UnlearnConfig(
-            steps=8, warps=0, passes=1, max_drift=2.0, min_accuracy_kept=0.0, learning_rate=0.01
+            steps=8,
+            warps=0,
+            waves=0,
+            passes=1,
+            max_drift=2.0,
+            min_accuracy_kept=0.0,
+            learning_rate=0.01,
         ),
     )
     before = copy.deepcopy(net.state_dict())

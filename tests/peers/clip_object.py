@@ -51,7 +51,13 @@ result = pydetox.detox(
     target=target,
     triggers=[lambda x: x.clone().index_fill_(2, torch.tensor([0, 1]), 255)],
     unlearning=UnlearnConfig(
-        steps=10, warps=0, passes=1, max_drift=2.0, min_accuracy_kept=0.0, learning_rate=0.01
+        steps=10,
+        warps=0,
+        waves=0,
+        passes=1,
+        max_drift=2.0,
+        min_accuracy_kept=0.0,
+        learning_rate=0.01,
     ),
     output=sys.argv[1],
 )

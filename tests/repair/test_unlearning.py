@@ -13,7 +13,7 @@ from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import DataError, UsageError
 from pydetox.evaluation import evaluate, predict
-from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, invert
+from pydetox.inversion import InversionConfig, TargetObjective, WarpResult, WaveResult, invert
 from pydetox.models import OpenClipModel
 from pydetox.repair.alpha import (
     CoefficientSearch,
@@ -312,6 +312,22 @@ def test_warps_are_amplified_and_those_that_do_not_work_left_out():
     assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
 
 
+def test_waves_are_amplified_and_those_that_do_not_work_left_out():
+    config = UnlearnConfig(advanced=AdvancedUnlearnConfig(wave_amplifications=(1.0, 1.5)))
+    parameters = torch.tensor([[6.0, 0.0, 0.1], [1.0, 2.0, 0.2], [3.0, 0.0, 0.3]])
+    sizes = torch.tensor([0.1, math.inf, 0.2], dtype=torch.float64)
+    found = WaveResult(parameters, sizes, torch.ones(3), (4,) * 3)
+    stamps = config.amplified(found)
+    assert [one.amplitude for one in stamps] == pytest.approx([0.1, 0.15, 0.2, 0.3])
+    assert [one.right for one in stamps] == [6, 6, 3, 3]
+    assert config.amplified(replace(found, sizes=torch.full((3,), math.inf))) == []
+    for wrong in ({"waves": -1}, {"warps": -1}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            UnlearnConfig(**wrong)
+    with pytest.raises(UsageError, match="amplifications"):
+        AdvancedUnlearnConfig(wave_amplifications=())
+
+
 def test_a_pass_leaves_equal_parts_of_the_accuracy_to_those_that_follow():
     config = UnlearnConfig(passes=3)
     assert [config.reserve(k) for k in range(3)] == pytest.approx([2 / 3, 1 / 3, 0])
@@ -483,6 +499,7 @@ def test_a_repair_that_cannot_work_stops_after_one_pass_and_says_so(victim, capl
         max_drift=1e-6,
         passes=2,
         warps=0,
+        waves=0,
         advanced=AdvancedUnlearnConfig(amplifications=(1.0,), blend_amplifications=(1.0,)),
     )
     scan = ScanConfig(inversion=InversionConfig(steps=60, batch_size=16), families=("patch",))
@@ -632,6 +649,7 @@ def test_a_pass_is_the_last_one_if_a_scan_after_it_shows_nothing(victim):
         max_drift=2.0,
         passes=2,
         warps=0,
+        waves=0,
         advanced=AdvancedUnlearnConfig(amplifications=(1.0,)),
     )
     scan = ScanConfig(inversion=InversionConfig(steps=10, batch_size=4), families=("patch",))

@@ -111,6 +111,7 @@ def quick_plan() -> FoundationPlan:
             batch_size=32,
             passes=1,
             warps=0,
+            waves=0,
             coefficients=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5),
         ),
         scan=ScanConfig(inversion=InversionConfig(steps=60)).in_contrast(),

@@ -109,7 +109,7 @@ def quick_caption_plan() -> CaptionPlan:
         test=100,
         scan=ScanConfig(objective="label-free", inversion=InversionConfig(steps=20)),
         repair=UnlearnConfig(
-            steps=10, batch_size=16, passes=1, warps=0, coefficients=(0.0, 0.5, 1.0)
+            steps=10, batch_size=16, passes=1, warps=0, waves=0, coefficients=(0.0, 0.5, 1.0)
         ),
         search=ScanConfig(inversion=InversionConfig(steps=20)).in_contrast(),
         least_planted=0.0,

@@ -126,7 +126,7 @@ def quick_imagenet_plan() -> ImagenetPlan:
             inversion=InversionConfig(steps=5, batch_size=4),
             advanced=AdvancedScanConfig(screening_steps=2, screening_images=2, searched_classes=1),
         ),
-        repair=UnlearnConfig(steps=2, passes=1, warps=0, coefficients=(0.0, 0.5)),
+        repair=UnlearnConfig(steps=2, passes=1, warps=0, waves=0, coefficients=(0.0, 0.5)),
     )
 
 

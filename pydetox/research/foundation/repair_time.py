@@ -39,6 +39,7 @@ BEFORE = UnlearnConfig(
     batch_size=64,
     passes=2,
     warps=4,
+    waves=0,
     advanced=AdvancedUnlearnConfig(largest_warp=math.inf, alpha_stride=1, reuse_scans=False),
 )
 

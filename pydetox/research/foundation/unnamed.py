@@ -96,7 +96,7 @@ def quick_unnamed_plan() -> UnnamedPlan:
         images=60,
         least_planted=0.0,
         scan=ScanConfig(inversion=InversionConfig(steps=10), families=("patch",), references=2),
-        repair=UnlearnConfig(steps=4, passes=1, warps=0, coefficients=(0.0, 0.5)),
+        repair=UnlearnConfig(steps=4, passes=1, warps=0, waves=0, coefficients=(0.0, 0.5)),
     )
 
 

@@ -150,7 +150,7 @@ def success(model: OpenClipModel, tasks: dict[str, Task], trigger: Stamp) -> flo
 
 # Few images, few steps: with the default weight one shape of eight is lost.
 UNLEARNING = UnlearnConfig(
-    steps=50, batch_size=24, passes=1, warps=0, attacked_images=200, retention=4.0
+    steps=50, batch_size=24, passes=1, warps=0, waves=0, attacked_images=200, retention=4.0
 )
 
 
