@@ -107,7 +107,10 @@ def measure(session: Session) -> None:
     same = True  # the CPU's own figures stay in demo-cpu.json: they are not this device's
     for name in NAMES:
         here, there = found[name], on_cpu["found"][name]
-        same &= (here["verdict"], here["target"]) == (there["verdict"], there["target"])
+        same &= here["verdict"] == there["verdict"]
+        # A clean verdict names no target, only the class that comes closest to one.
+        if there["verdict"] not in ("clean", "inconclusive"):
+            same &= here["target"] == there["target"]
         session.record(f"demo.{name}.verdict", here["verdict"])
         session.record(f"demo.{name}.target", here["target"])
         session.record(f"demo.{name}.p_l1", here["p_l1"])

@@ -22,7 +22,7 @@ from .library import few_at_once, halved, random_model, targeted_search
 from .recorder import Session
 
 #: Bytes beyond what is taken already: for some images of ViT-B-32, and for not even one.
-SOME, NONE = 2 << 30, 8 << 20
+SOME, NONE = 2 << 30, 1 << 20
 IMAGES = 1024
 
 

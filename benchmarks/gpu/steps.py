@@ -156,8 +156,9 @@ def attention_backends(session: Session) -> None:
     count = triggers_of(session, 10)
     for backend in BACKENDS if session.gpu else ("MATH",):
         name = f"step_b32_bf16_k10_{backend.removesuffix('_ATTENTION').lower()}"
+        # As a graph: without one, the launches take longer than the kernels.
         with session.attempt(name), attention(backend):
-            step(session, name, model, count, precision="bfloat16")
+            step(session, name, model, count, precision="bfloat16", graph=session.gpu)
 
 
 def vit_l14(session: Session) -> None:
