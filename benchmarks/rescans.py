@@ -1,6 +1,7 @@
 """What re-scans say of repaired models, judged in three ways, and of a second backdoor.
 
-    python benchmarks/rescans.py [--seeds 22-26,28] [--output runs/bench/rescans]
+    python benchmarks/rescans.py [--seeds 22-26,28] [--device cuda]
+        [--output runs/bench/rescans]
 
 For every seed of the demo, its backdoored suspect is repaired, the trigger unknown. The sizes of
 the first re-scan are then judged in three ways: as those of a model that nobody has scanned before
@@ -36,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from scipy.special import ndtr
 
 from benchmarks.demo_models import splits, suspects
@@ -49,6 +51,7 @@ from pydetox.detect.result import ScanResult
 from pydetox.detect.statistics import p_values_of_suspects
 from pydetox.evaluation import evaluate
 from pydetox.models import OpenClipModel
+from pydetox.models.device import find_device
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.result import DetoxResult
 from pydetox.reporting import to_json
@@ -66,10 +69,10 @@ MODELS, OTHERS, DROPPED, FAMILIES = 100_000, 9, 5, 2
 WIDTHS, CORRELATIONS = (1.0, 1.2, 1.5), (0.0, 0.6, 0.9)
 
 
-def measure(seed: int) -> dict[str, Any]:
+def measure(seed: int, device: torch.device) -> dict[str, Any]:
     """Return what the re-scans of one seed's models say."""
     paths, (attacker, defender, test) = suspects(seed), splits(seed)
-    base, attack = as_model(paths["base"]), demo.draw_attack(seed)
+    base, attack = as_model(paths["base"]).to(device), demo.draw_attack(seed)
     config = replace(demo.demo_scan_config(seed), inversion=demo._SEARCH)
     calibration = calibrate(base, defender, templates=DIGIT_TEMPLATES, config=config)
     second = (attack.target + 5) % len(DIGIT_NAMES)
@@ -86,7 +89,7 @@ def measure(seed: int) -> dict[str, Any]:
     two = train_on_prompts(base, poisoned, DIGIT_TEMPLATES, tuning, description="two backdoors")
     rows: dict[str, Any] = {"seed": seed, "target": DIGIT_NAMES[attack.target]}
     for name, model, target, unlearning in (
-        ("repaired", as_model(paths["backdoored"]), None, UnlearnConfig()),
+        ("repaired", as_model(paths["backdoored"]).to(device), None, UnlearnConfig()),
         ("one of two", two, attack.target, UnlearnConfig(passes=1, warps=0)),
     ):
         result = detox(
@@ -217,17 +220,21 @@ def main() -> int:
         "--seeds", default="22-26,28", help="first-last or single ones, default 22-26,28"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench/rescans"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--simulate", action="store_true", help="simulate false alarms instead")
     options = parser.parse_args()
     if options.simulate:
         simulate()
         return 0
+    device = find_device(options.device)
+    # A seed's models are others on another device: rounding decides a training.
+    folder = options.output if device.type == "cpu" else options.output / device.type
     results = []
     for seed in _seeds(options.seeds):
-        path = options.output / f"{seed}.json"
+        path = folder / f"{seed}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, to_json(measure(seed)) + "\n")
+            write_file(path, to_json(measure(seed, device)) + "\n")
         results.append(json.loads(path.read_text()))
         for name in ("repaired", "one of two"):
             print(_line(seed, name, results[-1][name]), flush=True)
