@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 Call = Callable[[], object]
-_CYCLES_PER_SECOND = 1.5e9  # about; only decides how long the queue is held up
+#: About that of the fastest GPU; only decides how long the queue is held up.
+_CYCLES_PER_SECOND = 2e9
 
 
 def wait(device: torch.device) -> None:
@@ -50,7 +51,9 @@ def device_seconds(
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if one < 1e-2:
-            torch.cuda._sleep(int(_CYCLES_PER_SECOND * 1e-4 * size))
+            # `one` is longer than a launch, which can take the CPU milliseconds: a call with
+            # lists of thousands of tensors takes about a microsecond for each.
+            torch.cuda._sleep(int(_CYCLES_PER_SECOND * (1.5 * one + 1e-4) * size))
         begin.record()
         for _ in range(size):
             calls[number % len(calls)]()
