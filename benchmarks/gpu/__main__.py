@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -185,6 +186,8 @@ class Check:
             shutil.copytree(ROOT / name, FRESH / name, ignore=leave)
         shutil.copyfile(ROOT / "pyproject.toml", FRESH / "pyproject.toml")
         commands = native.together(list(native.build_commands(FRESH / "pydetox")))
+        # Which C++ runtime the compiler links decides whether exceptions arrive: the log shows it.
+        commands[-1] += f"\nldd {shlex.quote(str(FRESH / 'pydetox' / '_C_cuda.so'))} || true"
         return Part("build", ["nice", "-n", "10", *commands], 240)
 
     def sanitizers(self) -> Iterator[Part]:

@@ -201,6 +201,12 @@ def test_updates_agree_to_the_bit(dtype: torch.dtype, optional: bool) -> None:
         assert torch.equal(on_cpu, on_gpu)
 
 
+def test_errors_of_the_cpu_library_arrive() -> None:
+    # Beside the next test: a build whose exceptions end the process shows here which library it is.
+    with pytest.raises(UsageError, match="mask_logits must be"):
+        stamp_triggers(torch.zeros(2, 3, 4, 4), torch.zeros(1, 5, 4), torch.zeros(1, 3, 4, 4))
+
+
 @pytest.mark.parametrize("name", ["mask_logits", "pattern_logits"])
 def test_tensors_on_two_devices_are_refused(name: str) -> None:
     given = {
