@@ -209,7 +209,7 @@ def search_waves(
     most = max(config.first_images, config.images, config.check_images)
     order = check_sample(labels, len(images), most, rng)
     order = order[torch.from_numpy(rng.permutation(len(order)))]
-    pictures = images[order].to(device, torch.float32) / 255
+    pictures = images[order].to(device).to(torch.float32) / 255  # bytes are sent, not floats
     tower = tower_of(model, contrast, config.precision)
     batching = batching_of(model, tower, config.max_batch, device)
     mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
