@@ -8,11 +8,13 @@ Keys: what was run on (`device`, `torch`, ...), `part.NAME`, `stage.NAME` and th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydetox.atomic import write_file
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = "pydetox.check-gpu/1"
 Value = str | int | float
 
@@ -29,13 +31,19 @@ class Summary:
         self.values: dict[str, Value] = {"schema": SCHEMA}
 
     def update(self, values: Mapping[str, Value]) -> None:
-        """Take over values and write the file."""
-        self.values.update(values)
+        """Take over values, texts without the paths of this machine, and write the file."""
+        for key, value in values.items():
+            self.values[key] = without_paths(value) if isinstance(value, str) else value
         self.save()
 
     def save(self) -> None:
         """Write the file: under another name first, then renamed."""
         write_file(self._path, json.dumps(self.values, indent=1) + "\n")
+
+
+def without_paths(text: str) -> str:
+    """Return a text whose paths begin in the tree or in site-packages: results are published."""
+    return re.sub(r"[^\s'\"]*/site-packages/", "site-packages/", text.replace(f"{ROOT}/", ""))
 
 
 def read_summary(path: Path) -> dict[str, Value]:

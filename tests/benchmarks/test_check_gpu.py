@@ -127,6 +127,14 @@ def test_a_summary_is_whole_after_every_update(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_summary_holds_no_path_of_the_machine(tmp_path: Path) -> None:
+    summary = Summary(tmp_path / "summary.json")
+    error = f'File "{page.ROOT}/pydetox/a.py", File "/opt/x/lib/site-packages/torch/b.py", line 3'
+    summary.update({"cuda.a.error": error, "tiny": 0})
+    expected = 'File "pydetox/a.py", File "site-packages/torch/b.py", line 3'
+    assert read_summary(tmp_path / "summary.json")["cuda.a.error"] == expected
+
+
 def test_events_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "figures.jsonl"
     events.append(path, event="start", stage="a")
