@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ..errors import ArchitectureError, DataError
 from ..models import OpenClipModel
 from ..models.frozen import FrozenTower, TowerPair, freeze, resolve_precision
 from ..models.memory import Batching, images_at_once
+from ..ops.reference import to_patch_rows
 
 
 def check_images(model: OpenClipModel, images: Tensor) -> None:
@@ -66,8 +68,22 @@ def chunks(count: int, size: int) -> list[slice]:
     return [slice(first, last) for first, last in itertools.pairwise(ends) if last > first]
 
 
-def patch_rows(images: Tensor, patch: int) -> Tensor:
-    """Return the rows [N, (H/P)(W/P), 3PP] of images [N, 3, H, W], channels first in a row."""
-    count, channels, height, width = images.shape
-    split = images.view(count, channels, height // patch, patch, width // patch, patch)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * patch * patch)
+def pixel_embedder(
+    tower: FrozenTower | TowerPair, model: OpenClipModel
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from float32 images [N, 3, H, W] in [0, 1] to embeddings [N, D].
+
+    model: Whose mean and standard deviation normalise the images. They are sent to its device once.
+    """
+    mean, std = (
+        torch.tensor(values, device=model.device).view(3, 1, 1)
+        for values in (model.mean, model.std)
+    )
+
+    def embed(pixels: Tensor) -> Tensor:
+        inputs = ((pixels - mean) / std).to(tower.dtype)
+        if tower.patch_size is not None:
+            inputs = to_patch_rows(inputs, tower.patch_size)
+        return tower(inputs)
+
+    return embed

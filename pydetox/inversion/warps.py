@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
 from .schedule import CostSchedule
-from .tower import batching_of, check_images, check_sample, chunks, patch_rows, tower_of
+from .tower import batching_of, check_images, check_sample, chunks, pixel_embedder, tower_of
 
 
 @dataclass(frozen=True)
@@ -188,16 +188,12 @@ def invert_warps(
 
     tower = tower_of(model, contrast, config.precision)
     batching = batching_of(model, tower, config.max_batch, device)
-    mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(model.std, device=device).view(3, 1, 1)
+    embed_pixels = pixel_embedder(tower, model)
 
     def embed(clean: Tensor, fields: Tensor) -> Tensor:
         """Return embeddings [K, B, D]."""
         pixels = _warp(clean.to(torch.float32), fields).flatten(0, 1)
-        inputs = ((pixels / 255 - mean) / std).to(tower.dtype)
-        if tower.patch_size is not None:
-            inputs = patch_rows(inputs, tower.patch_size)
-        return tower(inputs).view(len(fields), len(clean), -1)
+        return embed_pixels(pixels / 255).view(len(fields), len(clean), -1)
 
     optimizer = torch.optim.Adam([control], lr=config.learning_rate, betas=config.betas)
     costs = config.schedule.start(count, device)

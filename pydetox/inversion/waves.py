@@ -25,7 +25,7 @@ from ..models.frozen import PRECISION_CHOICES
 from ..progress import Progress
 from ..rng import generator
 from .objectives import Objective
-from .tower import batching_of, check_images, check_sample, patch_rows, tower_of
+from .tower import batching_of, check_images, check_sample, pixel_embedder, tower_of
 
 # The amplitudes that are tried, as shares of the largest.
 _LEVELS = 8
@@ -212,16 +212,12 @@ def search_waves(
     pictures = images[order].to(device).to(torch.float32) / 255  # bytes are sent, not floats
     tower = tower_of(model, contrast, config.precision)
     batching = batching_of(model, tower, config.max_batch, device)
-    mean = torch.tensor(model.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(model.std, device=device).view(3, 1, 1)
+    embed_pixels = pixel_embedder(tower, model)
 
     def embed(clean: Tensor, waves: Tensor) -> Tensor:
         """Return embeddings [K, B, D] of images [B, 3, H, W] with waves [K, H, W]."""
         pixels = (clean + waves[:, None, None]).clamp_(0, 1).flatten(0, 1)
-        inputs = ((pixels - mean) / std).to(tower.dtype)
-        if tower.patch_size is not None:
-            inputs = patch_rows(inputs, tower.patch_size)
-        return tower(inputs).view(len(waves), len(clean), -1)
+        return embed_pixels(pixels).view(len(waves), len(clean), -1)
 
     def scored(waves: Tensor, clean: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
         """Return the objective's loss and success [K] of waves [K, H, W]."""

@@ -14,9 +14,9 @@ from pydetox.inversion import (
     WarpConfig,
     invert_warps,
 )
-from pydetox.inversion.tower import patch_rows
 from pydetox.inversion.warps import _fields, _warp
 from pydetox.models.frozen import FrozenVisionTransformer
+from pydetox.ops.reference import to_patch_rows
 from pydetox.research.attacks import wanet
 from tests.inversion.test_search import PixelModel
 from tests.mini import mini_images, mini_model
@@ -192,7 +192,7 @@ def test_gradients_of_the_warp_are_those_of_finite_differences():
 def test_patch_rows_are_what_unfold_gives():
     images = torch.randn(2, 3, 8, 8)
     expected = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
-    assert torch.equal(patch_rows(images, 4), expected)
+    assert torch.equal(to_patch_rows(images, 4), expected)
 
 
 def test_wrong_input_is_named():
