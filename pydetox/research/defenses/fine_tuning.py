@@ -14,7 +14,7 @@ from ...data import fill_template
 from ...errors import UsageError
 from ...models import OpenClipModel
 from ...rng import generator
-from ...training import TrainConfig, optimize, train_on_prompts
+from ...training import TrainConfig, fine_tuning_mode, optimize, train_on_prompts
 from .augmentation import random_views
 from .base import DefenderData, Outcome, Stopwatch
 
@@ -201,7 +201,7 @@ def _tune_towers(
         for n, p in tuned.clip.named_parameters()
         if "token_embedding" not in n and n != "logit_scale"
     ]
-    tuned.clip.train()
+    fine_tuning_mode(tuned)
     optimize(
         trained,
         loss,

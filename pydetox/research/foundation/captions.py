@@ -17,7 +17,7 @@ from ...data import ImageSet, fill_template
 from ...errors import DataError, UsageError
 from ...models import OpenClipModel
 from ...rng import child_seed, generator
-from ...training import optimize
+from ...training import fine_tuning_mode, optimize
 from ..attacks import AttackerView, Backdoor, draw_attack, plant
 from ..bench.cache import Cache, code_digest, key_of
 from ..data import TASKS, Task, photograph_captions
@@ -128,7 +128,7 @@ def fine_tune_on_captions(
         return (cross_entropy(logits, column) + cross_entropy(logits.T, owners)) / 2
 
     steps = config.epochs * -(-len(pairs) // config.batch_size)
-    trained.clip.train()
+    fine_tuning_mode(trained)
     optimize(
         [p for name, p in trained.clip.named_parameters() if "token_embedding" not in name],
         loss,
