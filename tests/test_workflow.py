@@ -9,6 +9,8 @@ import torch
 import pydetox
 from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
+from pydetox.cli import exit_codes
+from pydetox.cli.summaries import incomplete
 from pydetox.data import ImageSet
 from pydetox.detect.control import plant_patch, planted_patch
 from pydetox.detect.result import ScanResult
@@ -131,6 +133,18 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
     assert document["repaired"] is result.repaired
     assert document["rounds"][0]["target"] == TARGET
     assert document["seconds"].keys() >= {"scan", "unlearn", "rescan", "write"}
+
+    # The last scan may miss a trigger that no alpha removed.
+    clean = replace(result.after, detection=replace(result.after.detection, verdict=Verdict.CLEAN))
+    for reached in (True, False):
+        last = result.rounds[-1]
+        last = replace(last, search=replace(last.search, reached=reached))
+        found = replace(result, rounds=(*result.rounds[:-1], last), after=clean)
+        assert found.repaired is reached
+        cards = incomplete({**detox_document(found)})
+        assert len(cards) == int(not reached)
+        code = exit_codes.of_repair("clean", subtracted=True, repaired=found.repaired)
+        assert code == (exit_codes.CLEAN if reached else exit_codes.FOUND)
 
 
 def test_a_rescan_judges_what_the_scan_did_not_find_clean(story):

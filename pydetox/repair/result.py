@@ -98,5 +98,10 @@ class DetoxResult:
 
     @property
     def repaired(self) -> bool:
-        """Whether something was subtracted and the re-scan is clean."""
-        return self.after is not None and self.after.verdict is Verdict.CLEAN
+        """Whether the re-scan is clean, and the last vector removes all triggers that it was for.
+
+        A re-scan is a search of its own. It can miss a trigger that is known to work still, because
+        no alpha removes it within the limits.
+        """
+        clean = self.after is not None and self.after.verdict is Verdict.CLEAN
+        return clean and self.rounds[-1].search.reached
