@@ -1,7 +1,7 @@
 """What repairs leave of a model's other tasks, and how often defaults alone are wrong.
 
     python benchmarks/bench_foundation.py [--quick] [--part PART] [--device cuda]
-        [--minutes 50] [--output runs/foundation]
+        [--minutes 50] [--with EARLIER.json] [--output runs/foundation]
 
 `make bench-foundation` runs it. Part `tasks` repairs models of several tasks. Part `verdicts` scans
 clean and backdoored models with no option but a base and images (`default.fpr`, `default.tpr`).
@@ -12,6 +12,8 @@ repair of the demo's models beside the earlier procedure (`unlearn.*`).
 Prints the tables and writes summary.json, flat, and PART.json with everything that was measured. A
 run of one part leaves the others' figures in summary.json as they are. `--minutes` ends the part
 `verdicts` early; the same command then goes on where it was.
+`--with` adds the models that
+an earlier run of the part `tasks` wrote to its tasks.json to the table.
 The image sets have to be there: `make data`. Bases, victims and results are cached outside of the
 repository, below $XDG_CACHE_HOME/pydetox; a second run computes what changed.
 """
@@ -28,6 +30,10 @@ from typing import Any
 
 import click
 
+# The script's own folder is on the path, the project's is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.earlier import read_earlier, with_earlier
 from pydetox.atomic import write_file
 from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import PydetoxError
@@ -39,6 +45,7 @@ from pydetox.research.foundation.benchmark import (
     FoundationPlan,
     quick_plan,
     run,
+    summarize,
 )
 from pydetox.research.foundation.captions_benchmark import (
     CaptionPlan,
@@ -65,6 +72,9 @@ _COLUMNS = (
     ("retrieval_kept", "R@1"),
 )
 
+
+#: The lists that the part `tasks` writes, and what tells one of their rows from another.
+_KEYS = {"victims": ("victim",), "rows": ("victim", "method"), "quarter": ("victim", "method")}
 
 #: What the figures of each part begin with in summary.json.
 _PREFIXES: dict[str, str | tuple[str, ...]] = {
@@ -135,6 +145,13 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
 @click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone, known and unknown.")
+@click.option(
+    "--with",
+    "earlier",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Part tasks: the tasks.json of an earlier run; can be given several times.",
+)
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))
@@ -149,6 +166,7 @@ def main(
     repaired: int | None,
     attacks: str | None,
     no_baselines: bool,
+    earlier: tuple[Path, ...],
     search: str,
     device: str,
     output: Path,
@@ -201,6 +219,9 @@ def main(
 
     try:
         find_device(device)
+        before = read_earlier(earlier)
+        for kind, keys in _KEYS.items():
+            with_earlier([], before, kind, keys)  # a file of something else is refused at once
         if part in ("all", "verdicts"):
             document = run_verdicts(verdicts, log, minutes=minutes or math.inf)
             keep("verdicts", document, document["summary"])
@@ -218,7 +239,9 @@ def main(
                 click.echo(figures(document["summary"]))
         if part in ("all", "tasks"):
             document = run(plan, log)
-            summary = document["summary"]
+            for kind, keys in _KEYS.items():
+                document[kind] = with_earlier(document[kind], before, kind, keys)
+            summary = document["summary"] = summarize(document["rows"], document["quarter"])
             keep("tasks", document, {k: v for k, v in summary.items() if k != "methods"})
             click.echo(table(summary))
     except PydetoxError as error:

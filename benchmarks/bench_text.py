@@ -2,14 +2,15 @@
 
     python benchmarks/bench_text.py [--quick] [--part verdicts] [--seeds 100,101]
         [--attacks word,phrase] [--defenses known,onion] [--minutes 60] [--device cuda]
-        [--output runs/text]
+        [--with EARLIER.json] [--output runs/text]
 
 The part `verdicts` scans backdoored classifiers and clean ones that no reference is made of, and
 repairs what it finds with the trigger unknown. The part `search` compares the CPU time of a search
 with that of DBS, one class after another. The part `causal` scans and repairs models that continue
 texts, and the part `towers` does so with the text towers of CLIPs. The part `defenses` repairs
 classifiers with known triggers and by other defences. Without `--part`, all run. `--seeds`,
-`--attacks` and `--minutes` are of the parts about classifiers.
+`--attacks` and `--minutes` are of the parts about classifiers. `--with` adds the models of the part
+`verdicts` that an earlier run wrote to its results.json.
 
 Prints one line per model and the figures, and writes results.json with everything that was
 measured, and summary.json with the flat figures. The texts and the pretrained model have to be
@@ -29,6 +30,10 @@ from typing import Any
 
 import click
 
+# The script's own folder is on the path, the project's is not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.earlier import read_earlier, with_earlier
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
@@ -37,7 +42,12 @@ from pydetox.research.text.bench import FULL, QUICK, run_text_benchmark
 from pydetox.research.text.causal import bench as causal_bench
 from pydetox.research.text.search_speed import SpeedPlan, compare_searches
 from pydetox.research.text.towers import bench as towers_bench
-from pydetox.research.text.verdicts import FULL_VERDICTS, QUICK_VERDICTS, run_text_verdicts
+from pydetox.research.text.verdicts import (
+    FULL_VERDICTS,
+    QUICK_VERDICTS,
+    run_text_verdicts,
+    summarize_text_verdicts,
+)
 
 PARTS = ("verdicts", "search", "causal", "towers", "defenses")
 
@@ -56,6 +66,13 @@ PARTS = ("verdicts", "search", "causal", "towers", "defenses")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
 @click.option("--minutes", type=float, default=float("inf"), help="Begin no model after this time.")
+@click.option(
+    "--with",
+    "earlier",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Part verdicts: the results.json of an earlier run; can be given several times.",
+)
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(
@@ -65,6 +82,7 @@ def main(
     attacks: str | None,
     defenses: str | None,
     minutes: float,
+    earlier: tuple[Path, ...],
     device: str,
     output: Path,
 ) -> None:
@@ -79,9 +97,14 @@ def main(
         if attacks is not None:
             chosen["attacks"] = tuple(attacks.split(","))
         for one in parts:
+            before = read_earlier(earlier, "verdicts") if one == "verdicts" else []
             made = _part(
                 one, quick, chosen, _names(defenses), (end - time.monotonic()) / 60, device
             )
+            if one == "verdicts":
+                for kind in ("rows", "repairs"):
+                    made[kind] = with_earlier(made[kind], before, kind, ("name",))
+                made["summary"] = summarize_text_verdicts(made["rows"], made["repairs"])
             document["summary"] |= made.pop("summary")
             document[one] = made
     except (PydetoxError, ValueError) as error:
