@@ -27,6 +27,7 @@
 #   ARCH=9.0                 compute capability of the GPU that gpu-bundle is for
 #   FOUNDATION="--quick"     options of benchmarks/bench_foundation.py, bench_classes.py and bench_scan.py
 #   TEXT="--quick"   options of benchmarks/bench_text.py
+#   WORKERS=1                processes that test at once; each takes up to 3 GiB of memory
 #   TORCH="torch==2.12.0"    another torch in .venv (any arguments of pip install)
 #   WHEEL_TORCH="torch==2.13.0"   the torch that wheel-check installs the wheel beside
 #   VENV=path                an environment of yours: its torch stays, what is missing is added
@@ -36,6 +37,7 @@
 VENV ?= .venv
 TORCH ?= -r requirements/torch.txt
 SEED ?= 0
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)))
 BENCH ?=
 DEVICE ?= cuda
 TINY ?=
@@ -81,7 +83,7 @@ demo: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED) --device $(where)
 
 test: $(dev) $(peers)
-	$(python) -m pytest -rs --cov=pydetox --cov-report=term --cov-fail-under=90
+	$(python) -m pytest -rs -n $(WORKERS) --dist loadfile --durations 15 --cov=pydetox --cov-report=term --cov-fail-under=90
 
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)

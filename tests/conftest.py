@@ -13,10 +13,13 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Tests read stderr line by line, and a busy machine takes any time.
 os.environ["PYDETOX_PROGRESS_SECONDS"] = "inf"
 
+# Several workers share the cores.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import pytest
 import torch
-
-left_out = pytest.StashKey[str]()
 
 
 def missing_for_cuda() -> str | None:
@@ -30,13 +33,17 @@ def missing_for_cuda() -> str | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = missing_for_cuda()
-    left = [item for item in items if missing and item.get_closest_marker("cuda")]
-    for item in left:
-        item.add_marker(pytest.mark.skip(reason=str(missing)))
-    config.stash[left_out] = f"{len(left)} ({missing})" if left else "0"
+    if missing is None:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    terminalreporter.write_line(f"cuda tests left out: {config.stash.get(left_out, 0)}")
+    skipped = terminalreporter.stats.get("skipped", [])  # of all workers
+    count, missing = sum("cuda" in one.keywords for one in skipped), missing_for_cuda()
+    reason = f" ({missing})" if count and missing else ""
+    terminalreporter.write_line(f"cuda tests left out: {count}{reason}")
