@@ -55,6 +55,7 @@ STREAMS: Mapping[str, str] = {
     # Repair
     "repair.round": "seed of a repair; by number",
     "repair.rescan": "seed of the scan after a repair; by number",
+    "repair.repaired": "seed of the scan of a repaired model beside the model before its repair",
     "repair.pass": "seed of the recovery of triggers in a pass of a repair; by number",
     "repair.vector-pass": "seed of the trigger vector of a pass; by number",
     "repair.triggers": "seed of the recovery of patches and blends; by target class",

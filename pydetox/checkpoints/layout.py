@@ -59,6 +59,15 @@ TRANSFORMERS_ORDER = (
 _OPEN_CLIP_SUFFIXES = (".safetensors", ".bin", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+# What trainings write beside the weights under such endings: DeepSpeed, transformers' Trainer and
+# accelerate.
+_TRAINING_STATE = re.compile(
+    r"(?:bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|(?:optimizer|scheduler|scaler)(?:_\d+)?\.(?:pt|bin)"
+    r"|rng_state(?:_\d+)?\.pth|training_args\.bin"
+)
+# One of the parts in which DeepSpeed keeps the weights of a training with ZeRO stage 3.
+_DIVIDED = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}(?P<suffix>\.\w+)")
 
 
@@ -70,6 +79,16 @@ def is_weights_name(name: str) -> bool:
 def is_shard_index_name(name: str) -> bool:
     """Whether a file of that name should be the index of a checkpoint in several files."""
     return name.lower().endswith(_INDEX_SUFFIXES)
+
+
+def is_training_state_name(name: str) -> bool:
+    """Whether a file of that name holds the state of an optimiser or a training, and no weights."""
+    return _TRAINING_STATE.fullmatch(name) is not None
+
+
+def is_divided_name(name: str) -> bool:
+    """Whether a file of that name should hold a part of weights that DeepSpeed has divided."""
+    return _DIVIDED.fullmatch(name) is not None
 
 
 def index_of_shard(name: str) -> str | None:
@@ -120,13 +139,17 @@ def _choose(folder: Path, names: Sequence[str]) -> str:
     if theirs is not None:
         return _alone(folder, theirs, names) if CONFIG_NAME in names else theirs
     candidates = [name for name in names if is_shard_index_name(name)]
-    candidates = candidates or list(filter(is_weights_name, names))
+    candidates = candidates or [
+        name for name in names if is_weights_name(name) and not is_training_state_name(name)
+    ]
     if WEIGHT_NAMES[-1] in candidates:
         rivals = [name for name in candidates if name.endswith(_OPEN_CLIP_SUFFIXES)]
         candidates = [WEIGHT_NAMES[-1], *rivals]
     if not candidates:
+        steps = [name for name in names if name.startswith("global_step")]
+        hint = f"; DeepSpeed keeps them in a folder such as {steps[-1]}" if steps else ""
         raise CheckpointError(
-            f"{folder}: holds no weights, expected {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}"
+            f"{folder}: holds no weights, expected {WEIGHT_NAMES[0]} or {WEIGHT_NAMES[2]}{hint}"
         )
     if len(candidates) > 1:
         raise CheckpointError(

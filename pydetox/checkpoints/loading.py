@@ -28,6 +28,7 @@ from pydetox.checkpoints.layout import (
     TOKENIZER_NAMES,
     TRANSFORMERS_CONFIG_NAME,
     TRANSFORMERS_ORDER,
+    is_divided_name,
 )
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.sources import OpenWeights, open_weights
@@ -164,6 +165,7 @@ def read_checkpoint(
             if weights.shards is not None:
                 identity.check_shards(weights.shards.files)
             _refuse_adapters(weights)
+            _refuse_parts(identity.weights)
             _refuse_other_weights(identity)
             if model_config is None:
                 _refuse_transformers_names(weights)
@@ -225,6 +227,16 @@ def _refuse_adapters(weights: OpenWeights) -> None:
             f"holds adapters ({len(adapters)} tensors such as {quote(adapters[0])}), which are no "
             "model of their own: merge them into the model that they were trained for and save "
             "that, by converting the folder with base=, or with peft (merge_and_unload())"
+        )
+
+
+def _refuse_parts(path: Path) -> None:
+    """Raise CheckpointError for a part of the weights of a training with DeepSpeed's ZeRO-3."""
+    if is_divided_name(path.name):
+        raise CheckpointError(
+            "is a part of weights that DeepSpeed has divided (ZeRO stage 3); DeepSpeed's "
+            f"zero_to_fp32.py joins them: in {path.parent.parent}, run "
+            "`python zero_to_fp32.py . joined`, and give the folder joined"
         )
 
 

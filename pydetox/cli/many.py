@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layout import is_weights_name
+from ..checkpoints.layout import is_training_state_name, is_weights_name
 from ..errors import CheckpointError, UsageError, explain
 from ..reporting import to_json
 from ..reporting.values import clean_text
@@ -97,6 +97,10 @@ def one_checkpoint(name: str) -> str:
     raise UsageError(f"{name}: holds {len(found)} checkpoints ({shown}); name the one you mean")
 
 
+def _may_be(name: str) -> bool:
+    return is_weights_name(name) and not is_training_state_name(name)
+
+
 def _is_one(name: str) -> bool:
     """Return whether a name is that of one checkpoint, as `load_checkpoint` takes it.
 
@@ -105,7 +109,7 @@ def _is_one(name: str) -> bool:
     path = Path(name)
     if path.is_dir():
         try:
-            inside = [entry.name for entry in path.iterdir() if is_weights_name(entry.name)]
+            inside = [entry.name for entry in path.iterdir() if _may_be(entry.name)]
         except OSError:
             return True  # reading it says why
         epochs = [one for one in inside if one == _LATEST or _EPOCH.fullmatch(one)]

@@ -84,6 +84,12 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     "the same images and options.",
 )
 @click.option(
+    "--before",
+    metavar="REF",
+    help="The model before its repair, if the target was repaired. It is scanned as well, and a "
+    "class counts only if it stands out in both, as in the re-scan of `unlearn`.",
+)
+@click.option(
     "--known-vector",
     "known_vectors",
     multiple=True,

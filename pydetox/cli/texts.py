@@ -22,6 +22,7 @@ _OF_IMAGES = {
     "calibration_file": "--calibration",
     "save_calibration": "--save-calibration",
     "known_vectors": "--known-vector",
+    "before": "--before",
     "objective": "--objective",
     "families": "--families",
     "inversion": "--inversion",

@@ -12,6 +12,7 @@ import re
 OPTIONS = {
     "architecture": "--model",
     "base": "--base",
+    "before": "--before",
     "calibration": "--calibration",
     "base_model": "--base-model",
     "class_names": "--class-names",

@@ -19,13 +19,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..rng import child_seed
 from ..session import Session
 from .configuration import ScanConfig
 from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .scan import decisive, scan_session
 from .search import search_classes, sizes_per_class
-from .statistics import detect, p_values_of_suspects
+from .statistics import FINDINGS, detect, p_values_of_suspects
 
 
 class Rescans:
@@ -110,6 +111,34 @@ class Rescans:
                 chances[c] = min(chances[c], again.p_values[c] if again.p_values else 1.0)
         self._cleared |= {c for c, p in chances.items() if p >= config.p_suspicious}
         self._p_before |= {c: p for c, p in chances.items() if p < config.p_suspicious}
+
+
+def scan_after_repair(session: Session, comparison: Comparison, before: Session) -> ScanResult:
+    """Scan a repaired model as the re-scan of its repair does: beside the model before the repair.
+
+    That model is scanned first, with the same references. If this scan is no finding, the model has
+    nothing that a repair removes. Then it clears no class, and a warning says so. A label-free
+    search judges one trigger, which the model before the repair has anyway, and scans only the
+    repaired model. Raises what `scan_session` raises.
+
+    session: Of the repaired model. before: Of the model before, with the same images, prompts and
+    base.
+    """
+    config = comparison.config
+    if comparison.calibration is None or config.objective != "targeted":
+        return scan_session(session, comparison)
+    name = before.model.name
+    first = replace(comparison, config=replace(config, positive_control=False))
+    earlier = scan_session(before, first, description=f"scan of {name}, before the repair")
+    if earlier.verdict not in FINDINGS:
+        found = scan_session(session, comparison)
+        doubt = (
+            f"{name} is {earlier.verdict.value} in this scan and clears no class: expected is the "
+            "model before the repair (before=)"
+        )
+        return replace(found, warnings=(*found.warnings, doubt))
+    seeded = replace(config, seed=child_seed("repair.repaired", config.seed))
+    return Rescans(before, comparison, earlier).scan(session, seeded)
 
 
 def families(result: ScanResult) -> list[FamilyScan]:

@@ -73,6 +73,8 @@ class ScannerConfig:
         reference_learning_rate, reference_epochs: Their fine-tuning, over 3 epochs without a
             number. Without a learning rate, they are fine-tuned until they have moved about as far
             from `base` as the suspects (see `detect.interpolation`).
+        before: The model before its repair, if the targets are repairs of one model. A class then
+            counts only if it stands out in both (see `detect.rescan.scan_after_repair`).
         known_vectors: Weight differences in .safetensors files, such as trigger vectors of known
             attacks: each checkpoint's difference to `base` is compared with them.
         inversion: Reconstruct triggers. Without it the weights are only read, checked and compared,
@@ -128,6 +130,7 @@ class ScannerConfig:
     references: int = 3
     reference_epochs: int | None = None
     reference_learning_rate: float | None = None
+    before: str | None = None
     known_vectors: tuple[str, ...] = ()
     inversion: bool = True
     objective: Literal["targeted", "label-free"] = "targeted"
@@ -179,6 +182,8 @@ class ScannerConfig:
             raise UsageError(f"families {list(self.families)}; expected at least one, each once")
         if self.known_vectors and self.base is None:
             raise UsageError("known vectors need a base, to which the differences are taken")
+        if self.before is not None and not self.inversion:
+            raise UsageError("a model before its repair (before=), and no search for triggers")
         if self.address is not None and self.engine != "ray":
             raise UsageError(
                 f"an address of a Ray cluster, but the engine is {self.engine}; expected ray"
@@ -226,7 +231,7 @@ class ScannerConfig:
         source, path = locate_images(self.images)
         if path is not None:
             changes["images"] = f"{source}={path.absolute()}" if source else str(path.absolute())
-        for name in ("base", "model", "base_model"):
+        for name in ("base", "model", "base_model", "before"):
             given = getattr(self, name)
             if given is not None:
                 changes[name] = _absolute(given)

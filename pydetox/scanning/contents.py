@@ -59,6 +59,8 @@ def content_digests(config: ScannerConfig, warn: Callable[[str], None]) -> dict[
                 found[f"tokenizer_of_{name}"] = json.dumps(tokenizer, sort_keys=True)
     if config.base is not None:
         found["base"] = digest(config.base, is_base=True)
+    if config.before is not None:
+        found["before"] = digest(config.before)
     found["reference_models"] = ",".join(digest(name) for name in config.reference_models)
     if config.calibration is not None:
         found["calibration"] = _file_digest(Path(config.calibration))

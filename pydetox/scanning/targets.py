@@ -21,6 +21,7 @@ from ..checkpoints.layout import (
     find_weights,
     index_of_shard,
     is_shard_index_name,
+    is_training_state_name,
     is_weights_name,
 )
 from ..data.lines import lines_of
@@ -216,6 +217,8 @@ def _in_folder(folder: Path, files: list[str], found: Targets) -> Iterator[Targe
             weights.append(name)
         elif not is_weights_name(name):
             found.ignored.append((str(folder / name), NO_WEIGHTS))
+        elif is_training_state_name(name):
+            found.ignored.append((str(folder / name), "is the state of a training, no weights"))
         elif index in files:
             found.ignored.append((str(folder / name), f"is a part of {index}"))
         else:

@@ -22,6 +22,7 @@ from ..detect.calibration_file import read_calibration
 from ..detect.copies import OutOfReachError
 from ..detect.key import ConfigPair, require_alike
 from ..detect.references import Comparison, ReferencePlan, Rungs
+from ..detect.rescan import scan_after_repair
 from ..detect.result import ScanResult
 from ..detect.scan import scan_session
 from ..detect.search import search_classes
@@ -45,6 +46,7 @@ from ..session import Session
 from .config import ScannerConfig
 from .contents import identify
 from .memory import Limits, return_freed
+from .repaired import doubts_of_repair
 from .tasks import ErrorKind, Task, failure
 from .weights import Reference
 
@@ -303,6 +305,7 @@ class Worker:
             raise CheckpointError(f"{checkpoint.path}: changed while it was scanned")
         waited = time.perf_counter() - start
         model = self._model(checkpoint, consume=True)
+        origin = replace(checkpoint, state_dict={})
         del checkpoint
         images = self._images_for(model)
         prepared = time.perf_counter() - start - waited
@@ -323,7 +326,13 @@ class Worker:
         else:
             comparison = Comparison(plan.config, None, None, unfit)
         session = Session.open(model, images, templates=prompts, base=comparison.base)
-        found = scan_session(session, comparison)
+        if self._config.before is None:
+            before, found = None, scan_session(session, comparison)
+        else:
+            before = self._read(self._config.before)
+            found = scan_after_repair(session, comparison, self._session_before(before, session))
+        doubts = doubts_of_repair(found, origin, before)
+        found = replace(found, warnings=(*found.warnings, *doubts))
         result = to_plain(scan_document(found))
         for key in ("calibration", "name", "seconds"):
             del result[key]
@@ -341,6 +350,14 @@ class Worker:
             },
             "seconds": {"read": waited, "prepare": prepared, "inversion": found.inversion.seconds},
         }
+
+    def _session_before(self, before: Checkpoint, session: Session) -> Session:
+        """Return the session of the model before the repair of a session's model."""
+        model = self._model(before)
+        ours = session.model.model_config, session.model.preprocess_config
+        theirs = model.model_config, model.preprocess_config
+        require_alike(model.name, theirs, session.model.name, ours)
+        return Session.open(model, session.images, templates=session.templates, base=session.base)
 
     def _model(self, checkpoint: Checkpoint, *, consume: bool = False) -> OpenClipModel:
         model = OpenClipModel.from_checkpoint(checkpoint, consume=consume)

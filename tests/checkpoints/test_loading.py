@@ -275,3 +275,13 @@ def test_a_file_is_read_once_and_hashed_meanwhile(
         _, digest = read_weights(file, index)
     assert counted["bytes"] == path.stat().st_size
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_part_of_divided_weights_says_how_to_join_them(tmp_path: Path, mini_config: dict) -> None:
+    """As DeepSpeed writes it with ZeRO stage 3: the tensors of the module are empty."""
+    path = tmp_path / "global_step1" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    path.parent.mkdir()
+    torch.save({"module": {"logit_scale": torch.empty(0)}}, path)
+    (tmp_path / "mini.json").write_text(json.dumps(mini_config))
+    with pytest.raises(CheckpointError, match=r"stage 3.*zero_to_fp32\.py \. joined"):
+        load_checkpoint(path, model=tmp_path / "mini.json")

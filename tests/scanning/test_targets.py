@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from pydetox.checkpoints import identify_checkpoint
-from pydetox.errors import UsageError
+from pydetox.checkpoints.layout import find_weights
+from pydetox.errors import CheckpointError, UsageError
 from pydetox.scanning import find_targets
 
 
@@ -144,3 +145,27 @@ def test_the_signature_changes_with_the_file_and_with_its_configuration(tree: Pa
     assert before != after
     Path(str(target.path)).write_bytes(b"other")
     assert target.signature() not in (before, after, None)
+
+
+def test_the_state_of_a_training_is_passed_over(tmp_path):
+    """As DeepSpeed (ZeRO stages 1 and 2) and transformers' Trainer write it beside the weights."""
+    step = tmp_path / "logs" / "global_step5"
+    trainer = tmp_path / "logs" / "checkpoint-500"
+    names = {
+        step: ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        trainer: ["model.safetensors", "optimizer.pt", "scheduler.pt", "training_args.bin"],
+    }
+    for folder, files in names.items():
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_bytes(b"")
+    found = find_targets([tmp_path / "logs"])
+    assert [Path(t.name).name for t in found.targets] == [
+        "model.safetensors",
+        "mp_rank_00_model_states.pt",
+    ]
+    reasons = {reason for _, reason in found.ignored}
+    assert reasons == {"is the state of a training, no weights"}
+    assert find_weights(step).name == "mp_rank_00_model_states.pt"
+    with pytest.raises(CheckpointError, match=r"in a folder such as global_step5"):
+        find_weights(step.parent)
