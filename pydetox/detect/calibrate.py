@@ -12,7 +12,7 @@ from ..models import OpenClipModel
 from ..rng import child_seed
 from ..session import Session
 from .configuration import ScanConfig
-from .copies import fine_tuned_copies
+from .copies import fine_tuned_copies, numbered
 from .key import calibration_key
 from .screening import Screening, screen_classes, screens
 from .search import search_classes, sizes_per_class
@@ -60,7 +60,7 @@ def calibrate_references(
             of_model = session.with_image_tower_of(model)
         names.append(model.name)
         digests.append(model.image_tower_digest())
-        described = f"reference {k + 1} of {count}:"
+        described = f"{numbered(k, count, distance)}:"
         if screened:
             screenings.append(
                 {

@@ -83,6 +83,12 @@ def fine_tuned_copies(
         yield from _as_far(session, labelled, config, head, distance)
 
 
+def numbered(k: int, count: int, distance: float | None) -> str:
+    """Return what progress calls reference k of some; distance: from the base, if that is given."""
+    at = "" if distance is None else f" at distance {distance:.2g}"
+    return f"reference {k + 1} of {count}{at}"
+
+
 def _as_told(
     session: Session, labelled: ImageSet, config: ScanConfig, head: Tensor | None
 ) -> Iterator[OpenClipModel]:
@@ -124,7 +130,7 @@ def _as_far(
             head=head,
             learning_rate=rate,
             seed=_training_seed(config, k, f"{distance:g}"),
-            description=f"reference {k + 1} of {config.references}: fine-tuning",
+            description=f"{numbered(k, config.references, distance)}: fine-tuning",
         )
         copy.name = f"{base.name}, fine-tuned {k + 1}, moved by {distance:.2g}"
         kept = _accuracy(copy, labelled, directions) / max(before, 1 / len(labelled))
