@@ -28,6 +28,7 @@ class TestVerdicts:
         assert result.exit_code == 0
         assert "clean" in result.stdout
         assert result.stderr == ""
+        assert "P-L1: the size of a trigger" in " ".join(result.stdout.split())
 
     def test_backdoored_is_1(
         self, run: Run, folder: Path, images: tuple, says_backdoored: Path
