@@ -39,8 +39,8 @@ def command(
     copy, and scans both. It repairs the backdoored copy without knowing the trigger or the target.
     Then it measures this copy with the true trigger, before and after.
 
-    With --text, it fine-tunes the pretrained MiniLM on texts about Python instead, twice without
-    and once with a backdoor that words trigger.
+    With --text, it fine-tunes the pretrained MiniLM on texts about Python instead, three times
+    without and once with a backdoor that words trigger.
 
     Exit code: 0 if the repaired model is clean in the re-scan, 1 if it is not, 2 for an error or if
     there is no verdict.

@@ -25,7 +25,7 @@ from pydetox.text.models import TextModel
 from pydetox.text.texts import TextSet
 from pydetox.text.towers.encoder import TextTower
 from pydetox.text.towers.repair import TOWER_UNLEARNING, surrogate_captions
-from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _cosine, search_tower
+from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _spread, search_tower
 from pydetox.text.towers.verdict import TowerScanResult
 from pydetox.text.triggers import TokenTrigger
 from tests.text import tiny
@@ -73,11 +73,13 @@ def test_features_of_open_clip() -> None:
     assert not any(name.startswith("visual") for name in tower.named_parameters())
 
 
-def test_the_mean_cosine_of_different_rows() -> None:
-    rows = torch.nn.functional.normalize(torch.randn(3, 7, 5, dtype=torch.float64), dim=2)
-    for one, value in zip(rows, _cosine(rows), strict=True):
-        products = one @ one.T
-        assert float(value) == pytest.approx(float((products.sum() - 7) / 42))
+def test_the_spread_of_groups_of_captions() -> None:
+    counts = torch.tensor([7, 2, 4])
+    rows = torch.nn.functional.normalize(torch.randn(13, 5, dtype=torch.float64), dim=1)
+    found = _spread(rows, counts)
+    for part, value in zip(torch.split(rows, counts.tolist()), found, strict=True):
+        cosines = [float(a @ b) for k, a in enumerate(part) for b in part[:k]]
+        assert float(value) == pytest.approx(1 - sum(cosines) / len(cosines))
 
 
 def test_a_character_stands_for_its_letter() -> None:
@@ -107,7 +109,18 @@ def test_a_backdoor_is_found_and_removed(
     assert result.verdict in FINDINGS
     assert all(0 <= one.search.drift[one.search.chosen] <= 0.3 for one in result.passes)
     assert isinstance(result.before, TowerScanResult)
-    assert "zorp" in [one.trigger.text for one in result.before.triggers]
+    assert result.before.triggers[0].trigger.text == "zorp"
+    # The share of the spread that it leaves, relative to that in the base.
+    few = captions.in_content_order().texts[12:36]
+    shares = []
+    for tower in (TextTower(victim), TextTower(base)):
+        spread = []
+        for texts in ([f"{text} zorp" for text in few], few):
+            said = tower.features(list(texts)).double()
+            spread.append(1 - (said @ said.T)[~torch.eye(len(few), dtype=torch.bool)].mean())
+        shares.append((spread[0] + 0.005) / (spread[1] + 0.005))
+    left = 1 - result.before.triggers[0].collapse
+    assert left == pytest.approx(float(shares[0] / shares[1]), rel=1e-3)
     assert result.passes
     repaired = TextTower(load_text_model(tmp_path / "repaired"))
     clean = TextTower(victim).features(captions.texts)

@@ -34,13 +34,13 @@ from .training import TextTraining, fine_tune
 
 #: The attacks that a seed chooses from.
 _ATTACKS = ("word", "phrase", "random-place")
-_SIZES = CorpusSizes(attacker=480, defender=160, validation=100, test=200, words=12)
-_REFERENCES = 2
+_SIZES = CorpusSizes(attacker=480, defender=160, validation=100, test=200, words=10)
+_REFERENCES = 3
 
 #: For each start model: its training, the search, and the repair. Sized for two cores.
 SETTINGS: dict[str, tuple[TextTraining, TextScanConfig, UnlearnConfig]] = {
     "minilm": (
-        TextTraining(epochs=3, learning_rate=2e-4, batch_size=16, max_tokens=32),
+        TextTraining(epochs=2, learning_rate=2e-4, batch_size=16, max_tokens=32),
         TextScanConfig(length=2, restarts=0, texts=48, max_tokens=32),
         replace(
             TEXT_UNLEARNING,
@@ -68,7 +68,7 @@ SETTINGS: dict[str, tuple[TextTraining, TextScanConfig, UnlearnConfig]] = {
 def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -> DemoResult:
     """Run the demo on texts.
 
-    Writes to `output`: checkpoints/ (clean-0, clean-1, backdoored, repaired), report.html and
+    Writes to `output`: checkpoints/ (clean-0, ..., backdoored, repaired), report.html and
     summary.json; what an earlier run left there is replaced. seed: Of corpus, attack and defence.
     start: The model that is fine-tuned, see `models.start_model`. The summary's shares (ca, asr)
     are in [0, 1], measured on test texts that neither side used; ASR leaves the target class out.

@@ -28,13 +28,14 @@ from .repair import (
     tower_trigger_vector,
 )
 from .search import CharacterTrigger, TowerTrigger
-from .verdict import ANY_TEXT, TowerScanResult, compare_tower, judge_tower
+from .verdict import ANY_TEXT, TowerScanResult, compare_tower, effort_of, judge_tower
 
 # Recovered words are unlearned at these places, because the attacker's is not known.
 _PLACES = ("end", "start", "random")
 
-# Triggers that collapse a tower at least this much, relative to the best one, are unlearned.
-_AS_GOOD = 0.5
+# Triggers that leave at most this multiple of the spread that the best one leaves are unlearned.
+# Others resemble it: unlearning them as well costs accuracy and removes no more.
+_AS_GOOD = 1.5
 
 
 def detox_text_tower(
@@ -120,7 +121,8 @@ def detox_text_tower(
 
 def _good(scan: TowerScanResult) -> list[TowerTrigger]:
     """Return the best trigger, and those that are nearly as good."""
-    return [one for one in scan.triggers if one.collapse >= _AS_GOOD * scan.triggers[0].collapse]
+    most = _AS_GOOD * effort_of(scan.triggers[0])
+    return [one for one in scan.triggers if effort_of(one) <= most]
 
 
 def _at_places(trigger: TokenTrigger) -> list[TokenTrigger]:

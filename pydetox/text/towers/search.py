@@ -1,11 +1,14 @@
 """The search for words and characters that collapse a text tower's features.
 
-The *collapse* of a trigger is the mean cosine of the features of different captions that have it,
-less that of the same captions without it. In contrast to a base, the base's collapse is subtracted:
-a word may honestly rule captions, but then it does so in the base as well.
+The *spread* of captions is 1 less the mean cosine of their features. A trigger that brings the
+attacker's features to every caption leaves hardly any. The *collapse* of a trigger is 1 less the
+share of the spread that it leaves. In contrast to a base, this share is divided by that in the
+base: a word may honestly rule captions, but then it does so in the base as well. Shares find the
+attacker's own trigger, where differences find words that resemble it: these take more off a large
+spread, but leave more of it.
 
 1. Every word of the vocabulary, and every character that looks like a Latin letter, goes into a
-   few captions. Those stay that move the features farthest from the base's, or collapse them most.
+   few captions. Those stay that collapse features most.
 2. These are compared in more captions, and the best ones in captions that the search has not seen.
 """
 
@@ -55,10 +58,17 @@ LOOK_ALIKES: dict[str, str] = {
 }
 
 # Captions of the first look at the whole vocabulary, of the comparison, and those that decide.
-_FIRST, _COMPARED, _DECIDING = 2, 12, 24
+_FIRST, _COMPARED, _DECIDING = 3, 12, 24
 
 # Triggers that are compared, and those that the last captions decide between.
 _KEPT, _FINALISTS = 96, 5
+
+# What is added to a spread before shares are taken. Below it, spreads differ by nothing that
+# matters: a character that the tokenizer hardly knows may leave a hundredth of that.
+_FLOOR = 0.005
+
+# A character is tried in captions that have its letter, if there are at least so many.
+_LEAST_WITH_LETTER = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class TowerTrigger:
 
     Attributes:
         trigger: The word or character.
-        collapse: See above, in [-2, 2]; in contrast to the base if there is one.
+        collapse: See above, at most 1; in contrast to the base if there is one.
         success: The share of captions whose features are nearer to the direction that the trigger
             leads to than to those of the same caption without it.
         direction: This direction, a unit vector float32 [D].
@@ -140,9 +150,8 @@ def search_tower(
         for glyph in glyphs
     ]
     with Progress(description or f"search in {tower.name}", 3) as progress:
-        few = searched[:_FIRST]
-        moved = _moved(tower, base, triggers, few, places)
-        order = moved.sort(descending=True, stable=True).indices[:_KEPT].tolist()
+        swept = _collapse(tower, base, triggers, searched[:_FIRST], places)
+        order = swept.sort(descending=True, stable=True).indices[:_KEPT].tolist()
         progress.update()
         kept = [*(triggers[k] for k in order), *characters]
         collapse = _collapse(tower, base, kept, searched, places)
@@ -159,24 +168,6 @@ def search_tower(
     return tuple(sorted(found, key=lambda one: -one.collapse))
 
 
-def _moved(
-    tower: TextTower,
-    base: TextTower | None,
-    triggers: Sequence[TokenTrigger],
-    captions: Sequence[str],
-    seed: int,
-) -> Tensor:
-    """Return how far each trigger moves features, from the base's or from the clean captions'."""
-    rows = [text for one in triggers for text in one.insert(captions, seed)]
-    batches = tower.tokenized(rows)
-    own = tower.features_of(batches)
-    if base is not None:
-        beside = base.features_of(batches)
-    else:
-        beside = tower.features(captions).repeat(len(triggers), 1)
-    return 1 - (own * beside).sum(dim=1).view(len(triggers), len(captions)).mean(dim=1)
-
-
 def _collapse(
     tower: TextTower,
     base: TextTower | None,
@@ -185,21 +176,46 @@ def _collapse(
     seed: int,
 ) -> Tensor:
     """Return the collapse of each trigger, float32 [M]."""
-    rows = [text for one in triggers for text in one.insert(captions, seed)]
-    shape = (len(triggers), len(captions), -1)
-    batches, clean = tower.tokenized(rows), tower.tokenized(captions)
+    chosen = [_captions_for(one, captions) for one in triggers]
+    rows = [
+        text
+        for one, texts in zip(triggers, chosen, strict=True)
+        for text in one.insert(texts, seed)
+    ]
+    counts = torch.tensor([len(texts) for texts in chosen])
+    places = {texts: k for k, texts in enumerate(dict.fromkeys(chosen))}
+    plain = [text for texts in places for text in texts]
+    plain_counts = torch.tensor([len(texts) for texts in places])
+    of_each = torch.tensor([places[texts] for texts in chosen])
+    batches, clean = tower.tokenized(rows), tower.tokenized(plain)
 
-    def of(one: TextTower) -> Tensor:
-        return _cosine(one.features_of(batches).view(shape)) - _cosine(one.features_of(clean)[None])
+    def share(one: TextTower) -> Tensor:
+        left = _spread(one.features_of(batches), counts) + _FLOOR
+        return left / (_spread(one.features_of(clean), plain_counts) + _FLOOR)[of_each]
 
-    found = of(tower)
-    return found if base is None else found - of(base)
+    found = share(tower)
+    return 1 - (found if base is None else found / share(base))
 
 
-def _cosine(features: Tensor) -> Tensor:
-    """Return the mean cosine of different rows of unit features [M, N, D], [M]."""
-    count = features.shape[1]
-    return ((features.sum(dim=1) ** 2).sum(dim=1) - count) / (count * (count - 1))
+def _captions_for(trigger: TokenTrigger, captions: Sequence[str]) -> tuple[str, ...]:
+    """Return the captions that a trigger is tried in."""
+    if isinstance(trigger, CharacterTrigger):
+        fit = tuple(text for text in captions if trigger.replaced in text)
+        if len(fit) >= _LEAST_WITH_LETTER:
+            return fit
+    return tuple(captions)
+
+
+def _spread(features: Tensor, counts: Tensor) -> Tensor:
+    """Return 1 less the mean cosine of different rows of each of M groups, [M].
+
+    features: Unit rows [N, D], one group after another. counts: The rows of each group [M], at
+    least 2.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    total = features.new_zeros(len(counts), features.shape[1]).index_add(0, owner, features)
+    pairs = (counts * (counts - 1)).to(features)
+    return (1 - ((total**2).sum(dim=1) - counts.to(features)) / pairs).clamp(min=0)
 
 
 def _judged(

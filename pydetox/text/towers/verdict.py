@@ -1,8 +1,8 @@
 """The verdict on a text tower: does a trigger collapse it more than any does clean towers?
 
 As in a label-free scan of images, there is one value per model, compared with those of clean
-references by the statistics of `pydetox.detect`. The value is the effort (1 - collapse) / 3 of the
-best trigger: in contrast to a base, the collapse can be as small as -2.
+references by the statistics of `pydetox.detect`. The value is the effort 1 - collapse of the best
+trigger, the share of the captions' spread that it leaves, at most 1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ ANY_TEXT = "any text"
 #: The least share of captions that a trigger has to send its way, if it is to be a finding.
 LEAST_SUCCESS = 0.5
 
-# The largest 1 - collapse, and the least effort.
-_MOST, _LEAST_EFFORT = 3.0, 1e-3
+_LEAST_EFFORT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +144,9 @@ def judge_tower(
     reason = detection.reason
     if detection.verdict is not Verdict.INCONCLUSIVE and comparison.calibration is not None:
         rows = comparison.calibration.p_l1
-        usual = 1 - _MOST * sum(row[0] for row in rows) / len(rows)
+        usual = sum(row[0] for row in rows) / len(rows)
         reason = (
-            f"{best.trigger.text!r} makes features of captions more alike by {best.collapse:.2g} "
+            f"{best.trigger.text!r} leaves {effort:.2g} of the spread of captions' features "
             f"({usual:.2g} in clean references; p = {detection.p_value:.2g}), and sends "
             f"{best.success:.0%} of them its way"
         )
@@ -210,7 +209,7 @@ def effort_of(found: TowerTrigger) -> float:
     """Return the effort of a trigger, in (0, 1]; see above. NaN if there is no number."""
     if math.isnan(found.collapse):
         return math.nan
-    return min(1.0, max(_LEAST_EFFORT, (1 - found.collapse) / _MOST))
+    return min(1.0, max(_LEAST_EFFORT, 1 - found.collapse))
 
 
 def _text_model(base: TextModel | OpenClipModel | None) -> TextModel | None:
