@@ -297,6 +297,12 @@ def choose_objective(given: dict[str, Any]) -> None:
             "labels, it looks for one into each class, and tells which one a backdoor leads to",
             err=True,
         )
+    if given["objective"] == "label-free" and click.get_current_context().params.get("quick"):
+        click.echo(
+            "the steps of --quick may be too few for a label-free search: if no trigger works in "
+            "the references, there is no verdict",
+            err=True,
+        )
 
 
 def restarts(text: str) -> Callable[[F], F]:

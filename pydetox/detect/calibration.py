@@ -205,7 +205,7 @@ class Calibration:
         if len(self.comparable) < min(self.classes, 2):
             return (
                 f"all references have a working trigger for {len(self.comparable)} of "
-                f"{self.classes} classes, and at least 2 are needed: search for more steps"
+                f"{self.classes} classes, of {min(self.classes, 2)} needed: search for more steps"
             )
         rows = [tuple(row[c] for c in self.comparable) for row in self.p_l1]
         for k, sizes in enumerate(rows):

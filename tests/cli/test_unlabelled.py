@@ -61,3 +61,13 @@ def test_triggers_are_searched_label_free_too(
     result = run("invert", folder / "suspect", *args)
     assert "has no class names, so the search is label-free" in result.stderr
     assert json.loads(result.stdout)["objective"] == "label-free"
+
+
+@pytest.mark.parametrize("more", [(), ("--quick",)])
+def test_a_short_search_without_names_is_doubted(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """Fault: a quick repair of a small CLIP without names ended without a verdict, unannounced."""
+    monkeypatch.chdir(photos)
+    result = CliRunner().invoke(cli, ["scan", "missing.pt", "--images", "flat", *more])
+    assert ("steps of --quick may be too few" in result.stderr) == bool(more)
