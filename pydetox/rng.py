@@ -129,6 +129,8 @@ STREAMS: Mapping[str, str] = {
     "defenses.towers": "batches, prompts and views of CleanCLIP and PAR",
     "defenses.forgetting": "batches of gradient ascent and relabelling",
     "defenses.forget": "forget set of plain TBAR",
+    # Research: models compared with their own libraries
+    "research.models": "weights, images and tokens of a model that is tried; by name and purpose",
     # Research: the demo
     "demo.target": "target class of the attack",
     "demo.suspect": "seed of a suspect's fine-tuning; by name",

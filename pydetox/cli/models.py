@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     "--measure",
     is_flag=True,
     show_default=False,
-    help="Build each architecture that pydetox reads, with random weights and transformers cut to "
-    "2 layers, and compare it with open_clip; and each class of transformers, if that is "
-    "installed. This takes an hour.",
+    help="Build each architecture that pydetox reads, with random weights and cut to 2 layers, and "
+    "compare it with open_clip; and each class of transformers, if that is installed. This takes "
+    "an hour.",
 )
 @click.option(
     "--cache",
@@ -65,12 +65,11 @@ def command(
     from ..research.architectures import (
         Measured,
         in_own_process,
-        markdown_page,
         measure_model,
         read_rows,
-        weights_of,
         write_row,
     )
+    from ..research.models_page import markdown_page
     from .outputs import check_files, emit, to_stdout
 
     check_files(markdown=markdown)
@@ -85,7 +84,7 @@ def command(
         left = [one.name for one in models if one.obstacle is None and one.name not in measured]
         able = transformers_models.is_installed()
         first = [name for name in others if able and name not in measured]
-        for name in track([*first, *sorted(left, key=weights_of)], "Measuring"):
+        for name in track([*first, *left], "Measuring"):
             measure_one = transformers_models.measure_class if name in others else measure_model
             measured[name] = in_own_process(measure_one, name)
             if cache is not None:

@@ -20,7 +20,7 @@ from .hub_towers import built_here, is_missing
 from .towers import build_towers
 
 
-class _NoRandomNumbers(TorchFunctionMode):
+class NoRandomNumbers(TorchFunctionMode):
     """Leave random initialisations out, in this thread alone; the tensors stay uninitialised.
 
     Weights that are read from a file need no initial values. Drawing these takes longer than
@@ -29,8 +29,8 @@ class _NoRandomNumbers(TorchFunctionMode):
 
     _FILLS = frozenset(
         {
-            Tensor.normal_,
             Tensor.uniform_,
+            Tensor.erfinv_,  # timm makes truncated normal numbers of uniform ones with it
             nn.init.normal_,
             nn.init.uniform_,
             nn.init.kaiming_normal_,
@@ -48,6 +48,8 @@ class _NoRandomNumbers(TorchFunctionMode):
         given = kwargs or {}
         if func in self._FILLS:
             return args[0] if args else given["tensor"]
+        if func is Tensor.normal_:  # torch draws truncated ones again until all are within bounds
+            return args[0].fill_(args[1] if len(args) > 1 else given.get("mean", 0.0))
         if func is torch.randn:
             func = torch.empty
         return func(*args, **given)
@@ -79,7 +81,7 @@ def build(model_config: Mapping[str, Any], seed: int | None, name: str) -> nn.Mo
     if "multimodal_cfg" in config:
         architecture = open_clip.CoCa
     try:
-        random = _NoRandomNumbers() if seed is None else nullcontext()
+        random = NoRandomNumbers() if seed is None else nullcontext()
         with torch.random.fork_rng(devices=[]), random:
             torch.manual_seed(seed or 0)
             if config.get("layout") == "classifier":

@@ -1,7 +1,8 @@
 """Every model of transformers that is read, tried: equal embeddings, searched, written back.
 
 transformers itself is the truth, and must be installed. The models have the sizes that their
-configurations have by default, random weights, and two layers in each tower.
+configurations have by default, random weights, two layers in each tower, and a table of token
+embeddings of at most 100,000 rows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +23,18 @@ from ..checkpoints import Provenance, load_checkpoint, save_checkpoint
 from ..checkpoints.transformers_layouts import LAYOUTS
 from ..errors import explain
 from ..models import OpenClipModel
+from ..models.building import NoRandomNumbers
 from .architectures import Measured, cosine, try_out
+from .cut_models import (
+    FEW_TOKENS,
+    LAYERS,
+    MOST_TOKENS,
+    depth_in_words,
+    fill,
+    images_of,
+    stand_in_tokenizer,
+)
 
-_LAYERS = 2
-_WORDS = ("a", "photo", "of", "cat", "dog", "owl")
 _TEXT_LENGTH = 12
 
 
@@ -56,14 +66,15 @@ def _measure(name: str, start: float) -> Measured:
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
         torch.manual_seed(0)
         first, second = Path(place) / "first", Path(place) / "second"
-        theirs = _made(transformers, name)
+        theirs, words = _made(transformers, name)
         theirs.save_pretrained(first)
         _write_processor(transformers, kind, theirs.config, first)
-        if LAYOUTS[kind].has_texts and kind != "clip":
-            _write_tokenizer(transformers, first)
+        stand_in = LAYOUTS[kind].has_texts and kind != "clip"
+        if stand_in:
+            for file, content in stand_in_tokenizer().items():
+                (first / file).write_bytes(content)
         model = OpenClipModel.from_checkpoint(load_checkpoint(first), consume=True)
-        size = model.image_size
-        images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        images = images_of(name, model.image_size)
         pixels = model.normalize(model.pixels(images))
         with torch.no_grad():
             seen = cosine(model.encode_normalized(pixels), _images(theirs, kind, pixels))
@@ -81,21 +92,28 @@ def _measure(name: str, start: float) -> Measured:
         again = getattr(transformers, name).from_pretrained(second).eval()
         with torch.no_grad():
             back = cosine(tried.model.encode_normalized(pixels), _images(again, kind, pixels))
-    return tried.measured(seen, texts, back, time.perf_counter() - start)
+    found = tried.measured(seen, texts, back, time.perf_counter() - start)
+    return replace(found, cut=words, stand_in=stand_in and bool(tried.evaluated))
 
 
-def _made(transformers: Any, name: str) -> Any:
-    """Return a model with random weights that hide no exchange of two tensors."""
+def _made(transformers: Any, name: str) -> tuple[Any, str]:
+    """Return a model with random weights that hide no exchange of two tensors, and what is cut."""
     cls = getattr(transformers, name)
     config = cls.config_class()
-    for part in (config, *(getattr(config, f"{one}_config", None) for one in ("vision", "text"))):
-        if part is not None and hasattr(part, "num_hidden_layers"):
-            part.num_hidden_layers = _LAYERS
-    model = cls(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return model
+    words = []
+    towers = {"images": getattr(config, "vision_config", config)}
+    towers |= {"texts": config.text_config} if hasattr(config, "text_config") else {}
+    for part, tower in towers.items():
+        words.append(depth_in_words(part, (tower.num_hidden_layers,)))
+        tower.num_hidden_layers = min(tower.num_hidden_layers, LAYERS)
+        tokens = getattr(tower, "vocab_size", 0)
+        if tokens > MOST_TOKENS:
+            words.append(f"tokens {FEW_TOKENS}/{tokens}")
+            tower.vocab_size = FEW_TOKENS
+    with NoRandomNumbers():
+        model = cls(config).eval().requires_grad_(False)
+    fill(model, name)
+    return model, ", ".join(filter(None, words))
 
 
 def _write_processor(transformers: Any, kind: str, config: Any, folder: Path) -> None:
@@ -112,21 +130,6 @@ def _write_processor(transformers: Any, kind: str, config: Any, folder: Path) ->
         name = "ChineseCLIPImageProcessor" if kind.startswith("chinese") else "CLIPImageProcessor"
         given |= {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     getattr(transformers, name)(**given).save_pretrained(folder)
-
-
-def _write_tokenizer(transformers: Any, folder: Path) -> None:
-    """Write a tokenizer of a few words: those of the hub are not on every machine."""
-    tokenizers: Any = import_module("tokenizers")
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    vocabulary |= {word: 4 + k for k, word in enumerate(_WORDS)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A </s>", special_tokens=[("</s>", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 def _images(model: Any, kind: str, pixels: Tensor) -> Tensor:

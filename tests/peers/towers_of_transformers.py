@@ -18,7 +18,7 @@ from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
 from pydetox.checkpoints.architecture import named_config
 from pydetox.models import OpenClipModel, hub_towers
 from pydetox.models.catalogue import listed_models
-from pydetox.research.architectures import shortened
+from pydetox.research.cut_models import shortened
 
 
 def parameters() -> dict[str, int]:

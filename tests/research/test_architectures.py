@@ -10,23 +10,28 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
+from torch.nn.functional import cosine_similarity
 
 from pydetox.checkpoints.architecture import named_config
 from pydetox.cli import cli
 from pydetox.errors import ArchitectureError, DataError
 from pydetox.models import OpenClipModel
+from pydetox.models.building import NoRandomNumbers, build
 from pydetox.models.catalogue import building_obstacle, listed_models
 from pydetox.research.architectures import (
+    LEAST_COSINE,
     Measured,
+    cosine,
     in_own_process,
-    markdown_page,
     measure_model,
     read_rows,
-    shortened,
     write_row,
 )
+from pydetox.research.cut_models import cut, fill, images_of, shortened
+from pydetox.research.models_page import markdown_page
 from pydetox.research.transformers_models import classes, measure_class
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -61,16 +66,64 @@ def test_a_text_tower_of_transformers_needs_transformers() -> None:
         OpenClipModel.from_config(named_config("roberta-ViT-B-32"), seed=0)
 
 
-def test_equal_to_open_clip_searched_and_written_back() -> None:
-    found = measure_model("ViT-S-32")
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("ViT-S-32", "images 2/12, texts 2/12"),
+        ("ViT-B-32-SigLIP2-256", "images 2/12, texts 2/12, tokens 4096/256000"),
+    ],
+)
+def test_equal_to_open_clip_searched_and_written_back(name: str, cut: str) -> None:
+    found = measure_model(name)
     assert found.problem is None
     assert found.image_cosine >= 1 - 1e-5
     assert found.text_cosine is not None
     assert found.text_cosine >= 1 - 1e-5
     assert found.searched
     assert found.written_back
-    assert found.evaluated
     assert found.unlearned
+    assert found.cut == cut
+    by_the_hub = LISTED[name].tokenizer is not None
+    assert found.evaluated or (by_the_hub and not find_spec("transformers"))
+    assert found.stand_in == (by_the_hub and bool(found.evaluated))
+
+
+def test_towers_of_timm_are_cut_for_both_libraries() -> None:
+    whole = named_config("convnext_xxlarge")
+    with cut(whole) as made, torch.device("meta"):
+        ours = build(made.config, None, "cut").visual.state_dict()
+        theirs = open_clip.create_model("convnext_xxlarge", device="meta").visual.state_dict()
+    assert made.words == "images 2+2+2+2/3+4+30+3, texts 2/24"
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    with torch.device("meta"):
+        blocks = timm.create_model("convnext_xxlarge").stages[2].blocks
+    assert len(blocks) == 30  # nothing is cut any more
+
+
+def test_weights_show_what_is_exchanged() -> None:
+    with cut(named_config("ViT-S-32")) as made:
+        tower = build(made.config, None, "cut").eval()
+    fill(tower, "cut")
+    state = {key: value.clone() for key, value in tower.visual.state_dict().items()}
+    pixels = images_of("cut", 224) / 255
+    block = "transformer.resblocks.{}.{}"
+    with torch.no_grad():
+        before = tower.visual(pixels)
+        assert float(cosine_similarity(before[:1], before[1:])) < 0.999  # far from 1 - 1e-5
+        for one, other in (
+            (block.format(0, "ln_1.weight"), block.format(0, "ln_2.weight")),
+            (block.format(0, "ln_1.bias"), block.format(1, "ln_1.bias")),
+            (block.format(0, "attn.out_proj.weight"), block.format(1, "attn.out_proj.weight")),
+        ):
+            tower.visual.load_state_dict({**state, one: state[other], other: state[one]})
+            assert cosine(tower.visual(pixels), before) < LEAST_COSINE
+
+
+def test_uninitialised_weights_end_the_drawing_of_truncated_numbers() -> None:
+    weight = torch.full((4, 4), 9.0)
+    with NoRandomNumbers():
+        torch.nn.init.trunc_normal_(weight, std=0.02)  # torch repeats until all are within [-2, 2]
+    assert bool((weight.abs() <= 2).all())
 
 
 def test_a_class_of_transformers_equals_transformers() -> None:
@@ -112,7 +165,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, command)  # all that is asked for is there already
     assert result.exit_code == 0
     assert "its own module" in page.read_text()
-    line = "| `SiglipModel` | 1.000000 |  |  | yes | yes | 2.5 |"
+    line = "| `SiglipModel` | 1.000000 |  |  | yes | yes |  | 2.5 |"
     assert line in markdown_page(list(LISTED.values()), read_rows(cache))
     cache.write_text("{}\n")
     with pytest.raises(DataError, match="line 1: is no row"):
