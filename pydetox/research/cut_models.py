@@ -140,7 +140,8 @@ def _timm_depth(name: str) -> tuple[str, tuple[int, ...]]:
 def _create_cut(name: str, *args: Any, **kwargs: Any) -> Any:
     keyword, depth = _timm_depth(name)
     few = tuple(min(one, LAYERS) for one in depth)
-    return _create(name, *args, **kwargs, **{keyword: few[0] if keyword == "depth" else few})
+    kwargs[keyword] = few[0] if keyword == "depth" else few
+    return _create(name, *args, **kwargs)
 
 
 def stream(name: str, purpose: str) -> np.random.Generator:
