@@ -253,7 +253,7 @@ def try_out(model: OpenClipModel, images: Tensor, *, has_tokenizer: bool) -> Tri
     head = torch.nn.functional.normalize(head, dim=-1)
     if has_tokenizer:
         head = model.zero_shot_head(_NAMES, ("a photo of a {c}",))
-        evaluate(model, ImageSet(images[:1], torch.arange(1), _NAMES), head, batch_size=1)
+        evaluate(model, ImageSet(images, torch.arange(len(images)), _NAMES), head, batch_size=2)
         evaluated = True  # it ran to its end; random weights give no accuracy to compare with
     config = UnlearnConfig(steps=1, batch_size=1, retention=0.0)
     vector = trigger_vector(model, images, [lambda x: 255 - x], head, 0, config)
