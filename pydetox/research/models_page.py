@@ -24,10 +24,11 @@ def _transformers_section(measured: Mapping[str, Measured]) -> list[str]:
         "A folder with `config.json`, a processor's file and weights (`model.safetensors`, shards, "
         "or a `.bin`, which nothing unpickles) is read without transformers. A repaired model has "
         f"the same layout. Of {len(known)} classes that were measured, with the sizes that "
-        f"transformers has by default, {equal} give transformers' own embeddings of images and "
-        "texts, are evaluated, searched and unlearned for a step, and are written back as a folder "
-        "that transformers reads with equal embeddings. They are cut, and get weights, texts and "
-        "tokenizers, as said above. `tests/peers` also compares pixels.",
+        f"transformers has by default, {equal} give transformers' own embeddings of images (and "
+        "of texts, and are evaluated, where they have a text tower), are searched and unlearned "
+        "for a step, and are written back as a folder that transformers reads with equal "
+        "embeddings. They are cut, and get weights, texts and tokenizers, as said above. "
+        "`tests/peers` also compares pixels.",
         "",
         "| class | images | texts | evaluated | unlearned | written back | cut | seconds |",
         "|---|---|---|---|---|---|---|---|",
