@@ -380,7 +380,7 @@ def _forge_second(**changes: Any) -> Callable[[list[Any]], None]:
             UnsafeCheckpointError,
         ),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: str(value).partition(" at 0x")[0][:40],
 )
 def test_lies_in_the_zip_directory(
     write_pt: Callable[..., Path],
