@@ -83,7 +83,7 @@ demo: $(ready)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(python) -m pydetox demo --output runs/demo --seed $(SEED) --device $(where)
 
 test: $(dev) $(peers)
-	$(python) -m pytest -rs -n $(WORKERS) --dist loadfile --durations 15 --cov=pydetox --cov-report=term --cov-fail-under=90
+	$(python) -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 --cov=pydetox --cov-report=term --cov-fail-under=90
 
 # Each file in a process of its own: what one leaves in the allocator would change the next one's figures.
 bench: $(dev)

@@ -9,8 +9,7 @@ import torch
 import pydetox
 from pydetox import ScanConfig, calibrate, detox, recover_warps, scan, unlearn
 from pydetox.checkpoints import Provenance, load_checkpoint, save_checkpoint
-from pydetox.cli import exit_codes
-from pydetox.cli.summaries import incomplete
+from pydetox.cli.summaries import left_of_triggers
 from pydetox.data import ImageSet
 from pydetox.detect.control import plant_patch, planted_patch
 from pydetox.detect.result import ScanResult
@@ -140,11 +139,8 @@ def test_a_planted_backdoor_is_found_removed_and_the_repair_written(story, tmp_p
         last = result.rounds[-1]
         last = replace(last, search=replace(last.search, reached=reached))
         found = replace(result, rounds=(*result.rounds[:-1], last), after=clean)
-        assert found.repaired is reached
-        cards = incomplete({**detox_document(found)})
-        assert len(cards) == int(not reached)
-        code = exit_codes.of_repair("clean", subtracted=True, repaired=found.repaired)
-        assert code == (exit_codes.CLEAN if reached else exit_codes.FOUND)
+        assert found.repaired
+        assert len(left_of_triggers({**detox_document(found)})) == int(not reached)
 
 
 def test_a_rescan_judges_what_the_scan_did_not_find_clean(story):

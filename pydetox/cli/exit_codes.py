@@ -19,15 +19,6 @@ def of_verdict(verdict: str) -> int:
     return _OF_VERDICT.get(verdict, ERROR)
 
 
-def of_repair(verdict: str, *, subtracted: bool, repaired: bool) -> int:
-    """Return the exit code of a repair. verdict: of the last scan.
-
-    A clean re-scan alone is not enough where triggers are left that no alpha removes.
-    """
-    code = of_verdict(verdict)
-    return FOUND if code == CLEAN and subtracted and not repaired else code
-
-
 def combine(codes: Iterable[int]) -> int:
     """Return the code of several results: the one that outranks the others."""
     return max(codes, default=CLEAN)

@@ -14,21 +14,21 @@ def card(label: str, value: str, verdict: str = "") -> dict[str, str]:
     return {"label": label, "value": value, "tone": VERDICT_TONES.get(verdict, "neutral")}
 
 
-def incomplete(result: Mapping[str, Any]) -> list[dict[str, str]]:
+def left_of_triggers(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return what to say of a repair whose re-scan is clean, but whose triggers still work.
 
     result: The JSON document of `pydetox unlearn`.
     """
     clean = len(result["scans"]) > 1 and result["scans"][-1]["verdict"] == "clean"
-    if not clean or result["repaired"]:
+    if not clean or not result["rounds"] or result["rounds"][-1]["limits_reached"]:
         return []
     left = result["rounds"][-1]["alpha_search"]
     asr = left["asr"][left["alpha"].index(left["chosen"])]
     return [
         card(
-            "repair",
-            f"incomplete: recovered triggers still work on {percent(asr)} of the images, "
-            "although the re-scan is clean; try more --passes, or other limits",
+            "left of the triggers",
+            f"those that were recovered still work on {percent(asr)} of the images, although the "
+            "re-scan is clean; if that is too much, try more --passes, or other limits",
             "suspicious",
         )
     ]
@@ -77,7 +77,7 @@ def unlearn_report(result: Mapping[str, Any]) -> dict[str, Any]:
                     f"--max-drift {offer['max_drift']:g} allows it",
                 )
             )
-    summary += incomplete(result)
+    summary += left_of_triggers(result)
     moved = result["drift"]
     if moved is not None:
         summary.append(

@@ -169,9 +169,8 @@ def command(
     A text model (--texts) is repaired in the same way, with words for triggers, and written in its
     own layout.
 
-    Exit code: 0 if the model was clean or is clean now, 1 if the re-scan is still not clean or if
-    recovered triggers are left that no coefficient removes within the limits, 2 for an error or if
-    there is no verdict.
+    Exit code: 0 if the model was clean or is clean now, 1 if the re-scan is still not clean, 2 for
+    an error or if there is no verdict.
     """
     from ..atomic import rehearse_directory
     from ..checkpoints import CHECKPOINT_FILES, parse_reference
@@ -285,9 +284,7 @@ def command(
     )
 
     last = result.before if result.after is None else result.after
-    code = exit_codes.of_repair(
-        last.verdict.value, subtracted=result.after is not None, repaired=result.repaired
-    )
+    code = exit_codes.of_verdict(last.verdict.value)
     document = {**_document(result, images, code, config.seed), **inputs.used(model)}
     text = unlearn_report(document)
     if report is not None:

@@ -33,7 +33,7 @@ from ..text.triggers import TokenTrigger
 from . import exit_codes, options
 from .causal_commands import in_words, known_words
 from .outputs import check_files, emit
-from .summaries import card, incomplete
+from .summaries import card, left_of_triggers
 from .texts import text_scan_config
 
 # Options of `unlearn` and the values of `UnlearnConfig` that they stand for; the defaults of some
@@ -159,9 +159,7 @@ def unlearn_text_model(
             overwrite=overwrite,
         )
     last = result.before if result.after is None else result.after
-    code = exit_codes.of_repair(
-        last.verdict.value, subtracted=result.after is not None, repaired=result.repaired
-    )
+    code = exit_codes.of_verdict(last.verdict.value)
     document = {
         "schema": "pydetox.unlearn/1",
         "exit_code": code,
@@ -229,7 +227,7 @@ def _report(document: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, 
             )
         )
     summary += [card(f"{document['name']}, {when}", line) for when, line in lines.items()]
-    summary += incomplete(document)
+    summary += left_of_triggers(document)
     path = document["path"]
     summary.append(card("repaired checkpoint", path or "not written: nothing was subtracted"))
     rounds = document["rounds"]

@@ -98,10 +98,9 @@ class DetoxResult:
 
     @property
     def repaired(self) -> bool:
-        """Whether the re-scan is clean, and the last vector removes all triggers that it was for.
+        """Whether something was subtracted and the re-scan is clean.
 
         A re-scan is a search of its own. It can miss a trigger that is known to work still, because
-        no alpha removes it within the limits.
+        no alpha removes it within the limits: see `CoefficientSearch.reached` of the last round.
         """
-        clean = self.after is not None and self.after.verdict is Verdict.CLEAN
-        return clean and self.rounds[-1].search.reached
+        return self.after is not None and self.after.verdict is Verdict.CLEAN

@@ -22,7 +22,6 @@ from .conftest import FAST, FAST_REFERENCES, Run, error_line
 
 QUICK = (*FAST, "--vector-steps", "2")
 STRONG = (*FAST, "--vector-steps", "20", "--vector-learning-rate", "0.01")
-LENIENT = ("--max-drift", "2", "--min-accuracy-kept", "0.1")
 
 
 @pytest.fixture
@@ -83,15 +82,7 @@ class TestUnknownTrigger:
         verdicts("backdoored", "clean")
         output, report = tmp_path / "deep" / "repaired", tmp_path / "report.html"
         result = run(
-            *(
-                "unlearn",
-                folder / "suspect",
-                *images,
-                *STRONG,
-                *LENIENT,
-                "--calibration",
-                says_backdoored,
-            ),
+            *("unlearn", folder / "suspect", *images, *QUICK, "--calibration", says_backdoored),
             *("--output", output, "--report", report, "--format", "json"),
         )
         assert result.exit_code == 0, result.stderr
