@@ -33,7 +33,7 @@ import click
 # The script's own folder is on the path, the project's is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.earlier import read_earlier, with_earlier
+from benchmarks.earlier import earlier_option, read_earlier, with_earlier
 from pydetox.atomic import write_file
 from pydetox.detect.configuration import ScanConfig
 from pydetox.errors import PydetoxError
@@ -145,13 +145,7 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
 @click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone, known and unknown.")
-@click.option(
-    "--with",
-    "earlier",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Part tasks: the tasks.json of an earlier run; can be given several times.",
-)
+@earlier_option("Part tasks: the tasks.json")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/foundation"))

@@ -33,7 +33,7 @@ import click
 # The script's own folder is on the path, the project's is not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.earlier import read_earlier, with_earlier
+from benchmarks.earlier import earlier_option, read_earlier, with_earlier
 from pydetox.atomic import write_file
 from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
@@ -66,13 +66,7 @@ PARTS = ("verdicts", "search", "causal", "towers", "defenses")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
 @click.option("--minutes", type=float, default=float("inf"), help="Begin no model after this time.")
-@click.option(
-    "--with",
-    "earlier",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Part verdicts: the results.json of an earlier run; can be given several times.",
-)
+@earlier_option("Part verdicts: the results.json")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/text"))
 def main(

@@ -7,13 +7,29 @@ run writes its rows as JSON, and `--with FILE` adds those of earlier runs to the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from pydetox.errors import DataError
 
 Row = Mapping[str, Any]
+
+
+def earlier_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option `--with` of a benchmark, the argument `earlier`: a tuple of paths.
+
+    what: The part of the benchmark and the file, for the help text.
+    """
+    return click.option(
+        "--with",
+        "earlier",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help=f"{what} of an earlier run; can be given several times.",
+    )
 
 
 def with_earlier(

@@ -27,8 +27,8 @@ def left_of_triggers(result: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         card(
             "left of the triggers",
-            f"those that were recovered still work on {percent(asr)} of the images, although the "
-            "re-scan is clean; if that is too much, try more --passes, or other limits",
+            f"the strongest one still succeeds in {percent(asr)}, although the re-scan is clean; "
+            "if that is too much, try more --passes, or other limits",
             "suspicious",
         )
     ]

@@ -38,6 +38,6 @@ def doubts_of_repair(
     if source == before.sha256:
         return ()
     return (
-        f"{found.name}: its file does not say that it is a repair of {before.name}: classes that "
-        "were clean there are not judged here",
+        f"{found.name}: its file does not say that it is a repair of {before.name}; expected is "
+        "the model before its repair (before=), beside which clean classes do not count",
     )
