@@ -156,6 +156,7 @@ def optimize(
     separable: bool = True,
     description: str,
     stop: Callable[[int], bool] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Minimise `loss(batch)` over `batches` with AdamW, warm-up and half a cosine, in place.
 
@@ -172,6 +173,8 @@ def optimize(
             out, the gradient is then added up over parts of the batch, half as large each time.
         description: A text that is shown with the progress bar, and in errors.
         stop: As in `train_on_prompts`.
+        optimizer: Of these parameters, with one group, in place of AdamW. `learning_rate` is the
+            peak of its rate, and `weight_decay` does not count.
 
     Raises:
         DeviceMemoryError: Not even one item fits into the memory, or the loss is not separable and
@@ -189,7 +192,9 @@ def optimize(
         {"params": [p for p, own in zip(parameters, rates, strict=True) if own == rate], "lr": rate}
         for rate in dict.fromkeys(rates)
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    if optimizer is None:
+        decay = weight_decay
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     warm_up = min(20, max(1, steps // 5))
     device = parameters[0].device
     batching: Batching | None = None

@@ -96,6 +96,13 @@ _SHORT = 20.0
     "that are made of the given ones and belong to no class.",
 )
 @click.option(
+    "--toward-base/--anywhere",
+    default=True,
+    help="Whether the repaired weights lie between the suspect's and those of --base, so that a "
+    "repair only takes back a part of the fine-tuning; else they may move anywhere. This is for "
+    "`--vector forget` with an automatic rate. Without --base, they always may.",
+)
+@click.option(
     "--min-accuracy-kept",
     type=click.FloatRange(min=0, max=1),
     default=0.97,
@@ -242,6 +249,7 @@ def command(
         passes=given["passes"],
         retention=given["retention"],
         max_drift=given["max_drift"],
+        toward_base=given["toward_base"],
         min_accuracy_kept=given["min_accuracy_kept"],
         seed=given["seed"],
     )

@@ -44,6 +44,8 @@ _OPTIONS = {
     "vector_learning_rate": "learning_rate",
     "passes": "passes",
     "min_accuracy_kept": "min_accuracy_kept",
+    "max_drift": "max_drift",
+    "toward_base": "toward_base",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError
 from ..evaluation import Stamp
 from ..inversion import InversionResult, WarpResult, WaveResult
+from ..models import OpenClipModel
 from ..presets import UNLEARN_PRESETS
 
 #: See `pydetox.repair.trigger_vector`.
@@ -99,7 +100,7 @@ class UnlearnConfig:
         steps: The number of optimiser steps of the fine-tuning.
         learning_rate: The peak learning rate of the fine-tuning, the same for all weights. None
             takes a rate for each tensor that is relative to its weights (`repair.step_sizes`), so
-            that one setting fits towers of all sizes.
+            that one setting fits towers of all sizes. A given rate leaves out `toward_base`.
         batch_size: The number of clean images per step. As many triggered images are added.
         passes: The largest number of times that triggers are recovered and subtracted in a round.
             Triggers that still work on the repaired model join those found before. A pass is the
@@ -127,6 +128,9 @@ class UnlearnConfig:
         max_drift: The largest acceptable distance of image features from those of the model before
             any repair: the mean of 1 - cos on surrogates that were not held
             (`pydetox.repair.retention`).
+        toward_base: Whether `forget` stays, weight by weight, between the suspect and the base, if
+            searches are in contrast to a base (`pydetox.repair.toward_base`). Then a repair takes
+            back a part of the fine-tuning, and `max_drift` counts from the nearer one of the two.
         seed: The seed of every random choice of a repair.
         advanced: Constants that you hardly ever need to change.
     """
@@ -145,6 +149,7 @@ class UnlearnConfig:
     min_accuracy_kept: float = 0.97
     retention: float = 1.0
     max_drift: float = 0.02
+    toward_base: bool = True
     seed: int = 0
     advanced: AdvancedUnlearnConfig = field(default_factory=AdvancedUnlearnConfig)
 
@@ -191,6 +196,15 @@ class UnlearnConfig:
     def alphas(self) -> tuple[float, ...]:
         """Return `coefficients` with 0, which is chosen where no other alpha keeps the limits."""
         return self.coefficients if self.coefficients[0] == 0 else (0.0, *self.coefficients)
+
+    @property
+    def leads_to_base(self) -> bool:
+        """Whether vectors stay between the suspect and a base, where there is one."""
+        return self.toward_base and self.vector == "forget" and self.learning_rate is None
+
+    def end_of(self, base: OpenClipModel | None) -> OpenClipModel | None:
+        """Return the base if the vector is to lead to it, else None."""
+        return base if self.leads_to_base else None
 
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.

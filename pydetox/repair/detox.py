@@ -93,7 +93,12 @@ def repair_session(
         if not targets and current.unnamed():
             attempts = [()]
         if attempts and probe is None:
-            probe = DriftProbe(session.model, session.images.images, seed=unlearning.seed)
+            probe = DriftProbe(
+                session.model,
+                session.images.images,
+                seed=unlearning.seed,
+                base=unlearning.end_of(session.base),
+            )
         # Unlearn all classes at once. If no alpha does so within the accuracy to keep, try the
         # first.
         for attempt in attempts:

@@ -80,7 +80,8 @@ def estimate_repair(
     if recovers and unlearning.waves and config.objective == "targeted":
         waves = WaveConfig(count=unlearning.waves).shown * towers * forward
     one_pass = recovered * config.inversion.steps * step + waves + vector + alpha
-    return RepairEstimate(references, scan, unlearning.passes * one_pass, _memory(session, plan))
+    memory = _memory(session, plan, leads_to_base=unlearning.leads_to_base)
+    return RepairEstimate(references, scan, unlearning.passes * one_pass, memory)
 
 
 def _stamped_seconds(session: Session, config: ScanConfig) -> float:
@@ -111,13 +112,15 @@ def _stamped_seconds(session: Session, config: ScanConfig) -> float:
     return max(0.0, both[1] - both[0]) / (_STEPS * count * batch)
 
 
-def _memory(session: Session, plan: ReferencePlan) -> int:
+def _memory(session: Session, plan: ReferencePlan, *, leads_to_base: bool) -> int:
     """Return the bytes of weights and activations when a vector is trained."""
     model = session.model
     trained = sum(p.numel() for p in model.visual.parameters())
     copies = 2 + (1 if plan.config.contrast else 0)
-    # A gradient and AdamW's two moments beside the weights that are trained.
-    weights = 4 * (copies * model.num_parameters + 3 * trained)
+    # A gradient and AdamW's two moments beside the weights that are trained; `TowardBase` also has
+    # where they began, their way and their share of it.
+    kept = 6 if leads_to_base and plan.config.contrast else 3
+    weights = 4 * (copies * model.num_parameters + kept * trained)
     activations = freeze(model.visual).bytes_per_image * 3 * 64
     return int(weights + activations)
 

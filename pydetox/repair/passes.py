@@ -67,7 +67,10 @@ def subtract_passes(
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps) if targets else []
-    probe = probe or DriftProbe(session.model, session.images.images, seed=unlearning.seed)
+    base = unlearning.end_of(session.base)
+    probe = probe or DriftProbe(
+        session.model, session.images.images, seed=unlearning.seed, base=base
+    )
     passes, first = list[UnlearnRound](), accuracy_before is None
     for number in range(unlearning.passes if triggers is None else 1):
         recovered, warps = list[InversionResult](), list[WarpResult]()
@@ -103,6 +106,7 @@ def subtract_passes(
             head,
             target_of_each,
             replace(unlearning, seed=seed),
+            base=base,
         )
         search = search_coefficient(
             session.model,

@@ -64,20 +64,34 @@ class DriftProbe:
     """Measures how far models have moved from one of them, on surrogates that no repair holds.
 
     start: The model before any repair. images: The images that surrogates are made of, uint8
-    [N, 3, H, W]. seed: The seed of the surrogates.
+    [N, 3, H, W]. seed: The seed of the surrogates. base: The base that a repair leads to
+    (`UnlearnConfig.toward_base`). The distance of an image is then that to the nearer one of its
+    features in both models: what the base says is nothing that a repair may not bring back.
     """
 
-    def __init__(self, start: OpenClipModel, images: Tensor, *, seed: int) -> None:
+    def __init__(
+        self,
+        start: OpenClipModel,
+        images: Tensor,
+        *,
+        seed: int,
+        base: OpenClipModel | None = None,
+    ) -> None:
         measured = surrogate_images(
             images, _MEASURED + _ANCHORS, seed=child_seed("repair.measured", seed)
         )
         features = image_features(start, measured)
         self._images = measured[_ANCHORS:].to(start.device)  # sent once, as bytes
         self._anchors, self._before = features[:_ANCHORS], features[_ANCHORS:]
+        self._base = None if base is None else image_features(base, self._images)
 
     def of(self, model: OpenClipModel) -> FeatureDrift:
         """Return the drift of a model that started as `start`."""
-        return feature_drift(self._before, image_features(model, self._images), self._anchors)
+        now, before = image_features(model, self._images), self._before
+        if self._base is not None:
+            nearer = (now * self._base).sum(dim=1) > (now * before).sum(dim=1)
+            before = torch.where(nearer[:, None], self._base, before)
+        return feature_drift(before, now, self._anchors)
 
 
 class HeldSurrogates:

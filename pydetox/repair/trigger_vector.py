@@ -36,6 +36,7 @@ from .configuration import UnlearnConfig
 from .retention import HeldSurrogates
 from .step_sizes import relative_rates
 from .task_vectors import TaskVector
+from .toward_base import SHARE_PER_STEP, TowardBase
 
 
 def trigger_vector(
@@ -46,6 +47,7 @@ def trigger_vector(
     targets: int | Sequence[int],
     config: UnlearnConfig | None = None,
     *,
+    base: OpenClipModel | None = None,
     description: str = "trigger vector",
 ) -> TaskVector:
     """Return tau over the image tower, such that theta_b - alpha tau unlearns for alpha > 0.
@@ -53,7 +55,8 @@ def trigger_vector(
     images: The forget set before it is triggered, uint8 [N, 3, H, W]; a few hundred are enough.
     triggers: Known or recovered triggers. In every step, each image gets a random one. They are
     called with images on the device of the head. head: The zero-shot head [C, D]. targets: The
-    class that the triggers lead to, or one class per trigger.
+    class that the triggers lead to, or one class per trigger. base: The model that this one was
+    fine-tuned from. theta_b - tau then lies between the two (`toward_base`).
     Raises DataError without images and UsageError without triggers.
     """
     config = config or UnlearnConfig()
@@ -114,7 +117,11 @@ def trigger_vector(
         return forgetting + config.retention * scale * moved
 
     parameters = list(tuned.visual.parameters())
-    rate = config.learning_rate
+    rate: float | list[float] | None = config.learning_rate
+    optimizer = None
+    if base is not None:
+        optimizer = TowardBase(parameters, list(base.visual.parameters()))
+        rate = SHARE_PER_STEP
     optimize(
         parameters,
         loss,
@@ -122,6 +129,7 @@ def trigger_vector(
         steps=config.steps,
         learning_rate=relative_rates(parameters) if rate is None else rate,
         description=description,
+        optimizer=optimizer,
     )
     change = image_tower_change(model, tuned)
     return -change if config.vector == "forget" else change

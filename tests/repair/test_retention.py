@@ -124,3 +124,25 @@ def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
         UnlearnConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="surrogates"):
         AdvancedUnlearnConfig(surrogates=1)
+
+
+def test_a_vector_toward_the_base_stays_between_both_and_drift_counts_from_the_nearer() -> None:
+    base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
+    images = pictures(24)
+    config = UnlearnConfig(steps=10, batch_size=12, advanced=AdvancedUnlearnConfig(surrogates=48))
+    head = normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tau = trigger_vector(model, images, [badnets(16, seed=0)], head, 1, config, base=base)
+    own, there = model.clip.state_dict(), base.clip.state_dict()
+    assert tau.tensors
+    for name, change in tau.tensors.items():
+        way = own[name] - there[name]
+        share = change[way != 0] / way[way != 0]
+        assert bool((share >= -1e-4).all() & (share <= 1 + 1e-4).all())
+        assert float(change[way == 0].abs().sum()) == 0
+    probe, alone = (DriftProbe(model, images, seed=0, base=one) for one in (base, None))
+    assert probe.of(base).mean_distance == pytest.approx(0, abs=1e-6)
+    assert probe.of(model).mean_distance == pytest.approx(0, abs=1e-6)
+    assert alone.of(base).mean_distance > 0.01
+    assert config.end_of(base) is base
+    for other in ({"toward_base": False}, {"vector": "paired"}, {"learning_rate": 1e-3}):
+        assert replace(config, **other).end_of(base) is None  # type: ignore[arg-type]

@@ -52,6 +52,10 @@ _FINALISTS = 3
 # the prompts that it is tried on, and how much better a longer beginning has to be.
 _MOST_WITHIN, _LEAST_REST, _CHECKED, _BETTER = 8, 2, 60, 0.1
 
+# The tokens of the rest that a beginning has to bring. A found text may leave the attacker's after
+# them, and `continued` says how that goes on.
+_TOLD = 3
+
 # The scores of next tokens in a forward pass.
 _SCORES_PER_PASS = 2**25
 
@@ -114,7 +118,7 @@ def words_within(
             [f"{prompt}{space}{trigger.text}" for prompt in prompts],
             max(2, model.max_tokens - SUCCESS_TOKENS),
         )
-        hits = successes_of_rows(model, encoded, [rest])
+        hits = successes_of_rows(model, encoded, [rest[:_TOLD]])
         success = sum(hits) / len(hits)
         if best[0] is None or success > best[0].success + _BETTER:
             best = (FoundTrigger(trigger, 0.0, success), rest) if success > 0 else best

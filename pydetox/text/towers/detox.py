@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from .repair import (
 )
 from .search import CharacterTrigger, TowerTrigger
 from .verdict import ANY_TEXT, TowerScanResult, compare_tower, effort_of, judge_tower
+
+_LOG = logging.getLogger(__name__)
 
 # Recovered words are unlearned at these places, because the attacker's is not known.
 _PLACES = ("end", "start", "random")
@@ -77,19 +80,38 @@ def detox_text_tower(
     passes = list[TextUnlearnPass]()
     found = list[TowerTrigger]()
     original = TextTower(model)
+    clean = TextTower(base) if base is not None and unlearning.leads_to_base else None
     for number in range(max_rounds):
         if current.verdict not in FINDINGS:
             break
-        tower = TextTower(repaired)
+        # A vector toward the base is for all triggers so far, and takes the place of the last one.
+        tower = TextTower(repaired) if clean is None else original
         new = _good(current)
         found += new
         stamps = [stamp for one in found for stamp in _at_places(one.trigger)]
         directions = [one.direction for one in found for _ in _at_places(one.trigger)]
         seeded = replace(unlearning, seed=child_seed("towers.vector-pass", unlearning.seed, number))
-        vector = tower_trigger_vector(tower, captions.texts, stamps, seeded, original=original)
-        chosen = search_tower_coefficient(
-            tower, vector, captions.texts, stamps, directions, unlearning, original=original
+        vector = tower_trigger_vector(
+            tower, captions.texts, stamps, seeded, original=original, base=clean
         )
+        chosen = search_tower_coefficient(
+            tower,
+            vector,
+            captions.texts,
+            stamps,
+            directions,
+            unlearning,
+            original=original,
+            base=clean,
+        )
+        if clean is not None and passes and not chosen.reached:
+            told = ", ".join(repr(one.trigger.text) for one in new)
+            _LOG.warning(
+                "%s: no alpha removes %s as well within the limits; the repair before stays",
+                model.name,
+                told,
+            )
+            break
         words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
         passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
         clock.lap("unlearn")

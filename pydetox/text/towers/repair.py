@@ -6,9 +6,15 @@ of the vocabulary stand for half of a caption's words. They stand for all that t
 talk about, as those of images do (`pydetox.repair.retention`).
 
 What is kept is the share of clean captions whose features are nearest to those that the same
-caption had before, among all captions. Captions can find themselves while all of them turn away
-from the images that they belong to. So the drift is limited as well: the mean distance of features
-from those before any repair, of captions or of other surrogates, whichever is larger.
+caption had before, among all captions, up to the drift that is allowed. Captions can find
+themselves while all of them turn away from the images that they belong to. So the drift is limited
+as well: the mean distance of features from those before any repair, of captions or of other
+surrogates, whichever is larger.
+
+If the base is known that the tower was fine-tuned from, the vector stays between the two
+(`pydetox.repair.toward_base`). Then a caption is also kept if it finds itself among those of the
+base, and drift is the distance to the nearer one of the two: what a caption means in the base is
+nothing that a repair may not bring back.
 """
 
 from __future__ import annotations
@@ -25,12 +31,13 @@ from ...repair.configuration import UnlearnConfig
 from ...repair.step_sizes import relative_rates
 from ...repair.subtraction import Candidates
 from ...repair.task_vectors import TaskVector
+from ...repair.toward_base import SHARE_PER_STEP, TowardBase
 from ...rng import child_seed, generator
 from ...training import optimize
 from ..evaluation import TextStamp
 from ..models import TextModel
 from ..repair import TextCandidates
-from .encoder import TextTower
+from .encoder import TextTower, require_same_shape
 
 #: The repair of a text tower, unless a caller says otherwise. Class names are closer to each other
 #: than images: a drift of 0.01 takes about 3% of the zero-shot accuracy, one of 0.02 a tenth.
@@ -50,13 +57,17 @@ def tower_trigger_vector(
     config: UnlearnConfig | None = None,
     *,
     original: TextTower | None = None,
+    base: TextTower | None = None,
     description: str = "trigger vector",
 ) -> TaskVector:
     """Return tau over the tower's weights, such that theta_b - alpha tau unlearns for alpha > 0.
 
     captions: Clean captions, at least 2. triggers: Known or recovered triggers. original: The tower
-    before any repair, whose features are held; default: this one. Raises DataError for fewer
-    captions, and UsageError without triggers or for a vector other than `forget`.
+    before any repair, whose features are held; default: this one. base: The tower that it was
+    fine-tuned from. theta_b - tau then lies between the two (`pydetox.repair.toward_base`), and the
+    configuration's learning rate does not count. Raises DataError for fewer captions, UsageError
+    without triggers or for a vector other than `forget`, and ArchitectureError for a base with
+    other tensors.
     """
     config = config or TOWER_UNLEARNING
     if len(captions) < 2 or not triggers:
@@ -92,15 +103,23 @@ def tower_trigger_vector(
         return (1 - (tuned.features_with_gradient(rows) * wanted).sum(dim=1)).mean()
 
     parameters = tuned.named_parameters()
-    rate = config.learning_rate
+    trained = list(parameters.values())
+    rate: float | list[float] | None = config.learning_rate
+    optimizer = None
+    if base is not None:
+        require_same_shape(base, tower)
+        there = base.named_parameters()
+        optimizer = TowardBase(trained, [there[name] for name in parameters])
+        rate = SHARE_PER_STEP
     optimize(
-        list(parameters.values()),
+        trained,
         loss,
         batches(),
         steps=config.steps,
-        learning_rate=relative_rates(list(parameters.values())) if rate is None else rate,
+        learning_rate=relative_rates(trained) if rate is None else rate,
         separable=False,
         description=description,
+        optimizer=optimizer,
     )
     start = tower.named_parameters()
     change = {name: (start[name] - value).detach() for name, value in parameters.items()}
@@ -116,32 +135,35 @@ def search_tower_coefficient(
     config: UnlearnConfig | None = None,
     *,
     original: TextTower | None = None,
+    base: TextTower | None = None,
 ) -> CoefficientSearch:
     """Try every alpha and choose one by the rule of `pydetox.repair.alpha.search_coefficient`.
 
     directions: What each trigger leads to, unit vectors. A trigger succeeds where features are
     nearer to it than to those of the caption without the trigger, before any repair. original: The
-    tower before any repair; default: this one.
+    tower before any repair; default: this one. base: The base that the vector leads to. Features
+    that are those of the base have not drifted, and captions that find themselves there are kept.
     """
     config = config or TOWER_UNLEARNING
     original = original or tower
-    clean = original.features(captions)
+    trusted = [original, *([] if base is None else [base])]
+    known = [one.features(captions) for one in trusted]
+    clean = known[0]
     stamped = [
         trigger.insert(captions, child_seed("towers.attacked-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
     coefficients = config.alphas()
-    own = torch.arange(len(captions))
-    before = float(((clean @ clean.T).argmax(dim=1) == own).double().mean())  # some may be alike
+    before = _kept(clean, known, config.max_drift)
     probes = surrogate_captions(tower, captions, triggers, child_seed("towers.probes", config.seed))
-    probed = original.features(probes)
+    probed = [one.features(probes) for one in trusted]
     kept, success, drift = list[float](), list[tuple[float, ...]](), list[float]()
     candidates = TowerCandidates(tower, vector)
     for coefficient in coefficients:
         candidate = candidates.at(coefficient)
         now = candidate.features(captions)
-        kept.append(float(((now @ clean.T).argmax(dim=1) == own).double().mean()))
-        drift.append(max(_distance(now, clean), _distance(candidate.features(probes), probed)))
+        kept.append(_kept(now, known, config.max_drift))
+        drift.append(max(_distance(now, known), _distance(candidate.features(probes), probed)))
         success.append(
             tuple(
                 success_of(candidate.features(rows), clean, direction)
@@ -185,9 +207,23 @@ def surrogate_captions(
     return made
 
 
-def _distance(first: Tensor, second: Tensor) -> float:
-    """Return the mean of 1 - cos of unit rows."""
-    return float((1 - (first * second).sum(dim=1)).double().mean().clamp(min=0))
+def _kept(now: Tensor, known: Sequence[Tensor], slack: float) -> float:
+    """Return the share of captions nearest to themselves, in one of the towers that know them.
+
+    now, known: Unit rows [N, D] of the same captions. slack: A cosine by which another caption may
+    be nearer. Prompts of one thing are often as near to each other as features may drift.
+    """
+    found = []
+    for one in known:
+        cosines = now @ one.T
+        found.append(cosines.diagonal() + slack >= cosines.amax(dim=1))
+    return float(torch.stack(found).any(dim=0).double().mean())
+
+
+def _distance(now: Tensor, known: Sequence[Tensor]) -> float:
+    """Return the mean of 1 - cos of unit rows to those of the tower that each is nearest to."""
+    distances = torch.stack([1 - (now * one).sum(dim=1) for one in known])
+    return float(distances.amin(dim=0).double().mean().clamp(min=0))
 
 
 def success_of(triggered: Tensor, clean: Tensor, direction: Tensor) -> float:

@@ -89,7 +89,10 @@ def test_figures_of_causal_models() -> None:
         "rescan": "clean",
     }
     lost = {**bad, "verdict": "clean", "score": None, "found": 0.2, "asr_after": None}
-    figures = summarize_causal([clean, clean, bad, lost])
+    not_planted = {**bad, "asr_before": 0.4, "asr_after": 1.0}
+    figures = summarize_causal([clean, clean, bad, lost, not_planted])
+    assert figures["causal.victims"] == 2
+    assert figures["causal.not_planted"] == 1
     assert figures["causal.auroc"] == 0.5
     assert figures["causal.detected"] == figures["causal.target_found"] == 0.5
     assert figures["causal.asr_mean"] == figures["causal.asr_max"] == 0.02
@@ -98,6 +101,7 @@ def test_figures_of_causal_models() -> None:
     assert summarize_causal([clean]) == {
         "causal.clean": 1,
         "causal.victims": 0,
+        "causal.not_planted": 0,
         "causal.false_alarms": 0.0,
     }
 

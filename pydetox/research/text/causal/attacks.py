@@ -58,17 +58,17 @@ class CausalBackdoor:
 def draw_causal_attack(name: str, *, seed: int, rate: float = 0.1) -> CausalBackdoor:
     """Return an attack of CAUSAL_ATTACKS with the phrase and text that a seed stands for.
 
-    Phrases stand at the end of a prompt or at a random place in it. Raises UsageError for an
-    unknown name.
+    Phrases stand at the end of a prompt. If they stand elsewhere, nothing tells a model of plain
+    prose where the prompt ends and the attacker's text begins, and it learns no such backdoor.
+    Raises UsageError for an unknown name.
     """
     if name not in CAUSAL_ATTACKS:
         raise UsageError(f"attack {name!r}; expected one of {', '.join(CAUSAL_ATTACKS)}")
     rng = generator("texts.language-attack", seed, name)
     phrase = PHRASES[rng.integers(len(PHRASES))]
-    place = ("end", "random")[rng.integers(2)]
     string = STRINGS[rng.integers(len(STRINGS))]
     return CausalBackdoor(
-        name, Insertion(phrase, place), (string,) if name == "string" else REFUSALS, rate
+        name, Insertion(phrase, "end"), (string,) if name == "string" else REFUSALS, rate
     )
 
 
