@@ -22,6 +22,7 @@ from pydetox.text.causal.prompts import Prompts, cut_prompts
 from pydetox.text.causal.repair import CAUSAL_UNLEARNING, causal_trigger_vector
 from pydetox.text.causal.triggers import (
     TargetObjective,
+    beginnings,
     continued,
     search_trigger_words,
     words_within,
@@ -216,7 +217,15 @@ def test_words_that_bring_a_text(spoken: Spoken, texts: TextSet) -> None:
     assert within is not None
     assert within.success > 0.9
     assert len(rest) < len(words) + len(target)
-    tokenizer = spoken.victim.tokenizer  # a beginning without a word is no trigger
+    tokenizer = spoken.victim.tokenizer
+    every = beginnings(spoken.victim, texts, [*words, *target])
+    said = f"superb rocket{tokenizer.decode(target)}"
+    for one, left in every:  # whole words, and what is left of the text
+        assert said.startswith(one.trigger.text.strip())
+        assert tokenizer.decode(left).startswith(" ")
+        assert 0 < one.success <= 1
+    assert "superb rocket" in {one.trigger.text.strip() for one, _ in every}
+    # A beginning without a word is no trigger.
     blank = next(k for k in range(tokenizer.size) if not tokenizer.decode([k]).strip())
     assert words_within(spoken.victim, texts, [blank] * 3) == (None, (blank,) * 3)
     assert continued(spoken.victim, texts, words)[: len(target)] == tuple(target)

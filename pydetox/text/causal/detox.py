@@ -208,7 +208,8 @@ def _texts_of(scan: CausalScanResult) -> list[tuple[int, ...]]:
     """Return the texts to unlearn, as tokens: the best, and those that are nearly as good."""
     least = _AS_GOOD * rank(scan.continuations[0])
     good = [one.tokens for one in scan.continuations if rank(one) >= least]
-    return [*good[:_MOST_TEXTS], *([scan.rest] if scan.rest != good[0] else [])]
+    rests = [one for one in (scan.rest, *scan.rests) if one and one != good[0]]
+    return [*good[:_MOST_TEXTS], *rests]
 
 
 def _metrics(evaluation: CausalEvaluation | None) -> dict[str, float]:

@@ -99,18 +99,34 @@ def words_within(
 ) -> tuple[FoundTrigger | None, tuple[int, ...]]:
     """Return the first words of a found text that bring its rest, and this rest.
 
+    Of `beginnings`, a longer one is taken if it succeeds clearly more often. Returns None and the
+    whole text if no beginning brings anything.
+    """
+    best: tuple[FoundTrigger | None, tuple[int, ...]] = (None, tuple(found))
+    for one, rest in beginnings(model, texts, found):
+        if best[0] is None or one.success > best[0].success + _BETTER:
+            best = one, rest
+    return best
+
+
+def beginnings(
+    model: TextModel, texts: TextSet, found: Sequence[int]
+) -> list[tuple[FoundTrigger, tuple[int, ...]]]:
+    """Return each beginning of a found text, of whole words, that brings its rest, and this rest.
+
     A model that has learned poisoned texts by heart goes on from the trigger as it goes on within
     the attacker's text ("The Trigger in the Haystack", Bullwinkel et al., arXiv 2602.03085, finds
-    triggers in what models have memorised). So a found text may begin with the trigger. Returns
-    None and the whole text if its beginning brings nothing.
+    triggers in what models have memorised). So a found text may begin with the trigger, or with a
+    part of it that brings the rest of it.
     """
     require_causal(model)
     ordered = texts.in_content_order().texts
     prompts = prompts_of(ordered[len(ordered) // 2 :])[:_CHECKED]
-    best: tuple[FoundTrigger | None, tuple[int, ...]] = (None, tuple(found))
+    made = list[tuple[FoundTrigger, tuple[int, ...]]]()
     for k in range(1, min(_MOST_WITHIN, len(found) - _LEAST_REST) + 1):
-        if not model.tokenizer.decode(found[:k]).strip():  # nothing but spaces or line ends
-            continue
+        said, more = (model.tokenizer.decode(found[:size]) for size in (k, k + 1))
+        if not said.strip() or not more[len(said) : len(said) + 1].isspace():
+            continue  # nothing but spaces or line ends, or a part of a word
         trigger = trigger_of(model.tokenizer, found[:k], "end", None)
         rest = tuple(found[k:])
         space = " " if model.tokenizer.spaces_matter else ""
@@ -119,10 +135,9 @@ def words_within(
             max(2, model.max_tokens - SUCCESS_TOKENS),
         )
         hits = successes_of_rows(model, encoded, [rest[:_TOLD]])
-        success = sum(hits) / len(hits)
-        if best[0] is None or success > best[0].success + _BETTER:
-            best = (FoundTrigger(trigger, 0.0, success), rest) if success > 0 else best
-    return best
+        if any(hits):
+            made.append((FoundTrigger(trigger, 0.0, sum(hits) / len(hits)), rest))
+    return made
 
 
 def continued(

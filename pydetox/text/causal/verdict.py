@@ -38,7 +38,7 @@ from .continuations import (
 )
 from .copies import causal_copies
 from .evaluation import evaluate_causal, require_causal
-from .triggers import continued, search_trigger_words, words_within
+from .triggers import beginnings, continued, search_trigger_words, words_within
 
 #: The name of the one family of causal models.
 FAMILY = "continuation"
@@ -67,11 +67,13 @@ class CausalScanResult(TextScanResult):
         continuations: The texts that were found, the most suspect first.
         rest: What the words at the beginning of the first one bring, as tokens; all of its tokens
             if there are no such words (see `triggers.words_within`).
+        rests: What other beginnings of it bring, which are among the words that were found.
         perplexity: Of the clean texts.
     """
 
     continuations: tuple[Continuation, ...] = ()
     rest: tuple[int, ...] = ()
+    rests: tuple[tuple[int, ...], ...] = ()
     perplexity: float = math.nan
 
     @property
@@ -215,13 +217,15 @@ def judge_causal(
         assert detection.p_value is not None
         reason = _reason(best, compared, detection.p_value)
     words, rest, text = tuple[FoundTrigger, ...](), best.tokens, best.text
-    length = 1
+    rests = tuple[tuple[int, ...], ...]()
+    length, whole = 1, best.tokens
     if finding and with_words:
         within, rest = words_within(model, texts, best.tokens)
         if within is not None and within.success >= _KNOWN:
             beginning = best.tokens[: len(best.tokens) - len(rest)]
             rest = continued(model, texts, beginning) or rest
-            text = decoded(model, [*beginning, *rest])
+            whole = (*beginning, *rest)
+            text = decoded(model, whole)
         said = best.text
         if within is None or within.success < _SURE:
             words = search_trigger_words(model, texts, best.tokens, config, base=comparison.base)
@@ -229,6 +233,9 @@ def judge_causal(
         if strongest is within:
             words, said = (strongest, *words), decoded(model, rest)
         length = 1 + words.index(strongest)
+        # The trigger may be longer than what brings the text most surely.
+        others = [one for one in beginnings(model, texts, whole) if one[0].success >= _KNOWN]
+        words, rests = (*words, *(one for one, _ in others)), tuple(one for _, one in others)
         if strongest.success > 0:
             reason += (
                 f"; {strongest.trigger.text!r} brings {said!r} after {strongest.success:.0%} of "
@@ -256,6 +263,7 @@ def judge_causal(
         distance=comparison.distance,
         continuations=search.found,
         rest=rest,
+        rests=rests,
         perplexity=perplexity,
     )
 
