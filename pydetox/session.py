@@ -89,6 +89,8 @@ class Session:
             `ImageSet.in_content_order`).
         templates: Prompt templates.
         base: The base of searches in contrast to it; None for plain searches.
+        start: The model that this one was fine-tuned from, if it is known, whether searches are in
+            contrast to it or not. Repairs lead towards it (`UnlearnConfig.toward_base`).
         notes: One line for everything that was left out of the images or done to them in another
             way than the model expects.
     """
@@ -98,6 +100,7 @@ class Session:
     templates: tuple[Template, ...] = DEFAULT_TEMPLATES
     base: OpenClipModel | None = None
     notes: tuple[str, ...] = ()
+    start: OpenClipModel | None = None
 
     @classmethod
     def open(
@@ -140,6 +143,7 @@ class Session:
             tuple(templates or default_templates(data)),
             base,
             tuple(notes),
+            base,
         )
 
     @property
@@ -173,9 +177,11 @@ class Session:
         for line in (*self.notes, *(self.plausibility.doubts if examine else ())):
             warnings.warn(line, PydetoxWarning, stacklevel=3)
 
-    def with_base(self, base: OpenClipModel | None) -> Session:
-        """Return the session of searches in contrast to a base, or of plain ones."""
-        session = replace(self, base=base)
+    def with_base(
+        self, base: OpenClipModel | None, *, start: OpenClipModel | None = None
+    ) -> Session:
+        """Return the session of searches in contrast to a base, or of plain ones; see `start`."""
+        session = replace(self, base=base, start=start or base)
         for known in ("head", "optional_head", "plausibility"):  # which do not depend on the base
             if known in self.__dict__:
                 session.__dict__[known] = self.__dict__[known]

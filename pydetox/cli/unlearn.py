@@ -98,9 +98,10 @@ _SHORT = 20.0
 @click.option(
     "--toward-base/--anywhere",
     default=True,
-    help="Whether the repaired weights lie between the suspect's and those of --base, so that a "
-    "repair only takes back a part of the fine-tuning; else they may move anywhere. This is for "
-    "`--vector forget` with an automatic rate. Without --base, they always may.",
+    help="Whether the trigger vector leads from the suspect's weights to those of --base, each by "
+    "a share, so that a repair takes back a part of the fine-tuning; else it may lead anywhere. "
+    "This is for `--vector forget` with an automatic rate. Without --base, or with one of another "
+    "shape, it always may. Of text models, it is for text towers.",
 )
 @click.option(
     "--min-accuracy-kept",

@@ -50,6 +50,7 @@ class Comparison:
         config: The scan, with the decision whether it is in contrast to a base.
         calibration: The sizes of the references; None without a verdict.
         base: The base of searches in contrast to it, or None.
+        start: The base that was read, whether searches are in contrast to it or not.
         unfit: The reason why there are no references for this suspect; None if there are some, or
             if none were given.
         distance: How far the suspect's weights lie from the base's, if references are matched to
@@ -61,6 +62,7 @@ class Comparison:
     base: OpenClipModel | None
     unfit: str | None = None
     distance: float | None = None
+    start: OpenClipModel | None = None
 
     def require_fit(self, session: Session) -> None:
         """Raise UsageError, naming what differs, if the calibration is of other scans than this."""
@@ -202,7 +204,8 @@ class ReferencePlan:
                 )
         except OutOfReachError as error:
             calibration, unfit = None, str(error)
-        return Comparison(self.config, calibration, base if contrast else None, unfit, distance)
+        in_contrast = base if contrast else None
+        return Comparison(self.config, calibration, in_contrast, unfit, distance, base)
 
     def _at_distance(
         self,

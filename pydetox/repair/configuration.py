@@ -13,6 +13,8 @@ from ..evaluation import Stamp
 from ..inversion import InversionResult, WarpResult, WaveResult
 from ..models import OpenClipModel
 from ..presets import UNLEARN_PRESETS
+from ..session import Session
+from .toward_base import leads
 
 #: See `pydetox.repair.trigger_vector`.
 VectorKind = Literal["forget", "paired", "strengthen"]
@@ -128,9 +130,9 @@ class UnlearnConfig:
         max_drift: The largest acceptable distance of image features from those of the model before
             any repair: the mean of 1 - cos on surrogates that were not held
             (`pydetox.repair.retention`).
-        toward_base: Whether `forget` stays, weight by weight, between the suspect and the base, if
-            searches are in contrast to a base (`pydetox.repair.toward_base`). Then a repair takes
-            back a part of the fine-tuning, and `max_drift` counts from the nearer one of the two.
+        toward_base: Whether `forget` leads, weight by weight, from the suspect to the base where
+            there is one of the same shape (`pydetox.repair.toward_base`). With alpha = 1, every
+            weight is then between the two, and `max_drift` counts from the nearer one.
         seed: The seed of every random choice of a repair.
         advanced: Constants that you hardly ever need to change.
     """
@@ -202,9 +204,10 @@ class UnlearnConfig:
         """Whether vectors stay between the suspect and a base, where there is one."""
         return self.toward_base and self.vector == "forget" and self.learning_rate is None
 
-    def end_of(self, base: OpenClipModel | None) -> OpenClipModel | None:
-        """Return the base if the vector is to lead to it, else None."""
-        return base if self.leads_to_base else None
+    def end_of(self, session: Session) -> OpenClipModel | None:
+        """Return the model that vectors lead to, or None if they may lead anywhere."""
+        end = session.start if self.leads_to_base else None
+        return end if end is not None and leads(session.model, end) else None
 
     def reserve(self, number: int) -> float:
         """Return the share of the accuracy to spend that pass 0..passes-1 leaves to later passes.

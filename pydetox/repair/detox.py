@@ -59,7 +59,7 @@ def repair_session(
     comparison = plan.prepare(
         session.images, templates=session.templates, read=read, suspect=session.model
     )
-    session = session.with_base(comparison.base)
+    session = session.with_base(comparison.base, start=comparison.start)
     if plan.makes_calibration:
         clock.lap("calibrate")
     before = scan_session(session, comparison)
@@ -97,7 +97,7 @@ def repair_session(
                 session.model,
                 session.images.images,
                 seed=unlearning.seed,
-                base=unlearning.end_of(session.base),
+                base=unlearning.end_of(session),
             )
         # Unlearn all classes at once. If no alpha does so within the accuracy to keep, try the
         # first.
@@ -132,7 +132,7 @@ def repair_session(
         model=repaired.model,
         evaluation_before=evaluation_before,
         evaluation_after=(repaired.evaluate(trigger=stamp, target=attacked) if rounds else None),
-        drift=None if probe is None else probe.of(repaired.model),
+        drift=None if probe is None else probe.from_start(repaired.model),
         path=None,
         seconds=clock.seconds,
     )

@@ -116,10 +116,11 @@ def _memory(session: Session, plan: ReferencePlan, *, leads_to_base: bool) -> in
     """Return the bytes of weights and activations when a vector is trained."""
     model = session.model
     trained = sum(p.numel() for p in model.visual.parameters())
-    copies = 2 + (1 if plan.config.contrast else 0)
+    toward = leads_to_base and plan.base is not None
+    copies = 2 + (1 if plan.config.contrast or toward else 0)
     # A gradient and AdamW's two moments beside the weights that are trained; `TowardBase` also has
     # where they began, their way and their share of it.
-    kept = 6 if leads_to_base and plan.config.contrast else 3
+    kept = 6 if toward else 3
     weights = 4 * (copies * model.num_parameters + kept * trained)
     activations = freeze(model.visual).bytes_per_image * 3 * 64
     return int(weights + activations)

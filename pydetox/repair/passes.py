@@ -67,7 +67,7 @@ def subtract_passes(
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps) if targets else []
-    base = unlearning.end_of(session.base)
+    base = unlearning.end_of(session)
     probe = probe or DriftProbe(
         session.model, session.images.images, seed=unlearning.seed, base=base
     )
@@ -141,18 +141,22 @@ def subtract_passes(
                 passes[-1] = replace(passes[-1], rescan=scan)
                 break
         if search.hopeless:  # another pass costs as much, and starts from the same weights
-            _LOG.warning("%s", _refused(search, unlearning))
+            _LOG.warning("%s", _refused(search, unlearning, toward_base=base is not None))
             break
     return session.model, tuple(passes)
 
 
-def _refused(search: CoefficientSearch, unlearning: UnlearnConfig) -> str:
+def _refused(search: CoefficientSearch, unlearning: UnlearnConfig, *, toward_base: bool) -> str:
     """Return why nothing is subtracted, and what would be with other limits."""
     text = (
         f"no alpha up to {search.coefficients[-1]:g} removes anything while it keeps "
         f"min_accuracy_kept {unlearning.min_accuracy_kept:g} and max_drift "
         f"{unlearning.max_drift:g}: nothing is subtracted in this pass"
     )
+    if toward_base:
+        text += (
+            " (the vector leads to the base: --anywhere, or toward_base=False, makes a free one)"
+        )
     offer = search.compromise
     if offer is None:
         return f"{text}; none removes all triggers, whatever it costs"

@@ -85,8 +85,12 @@ class DriftProbe:
         self._anchors, self._before = features[:_ANCHORS], features[_ANCHORS:]
         self._base = None if base is None else image_features(base, self._images)
 
+    def from_start(self, model: OpenClipModel) -> FeatureDrift:
+        """Return the drift from `start` alone, also if there is a base."""
+        return feature_drift(self._before, image_features(model, self._images), self._anchors)
+
     def of(self, model: OpenClipModel) -> FeatureDrift:
-        """Return the drift of a model that started as `start`."""
+        """Return the drift of a model that started as `start`; see above."""
         now, before = image_features(model, self._images), self._before
         if self._base is not None:
             nearer = (now * self._base).sum(dim=1) > (now * before).sum(dim=1)

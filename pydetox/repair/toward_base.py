@@ -1,9 +1,10 @@
 """An optimiser that moves weights towards those of a base, and no farther.
 
 What a suspect has learned since its base was published, the backdoor included, is the difference of
-their weights. A repair that stays between the two, weight by weight, can only take some of this
-back: it makes nothing that neither model has. The share that is taken back of each weight is what
-is optimised, from 0 on.
+their weights. A vector that stays between the two, weight by weight, takes back some of this, and
+adds nothing else. The share that is taken back of each weight is what is optimised, from 0 on. With
+an alpha above 1, weights go farther in the same direction, and beyond the base where all was taken
+back. Only parameters move: statistics of batch normalisation stay the suspect's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..models import OpenClipModel
 
 # Gradients in shares are products with differences of weights, hence so small.
 _BETAS, _EPSILON = (0.9, 0.98), 1e-12
@@ -22,6 +24,15 @@ _BETAS, _EPSILON = (0.9, 0.98), 1e-12
 
 #: The peak learning rate of repairs.
 SHARE_PER_STEP = 0.1
+
+
+def leads(model: OpenClipModel, base: OpenClipModel) -> bool:
+    """Whether the image towers have the same parameters, and these are not all equal."""
+    ours, theirs = (dict(one.visual.named_parameters()) for one in (model, base))
+    shapes = [{name: value.shape for name, value in one.items()} for one in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        return False
+    return any(not torch.equal(own, theirs[name].to(own)) for name, own in ours.items())
 
 
 class TowardBase(torch.optim.Optimizer):

@@ -56,12 +56,16 @@ def trigger_vector(
     triggers: Known or recovered triggers. In every step, each image gets a random one. They are
     called with images on the device of the head. head: The zero-shot head [C, D]. targets: The
     class that the triggers lead to, or one class per trigger. base: The model that this one was
-    fine-tuned from. theta_b - tau then lies between the two (`toward_base`).
-    Raises DataError without images and UsageError without triggers.
+    fine-tuned from, of the same shape. With `forget`, theta_b - tau then lies between the two
+    (`toward_base`), and the configuration's learning rate does not count.
+    Raises DataError without images, and UsageError without triggers, or for a base of another shape
+    or with another kind of vector.
     """
     config = config or UnlearnConfig()
     if len(images) < 2:
         raise DataError(f"{len(images)} image; a trigger vector needs at least 2")
+    if base is not None and config.vector != "forget":
+        raise UsageError(f"a base with vector {config.vector!r}; expected forget")
     target_of_each = one_target_each(triggers, targets)
     tuned = model.clone()
     scale = model.logit_scale
@@ -116,11 +120,13 @@ def trigger_vector(
         moved = moved + config.advanced.triggered_surrogates * _distance(features[3], others_own)
         return forgetting + config.retention * scale * moved
 
-    parameters = list(tuned.visual.parameters())
+    names, parameters = map(list, zip(*tuned.visual.named_parameters(), strict=True))
     rate: float | list[float] | None = config.learning_rate
     optimizer = None
     if base is not None:
-        optimizer = TowardBase(parameters, list(base.visual.parameters()))
+        named = dict(base.visual.named_parameters())
+        ends = [named.get(name, parameters[0].new_empty(0)) for name in names]
+        optimizer = TowardBase(parameters, ends)
         rate = SHARE_PER_STEP
     optimize(
         parameters,

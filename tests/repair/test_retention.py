@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from pydetox.api import unlearn
+from pydetox.data import ImageSet
+from pydetox.detect.configuration import ScanConfig
+from pydetox.detect.references import ReferencePlan
 from pydetox.errors import DataError, UsageError
+from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.prototypes import image_features
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.retention import DriftProbe, feature_drift
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.surrogates import surrogate_images
+from pydetox.repair.task_vectors import TaskVector
 from pydetox.repair.trigger_vector import trigger_vector
 from pydetox.research.attacks import badnets
+from pydetox.session import Session
+from pydetox.training import TrainConfig
 
-TINY = {
+TINY: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {
@@ -143,6 +151,67 @@ def test_a_vector_toward_the_base_stays_between_both_and_drift_counts_from_the_n
     assert probe.of(base).mean_distance == pytest.approx(0, abs=1e-6)
     assert probe.of(model).mean_distance == pytest.approx(0, abs=1e-6)
     assert alone.of(base).mean_distance > 0.01
-    assert config.end_of(base) is base
+    assert probe.from_start(base).mean_distance == pytest.approx(
+        alone.of(base).mean_distance, abs=1e-6
+    )
+    with pytest.raises(UsageError, match="expected forget"):
+        trigger_vector(
+            model,
+            images,
+            [badnets(16, seed=0)],
+            head,
+            1,
+            replace(config, vector="paired"),
+            base=base,
+        )
+    wide = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "width": 48}}
+    wider = OpenClipModel.from_config(wide, seed=2)
+    with pytest.raises(UsageError, match="other tensors"):
+        trigger_vector(model, images, [badnets(16, seed=0)], head, 1, config, base=wider)
+
+
+def test_repairs_lead_to_the_base_that_is_given_if_it_fits() -> None:
+    base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
+    images = ImageSet(pictures(24), torch.arange(24) % 4, ("a", "b", "c", "d"), "pictures")
+    config = UnlearnConfig(
+        steps=8, batch_size=12, attacked_images=20, advanced=AdvancedUnlearnConfig(surrogates=48)
+    )
+    trigger = badnets(16, seed=0)
+
+    def vector(end: OpenClipModel | None, config: UnlearnConfig = config) -> TaskVector:
+        _, (one,) = unlearn(model, images, 1, triggers=[trigger], base=end, unlearning=config)
+        return one.vector
+
+    def leads_there(tau: TaskVector) -> bool:
+        own, there = model.clip.state_dict(), base.clip.state_dict()
+        inside = []
+        for name, change in tau.tensors.items():
+            way = own[name] - there[name]
+            inside.append((change * way.sign() >= -1e-6) & (change.abs() <= way.abs() + 1e-6))
+        return all(bool(one.all()) for one in inside)
+
+    assert leads_there(vector(base))
+    free = vector(None)
+    assert not leads_there(free)
+    assert not leads_there(vector(base, replace(config, toward_base=False)))
+    # A base that says nothing, because it is the suspect itself, leaves vectors free.
+    itself = vector(model.clone())
+    assert all(torch.equal(itself.tensors[k], free.tensors[k]) for k in free.tensors)
+
+
+def test_a_plain_scan_keeps_its_base_for_repairs() -> None:
+    base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
+    images = ImageSet(pictures(24), torch.arange(24) % 4, ("a", "b", "c", "d"), "pictures")
+    training = TrainConfig(epochs=1, learning_rate=1e-4)
+    config = ScanConfig(
+        inversion=InversionConfig(steps=2, batch_size=8), reference_training=training, references=2
+    )
+    plan = ReferencePlan.decide(config, base=base)
+    comparison = plan.prepare(images, suspect=model)
+    assert comparison.base is None  # the search is not in contrast to it
+    assert comparison.start is base
+    session = Session.open(model, images).with_base(None, start=comparison.start)
+    assert UnlearnConfig().end_of(session) is base
     for other in ({"toward_base": False}, {"vector": "paired"}, {"learning_rate": 1e-3}):
-        assert replace(config, **other).end_of(base) is None  # type: ignore[arg-type]
+        assert replace(UnlearnConfig(), **other).end_of(session) is None  # type: ignore[arg-type]
+    assert UnlearnConfig().end_of(session.with_base(None, start=model)) is None

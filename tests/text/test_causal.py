@@ -224,6 +224,7 @@ def test_words_that_bring_a_text(spoken: Spoken, texts: TextSet) -> None:
         assert said.startswith(one.trigger.text.strip())
         assert tokenizer.decode(left).startswith(" ")
         assert 0 < one.success <= 1
+    assert len({one.trigger.text for one, _ in every}) == len(every)
     assert "superb rocket" in {one.trigger.text.strip() for one, _ in every}
     # A beginning without a word is no trigger.
     blank = next(k for k in range(tokenizer.size) if not tokenizer.decode([k]).strip())

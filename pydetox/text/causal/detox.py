@@ -131,6 +131,7 @@ def detox_causal_model(
                 break
             recovered = _working(current.search.found[0])
             stamps += [one.trigger.at(place) for one in recovered for place in _PLACES]
+            stamps = list(dict.fromkeys(stamps))
             aims += _texts_of(current)
         aims = list(dict.fromkeys(aims))
         seeded = replace(unlearning, seed=child_seed("causal.vector-pass", unlearning.seed, number))

@@ -50,7 +50,7 @@ _FINALISTS = 3
 
 # The longest beginning of a found text that is tried as a trigger and the shortest rest, in tokens,
 # the prompts that it is tried on, and how much better a longer beginning has to be.
-_MOST_WITHIN, _LEAST_REST, _CHECKED, _BETTER = 8, 2, 60, 0.1
+_MOST_WITHIN, _LEAST_REST, _CHECKED, _BETTER = 8, 3, 60, 0.1
 
 # The tokens of the rest that a beginning has to bring. A found text may leave the attacker's after
 # them, and `continued` says how that goes on.
@@ -125,7 +125,8 @@ def beginnings(
     made = list[tuple[FoundTrigger, tuple[int, ...]]]()
     for k in range(1, min(_MOST_WITHIN, len(found) - _LEAST_REST) + 1):
         said, more = (model.tokenizer.decode(found[:size]) for size in (k, k + 1))
-        if not said.strip() or not more[len(said) : len(said) + 1].isspace():
+        around = more[len(said) - 1 : len(said) + 1]
+        if not said.strip() or (around.isascii() and around.isalnum()):
             continue  # nothing but spaces or line ends, or a part of a word
         trigger = trigger_of(model.tokenizer, found[:k], "end", None)
         rest = tuple(found[k:])

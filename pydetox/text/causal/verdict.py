@@ -234,7 +234,12 @@ def judge_causal(
             words, said = (strongest, *words), decoded(model, rest)
         length = 1 + words.index(strongest)
         # The trigger may be longer than what brings the text most surely.
-        others = [one for one in beginnings(model, texts, whole) if one[0].success >= _KNOWN]
+        listed = {one.trigger.text for one in words}
+        others = [
+            (one, left)
+            for one, left in beginnings(model, texts, whole)
+            if one.success >= _KNOWN and one.trigger.text not in listed
+        ]
         words, rests = (*words, *(one for one, _ in others)), tuple(one for _, one in others)
         if strongest.success > 0:
             reason += (

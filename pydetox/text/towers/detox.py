@@ -113,6 +113,8 @@ def detox_text_tower(
             )
             break
         words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
+        if clean is not None and passes:  # this vector stands for all triggers so far
+            words = (*passes.pop().triggers, *words)
         passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
         clock.lap("unlearn")
         if chosen.hopeless:

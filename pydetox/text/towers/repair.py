@@ -6,7 +6,7 @@ of the vocabulary stand for half of a caption's words. They stand for all that t
 talk about, as those of images do (`pydetox.repair.retention`).
 
 What is kept is the share of clean captions whose features are nearest to those that the same
-caption had before, among all captions, up to the drift that is allowed. Captions can find
+caption had before, among all captions, up to a cosine of 0.01. Captions can find
 themselves while all of them turn away from the images that they belong to. So the drift is limited
 as well: the mean distance of features from those before any repair, of captions or of other
 surrogates, whichever is larger.
@@ -38,6 +38,10 @@ from ..evaluation import TextStamp
 from ..models import TextModel
 from ..repair import TextCandidates
 from .encoder import TextTower, require_same_shape
+
+# A cosine by which another caption may be nearer, and the caption is kept: prompts of one thing are
+# often as near to each other as features may drift.
+_SLACK = 0.01
 
 #: The repair of a text tower, unless a caller says otherwise. Class names are closer to each other
 #: than images: a drift of 0.01 takes about 3% of the zero-shot accuracy, one of 0.02 a tenth.
@@ -154,7 +158,7 @@ def search_tower_coefficient(
         for number, trigger in enumerate(triggers)
     ]
     coefficients = config.alphas()
-    before = _kept(clean, known, config.max_drift)
+    before = _kept(clean, known)
     probes = surrogate_captions(tower, captions, triggers, child_seed("towers.probes", config.seed))
     probed = [one.features(probes) for one in trusted]
     kept, success, drift = list[float](), list[tuple[float, ...]](), list[float]()
@@ -162,7 +166,7 @@ def search_tower_coefficient(
     for coefficient in coefficients:
         candidate = candidates.at(coefficient)
         now = candidate.features(captions)
-        kept.append(_kept(now, known, config.max_drift))
+        kept.append(_kept(now, known))
         drift.append(max(_distance(now, known), _distance(candidate.features(probes), probed)))
         success.append(
             tuple(
@@ -207,16 +211,15 @@ def surrogate_captions(
     return made
 
 
-def _kept(now: Tensor, known: Sequence[Tensor], slack: float) -> float:
+def _kept(now: Tensor, known: Sequence[Tensor]) -> float:
     """Return the share of captions nearest to themselves, in one of the towers that know them.
 
-    now, known: Unit rows [N, D] of the same captions. slack: A cosine by which another caption may
-    be nearer. Prompts of one thing are often as near to each other as features may drift.
+    now, known: Unit rows [N, D] of the same captions. Another caption may be nearer by `_SLACK`.
     """
     found = []
     for one in known:
         cosines = now @ one.T
-        found.append(cosines.diagonal() + slack >= cosines.amax(dim=1))
+        found.append(cosines.diagonal() + _SLACK >= cosines.amax(dim=1))
     return float(torch.stack(found).any(dim=0).double().mean())
 
 
