@@ -154,9 +154,7 @@ def _refused(search: CoefficientSearch, unlearning: UnlearnConfig, *, toward_bas
         f"{unlearning.max_drift:g}: nothing is subtracted in this pass"
     )
     if toward_base:
-        text += (
-            " (the vector leads to the base: --anywhere, or toward_base=False, makes a free one)"
-        )
+        text += " (the vector leads to the base; a free one may do more: toward_base)"
     offer = search.compromise
     if offer is None:
         return f"{text}; none removes all triggers, whatever it costs"
