@@ -193,8 +193,9 @@ def optimize(
         for rate in dict.fromkeys(rates)
     ]
     if optimizer is None:
-        decay = weight_decay
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+        )
     warm_up = min(20, max(1, steps // 5))
     device = parameters[0].device
     batching: Batching | None = None

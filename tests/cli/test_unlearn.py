@@ -16,6 +16,7 @@ from pydetox.checkpoints import load_checkpoint
 from pydetox.detect.calibration_file import read_calibration
 from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.result import ScanResult
+from pydetox.errors import OutputError
 from pydetox.inversion.trigger_file import load_triggers
 
 from .conftest import FAST, FAST_REFERENCES, Run, error_line
@@ -141,6 +142,29 @@ class TestUnknownTrigger:
         content = json.loads(result.stdout)
         assert content["calibration"]["models"][0] == str(folder / "base")
         assert list(content["seconds"])[:2] == ["read", "calibrate"]
+
+    def test_the_vector_leads_to_the_base_unless_told_otherwise(
+        self,
+        run: Run,
+        folder: Path,
+        images: tuple,
+        says_backdoored: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seen = []
+
+        def repair_session(_session: Any, _plan: Any, unlearning: UnlearnConfig, **_: Any) -> None:
+            seen.append(unlearning.toward_base)
+            raise OutputError("enough")
+
+        monkeypatch.setattr("pydetox.repair.detox.repair_session", repair_session)
+        for option in ((), ("--anywhere",)):
+            run(
+                *("unlearn", folder / "suspect", *images, "--calibration", says_backdoored),
+                *("--output", tmp_path / "repaired", *option),
+            )
+        assert seen == [True, False]
 
     def test_needs_something_to_compare_with(
         self, run: Run, folder: Path, images: tuple, tmp_path: Path

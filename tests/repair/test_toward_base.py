@@ -10,7 +10,14 @@ from pydetox.repair.toward_base import TowardBase
 from pydetox.training import optimize
 
 
-def _reached(start, base, wanted, *, scale=1.0, steps=400):
+def _reached(
+    start: torch.Tensor,
+    base: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    steps: int = 400,
+) -> torch.Tensor:
     """Return where sum(scale * (w - wanted)^2) ends."""
     weight = torch.nn.Parameter(start.clone())
     optimize(
@@ -26,7 +33,7 @@ def _reached(start, base, wanted, *, scale=1.0, steps=400):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_the_optimum_between_suspect_and_base_is_found(scale):
+def test_the_optimum_between_suspect_and_base_is_found(scale: float) -> None:
     rng = torch.Generator().manual_seed(0)
     start, base, wanted = torch.randn(3, 5, 7, generator=rng)
     base[0] = start[0]  # shared weights
@@ -37,7 +44,7 @@ def test_the_optimum_between_suspect_and_base_is_found(scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_no_weight_leaves_the_way(dtype):
+def test_no_weight_leaves_the_way(dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(1)
     start, base, wanted = torch.randn(3, 400, generator=rng, dtype=torch.float64).to(dtype)
     found = _reached(start, base, wanted, steps=50).double()
@@ -47,7 +54,7 @@ def test_no_weight_leaves_the_way(dtype):
     assert not torch.equal(found, start.double())
 
 
-def test_weights_without_a_gradient_stay_and_other_shapes_are_refused():
+def test_weights_without_a_gradient_stay_and_other_shapes_are_refused() -> None:
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = TowardBase([used, unused], [torch.zeros(2), torch.zeros(2)])
     used.sum().backward()

@@ -121,7 +121,13 @@ def test_a_backdoor_is_found_and_removed(
         shares.append((spread[0] + 0.005) / (spread[1] + 0.005))
     left = 1 - result.before.triggers[0].collapse
     assert left == pytest.approx(float(shares[0] / shares[1]), rel=1e-3)
-    assert result.passes
+    # One vector for all triggers, which leads to the base.
+    (one,) = result.passes
+    own, there = (TextTower(tower).named_parameters() for tower in (victim, base))
+    for name, change in one.vector.tensors.items():
+        way = (own[name] - there[name]).detach()
+        assert bool((change * way.sign() >= -1e-6).all())
+        assert bool((change.abs() <= way.abs() + 1e-6).all())
     repaired = TextTower(load_text_model(tmp_path / "repaired"))
     clean = TextTower(victim).features(captions.texts)
     aim = TextTower(base).features(["great"])[0]
