@@ -62,6 +62,7 @@ class Rescans:
             replace(self._comparison, config=config),
             cleared=self.cleared,
             p_before=self._p_before,
+            after_repair=True,
             description=f"re-scan of {self._session.model.name}",
         )
         while unknown := self._unknown(found):
@@ -126,7 +127,7 @@ def scan_after_repair(session: Session, comparison: Comparison, before: Session)
     """
     config = comparison.config
     if comparison.calibration is None or config.objective != "targeted":
-        return scan_session(session, comparison)
+        return scan_session(session, comparison, after_repair=True)
     name = before.model.name
     first = replace(comparison, config=replace(config, positive_control=False))
     earlier = scan_session(before, first, description=f"scan of {name}, before the repair")
@@ -168,6 +169,7 @@ def rejudged(
                 families=len(config.families),
                 cleared=cleared,
                 p_before=p_before,
+                after_repair=True,
             ),
         )
         for one in sorted(families(result), key=lambda one: config.families.index(one.family))

@@ -30,19 +30,22 @@ def scan_session(
     *,
     cleared: Sequence[int] = (),
     p_before: Mapping[int, float] | None = None,
+    after_repair: bool = False,
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
     With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
 
-    p_before: As in `statistics.detect`. A scan with it, or with cleared classes, is a re-scan.
+    p_before, after_repair: As in `statistics.detect`. A scan with `p_before`, or with cleared
+    classes, is one after a repair.
 
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
     """
     config, calibration = comparison.config, comparison.calibration
     comparison.require_fit(session)
+    after_repair = after_repair or bool(cleared) or bool(p_before)
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
@@ -63,6 +66,7 @@ def scan_session(
                     f"{description} ({family})",
                     cleared=cleared,
                     p_before=p_before,
+                    after_repair=after_repair,
                     obstacle=obstacle,
                 )
             )
@@ -85,6 +89,7 @@ def scan_session(
             families=len(config.families),
             cleared=cleared,
             p_before=p_before,
+            after_repair=after_repair,
             obstacle=obstacle,
         )
         families.append(FamilyScan(family, detection, found, compared))
@@ -109,7 +114,7 @@ def scan_session(
         warnings=session.doubts,
     )
     wanted = config.positive_control and config.objective == "targeted"
-    wanted = wanted and not (cleared or p_before)
+    wanted = wanted and not after_repair
     if not wanted or result.verdict is not Verdict.CLEAN:
         return result
     once = replace(comparison, config=replace(config, positive_control=False))
@@ -144,6 +149,7 @@ def _scan_screened(
     *,
     cleared: Sequence[int],
     p_before: Mapping[int, float] | None,
+    after_repair: bool,
     obstacle: str | None,
 ) -> FamilyScan:
     """Screen all classes for one family, judge them, and search those that stand out to the end."""
@@ -161,6 +167,7 @@ def _scan_screened(
             families=len(config.families),
             cleared=cleared,
             p_before=p_before,
+            after_repair=after_repair,
             obstacle=obstacle,
         )
 

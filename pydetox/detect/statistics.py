@@ -124,6 +124,7 @@ def detect(
     families: int = 1,
     cleared: Sequence[int] = (),
     p_before: Mapping[int, float] | None = None,
+    after_repair: bool = False,
     obstacle: str | None = None,
 ) -> Detection:
     """Judge one model.
@@ -147,6 +148,10 @@ def detect(
             before its repair, found them clean (see `pydetox.detox`).
         p_before: The p-values of single classes in that scan, corrected for all classes and
             families. The p-value of such a class is not smaller here.
+        after_repair: Whether this is a model after its repair. Then it is `clean` if no class has a
+            working trigger, where every reference has one for each class that is judged: the
+            search and the images are known to be good for triggers, and none was left. The same of
+            any other model is `inconclusive`, because a model can be made to be hard to search.
         obstacle: Why there can be no verdict whatever the sizes are; None if there can be one.
 
     Raises:
@@ -190,7 +195,15 @@ def detect(
             cleared=tuple(cleared),
         )
 
-    obstacle = obstacle or _obstacle(values, failed, has_classes)
+    nothing_left = (
+        after_repair
+        and not failed
+        and calibration is not None
+        and all(math.isinf(value) for value in values)
+        and set(judged) <= set(calibration.comparable)
+    )
+    if not nothing_left:
+        obstacle = obstacle or _obstacle(values, failed, has_classes)
     if calibration is None:
         return inconclusive(
             obstacle
@@ -244,7 +257,11 @@ def detect(
             f"{values[suspect]:.3g}, and theirs has {usual:.3g} (p = {p_value:.2g})"
         )
     else:
-        reason = "no working trigger was found for any class that was judged"
+        reason = (
+            "no working trigger was found for any class that was judged"
+            if has_classes
+            else "no working trigger was found, and every clean reference has one"
+        )
     if gone := len(values) - len(searched):
         reason += f"; the search stopped early for {gone} of {len(values)} classes"
     if cleared:

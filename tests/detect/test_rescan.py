@@ -81,7 +81,8 @@ class Story:
                 shown[family][c] = 2.2 * math.exp(compared.of(family).mean[c])
         self.first = scanned(compared, shown, dropped=steps)
 
-        def scan_session(session, comparison, *, cleared, p_before, description):
+        def scan_session(session, comparison, *, cleared, p_before, after_repair, description):
+            assert after_repair
             return scanned(compared, after, cleared=cleared, p_before=p_before)
 
         def search_classes(session, config, family, *, classes, description):

@@ -488,6 +488,50 @@ def test_a_repaired_class_without_any_trigger_is_clean():
     assert found.score == 0
 
 
+class TestNothingLeft:
+    """A repaired model in which no search finds any trigger, where every clean model has some."""
+
+    ROWS = ((0.1,), (0.11,), (0.13,))
+
+    def test_label_free(self):
+        calibration = Calibration(self.ROWS, "k", tuple("abc"))
+        found = detect([math.inf], calibration, has_classes=False, after_repair=True)
+        assert (found.verdict, found.p_value, found.target) == (Verdict.CLEAN, 1.0, None)
+        assert "every clean reference has one" in found.reason
+
+    def test_all_classes(self):
+        found = detect([math.inf] * 4, beside()[1], has_classes=True, after_repair=True)
+        assert (found.verdict, found.p_value, found.suspects) == (Verdict.CLEAN, 1.0, ())
+        assert "no working trigger was found" in found.reason
+
+    def test_a_model_that_was_not_repaired_may_be_hard_to_search(self):
+        calibration = Calibration(self.ROWS, "k", tuple("abc"))
+        found = detect([math.inf], calibration, has_classes=False)
+        assert found.verdict is Verdict.INCONCLUSIVE
+
+    def test_a_search_that_failed_finds_nothing_either(self):
+        calibration = Calibration(self.ROWS, "k", tuple("abc"))
+        found = detect([math.nan], calibration, has_classes=False, after_repair=True)
+        assert found.verdict is Verdict.INCONCLUSIVE
+        assert "not finite" in found.reason
+
+    def test_references_without_triggers_say_nothing_about_the_search(self):
+        calibration = Calibration(((0.1,), (math.inf,), (0.13,)), "k", tuple("abc"))
+        found = detect([math.inf], calibration, has_classes=False, after_repair=True)
+        assert found.verdict is Verdict.INCONCLUSIVE
+        rows = ((0.1, math.inf, 0.2), (0.12, 0.3, 0.2), (0.11, 0.31, 0.23))
+        calibration = Calibration(rows, "k", tuple("abc"))
+        found = detect([math.inf] * 3, calibration, has_classes=True, after_repair=True)
+        assert found.verdict is Verdict.INCONCLUSIVE
+
+    def test_an_obstacle_of_the_scan_remains_one(self):
+        calibration = Calibration(self.ROWS, "k", tuple("abc"))
+        found = detect(
+            [math.inf], calibration, has_classes=False, after_repair=True, obstacle="unlike"
+        )
+        assert (found.verdict, found.reason) == (Verdict.INCONCLUSIVE, "unlike")
+
+
 def test_detections_are_made_by_keyword():
     with pytest.raises(TypeError):
         Detection(Verdict.CLEAN, "")
