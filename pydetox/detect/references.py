@@ -80,15 +80,17 @@ class ReferencePlan:
 
     Attributes:
         config: The scan, with a decided `contrast`.
-        base: The base model if one is needed, else None.
+        base: The base model if the comparison needs one, else None.
         references: The clean models, or None.
         calibration: An earlier calibration, or None.
+        start: The base that was given, also where the comparison needs none. A repair leads to it.
     """
 
     config: ScanConfig
     base: ModelLike | None
     references: tuple[ModelLike, ...] | None
     calibration: Calibration | None
+    start: ModelLike | None = None
 
     @classmethod
     def decide(
@@ -125,7 +127,7 @@ class ReferencePlan:
                 "clean models that were fine-tuned from it as the suspects were, at least 2, or a "
                 "calibration= that was made of such models"
             )
-        matched = calibration is not None and calibration.distance is not None
+        start, matched = base, calibration is not None and calibration.distance is not None
         if matched and base is None:
             raise UsageError(
                 "the references of the calibration moved as far from a base as suspects did: give "
@@ -138,6 +140,7 @@ class ReferencePlan:
             base,
             None if references is None else tuple(references),
             calibration,
+            start,
         )
 
     @property
@@ -166,13 +169,15 @@ class ReferencePlan:
         read: Callable[[ModelLike], OpenClipModel] = as_model,
         suspect: OpenClipModel | None = None,
         distance: float | None = None,
+        repair: bool = False,
     ) -> Comparison:
         """Read the models and make the calibration where there is none.
 
         images, templates: As in `pydetox.scan`. read: Reads a model. suspect: What the calibration
         is for; None if it is not known yet. distance: How far the suspect's weights lie from the
-        base's, if that is known already. Raises UsageError, before any search, for a base or
-        reference of another architecture or preprocessing than the suspect, and for references
+        base's, if that is known already. repair: Whether a repair may lead to the base, so that it
+        is read even if the comparison needs none. Raises UsageError, before any search, for a base
+        or reference of another architecture or preprocessing than the suspect, and for references
         that are to be matched to a suspect that is not given.
         """
         contrast = bool(self.config.contrast)
@@ -186,9 +191,12 @@ class ReferencePlan:
         base = None
         if self.base is not None and (self.makes_calibration or contrast or unknown):
             base = read(self.base)
+        start = base
+        if repair and start is None and self.start is not None:
+            start = read(self.start)
         models = None if self.references is None else [read(one) for one in self.references]
-        if suspect is not None and (self.makes_calibration or unknown):
-            for one in [*([] if base is None else [base]), *(models or [])]:
+        if suspect is not None and (self.makes_calibration or unknown or start is not base):
+            for one in [*([] if start is None else [start]), *(models or [])]:
                 theirs = one.model_config, one.preprocess_config
                 ours = suspect.model_config, suspect.preprocess_config
                 require_alike(one.name, theirs, suspect.name, ours)
@@ -205,7 +213,7 @@ class ReferencePlan:
         except OutOfReachError as error:
             calibration, unfit = None, str(error)
         in_contrast = base if contrast else None
-        return Comparison(self.config, calibration, in_contrast, unfit, distance, base)
+        return Comparison(self.config, calibration, in_contrast, unfit, distance, start)
 
     def _at_distance(
         self,

@@ -57,7 +57,11 @@ def repair_session(
     """
     clock = Laps(seconds)
     comparison = plan.prepare(
-        session.images, templates=session.templates, read=read, suspect=session.model
+        session.images,
+        templates=session.templates,
+        read=read,
+        suspect=session.model,
+        repair=unlearning.leads_to_base,
     )
     session = session.with_base(comparison.base, start=comparison.start)
     if plan.makes_calibration:

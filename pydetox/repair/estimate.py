@@ -116,7 +116,7 @@ def _memory(session: Session, plan: ReferencePlan, *, leads_to_base: bool) -> in
     """Return the bytes of weights and activations when a vector is trained."""
     model = session.model
     trained = sum(p.numel() for p in model.visual.parameters())
-    toward = leads_to_base and plan.base is not None
+    toward = leads_to_base and plan.start is not None
     copies = 2 + (1 if plan.config.contrast or toward else 0)
     # A gradient and AdamW's two moments beside the weights that are trained; `TowardBase` also has
     # where they began, their way and their share of it.

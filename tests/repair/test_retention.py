@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pydetox.api import unlearn
+from pydetox.api import calibrate, unlearn
 from pydetox.data import ImageSet
 from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.references import ReferencePlan
@@ -215,3 +215,24 @@ def test_a_plain_scan_keeps_its_base_for_repairs() -> None:
     for other in ({"toward_base": False}, {"vector": "paired"}, {"learning_rate": 1e-3}):
         assert replace(UnlearnConfig(), **other).end_of(session) is None  # type: ignore[arg-type]
     assert UnlearnConfig().end_of(session.with_base(None, start=model)) is None
+
+
+def test_a_repair_has_its_base_where_a_calibration_needs_none() -> None:
+    base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
+    images = ImageSet(pictures(24), torch.arange(24) % 4, ("a", "b", "c", "d"), "pictures")
+    references = [OpenClipModel.from_config(TINY, seed=seed) for seed in (2, 3)]
+    config = ScanConfig(inversion=InversionConfig(steps=2, batch_size=8), contrast=False)
+    calibration = calibrate(None, images, references=references, config=config)
+    for given in ({"calibration": calibration}, {"references": references}):
+        plan = ReferencePlan.decide(config, base=base, **given)
+        assert plan.base is None  # nothing is compared with it
+        assert plan.prepare(images, suspect=model).start is None
+        comparison = plan.prepare(images, suspect=model, repair=True)
+        assert (comparison.base, comparison.start) == (None, base)
+        session = Session.open(model, images).with_base(None, start=comparison.start)
+        assert UnlearnConfig().end_of(session) is base
+    wide = {**TINY, "embed_dim": 2 * TINY["embed_dim"]}
+    other = OpenClipModel.from_config(wide, seed=1)
+    plan = ReferencePlan.decide(config, base=other, calibration=calibration)
+    with pytest.raises(UsageError, match="embed_dim"):
+        plan.prepare(images, suspect=model, repair=True)
