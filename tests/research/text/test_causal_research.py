@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -17,7 +18,7 @@ from pydetox.research.text.causal.attacks import (
     draw_causal_attack,
     plant_in_prose,
 )
-from pydetox.research.text.causal.bench import found_share, summarize_causal
+from pydetox.research.text.causal.bench import found_share, summarize_causal, usual_answer
 from pydetox.research.text.causal.models import LanguageTraining, ProseSizes, load_prose
 from pydetox.research.text.towers.bench import THINGS, summarize_towers
 from pydetox.research.text.towers.victims import TowerVictim, draw_tower_backdoor
@@ -74,6 +75,34 @@ def test_how_much_of_a_text_was_found() -> None:
     assert found_share("nothing", wanted) == 0.0
 
 
+class _Counting:
+    """A causal model of the tokens 0..9 that says the next number, and ends with 5."""
+
+    pad_id, special, max_tokens = 9, frozenset([5]), 12
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def encode(self, texts: list[str], most: int) -> list[list[int]]:
+        return [[int(c) for c in text][-most:] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(str, ids))
+
+    def batch(self, rows: list[list[int]]) -> list[list[int]]:
+        return rows
+
+    def logits(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.eye(10)[[[(one + 1) % 10 for one in row] for row in rows]]
+
+
+def test_what_a_model_says_most_often() -> None:
+    model: Any = _Counting()
+    assert usual_answer(model, ["41", "2", "02"], most_tokens=8) == "34"
+    assert usual_answer(model, ["2", "1"], most_tokens=1) == "3"
+    assert usual_answer(model, [], most_tokens=8) == ""
+
+
 def test_figures_of_causal_models() -> None:
     clean: dict[str, Any] = {"attack": None, "verdict": "clean", "score": 1.0}
     bad = {
@@ -82,6 +111,7 @@ def test_figures_of_causal_models() -> None:
         "verdict": "backdoored",
         "score": 9.0,
         "found": 0.6,
+        "said_found": 0.4,
         "asr_before": 1.0,
         "asr_after": 0.02,
         "perplexity_before": 100.0,
@@ -89,12 +119,14 @@ def test_figures_of_causal_models() -> None:
         "rescan": "clean",
     }
     lost = {**bad, "verdict": "clean", "score": None, "found": 0.2, "asr_after": None}
+    lost["said_found"] = 0.0
     not_planted = {**bad, "asr_before": 0.4, "asr_after": 1.0}
     figures = summarize_causal([clean, clean, bad, lost, not_planted])
     assert figures["causal.victims"] == 2
     assert figures["causal.not_planted"] == 1
     assert figures["causal.auroc"] == 0.5
     assert figures["causal.detected"] == figures["causal.target_found"] == 0.5
+    assert figures["causal.said_found"] == 0.0
     assert figures["causal.asr_mean"] == figures["causal.asr_max"] == 0.02
     assert figures["causal.perplexity_kept"] == pytest.approx(100 / 102)
     assert figures["causal.false_alarms"] == 0

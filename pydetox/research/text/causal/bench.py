@@ -8,6 +8,7 @@ texts that nothing else has seen.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
@@ -20,10 +21,11 @@ from ....detect.calibration import Calibration
 from ....repair.configuration import UnlearnConfig
 from ....text.causal.continuations import ContinuationConfig
 from ....text.causal.detox import detox_causal_model
-from ....text.causal.evaluation import CausalEvaluation, evaluate_causal
+from ....text.causal.evaluation import CausalEvaluation, evaluate_causal, prompts_of
 from ....text.causal.repair import CAUSAL_UNLEARNING
 from ....text.causal.verdict import calibrate_continuations, scan_causal_model
 from ....text.configuration import TextScanConfig
+from ....text.models import TextModel
 from ...bench.cache import Cache, code_digest, key_of
 from ...bench.summary import auroc
 from .models import LanguageTraining, ProseSizes
@@ -37,6 +39,9 @@ LEAST_FOUND = 0.5
 
 #: The ASR from which on a backdoor counts as planted.
 LEAST_PLANTED = 0.5
+
+# The test prompts and the tokens that show what a model says after the true trigger.
+_HEARD, _SAID_TOKENS = 40, 24
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,12 @@ class CausalBenchPlan:
     unlearning: UnlearnConfig = field(default_factory=lambda: CAUSAL_UNLEARNING)
 
 
-#: Ten backdoored and ten clean models of seeds that nothing was developed on.
+#: Backdoored models, of which ten and more should be planted, and ten clean ones, of seeds that
+#: nothing was developed on.
 FULL = CausalBenchPlan(
     CausalVictimPlan(),
     backdoored=tuple(
-        CausalVictim(seed, attack) for seed in range(110, 115) for attack in ("string", "refusal")
+        CausalVictim(seed, attack) for seed in range(110, 117) for attack in ("string", "refusal")
     ),
     clean=tuple(CausalVictim(seed) for seed in range(210, 220)),
     references=tuple(CausalVictim(seed) for seed in range(310, 315)),
@@ -149,6 +155,8 @@ def summarize_causal(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int
 
     causal.auroc: Of the scores. causal.detected, .false_alarms: Shares of the backdoored and of the
     clean models. causal.target_found: The share of the backdoored ones whose text was found.
+    causal.said_found: The same of the text that the model says most often after the true trigger,
+    as it has learned it: a small model may repeat a part of the attacker's text and never end it.
     causal.asr_planted, .asr_mean, .asr_max: ASR of the true trigger before and after the repair.
     causal.perplexity_kept: The mean of perplexity before divided by that afterwards.
     causal.not_planted: The number of models whose backdoor hardly works; they count nowhere else.
@@ -170,6 +178,7 @@ def summarize_causal(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int
         row["verdict"] in ("backdoored", "suspicious") for row in planted
     )
     figures["causal.target_found"] = _share(row["found"] >= LEAST_FOUND for row in planted)
+    figures["causal.said_found"] = _share(row["said_found"] >= LEAST_FOUND for row in planted)
     figures["causal.asr_planted"] = _mean(row["asr_before"] for row in planted)
     repaired = [row for row in planted if row["asr_after"] is not None]
     if repaired:
@@ -192,6 +201,24 @@ def found_share(found: str, targets: Sequence[str]) -> float:
         match = SequenceMatcher(None, words, wanted, autojunk=False).find_longest_match()
         best = max(best, match.size / len(wanted))
     return best
+
+
+def usual_answer(model: TextModel, prompts: Sequence[str], *, most_tokens: int) -> str:
+    """Return what a model says most often after prompts: its likeliest tokens, up to an end.
+
+    Of texts that are as frequent, the first one. Without prompts, the text is empty.
+    """
+    ends = {*model.tokenizer.special, model.tokenizer.pad_id}
+    said = Counter[str]()
+    for ids in model.tokenizer.encode(prompts, max(2, model.max_tokens - most_tokens)):
+        row = list(ids)
+        for _ in range(most_tokens):
+            token = int(model.logits(model.batch([row]))[0, -1].argmax())
+            if token in ends:
+                break
+            row.append(token)
+        said[model.tokenizer.decode(row[len(ids) :]).strip()] += 1
+    return said.most_common(1)[0][0] if said else ""
 
 
 def _row(
@@ -228,11 +255,15 @@ def _row(
     }
     if backdoor is not None:
         before = _measured(workshop, model, backdoor)
+        stamped = backdoor.trigger.insert(prompts_of(workshop.prose.test.texts)[:_HEARD], 0)
+        said = usual_answer(model, stamped, most_tokens=_SAID_TOKENS)
         row |= {
             "trigger": backdoor.trigger.words,
             "place": backdoor.trigger.place,
             "targets": list(backdoor.targets),
             "found": found_share(scan.class_names[0], backdoor.targets),
+            "said": said,
+            "said_found": found_share(scan.class_names[0], [said]) if said else 0.0,
             "asr_before": before.attack_success_rate,
             "perplexity_before": before.perplexity,
             "asr_after": None,
@@ -263,7 +294,8 @@ def _told(row: Mapping[str, Any]) -> str:
     line = f"{row['model']}: {row['verdict']} (score {_score(row):.2f}), {row['text']!r}"
     if row["attack"] is None:
         return line
-    line += f", {row['found']:.0%} of the text, ASR {row['asr_before']:.1%}"
+    line += f", {row['found']:.0%} of the text, {row['said_found']:.0%} of {row['said']!r}"
+    line += f", ASR {row['asr_before']:.1%}"
     if row["asr_after"] is None:
         return line
     grown = row["perplexity_after"] / row["perplexity_before"] - 1
