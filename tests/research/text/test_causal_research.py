@@ -93,7 +93,7 @@ class _Counting:
         return rows
 
     def logits(self, rows: list[list[int]]) -> torch.Tensor:
-        return torch.eye(10)[[[(one + 1) % 10 for one in row] for row in rows]]
+        return torch.eye(10)[torch.tensor([[(one + 1) % 10 for one in row] for row in rows])]
 
 
 def test_what_a_model_says_most_often() -> None:
