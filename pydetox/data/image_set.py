@@ -54,6 +54,10 @@ class ImageSet:
                 f"{self.name}: images are {images.shape[2]}x{images.shape[3]} pixels; "
                 "expected a size above 0"
             )
+        if isinstance(self.class_names, str):
+            raise DataError(
+                f"{self.name}: class_names is {self.class_names!r:.60}; expected a tuple of names"
+            )
         if self.class_names is not None and len(self.class_names) == 0:
             raise DataError(f"{self.name}: the list of class names is empty")
         if labels is None:

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import DataError
 from .named_lists import imagenet_ids, named_class_names
+
+#: What tables hold where a row has no label: pandas, which open_clip reads them with, writes and
+#: reads these.
+MISSING = frozenset({"", "nan", "NaN", "<NA>", "NA", "N/A", "n/a", "null", "NULL", "None"})
+
+_NUMBER = re.compile(r"[+-]?(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+
+
+def labels_of_texts(
+    values: Sequence[str], class_names: Sequence[str] | None, source: str
+) -> list[int | str | None]:
+    """Return the labels that a column of texts means: all numbers, or all names of classes.
+
+    What is among the caller's names is a name. Otherwise missing labels become None, and whole
+    numbers (also `2.0` and `-1`) become integers if all labels are numbers. Raises DataError, which
+    names the source, where all are numbers and one is not whole.
+    """
+    known = set(class_names or ())
+    given = {value for value in values if value in known or value not in MISSING}
+    numbers = bool(given) and not given <= known and all(map(_NUMBER.fullmatch, given))
+    read: dict[str, int | str] = {}
+    for value in given:
+        if numbers and not float(value).is_integer():
+            raise DataError(
+                f"{source}: label {value!r}; expected whole numbers, or class_names with this name"
+            )
+        read[value] = int(float(value)) if numbers else value
+    return [read.get(value) for value in values]
 
 
 def labels_mean_nothing(
@@ -64,3 +96,17 @@ def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: s
                 "its label is not defined"
             )
     return [positions[name] for name in found]
+
+
+def refuse_outside(
+    labels: NDArray[np.int64], class_names: Sequence[str] | None, source: str
+) -> None:
+    """Raise DataError, which names the source, for a label below 0 or without a class name."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise DataError(f"{source}: label {low}; expected class indices from 0")
+    if class_names is not None and high >= len(class_names):
+        raise DataError(
+            f"{source}: label {high}, but there are only {len(class_names)} class names "
+            f"(labels 0..{len(class_names) - 1})"
+        )

@@ -21,7 +21,7 @@ from .fashion_mnist import (
 from .folder import load_image_folder
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
-from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
+from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES, given_names
 from .npz import load_npz
 from .objects import ImageData, rows_of
 from .resize import Resizing
@@ -116,20 +116,24 @@ def load_images(
               `ImageSet.report` says so. Pickled content is never loaded.
             - A `.csv` or `.tsv` file whose first line names the columns: one with paths (`filepath`
               as in open_clip's training tables, `path`, ...) and, if known, one with classes
-              (`label`, `class`, or `title` with class names).
+              (`label`, `class`, or `title` with class names). Empty fields and `nan` are missing
+              labels.
             - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`).
               Nothing is extracted. Compressed archives are refused.
             - A `.parquet` file of Hugging Face's datasets, or a folder of them. This needs pyarrow.
             - A data set of torchvision that lies in a folder: `cifar10=FOLDER` for its training
               part and `cifar10-test=FOLDER` for its test part, and so on.
             - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or
-              a mapping with `images` and `labels`. Images of any size are scaled.
-            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone or in pairs
-              with labels.
+              a mapping with `images` and `labels`. Images of any size are scaled. An array of three
+              dimensions that may be one colour picture is refused.
+            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone, in pairs
+              with labels, or as a pair with the list of labels. All pictures of a set that are
+              floats have one scale, [0, 1] or whole numbers in 0..255.
             - A data set of torch (such as those of torchvision) or of Hugging Face: anything with a
               length whose rows are pictures, pairs of picture and label, or mappings with `image`
               and `label`. It must not normalise its images. Its class names are read from
-              `classes`, or from the features of its label column.
+              `classes`, or from the features of its label column. The labels of its rows count; an
+              attribute `targets` or `labels` serves where they have none.
         image_size: The height and width in pixels that the model takes.
         max_images: The size of a stratified random sample; None for all images.
         class_names: The classes, in the order that defines the labels. Class names in the data are
@@ -167,7 +171,7 @@ def load_images(
         raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
-    names = None if class_names is None else tuple(class_names)
+    names = given_names(class_names)
     if isinstance(spec, ImageSet):
         return _of_image_set(spec, names, image_size, max_images, seed)
     rows = rows_of_files(spec, names) if isinstance(spec, str | Path) else rows_of(spec)

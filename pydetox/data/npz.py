@@ -18,6 +18,7 @@ from .npz_arrays import (
     Chosen,
     choose_arrays,
     largest_value,
+    refuse_single,
     to_channels_first,
     to_labels,
     to_names,
@@ -53,6 +54,7 @@ def load_npz(
         report.notes.append(note)
     if strict:
         report.refuse()
+    refuse_single(arrays[chosen.images].shape, chosen.labels is not None, str(path))
     images = to_channels_first(arrays[chosen.images], path)
     white = largest_value(images, path)
     labels = to_labels(_of(arrays, chosen.labels), len(images), path)

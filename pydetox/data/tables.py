@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .labels import labels_of_texts
 from .lines import lines_of
 from .objects import IMAGE_KEYS, LABEL_KEYS
 from .report import ImageReport
@@ -40,7 +41,10 @@ def rows_of_table(path: Path, class_names: Sequence[str] | None) -> Rows:
     lines = _read_lines(path)
     header = lines[0] if lines else ""
     separator = max(_SEPARATORS, key=lambda one: (header.count(one), -_SEPARATORS.index(one)))
-    table = list(csv.reader(lines, delimiter=separator))
+    try:
+        table = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table: {error}") from None
     columns = [name.strip().lower() for name in table[0]] if table else []
     where = next((name for name in _PATHS if name in columns), None)
     if where is None:
@@ -91,7 +95,7 @@ def _table_labels(
     class_names: Sequence[str] | None,
     report: ImageReport,
 ) -> list[Any] | None:
-    """Return the classes of a table's rows, as names or as numbers; None if it has none."""
+    """Return the class of each row, by name or number, None for none; None if there are none."""
     column = next((name for name in _CLASSES if name in columns), None)
     caption = next((name for name in _CAPTIONS if name in columns), None)
     if column is None and caption is None:
@@ -106,10 +110,7 @@ def _table_labels(
                 "and none of them counts as a class"
             )
             return None
-    numbers = all(value.isascii() and value.isdigit() for value in values)
-    if numbers and not (class_names is not None and set(values) <= set(class_names)):
-        return [int(value) for value in values]
-    return values
+    return labels_of_texts(values, class_names, report.name)
 
 
 def _find_file(folder: Path, name: str) -> Path | None:

@@ -75,7 +75,7 @@ def test_names_without_labels_and_labels_without_names(tmp_path: Path) -> None:
     path = write(tmp_path, images=COLOUR, class_names=np.array(["ape", "bee"]))
     assert load_images(path, image_size=8).class_names == ("ape", "bee")
     path = write(tmp_path, images=COLOUR, labels=LABELS)
-    assert load_images(path, image_size=8, class_names="xyz").class_names == ("x", "y", "z")
+    assert load_images(path, image_size=8, class_names=list("xyz")).class_names == ("x", "y", "z")
     with pytest.raises(DataError, match="label 2, but there are only 2 class names"):
         load_images(path, image_size=8, class_names=("x", "y"))
 

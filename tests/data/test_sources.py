@@ -86,6 +86,37 @@ def test_tables_with_faults(tmp_path: Path, files: list[Path]) -> None:
             load_images(write(tmp_path / "b.csv", lines), image_size=SIZE)
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "found"),
+    [
+        (["0.0", "1.0", "2.0"], None, ([0, 1, 2], None)),
+        (["0", "", "2"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
+        (["cat", "nan", "dog"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
+        (["cat", "nan", "dog"], ("nan", "cat", "dog"), ([1, 0, 2], ("nan", "cat", "dog"))),
+        (["", "", ""], None, (None, None)),
+        (["-1", "-1", "-1"], None, (None, None)),
+        (["0", "-1", "1"], None, r"a\.csv: label -1; expected class indices from 0"),
+        (["0.5", "1", "2"], None, r"a\.csv: label '0\.5'; expected whole numbers"),
+        (["0.5", "1", "2"], ("1", "0.5", "2"), ([1, 0, 2], ("1", "0.5", "2"))),
+        ([' "a b"', ' "a, c"', " d"], None, ([0, 1, 2], ("a b", "a, c", "d"))),
+        (["0", "1", "3"], NAMES, r"a\.csv: label 3, but there are only 3 class names"),
+        (["1", "0", "1"], ("1", "0"), ([0, 1, 0], ("1", "0"))),
+    ],
+)
+def test_labels_in_a_table(
+    tmp_path: Path, files: list[Path], labels: list[str], names: Any, found: Any
+) -> None:
+    rows = [f"pics/{k}.png,{label}" for k, label in enumerate(labels)]
+    table = write(tmp_path / "a.csv", ["path,label", *rows])
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            load_images(table, image_size=SIZE, class_names=names)
+        return
+    read = load_images(table, image_size=SIZE, class_names=names)
+    assert (None if read.labels is None else read.labels.tolist()) == found[0]
+    assert read.class_names == found[1]
+
+
 def add(archive: tarfile.TarFile, name: str, data: bytes, **changes: Any) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
