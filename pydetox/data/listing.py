@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .labels import index_of_names, labels_mean_nothing
+from .parts import PARTS
 from .report import ImageReport
 
 #: Files with other endings are not read.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 #: Endings of photographs and drawings that Pillow does not read, or only with what is not there.
 _OTHER_IMAGES = re.compile(
-    r"\.(heic|heif|hif|avif|jxl|jp2|j2k|svg|psd|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr)$"
+    r"\.(heic|heif|hif|avif|jxl|jp2|j2k|svg|psd|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr"
+    r"|apng|dib|eps|icns|ico|jpc|jpf|jpx|mpo|pcx|pfm|sgi|tga|xbm|xpm)$"
 )
 
 #: Folders that systems and programs make beside people's images, in small letters.
@@ -37,11 +42,6 @@ _SYSTEM_FOLDERS = frozenset(
         "lost+found",
         "system volume information",
     }
-)
-
-#: Parts of a data set, which people keep in folders as they keep classes.
-_PARTS = frozenset(
-    {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 )
 
 
@@ -118,6 +118,11 @@ def list_images(
     return Listing(paths, np.asarray(labels, dtype=np.int64), names, report)
 
 
+def holds_images(folder: Path) -> bool:
+    """Return whether a folder itself holds a file that is an image by its name."""
+    return any(p.name.lower().endswith(IMAGE_SUFFIXES) for p in folder.iterdir())
+
+
 class _Walk:
     """Looks through a folder and notes what is left out."""
 
@@ -192,7 +197,7 @@ class _Walk:
 
 
 def _refuse_parts(directory: Path, found: Sequence[str], class_names: Sequence[str] | None) -> None:
-    if class_names is None and all(name.lower() in _PARTS for name in found):
+    if class_names is None and all(name.lower() in PARTS for name in found):
         raise DataError(
             f"{directory}: its folders are the parts of a data set ({', '.join(found)}), not "
             f"classes; name one of them, such as {directory / found[-1]}"

@@ -26,7 +26,7 @@ from .npz import load_npz
 from .objects import ImageData, rows_of
 from .resize import Resizing
 from .rows import Rows, read_rows
-from .shards import files_in, rows_of_shards, shards_of
+from .shards import files_of, rows_of_shards, shards_of
 from .tables import PARQUET_SUFFIX, TABLE_SUFFIXES, rows_of_parquet, rows_of_table
 from .torchvision_sets import is_name, torchvision_rows
 
@@ -58,8 +58,8 @@ def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows
         return torchvision_rows(source, Path(root))
     shards = shards_of(str(spec))
     if shards is not None:
-        return rows_of_shards(shards)
-    parquet = parquet_files(Path(spec))
+        return rows_of_shards(shards, class_names)
+    parquet = parquet_files(str(spec))
     if parquet is not None:
         return rows_of_parquet(parquet)
     if Path(spec).suffix.lower() in TABLE_SUFFIXES and Path(spec).is_file():
@@ -67,11 +67,9 @@ def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows
     return None
 
 
-def parquet_files(path: Path) -> list[Path] | None:
-    """Return a parquet file, or those of a folder that holds some; None for anything else."""
-    if path.is_dir():
-        return files_in(path, PARQUET_SUFFIX) or None
-    return [path] if path.suffix == PARQUET_SUFFIX and path.is_file() else None
+def parquet_files(spec: str) -> list[Path] | None:
+    """Return the parquet files that a name means, as `files_of`; None for anything else."""
+    return files_of(spec, PARQUET_SUFFIX)
 
 
 def load_images(
@@ -118,9 +116,11 @@ def load_images(
               as in open_clip's training tables, `path`, ...) and, if known, one with classes
               (`label`, `class`, or `title` with class names). Empty fields and `nan` are missing
               labels.
-            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`).
-              Nothing is extracted. Compressed archives are refused.
-            - A `.parquet` file of Hugging Face's datasets, or a folder of them. This needs pyarrow.
+            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`,
+              `test-*.tar`). Nothing is extracted. Compressed archives are refused.
+            - A `.parquet` file of Hugging Face's datasets, a folder of them, or a pattern. This
+              needs pyarrow. A folder of several parts of a data set (`train-0.parquet`,
+              `test-0.parquet`; the same for shards) is refused.
             - A data set of torchvision that lies in a folder: `cifar10=FOLDER` for its training
               part and `cifar10-test=FOLDER` for its test part, and so on.
             - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or

@@ -154,8 +154,23 @@ def rows_of_parquet(paths: Sequence[Path]) -> Rows:
         )
     named = [n for n in columns if features.get(n, {}).get("_type") == "ClassLabel"]
     label = next((n for n in [*named, *LABEL_KEYS] if n in columns), None)
-    names = features.get(label or "", {}).get("names")
-    if names is not None and not all(isinstance(one, str) for one in names):
+    for path, file in zip(paths, files, strict=True):
+        other = file.schema_arrow
+        lacking = [n for n in (image, label) if n is not None and n not in other.names]
+        if lacking:
+            raise DataError(
+                f"{path}: has no column {lacking[0]!r}, and {paths[0]} has one; expected files of "
+                "one data set"
+            )
+        if label is not None and _names_of(other, label) != _names_of(schema, label):
+            raise DataError(
+                f"{path}: its class names are others than those of {paths[0]}; expected files of "
+                "one data set"
+            )
+    names = None if label is None else _names_of(schema, label)
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(one, str) for one in names)
+    ):
         raise DataError(f"{paths[0]}: its metadata has class names that are no text")
     labels: list[Any] | None = None
     if label is not None:
@@ -203,6 +218,11 @@ def rows_of_parquet(paths: Sequence[Path]) -> Rows:
         None if names is None else tuple(names),
         prefetch=prefetch,
     )
+
+
+def _names_of(schema: Any, label: str) -> Any:
+    """Return the class names that the metadata of a parquet file hold, unchecked, or None."""
+    return _features(schema.metadata or {}).get(label, {}).get("names")
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
