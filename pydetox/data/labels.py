@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import DataError
 from .named_lists import imagenet_ids, named_class_names
@@ -47,9 +46,12 @@ def labels_mean_nothing(
 
     That is so where nobody needs labels and no class of the data is among the wanted ones: a folder
     of photos that happens to have sub-folders. If some are among them the sub-folders are classes,
-    and one that is not among them is more likely to be misspelt.
+    and one that is not among them is more likely to be misspelt. The same holds for names that
+    differ from a wanted one in case, spaces and underscores alone.
     """
     if labels_required or wanted is None or set(found) & set(wanted):
+        return False
+    if {_reads(name) for name in found} & {_reads(name) for name in wanted}:
         return False
     return imagenet_order(found, wanted) is None
 
@@ -89,6 +91,7 @@ def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: s
             )
             raise DataError(
                 f"{source}: class {name!r} is not one of the {len(wanted)} class names ({shown})"
+                f"{_did_you_mean(name, wanted)}"
             )
         if name in repeated:
             raise DataError(
@@ -98,15 +101,14 @@ def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: s
     return [positions[name] for name in found]
 
 
-def refuse_outside(
-    labels: NDArray[np.int64], class_names: Sequence[str] | None, source: str
-) -> None:
-    """Raise DataError, which names the source, for a label below 0 or without a class name."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0:
-        raise DataError(f"{source}: label {low}; expected class indices from 0")
-    if class_names is not None and high >= len(class_names):
-        raise DataError(
-            f"{source}: label {high}, but there are only {len(class_names)} class names "
-            f"(labels 0..{len(class_names) - 1})"
-        )
+def _reads(name: str) -> str:
+    """Return how a name reads, without case, underscores and hyphens."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(re.split(r"[\s_-]+", plain.strip()))
+
+
+def _did_you_mean(name: str, wanted: Sequence[str]) -> str:
+    """Return the end of a message that names the class that may be meant; empty for none."""
+    forms = {_reads(one): one for one in wanted}
+    close = difflib.get_close_matches(_reads(name), list(forms), n=1, cutoff=0.75)
+    return f"; did you mean {forms[close[0]]!r}? names must be equal" if close else ""

@@ -108,8 +108,8 @@ def load_images(
               images, and circular links.
             - A `.npz` file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1,
               3 or 4 channels; whole numbers in 0..255, or floats in [0, 1]). It may also have
-              `labels` (whole numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or
-              bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
+              `labels` (whole numbers or names, [N] or [N, 1], or one-hot [N, C]) and `class_names`
+              (text or bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
               `test_images`, ...); the test part comes first. Other arrays are not read, and
               `ImageSet.report` says so. Pickled content is never loaded.
             - A `.csv` or `.tsv` file whose first line names the columns: one with paths (`filepath`
@@ -137,8 +137,8 @@ def load_images(
         image_size: The height and width in pixels that the model takes.
         max_images: The size of a stratified random sample; None for all images.
         class_names: The classes, in the order that defines the labels. Class names in the data are
-            matched by name, and folders 0, 1, 2, ... by number. A class that is not in the list is
-            an error. None to use the names in the data.
+            matched by name, and folders 0, 1, 2, ... (also 00000, 00001, ...) by number. A class
+            that is not in the list is an error. None to use the names in the data.
         interpolation: How images are scaled: "nearest", "bilinear", "bicubic" or "lanczos".
         resize_mode: How an image becomes square. "shortest" scales its shorter side and crops,
             "longest" scales its longer side and pads with the grey `fill_color` (0..255), and
@@ -226,6 +226,11 @@ def load_images(
             f"{_FILES}{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
+        if path.suffix.lower() == ".npy":
+            raise DataError(
+                f"{path}: a .npy file is not read; save the array as .npz, with "
+                "numpy.savez(file, images=array)"
+            )
         packed = " (unpack it, and name the folder)" if _PACKED.search(path.name.lower()) else ""
         raise DataError(
             f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder, '

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
-from .labels import index_of_names, labels_mean_nothing, refuse_outside
+from .labels import index_of_names, labels_mean_nothing
 from .npz_arrays import largest_value, refuse_normalised, to_channels_first, to_uint8
 from .report import ImageReport
 from .resize import MAX_PIXELS, Resizing, refuse_too_large
@@ -148,8 +148,6 @@ def read_rows(
         labels_required=labels_required,
         call=lambda k: rows.call(order[good[k]]),
     )
-    if found is not None:
-        refuse_outside(found, names, rows.name)
     report.images, report.resizing = len(good), resizing
     report.classes = None if found is None else len(np.unique(found))
     return ImageSet(
