@@ -46,3 +46,16 @@ def refuse_parts_in_files(files: Sequence[Path], source: str) -> None:
         f"{source}: its files are the parts of a data set ({', '.join(found)}), not one set; name "
         f"one of them, such as {one}"
     )
+
+
+def refuse_parts(values: Sequence[str], source: str) -> None:
+    """Raise DataError for a column that puts rows into several parts of a data set.
+
+    source: The file and the column, for the message.
+    """
+    found = {value.lower() for value in values}
+    if found <= PARTS and len({_PART_OF[value] for value in found}) > 1:
+        raise DataError(
+            f"{source}: its rows are of several parts of a data set ({', '.join(sorted(found))}), "
+            "not one set; save the rows of one part as a table of their own"
+        )

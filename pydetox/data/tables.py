@@ -14,6 +14,7 @@ from ..errors import DataError
 from .labels import labels_of_texts
 from .lines import lines_of
 from .objects import IMAGE_KEYS, LABEL_KEYS
+from .parts import refuse_parts
 from .report import ImageReport
 from .rows import Rows
 
@@ -24,6 +25,7 @@ PARQUET_SUFFIX = ".parquet"
 _PATHS = ("filepath", "path", "file_path", "image_path", "filename", "file_name", "file", "image")
 _CLASSES = (*LABEL_KEYS, "class_name", "classname", "label_name")
 _CAPTIONS = ("title", "caption", "text")
+_SPLITS = ("split", "subset", "partition", "set")
 _SEPARATORS = "\t,;|"
 _MOST_ROWS = 50_000_000
 
@@ -42,7 +44,9 @@ def rows_of_table(path: Path, class_names: Sequence[str] | None) -> Rows:
     header = lines[0] if lines else ""
     separator = max(_SEPARATORS, key=lambda one: (header.count(one), -_SEPARATORS.index(one)))
     try:
-        table = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+        # With their ends, which belong to a name that has several lines.
+        ended = [f"{line}\n" for line in lines]
+        table = list(csv.reader(ended, delimiter=separator, skipinitialspace=True))
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from None
     columns = [name.strip().lower() for name in table[0]] if table else []
@@ -59,6 +63,8 @@ def rows_of_table(path: Path, class_names: Sequence[str] | None) -> Rows:
         raise DataError(
             f"{path}, row {short}: {len(body[short - 2])} columns; expected {len(columns)}"
         )
+    for name in (name for name in _SPLITS if name in columns):
+        refuse_parts([row[columns.index(name)].strip() for row in body], f"{path}, column {name!r}")
     report = ImageReport(str(path))
     labels = _table_labels(columns, body, class_names, report)
     files = [row[place].strip() for row in body]

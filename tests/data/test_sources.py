@@ -117,6 +117,17 @@ def test_labels_in_a_table(
     assert read.class_names == found[1]
 
 
+def test_parts_and_lines_in_a_table(tmp_path: Path, files: list[Path]) -> None:
+    rows = [f"{p},{k % 3},{'Train' if k < 3 else 'test'}" for k, p in enumerate(files)]
+    with pytest.raises(DataError, match=r"a\.csv, column 'split': .* \(test, train\), not one set"):
+        load_images(write(tmp_path / "a.csv", ["path,label,split", *rows]), image_size=SIZE)
+    found = load_images(write(tmp_path / "a.csv", ["path,label,split", *rows[:3]]), image_size=SIZE)
+    assert len(found) == 3
+    rows = [f'{p},"of two\nlines"' for p in files]
+    found = load_images(write(tmp_path / "a.csv", ["path,label", *rows]), image_size=SIZE)
+    assert found.class_names == ("of two\nlines",)
+
+
 def add(archive: tarfile.TarFile, name: str, data: bytes, **changes: Any) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
