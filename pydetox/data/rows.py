@@ -211,6 +211,10 @@ def white_of(images: NDArray[Any], name: str) -> int | None:
     """
     if images.dtype.kind != "f" or images.size == 0:
         return None
+    if images.ndim == 4 and images.shape[3] == 4:  # alpha is dropped, whatever its scale is
+        images = images[..., :3]
+    elif images.ndim == 4 and images.shape[1] == 4:
+        images = images[:, :3]
     refuse_normalised(images, name)
     return largest_value(images, Path(name))
 

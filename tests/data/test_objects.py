@@ -220,6 +220,15 @@ def test_the_scale_of_floats_is_that_of_all_pictures(tmp_path: Path, make: Any) 
     assert torch.equal(load_images(make(plain), image_size=SIZE).images, truth.images)
 
 
+def test_the_scale_of_alpha_does_not_count(tmp_path: Path) -> None:
+    alpha = np.full((6, SIZE, SIZE, 1), 0.5, np.float32)
+    images = np.concatenate([dark_first(), alpha], axis=3)
+    np.savez(tmp_path / "a.npz", images=images)
+    truth = load_images(tmp_path / "a.npz", image_size=SIZE)
+    for data in (images, images.transpose(0, 3, 1, 2), torch.from_numpy(images)):
+        assert torch.equal(load_images(data, image_size=SIZE).images, truth.images)
+
+
 def test_pictures_of_both_scales_are_refused() -> None:
     mixed = dark_first()
     mixed[2] /= 255
