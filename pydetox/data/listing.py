@@ -96,7 +96,7 @@ def list_images(
         _refuse_wrapper(directory, filled, class_names, labels_required=labels_required)
         unlabelled = [path for _, paths in inside for path in paths]
         if not unlabelled:
-            raise DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}")
+            raise _without_images(directory, folders, report)
         return Listing(unlabelled, None, class_names, report)
     _refuse_parts(directory, found, class_names)
     _refuse_twins(directory, found, class_names)
@@ -107,7 +107,7 @@ def list_images(
             report.leave_out("without an image that is read, and no class here", name)
     kept = [name for name in found if members[name]]
     if not kept:
-        raise DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}")
+        raise _without_images(directory, folders, report)
     filled = [folder for folder, name in zip(folders, found, strict=True) if members[name]]
     _refuse_wrapper(directory, filled, class_names, labels_required=labels_required)
     if class_names is None and all(map(_is_number, kept)):
@@ -310,3 +310,13 @@ def _numbered(found: Sequence[str], class_names: Sequence[str] | None) -> bool:
 def _left_out_hint(report: ImageReport) -> str:
     line = report.line()
     return "" if line is None else f" ({line.partition('; ')[2]})"
+
+
+def _without_images(directory: Path, folders: Sequence[Path], report: ImageReport) -> DataError:
+    """Return the error for folders without images; it names shards or parquet files in them."""
+    hint = ""
+    for folder in folders:
+        for suffix in (".parquet", ".tar"):
+            if not hint and next(folder.glob(f"*{suffix}"), None) is not None:
+                hint = f"; {folder.name} holds {suffix} files: name {folder}"
+    return DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}{hint}")

@@ -272,6 +272,13 @@ def test_files_beside_class_folders(tmp_path: Path) -> None:
     assert len(load_images(tmp_path / "backup.tar", image_size=SIZE)) == 6
 
 
+def test_a_folder_around_shards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shard(tmp_path / "data" / "0.tar")
+    with pytest.raises(DataError, match=r"zero images .*; data holds \.tar files: name /.*data$"):
+        load_images(tmp_path, image_size=SIZE)
+
+
 def test_parquet_files_of_different_sets(tmp_path: Path) -> None:
     parquet_of(tmp_path / "0.parquet")
     parquet_of(tmp_path / "1.parquet", names=("owl", "cat", "dog"))
