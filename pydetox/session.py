@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, load_checkpoint
 from .data import DEFAULT_TEMPLATES, ImageData, ImageSet, Template, default_templates, load_images
+from .data.names import given_templates
 from .errors import ArchitectureError, DataError, PydetoxWarning, UsageError
 from .evaluation import Evaluation, Stamp, evaluate, predict
 from .models import OpenClipModel
@@ -140,7 +141,7 @@ class Session:
         return cls(
             model,
             images.in_content_order(),
-            tuple(templates or default_templates(data)),
+            default_templates(data) if not templates else given_templates(templates),
             base,
             tuple(notes),
             base,

@@ -50,6 +50,18 @@ def test_classes_by_index_and_by_name() -> None:
     assert bare.evaluate() is None
 
 
+def test_one_text_is_no_list_of_names_or_prompts() -> None:
+    model, data = mini_model(), coloured(6)
+    with pytest.raises(DataError, match=r"class_names is 'names\.txt'; expected a list"):
+        Session.open(model, data, class_names="names.txt")
+    with pytest.raises(DataError, match=r"templates is 'a \{\}'; expected a list"):
+        Session.open(model, data, templates="a {}")
+    with pytest.raises(DataError, match="class_names is 'cat'; expected a list"):
+        model.zero_shot_head("cat", TEMPLATES)
+    with pytest.raises(DataError, match=r"templates is 'a \{\}'; expected a list"):
+        model.zero_shot_head(CLASS_NAMES, "a {}")
+
+
 def test_shares_of_a_base_need_one_and_add_up() -> None:
     session = Session.open(mini_model(), coloured(30), templates=TEMPLATES)
     with pytest.raises(UsageError, match="give base="):

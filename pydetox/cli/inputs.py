@@ -239,7 +239,7 @@ def read_triggers(
         )
     chosen = file.select(target)
     name = target if target is not None else file.targets[chosen[0]]
-    index = class_index(str(name), images.class_names, images.name)
+    index = class_index(str(name), images.class_names, images.source)
     return index, [file.trigger(k) for k in chosen]
 
 
@@ -247,7 +247,7 @@ def require_labels(images: ImageSet) -> None:
     """Raise DataError for images that no accuracy can be measured on."""
     if images.labels is None:
         raise DataError(
-            f"{images.name}: no labels; accuracy cannot be measured without them: put the images "
+            f"{images.source}: no labels; accuracy cannot be measured without them: put the images "
             "into one folder per class (a scan and a repair need no labels)"
         )
 
@@ -255,5 +255,5 @@ def require_labels(images: ImageSet) -> None:
 def require_class_names(images: ImageSet) -> tuple[str, ...]:
     """Return the class names of the images; DataError if they have none."""
     if not images.class_names:
-        raise DataError(f"{images.name}: no class names; give some with class_names=")
+        raise DataError(f"{images.source}: no class names; give some with class_names=")
     return images.class_names

@@ -253,7 +253,7 @@ def _invert(
         )
         return found, [None]
     known = require_class_names(images)
-    chosen = [class_index(t, known, images.name) for t in targets] or list(range(len(known)))
+    chosen = [class_index(t, known, images.source) for t in targets] or list(range(len(known)))
     head = model.zero_shot_head(known, inputs.prompts)
     wanted = [index for index in chosen for _ in range(restarts)]
     goal = TargetObjective(head, wanted, model.logit_scale)

@@ -111,7 +111,7 @@ def command(
     if trigger is not None:
         index, stamps = read_triggers(trigger, target, images)
     else:
-        index = class_index(str(target), names, images.name)
+        index = class_index(str(target), names, images.source)
         search = ScanConfig(inversion=inversion_config(given), seed=given["seed"])
         found = recover_triggers(model, images, index, templates=inputs.prompts, config=search)
         order = [int(k) for k in found.p_l1.argsort()]

@@ -44,38 +44,47 @@ class ImageSet:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DataError(
-                f"{self.name}: images are {images.dtype} {list(images.shape)}; "
+                f"{self.source}: images are {images.dtype} {list(images.shape)}; "
                 "expected torch.uint8 [N, 3, H, W]"
             )
         if images.shape[0] == 0:
-            raise DataError(f"{self.name}: zero images; expected at least one")
+            raise DataError(f"{self.source}: zero images; expected at least one")
         if images.shape[2] == 0 or images.shape[3] == 0:
             raise DataError(
-                f"{self.name}: images are {images.shape[2]}x{images.shape[3]} pixels; "
+                f"{self.source}: images are {images.shape[2]}x{images.shape[3]} pixels; "
                 "expected a size above 0"
             )
+        if isinstance(self.class_names, str):
+            raise DataError(
+                f"{self.source}: class_names is {self.class_names!r:.60}; expected a tuple of names"
+            )
         if self.class_names is not None and len(self.class_names) == 0:
-            raise DataError(f"{self.name}: the list of class names is empty")
+            raise DataError(f"{self.source}: the list of class names is empty")
         if labels is None:
             return
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise DataError(
-                f"{self.name}: labels are {labels.dtype} {list(labels.shape)}; "
+                f"{self.source}: labels are {labels.dtype} {list(labels.shape)}; "
                 "expected torch.int64 [N]"
             )
         if labels.shape[0] != images.shape[0]:
-            raise DataError(f"{self.name}: {images.shape[0]} images but {labels.shape[0]} labels")
+            raise DataError(f"{self.source}: {images.shape[0]} images but {labels.shape[0]} labels")
         low, high = int(labels.min()), int(labels.max())
         if low < 0:
-            raise DataError(f"{self.name}: label {low}; expected class indices from 0")
+            raise DataError(f"{self.source}: label {low}; expected class indices from 0")
         if self.class_names is not None and high >= len(self.class_names):
             raise DataError(
-                f"{self.name}: label {high}, but there are only {len(self.class_names)} "
+                f"{self.source}: label {high}, but there are only {len(self.class_names)} "
                 f"class names (labels 0..{len(self.class_names) - 1})"
             )
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
+
+    @property
+    def source(self) -> str:
+        """The folder or file that was read, for messages; the name where none was."""
+        return self.name if self.report is None else self.report.name
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from ..errors import DataError
 from .named_lists import imagenet_ids, named_class_names
+
+#: What tables hold where a row has no label: pandas, which open_clip reads them with, writes and
+#: reads these.
+MISSING = frozenset({"", "nan", "NaN", "<NA>", "NA", "N/A", "n/a", "null", "NULL", "None"})
+
+_NUMBER = re.compile(r"[+-]?(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+
+
+def labels_of_texts(
+    values: Sequence[str], class_names: Sequence[str] | None, source: str
+) -> list[int | str | None]:
+    """Return the labels that a column of texts means: all numbers, or all names of classes.
+
+    What is among the caller's names is a name. Otherwise missing labels become None, and whole
+    numbers (also `2.0` and `-1`) become integers if all labels are numbers. Raises DataError, which
+    names the source, where all are numbers and one is not whole.
+    """
+    known = set(class_names or ())
+    given = {value for value in values if value in known or value not in MISSING}
+    numbers = bool(given) and not given <= known and all(map(_NUMBER.fullmatch, given))
+    read: dict[str, int | str] = {}
+    for value in given:
+        if numbers and not float(value).is_integer():
+            raise DataError(
+                f"{source}: label {value!r}; expected whole numbers, or class_names with this name"
+            )
+        read[value] = int(float(value)) if numbers else value
+    return [read.get(value) for value in values]
 
 
 def labels_mean_nothing(
@@ -15,9 +46,12 @@ def labels_mean_nothing(
 
     That is so where nobody needs labels and no class of the data is among the wanted ones: a folder
     of photos that happens to have sub-folders. If some are among them the sub-folders are classes,
-    and one that is not among them is more likely to be misspelt.
+    and one that is not among them is more likely to be misspelt. The same holds for names that
+    differ from a wanted one in case, spaces and underscores alone.
     """
     if labels_required or wanted is None or set(found) & set(wanted):
+        return False
+    if {_reads(name) for name in found} & {_reads(name) for name in wanted}:
         return False
     return imagenet_order(found, wanted) is None
 
@@ -57,6 +91,7 @@ def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: s
             )
             raise DataError(
                 f"{source}: class {name!r} is not one of the {len(wanted)} class names ({shown})"
+                f"{_did_you_mean(name, wanted)}"
             )
         if name in repeated:
             raise DataError(
@@ -64,3 +99,16 @@ def index_of_names(found: Sequence[str], wanted: Sequence[str] | None, source: s
                 "its label is not defined"
             )
     return [positions[name] for name in found]
+
+
+def _reads(name: str) -> str:
+    """Return how a name reads, without case, underscores and hyphens."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(re.split(r"[\s_-]+", plain.strip()))
+
+
+def _did_you_mean(name: str, wanted: Sequence[str]) -> str:
+    """Return the end of a message that names the class that may be meant; empty for none."""
+    forms = {_reads(one): one for one in wanted}
+    close = difflib.get_close_matches(_reads(name), list(forms), n=1, cutoff=0.75)
+    return f"; did you mean {forms[close[0]]!r}? names must be equal" if close else ""

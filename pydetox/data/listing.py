@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .labels import index_of_names, labels_mean_nothing
+from .parts import PARTS
 from .report import ImageReport
 
 #: Files with other endings are not read.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 #: Endings of photographs and drawings that Pillow does not read, or only with what is not there.
 _OTHER_IMAGES = re.compile(
-    r"\.(heic|heif|hif|avif|jxl|jp2|j2k|svg|psd|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr)$"
+    r"\.(heic|heif|hif|avif|jxl|jp2|j2k|svg|psd|dng|cr2|cr3|nef|arw|orf|rw2|raf|exr|hdr"
+    r"|apng|dib|eps|icns|ico|jpc|jpf|jpx|mpo|pcx|pfm|sgi|tga|xbm|xpm)$"
 )
 
 #: Folders that systems and programs make beside people's images, in small letters.
@@ -37,11 +42,6 @@ _SYSTEM_FOLDERS = frozenset(
         "lost+found",
         "system volume information",
     }
-)
-
-#: Parts of a data set, which people keep in folders as they keep classes.
-_PARTS = frozenset(
-    {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 )
 
 
@@ -66,6 +66,7 @@ def list_images(
     directory: Path, class_names: tuple[str, ...] | None, *, labels_required: bool
 ) -> Listing:
     """List the images of a folder; see `pydetox.data.load_images` for arguments and errors."""
+    _refuse_saved(directory)
     report = ImageReport(str(directory))
     walk = _Walk(directory, report)
     folders, flat = walk.top()
@@ -86,12 +87,16 @@ def list_images(
         report.leave_out("beside the class folders", path.name)
 
     found = tuple(unicodedata.normalize("NFC", folder.name) for folder in folders)
+    _refuse_other_numbers(directory, found, class_names)
     if labels_mean_nothing(found, class_names, labels_required=labels_required) and not _numbered(
         found, class_names
     ):
-        unlabelled = [path for folder in folders for path in walk.below(folder)]
+        inside = [(folder, walk.below(folder)) for folder in folders]
+        filled = [folder for folder, paths in inside if paths]
+        _refuse_wrapper(directory, filled, class_names, labels_required=labels_required)
+        unlabelled = [path for _, paths in inside for path in paths]
         if not unlabelled:
-            raise DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}")
+            raise _without_images(directory, folders, report)
         return Listing(unlabelled, None, class_names, report)
     _refuse_parts(directory, found, class_names)
     _refuse_twins(directory, found, class_names)
@@ -102,7 +107,9 @@ def list_images(
             report.leave_out("without an image that is read, and no class here", name)
     kept = [name for name in found if members[name]]
     if not kept:
-        raise DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}")
+        raise _without_images(directory, folders, report)
+    filled = [folder for folder, name in zip(folders, found, strict=True) if members[name]]
+    _refuse_wrapper(directory, filled, class_names, labels_required=labels_required)
     if class_names is None and all(map(_is_number, kept)):
         kept.sort(key=int)  # "10" after "9": people number classes from 0 in the order of labels
     if _numbered(kept, class_names):
@@ -116,6 +123,11 @@ def list_images(
         labels += [label] * len(members[name])
     names = class_names if class_names is not None else tuple(kept)
     return Listing(paths, np.asarray(labels, dtype=np.int64), names, report)
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether a folder itself holds a file that is an image by its name."""
+    return any(p.name.lower().endswith(IMAGE_SUFFIXES) for p in folder.iterdir())
 
 
 class _Walk:
@@ -192,10 +204,72 @@ class _Walk:
 
 
 def _refuse_parts(directory: Path, found: Sequence[str], class_names: Sequence[str] | None) -> None:
-    if class_names is None and all(name.lower() in _PARTS for name in found):
+    if class_names is None and all(name.lower() in PARTS for name in found):
         raise DataError(
             f"{directory}: its folders are the parts of a data set ({', '.join(found)}), not "
             f"classes; name one of them, such as {directory / found[-1]}"
+        )
+
+
+def _refuse_saved(directory: Path) -> None:
+    """Raise DataError for what `save_to_disk` of Hugging Face's datasets writes."""
+    if (directory / "dataset_dict.json").is_file() or (
+        (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
+    ):
+        raise DataError(
+            f"{directory}: was written by save_to_disk of Hugging Face's datasets; expected "
+            "parquet files or a folder of images: write one part of it with to_parquet"
+        )
+
+
+def _refuse_wrapper(
+    directory: Path,
+    folders: Sequence[Path],
+    class_names: Sequence[str] | None,
+    *,
+    labels_required: bool,
+) -> None:
+    """Raise DataError for a single folder that holds the folders of classes, and no images."""
+    if len(folders) != 1 or (
+        class_names and unicodedata.normalize("NFC", folders[0].name) in class_names
+    ):
+        return
+    place, seen = folders[0], set[str]()
+    while os.path.realpath(place) not in seen:
+        seen.add(os.path.realpath(place))
+        try:
+            entries = sorted(place.iterdir())
+        except OSError:  # who reads it says so
+            return
+        inner = [p for p in entries if p.is_dir() and p.name[0] not in "._@$"]
+        if any(p.name.lower().endswith(IMAGE_SUFFIXES) for p in entries) or not inner:
+            return
+        if len(inner) > 1:
+            names = [p.name for p in inner]
+            if class_names is None or labels_required or set(names) & set(class_names):
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                raise DataError(
+                    f"{directory}: its only folder, {folders[0].name}, holds no images but the "
+                    f"folders {shown}; if these are the classes, name {place}"
+                )
+            return
+        place = inner[0]
+
+
+def _refuse_other_numbers(
+    directory: Path, found: Sequence[str], class_names: Sequence[str] | None
+) -> None:
+    """Raise DataError for folders that number classes otherwise than from 0."""
+    if class_names is None or set(found) & set(class_names) or _numbered(found, class_names):
+        return
+    if not all(map(_is_padded, found)) or len(set(map(int, found))) < len(found):
+        return
+    low, high, count = min(map(int, found)), max(map(int, found)), len(class_names)
+    if low <= 1 or high <= count:
+        raise DataError(
+            f"{directory}: its folders are the numbers {low}..{high}, which count classes from 0; "
+            f"expected a folder 0 and none above {count - 1} for the {count} class names: name the "
+            "folders as the classes"
         )
 
 
@@ -217,16 +291,32 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit() and name == str(int(name))
 
 
+def _is_padded(name: str) -> bool:
+    """Return whether a name is a number, also with zeros before it."""
+    return name.isascii() and name.isdigit() and len(name) < 16
+
+
 def _numbered(found: Sequence[str], class_names: Sequence[str] | None) -> bool:
     """Return whether the folders are numbers of classes that the caller names: 0, 1, 2, ..."""
     return (
         class_names is not None
         and not set(found) & set(class_names)
-        and all(_is_number(name) and int(name) < len(class_names) for name in found)
-        and "0" in found
+        and all(_is_padded(name) and int(name) < len(class_names) for name in found)
+        and len(set(map(int, found))) == len(found)
+        and 0 in map(int, found)
     )
 
 
 def _left_out_hint(report: ImageReport) -> str:
     line = report.line()
     return "" if line is None else f" ({line.partition('; ')[2]})"
+
+
+def _without_images(directory: Path, folders: Sequence[Path], report: ImageReport) -> DataError:
+    """Return the error for folders without images; it names shards or parquet files in them."""
+    hint = ""
+    for folder in folders:
+        for suffix in (".parquet", ".tar"):
+            if not hint and next(folder.glob(f"*{suffix}"), None) is not None:
+                hint = f"; {folder.name} holds {suffix} files: name {folder}"
+    return DataError(f"{directory}: zero images in its folders{_left_out_hint(report)}{hint}")

@@ -21,12 +21,12 @@ from .fashion_mnist import (
 from .folder import load_image_folder
 from .image_set import ImageSet
 from .labels import index_of_names, labels_mean_nothing
-from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES
+from .names import DEFAULT_TEMPLATES, DIGIT_TEMPLATES, given_names
 from .npz import load_npz
 from .objects import ImageData, rows_of
 from .resize import Resizing
 from .rows import Rows, read_rows
-from .shards import files_in, rows_of_shards, shards_of
+from .shards import files_of, rows_of_shards, shards_of
 from .tables import PARQUET_SUFFIX, TABLE_SUFFIXES, rows_of_parquet, rows_of_table
 from .torchvision_sets import is_name, torchvision_rows
 
@@ -58,8 +58,8 @@ def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows
         return torchvision_rows(source, Path(root))
     shards = shards_of(str(spec))
     if shards is not None:
-        return rows_of_shards(shards)
-    parquet = parquet_files(Path(spec))
+        return rows_of_shards(shards, class_names)
+    parquet = parquet_files(str(spec))
     if parquet is not None:
         return rows_of_parquet(parquet)
     if Path(spec).suffix.lower() in TABLE_SUFFIXES and Path(spec).is_file():
@@ -67,11 +67,9 @@ def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows
     return None
 
 
-def parquet_files(path: Path) -> list[Path] | None:
-    """Return a parquet file, or those of a folder that holds some; None for anything else."""
-    if path.is_dir():
-        return files_in(path, PARQUET_SUFFIX) or None
-    return [path] if path.suffix == PARQUET_SUFFIX and path.is_file() else None
+def parquet_files(spec: str) -> list[Path] | None:
+    """Return the parquet files that a name means, as `files_of`; None for anything else."""
+    return files_of(spec, PARQUET_SUFFIX)
 
 
 def load_images(
@@ -110,31 +108,37 @@ def load_images(
               images, and circular links.
             - A `.npz` file with the array `images` ([N, H, W], [N, H, W, C] or [N, C, H, W] with 1,
               3 or 4 channels; whole numbers in 0..255, or floats in [0, 1]). It may also have
-              `labels` (whole numbers [N] or [N, 1], or one-hot [N, C]) and `class_names` (text or
-              bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
+              `labels` (whole numbers or names, [N] or [N, 1], or one-hot [N, C]) and `class_names`
+              (text or bytes [C]). The names that Keras and medmnist write are known, too (`x_test`,
               `test_images`, ...); the test part comes first. Other arrays are not read, and
               `ImageSet.report` says so. Pickled content is never loaded.
             - A `.csv` or `.tsv` file whose first line names the columns: one with paths (`filepath`
               as in open_clip's training tables, `path`, ...) and, if known, one with classes
-              (`label`, `class`, or `title` with class names).
-            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`).
-              Nothing is extracted. Compressed archives are refused.
-            - A `.parquet` file of Hugging Face's datasets, or a folder of them. This needs pyarrow.
+              (`label`, `class`, or `title` with class names). Empty fields and `nan` are missing
+              labels.
+            - WebDataset shards: a `.tar` file, a folder of them, or a pattern (`test/{0..3}.tar`,
+              `test-*.tar`). Nothing is extracted. Compressed archives are refused.
+            - A `.parquet` file of Hugging Face's datasets, a folder of them, or a pattern. This
+              needs pyarrow. A folder of several parts of a data set (`train-0.parquet`,
+              `test-0.parquet`; the same for shards) is refused.
             - A data set of torchvision that lies in a folder: `cifar10=FOLDER` for its training
               part and `cifar10-test=FOLDER` for its test part, and so on.
             - An array or tensor of images as in a `.npz` file, alone or as a pair with labels, or
-              a mapping with `images` and `labels`. Images of any size are scaled.
-            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone or in pairs
-              with labels.
+              a mapping with `images` and `labels`. Images of any size are scaled. An array of three
+              dimensions that may be one colour picture is refused.
+            - A list of Pillow's images, arrays, encoded bytes or paths of files, alone, in pairs
+              with labels, or as a pair with the list of labels. All pictures of a set that are
+              floats have one scale, [0, 1] or whole numbers in 0..255.
             - A data set of torch (such as those of torchvision) or of Hugging Face: anything with a
               length whose rows are pictures, pairs of picture and label, or mappings with `image`
               and `label`. It must not normalise its images. Its class names are read from
-              `classes`, or from the features of its label column.
+              `classes`, or from the features of its label column. The labels of its rows count; an
+              attribute `targets` or `labels` serves where they have none.
         image_size: The height and width in pixels that the model takes.
         max_images: The size of a stratified random sample; None for all images.
         class_names: The classes, in the order that defines the labels. Class names in the data are
-            matched by name, and folders 0, 1, 2, ... by number. A class that is not in the list is
-            an error. None to use the names in the data.
+            matched by name, and folders 0, 1, 2, ... (also 00000, 00001, ...) by number. A class
+            that is not in the list is an error. None to use the names in the data.
         interpolation: How images are scaled: "nearest", "bilinear", "bicubic" or "lanczos".
         resize_mode: How an image becomes square. "shortest" scales its shorter side and crops,
             "longest" scales its longer side and pads with the grey `fill_color` (0..255), and
@@ -167,7 +171,7 @@ def load_images(
         raise DataError(f"max_images is {max_images}; expected at least 1, or None for all")
     if workers is not None and workers < 1:
         raise DataError(f"workers is {workers}; expected at least 1")
-    names = None if class_names is None else tuple(class_names)
+    names = given_names(class_names)
     if isinstance(spec, ImageSet):
         return _of_image_set(spec, names, image_size, max_images, seed)
     rows = rows_of_files(spec, names) if isinstance(spec, str | Path) else rows_of(spec)
@@ -222,6 +226,11 @@ def load_images(
             f"{_FILES}{_hint(str(spec))}"
         )
     if path.suffix.lower() != ".npz":
+        if path.suffix.lower() == ".npy":
+            raise DataError(
+                f"{path}: a .npy file is not read; save the array as .npz, with "
+                "numpy.savez(file, images=array)"
+            )
         packed = " (unpack it, and name the folder)" if _PACKED.search(path.name.lower()) else ""
         raise DataError(
             f'{path}: not an image source; expected "digits", "fashion-mnist", an image folder, '

@@ -63,6 +63,35 @@ def fill_templates(templates: Sequence[Template], class_name: str) -> list[str]:
     return list(found.values())
 
 
+def given_names(class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return class names that a program gives as a tuple; None for None.
+
+    Raises DataError for one text, whose letters would count as names, and for what is no text.
+    """
+    if class_names is None:
+        return None
+    if isinstance(class_names, str | bytes | os.PathLike):
+        raise DataError(
+            f"class_names is {str(class_names)!r:.60}; expected a list of names: read a file with "
+            "load_class_names, or put a single name into a list"
+        )
+    names = tuple(class_names)
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise DataError(f"class_names holds {wrong!r:.60}; expected texts")
+    return names
+
+
+def given_templates(templates: Sequence[Template]) -> tuple[Template, ...]:
+    """Return templates that a program gives as a tuple; DataError for one text or path."""
+    if isinstance(templates, str | bytes | os.PathLike):
+        raise DataError(
+            f"templates is {str(templates)!r:.60}; expected a list of prompts: read a file with "
+            "load_templates, or put a single prompt into a list"
+        )
+    return tuple(templates)
+
+
 def load_class_names(path: str | Path) -> tuple[str, ...]:
     """Read class names: from a text file, one per line, or from a JSON file, or by name.
 

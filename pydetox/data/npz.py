@@ -13,11 +13,12 @@ from PIL import Image
 
 from ..errors import DataError
 from .image_set import ImageSet
-from .labels import index_of_names, labels_mean_nothing
+from .labels import index_of_names, labels_mean_nothing, labels_of_texts
 from .npz_arrays import (
     Chosen,
     choose_arrays,
     largest_value,
+    refuse_single,
     to_channels_first,
     to_labels,
     to_names,
@@ -53,10 +54,11 @@ def load_npz(
         report.notes.append(note)
     if strict:
         report.refuse()
+    refuse_single(arrays[chosen.images].shape, chosen.labels is not None, str(path))
     images = to_channels_first(arrays[chosen.images], path)
     white = largest_value(images, path)
-    labels = to_labels(_of(arrays, chosen.labels), len(images), path)
     stored = to_names(_of(arrays, chosen.class_names), path)
+    labels, stored = _labels(_of(arrays, chosen.labels), stored, class_names, len(images), path)
     labels, names = _match_names(stored, labels, class_names, path, labels_required=labels_required)
     height, width = images.shape[2:]
     if (height, width) != (image_size, image_size) and not resize:
@@ -79,6 +81,40 @@ def load_npz(
     report.classes = None if labels is None else len(np.unique(labels))
     known = None if labels is None else torch.from_numpy(labels)
     return ImageSet(pixels, known, names, path.stem, report)
+
+
+def _labels(
+    given: NDArray[Any] | None,
+    stored: tuple[str, ...] | None,
+    wanted: tuple[str, ...] | None,
+    count: int,
+    path: Path,
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Return labels as indices, and the names of the file's classes, from numbers or from names.
+
+    stored, wanted: The names in the file and those of the caller. count: The number of images.
+    """
+    if given is None or given.dtype.kind not in "US":
+        return to_labels(given, count, path), stored
+    texts = to_names(given[:, 0] if given.ndim == 2 and given.shape[1] == 1 else given, path)
+    assert texts is not None
+    if len(texts) != count:
+        raise DataError(f"{path}: {count} images but {len(texts)} labels")
+    read = labels_of_texts([text.strip() for text in texts], wanted or stored, str(path))
+    missing = sum(label is None for label in read)
+    if missing == count:
+        return None, stored
+    if missing:
+        raise DataError(
+            f"{path}: {missing} of {count} images have no label (image {read.index(None)}); give "
+            "all of them one, or none"
+        )
+    names = [label for label in read if isinstance(label, str)]
+    if not names:
+        return to_labels(np.asarray(read), count, path), stored
+    order = stored if stored is not None and set(names) <= set(stored) else sorted(set(names))
+    place = {name: k for k, name in enumerate(order)}
+    return np.asarray([place[name] for name in names], dtype=np.int64), tuple(order)
 
 
 def _of(arrays: dict[str, NDArray[Any]], key: str | None) -> NDArray[Any] | None:

@@ -113,6 +113,28 @@ def largest_value(images: NDArray[Any], path: Path) -> int:
     )
 
 
+def refuse_normalised(images: NDArray[Any], what: str) -> None:
+    """Raise DataError for floats below 0 or above 255. what: The name of the images."""
+    if images.dtype.kind == "f" and (images.min() < 0 or images.max() > 255):
+        raise DataError(
+            f"{what}: values from {images.min():.3g} to {images.max():.3g}, as if they were "
+            "normalised; give images as they are before that, uint8 or floats in [0, 1]"
+        )
+
+
+def refuse_single(shape: Sequence[int], labelled: bool, what: str) -> None:
+    """Raise DataError for a shape [A, B, C] that may be one colour picture as well as grey ones.
+
+    labelled: Whether each of A pictures has a label, so that the first axis is that of the images.
+    what: The name of the images.
+    """
+    if len(shape) == 3 and (shape[2] in (3, 4) or (shape[0] in (3, 4) and not labelled)):
+        raise DataError(
+            f"{what}: images have shape {list(shape)}, one colour picture or {shape[0]} grey ones; "
+            "expected an axis more: images[None] for one picture, images[..., None] for grey ones"
+        )
+
+
 def to_uint8(images: NDArray[Any], white: int) -> NDArray[np.uint8]:
     """Return images as uint8, rounded. white: of `largest_value`."""
     if images.dtype == np.uint8:

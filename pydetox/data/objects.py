@@ -12,12 +12,12 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 from ..errors import DataError
 from .image_set import ImageSet
-from .npz_arrays import to_labels
-from .rows import Rows
+from .npz_arrays import refuse_single, to_labels
+from .rows import Rows, white_of
 
 #: The names that rows of a mapping give pictures and labels, the likeliest first.
 IMAGE_KEYS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "x")
@@ -53,6 +53,8 @@ def rows_of(data: Any) -> Rows:
     pair = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], np.ndarray | Tensor)
     if pair and data[0].ndim in (3, 4) and not isinstance(data[1], Image.Image):
         return _of_array(data[0], data[1])
+    if isinstance(data, tuple) and len(data) == 2 and _is_list_with_labels(*data):
+        return _with_labels(_of_data_set(data[0]), data[1])
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         hint = ""
         if hasattr(data, "__iter__"):
@@ -85,7 +87,33 @@ def _of_mapping(data: Mapping[Any, Any]) -> Rows:
     if isinstance(data[images], np.ndarray | Tensor):
         return _of_array(data[images], given)
     rows = _of_data_set(data[images])
-    rows.labels = rows.labels if given is None else given
+    return rows if given is None else _with_labels(rows, given)
+
+
+def _is_list_with_labels(pictures: Any, labels: Any) -> bool:
+    """Return whether a pair is a list of pictures and one of their labels, not two rows."""
+    if not isinstance(pictures, list | tuple) or not isinstance(
+        labels, list | tuple | np.ndarray | Tensor
+    ):
+        return False
+    if isinstance(labels, np.ndarray | Tensor):
+        return labels.ndim == 1
+    if len(pictures) == 2 and isinstance(pictures[1], int | str | np.generic):
+        return False  # rows as lists: [picture, label]
+    return all(one is None or isinstance(one, int | str | np.generic) for one in labels)
+
+
+def _with_labels(rows: Rows, labels: Any) -> Rows:
+    """Return rows with labels that stand beside them, one for each."""
+    if not hasattr(labels, "__len__") or len(labels) != rows.count:
+        count = len(labels) if hasattr(labels, "__len__") else repr(labels)[:40]
+        raise DataError(
+            f"{rows.name}: {rows.count} images, but labels: {count}; expected one for each"
+        )
+    given = list(labels)
+    fetch = rows.fetch
+    rows.fetch = lambda index: (fetch(index)[0], given[index])
+    rows.labels = given
     return rows
 
 
@@ -96,6 +124,12 @@ def _of_array(images: Any, labels: Any) -> Rows:
             f"images are an {name} of shape {list(images.shape)}; expected [N, H, W, 3], "
             "[N, 3, H, W] or [N, H, W]"
         )
+    if labels is not None and not hasattr(labels, "__len__"):
+        raise DataError(f"{name}: labels are {labels!r:.40}; expected one for each image")
+    refuse_single(images.shape, labels is not None, name)
+    if isinstance(images, Tensor):
+        images = images.detach().cpu()
+        images = images.float() if images.dtype == bfloat16 else images
     if isinstance(labels, np.ndarray | Tensor):
         given = labels if isinstance(labels, np.ndarray) else labels.detach().cpu().numpy()
         labels = given if given.dtype.kind in "USO" else to_labels(given, len(images), Path(name))
@@ -107,6 +141,7 @@ def _of_array(images: Any, labels: Any) -> Rows:
         lambda index: (images[index], None if labels is None else labels[index]),
         labels,
         call="image {}".format,
+        white=white_of(np.asarray(images), name),
     )
 
 

@@ -104,7 +104,7 @@ class ImageSource:
         if locate_images(self.spec)[0]:
             return []
         path = Path(self.spec)
-        found = shards_of(self.spec) or parquet_files(path)
+        found = shards_of(self.spec) or parquet_files(self.spec)
         if found is None and path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
             found = [path, *files_of_table(path)]
         return found or []

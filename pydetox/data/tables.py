@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .labels import labels_of_texts
 from .lines import lines_of
 from .objects import IMAGE_KEYS, LABEL_KEYS
+from .parts import refuse_parts
 from .report import ImageReport
 from .rows import Rows
 
@@ -23,6 +25,7 @@ PARQUET_SUFFIX = ".parquet"
 _PATHS = ("filepath", "path", "file_path", "image_path", "filename", "file_name", "file", "image")
 _CLASSES = (*LABEL_KEYS, "class_name", "classname", "label_name")
 _CAPTIONS = ("title", "caption", "text")
+_SPLITS = ("split", "subset", "partition", "set")
 _SEPARATORS = "\t,;|"
 _MOST_ROWS = 50_000_000
 
@@ -40,7 +43,12 @@ def rows_of_table(path: Path, class_names: Sequence[str] | None) -> Rows:
     lines = _read_lines(path)
     header = lines[0] if lines else ""
     separator = max(_SEPARATORS, key=lambda one: (header.count(one), -_SEPARATORS.index(one)))
-    table = list(csv.reader(lines, delimiter=separator))
+    try:
+        # With their ends, which belong to a name that has several lines.
+        ended = [f"{line}\n" for line in lines]
+        table = list(csv.reader(ended, delimiter=separator, skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table: {error}") from None
     columns = [name.strip().lower() for name in table[0]] if table else []
     where = next((name for name in _PATHS if name in columns), None)
     if where is None:
@@ -55,6 +63,8 @@ def rows_of_table(path: Path, class_names: Sequence[str] | None) -> Rows:
         raise DataError(
             f"{path}, row {short}: {len(body[short - 2])} columns; expected {len(columns)}"
         )
+    for name in (name for name in _SPLITS if name in columns):
+        refuse_parts([row[columns.index(name)].strip() for row in body], f"{path}, column {name!r}")
     report = ImageReport(str(path))
     labels = _table_labels(columns, body, class_names, report)
     files = [row[place].strip() for row in body]
@@ -91,7 +101,7 @@ def _table_labels(
     class_names: Sequence[str] | None,
     report: ImageReport,
 ) -> list[Any] | None:
-    """Return the classes of a table's rows, as names or as numbers; None if it has none."""
+    """Return the class of each row, by name or number, None for none; None if there are none."""
     column = next((name for name in _CLASSES if name in columns), None)
     caption = next((name for name in _CAPTIONS if name in columns), None)
     if column is None and caption is None:
@@ -106,10 +116,7 @@ def _table_labels(
                 "and none of them counts as a class"
             )
             return None
-    numbers = all(value.isascii() and value.isdigit() for value in values)
-    if numbers and not (class_names is not None and set(values) <= set(class_names)):
-        return [int(value) for value in values]
-    return values
+    return labels_of_texts(values, class_names, report.name)
 
 
 def _find_file(folder: Path, name: str) -> Path | None:
@@ -153,8 +160,23 @@ def rows_of_parquet(paths: Sequence[Path]) -> Rows:
         )
     named = [n for n in columns if features.get(n, {}).get("_type") == "ClassLabel"]
     label = next((n for n in [*named, *LABEL_KEYS] if n in columns), None)
-    names = features.get(label or "", {}).get("names")
-    if names is not None and not all(isinstance(one, str) for one in names):
+    for path, file in zip(paths, files, strict=True):
+        other = file.schema_arrow
+        lacking = [n for n in (image, label) if n is not None and n not in other.names]
+        if lacking:
+            raise DataError(
+                f"{path}: has no column {lacking[0]!r}, and {paths[0]} has one; expected files of "
+                "one data set"
+            )
+        if label is not None and _names_of(other, label) != _names_of(schema, label):
+            raise DataError(
+                f"{path}: its class names are others than those of {paths[0]}; expected files of "
+                "one data set"
+            )
+    names = None if label is None else _names_of(schema, label)
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(one, str) for one in names)
+    ):
         raise DataError(f"{paths[0]}: its metadata has class names that are no text")
     labels: list[Any] | None = None
     if label is not None:
@@ -202,6 +224,11 @@ def rows_of_parquet(paths: Sequence[Path]) -> Rows:
         None if names is None else tuple(names),
         prefetch=prefetch,
     )
+
+
+def _names_of(schema: Any, label: str) -> Any:
+    """Return the class names that the metadata of a parquet file hold, unchecked, or None."""
+    return _features(schema.metadata or {}).get(label, {}).get("names")
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:

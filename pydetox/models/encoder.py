@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..data import Template, fill_templates
+from ..data.names import given_names
 from ..errors import ArchitectureError, DataError, UsageError
 from ..rng import generator
 from .identity import weights_digest
@@ -122,7 +123,7 @@ class EncoderModel(OpenClipModel):
         )
         self._rows = None if head is None else head.detach().float()
         self._texts = texts
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = given_names(class_names)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Raise ArchitectureError: there is no text tower of open_clip."""
@@ -138,6 +139,7 @@ class EncoderModel(OpenClipModel):
         The given rows are those of the classes in order. Raises DataError if there are more or
         fewer class names, or none, and ArchitectureError for an encoder without a head.
         """
+        class_names = given_names(class_names) or ()
         if self._texts is not None:
             return super().zero_shot_head(class_names, templates)
         if self._rows is None:

@@ -17,6 +17,7 @@ from ..checkpoints.identity import tokenizer_digests
 from ..checkpoints.loading import require_unambiguous
 from ..checkpoints.preprocessing import describe
 from ..data import Resizing, Template, fill_templates
+from ..data.names import given_names, given_templates
 from ..errors import ArchitectureError, DataError
 from ..ops.reference import to_patch_rows
 from .activation import OPENAI_ENTRIES, require_right_activation
@@ -339,6 +340,7 @@ class OpenClipModel:
         Raises DataError for no class names or no templates, and DeviceMemoryError if not even one
         prompt fits into the memory.
         """
+        class_names, templates = given_names(class_names) or (), given_templates(templates)
         if not class_names or not templates:
             raise DataError(
                 f"{len(class_names)} class names and {len(templates)} templates; "

@@ -19,6 +19,8 @@ _LABELS = ("label", "labels", "class", "class_name", "category", "target", "labe
 _LINES = (".jsonl", ".ndjson", ".json")
 _TABLES = (".csv", ".tsv")
 _SEPARATORS = "\t,;|"
+#: What tables hold where there is no label.
+_MISSING = ("", "nan", "NaN")
 
 # A file of clean texts has a few megabytes; a larger one is another kind of file.
 _MOST_BYTES = 1 << 30
@@ -157,7 +159,13 @@ def _table(path: Path, content: str) -> Rows:
         texts.append(text)
         if label is not None:
             labels.append(row[columns.index(label)].strip())
-    return Rows(texts, labels if label is not None else None, str(path))
+            if (labels[0] in _MISSING) != (labels[-1] in _MISSING):
+                raise DataError(
+                    f"{path}, row {number}: its label is {labels[-1]!r}, and those before it "
+                    f"are such as {labels[0]!r}; expected a label in every row, or in none"
+                )
+    known = labels and labels[0] not in _MISSING
+    return Rows(texts, labels if known else None, str(path))
 
 
 def _folder(path: Path) -> Rows:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.names import given_names
 from ..data.sampling import stratified_order
 from ..errors import DataError
 from ..rng import generator
@@ -169,7 +170,7 @@ def load_texts(
     Raises:
         DataError: There is no text, one is empty or not UTF-8, or a label is unknown.
     """
-    names = None if class_names is None else tuple(class_names)
+    names = given_names(class_names)
     if isinstance(data, TextSet):
         if names is None or data.class_names == names:
             found = data

@@ -94,7 +94,7 @@ class TestInvert:
         args = (*images, *FAST, "--output", output, "--target", "unicorn")
         result = run("invert", folder / "suspect", *args)
         assert result.exit_code == 4
-        assert "'unicorn' is not in images; it has 'cat', 'dog', 'cow'" in error_line(result)
+        assert "images.npz; it has 'cat', 'dog', 'cow'" in error_line(result)
         assert not output.exists()
 
     def test_class_names_do_not_lead_out_of_the_folder(

@@ -171,8 +171,83 @@ def test_numbered_folders_are_in_the_order_of_their_numbers(tmp_path: Path) -> N
         assert found.labels is not None
         assert found.labels.tolist() == list(range(12))
         assert found.class_names == tuple(names)
-    with pytest.raises(DataError, match="class '0' is not one of the 11 class names"):
-        load_images(tmp_path / "set", image_size=8, class_names=names[:11])
+    for required in (True, False):
+        with pytest.raises(DataError, match=r"numbers 0\.\.11, .* none above 10 for the 11 class"):
+            load_images(
+                tmp_path / "set", image_size=8, class_names=names[:11], labels_required=required
+            )
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_numbers_with_zeros_before_them_and_without_a_zero(tmp_path: Path, required: bool) -> None:
+    names = ["stop", "go", "yield"]
+    make_folder(tmp_path / "padded", {f"{k:05}": k + 1 for k in (0, 2)})
+    given = {"image_size": 8, "class_names": names, "labels_required": required}
+    found = load_images(tmp_path / "padded", **given)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 2, 2, 2]
+    assert load_images(tmp_path / "padded", image_size=8).class_names == ("00000", "00002")
+    for folders in (("1", "2", "3"), ("1", "2"), ("01", "02")):
+        root = make_folder(tmp_path / "-".join(folders), dict.fromkeys(folders, 1))
+        with pytest.raises(DataError, match=r"which count classes from 0; expected a folder 0"):
+            load_images(root, **given)
+    make_folder(tmp_path / "years", {"2019": 1, "2020": 1})
+    if not required:
+        assert load_images(tmp_path / "years", **given).labels is None
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_names_that_read_the_same_are_shown(tmp_path: Path, required: bool) -> None:
+    make_folder(tmp_path / "set", {"Cat": 1, "sea_lion": 1})
+    for names, message in (
+        (["cat", "dog"], "class 'Cat' is not one of .*; did you mean 'cat'"),
+        (["Cat", "sea lion"], "class 'sea_lion' is not one of .*; did you mean 'sea lion'"),
+        (["Cat", "sea lions"], "class 'sea_lion' is not one of .*; did you mean 'sea lions'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_images(tmp_path / "set", image_size=8, class_names=names, labels_required=required)
+
+
+def test_a_folder_around_the_classes_is_no_class(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a", {"images/cat": 1, "images/dog": 2})
+    make_folder(tmp_path / "b", {"data/train/cat": 1, "data/train/dog": 2})
+    make_folder(tmp_path / "c", {"images/cat": 1, "images/dog": 2})
+    (tmp_path / "c" / "labels").mkdir()
+    for name, inner in (("a", "images"), ("b", "data/train"), ("c", "images")):
+        for names, required in ((None, True), (["cat", "dog"], True), (["cat", "dog"], False)):
+            with pytest.raises(DataError, match="holds no images but the folders cat, dog; ") as e:
+                load_images(
+                    tmp_path / name, image_size=8, class_names=names, labels_required=required
+                )
+            assert str(e.value).endswith(f"name {tmp_path / name / inner}")
+        assert counted(tmp_path / name / inner)[0] == [0, 1, 1]
+    # A class may have folders of its own, where its name is known or where it is one of several.
+    assert counted(tmp_path / "a", class_names=["images", "x"])[0] == [0, 0, 0]
+    make_folder(tmp_path / "a", {"other": 1})
+    assert counted(tmp_path / "a")[0] == [0, 0, 0, 1]
+
+
+def test_what_datasets_saves_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "train").mkdir()
+    for name in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "train" / name).write_bytes(b"{}")
+    for folder in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DataError, match=r"written by save_to_disk .* with to_parquet"):
+            load_images(folder, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.jfif", "JPEG"), ("a.jpe", "JPEG"), ("a.pbm", "PPM"), ("a.pnm", "PPM")]
+)
+def test_other_endings_of_images(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "cat").mkdir()
+    drawn = picture(9, 9).convert("1" if name.endswith("pbm") else "RGB")
+    drawn.save(tmp_path / "cat" / name, kind)
+    (tmp_path / "cat" / "a.tga").write_bytes(b"")
+    labels, left_out, _ = counted(tmp_path)
+    assert labels == [0]
+    assert left_out == {"of a format that is not read": ["cat/a.tga"]}
 
 
 def test_panoramas_are_left_out_in_our_own_words(photos: Path) -> None:

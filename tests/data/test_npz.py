@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_names_without_labels_and_labels_without_names(tmp_path: Path) -> None:
     path = write(tmp_path, images=COLOUR, class_names=np.array(["ape", "bee"]))
     assert load_images(path, image_size=8).class_names == ("ape", "bee")
     path = write(tmp_path, images=COLOUR, labels=LABELS)
-    assert load_images(path, image_size=8, class_names="xyz").class_names == ("x", "y", "z")
+    assert load_images(path, image_size=8, class_names=list("xyz")).class_names == ("x", "y", "z")
     with pytest.raises(DataError, match="label 2, but there are only 2 class names"):
         load_images(path, image_size=8, class_names=("x", "y"))
 
@@ -308,3 +309,45 @@ def test_any_damage_is_a_data_error(tmp_path: Path) -> None:
             messages.append(str(error))
     assert len(messages) > 100
     assert all("set.npz" in message or "set:" in message for message in messages)
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_labels_that_are_names(tmp_path: Path, kind: type) -> None:
+    images = np.repeat(GREY[:1], 3, axis=0)
+
+    def labels(*names: str) -> Any:
+        return np.array([one.encode() if kind is bytes else one for one in names])
+
+    path = write(tmp_path, images=images, labels=labels("owl", "cat", "owl"))
+    for names, found in ((None, [1, 0, 1]), (("dog", "owl", "cat"), [1, 2, 1])):
+        read = load_images(path, image_size=8, class_names=names)
+        assert read.labels is not None
+        assert read.labels.tolist() == found
+        assert read.class_names == (names or ("cat", "owl"))
+    stored = np.array(["owl", "dog", "cat"])
+    path = write(tmp_path, images=images, labels=labels("owl", "cat", "owl"), class_names=stored)
+    read = load_images(path, image_size=8)
+    assert read.labels is not None
+    assert read.labels.tolist() == [0, 2, 0]
+    assert read.class_names == ("owl", "dog", "cat")
+    path = write(tmp_path, images=images, labels=labels("1", "0", "2")[:, None])
+    read = load_images(path, image_size=8)
+    assert read.labels is not None
+    assert read.labels.tolist() == [1, 0, 2]
+    for given, message in (
+        (labels("owl", "", "owl"), r"1 of 3 images have no label \(image 1\)"),
+        (labels("owl", "cat"), "3 images but 2 labels"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_images(write(tmp_path, images=images, labels=given), image_size=8)
+
+
+def test_messages_name_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, images=COLOUR, labels=LABELS)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}: label"):
+        load_images(path, image_size=8, class_names=["only"])
+    np.save(tmp_path / "a.npy", COLOUR)
+    with pytest.raises(
+        DataError, match=r"a\.npy: a \.npy file is not read; save the array as \.npz"
+    ):
+        load_images(tmp_path / "a.npy", image_size=8)

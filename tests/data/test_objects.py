@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from pydetox.data import load_images
+from pydetox.data import ImageSet, load_images
 from pydetox.errors import DataError
 
 SIZE = 8
@@ -185,6 +186,140 @@ def test_a_broken_picture_is_left_out_and_counted() -> None:
         load_images([b"no picture"], image_size=SIZE)
 
 
+def dark_first() -> np.ndarray:
+    """Pictures of floats 0..255, the first of which has values 0 and 1 alone."""
+    images = pixels().astype(np.float32)
+    images[0] = images[0] % 2
+    return images
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        torch.from_numpy,
+        lambda x: torch.from_numpy(x).permute(0, 3, 1, 2),
+        lambda x: torch.from_numpy(x).bfloat16(),
+        lambda x: {"images": x},
+        list,
+        lambda x: [torch.from_numpy(one).permute(2, 0, 1) for one in x],
+        lambda x: TensorDataset(torch.from_numpy(x)),
+    ],
+    ids=["array", "tensor", "first", "bfloat16", "map", "list", "tensors", "set"],
+)
+def test_the_scale_of_floats_is_that_of_all_pictures(tmp_path: Path, make: Any) -> None:
+    np.savez(tmp_path / "a.npz", images=dark_first())
+    truth = load_images(tmp_path / "a.npz", image_size=SIZE)
+    assert int(truth.images[0].max()) == 1
+    assert torch.equal(load_images(make(dark_first()), image_size=SIZE).images, truth.images)
+    # Where all are black and white, 1 is white, as in a file.
+    plain = (dark_first() > 127).astype(np.float32)
+    np.savez(tmp_path / "b.npz", images=plain)
+    truth = load_images(tmp_path / "b.npz", image_size=SIZE)
+    assert int(truth.images.max()) == 255
+    assert torch.equal(load_images(make(plain), image_size=SIZE).images, truth.images)
+
+
+def test_the_scale_of_alpha_does_not_count(tmp_path: Path) -> None:
+    alpha = np.full((6, SIZE, SIZE, 1), 0.5, np.float32)
+    images = np.concatenate([dark_first(), alpha], axis=3)
+    np.savez(tmp_path / "a.npz", images=images)
+    truth = load_images(tmp_path / "a.npz", image_size=SIZE)
+    for data in (images, images.transpose(0, 3, 1, 2), torch.from_numpy(images)):
+        assert torch.equal(load_images(data, image_size=SIZE).images, truth.images)
+
+
+def test_pictures_of_both_scales_are_refused() -> None:
+    mixed = dark_first()
+    mixed[2] /= 255
+    with pytest.raises(DataError, match=r"values 0 to 255; expected 0\.\.255, whole"):
+        load_images(mixed, image_size=SIZE)
+    with pytest.raises(DataError, match=r"row 1 has floats up to 255, and row 2 floats in"):
+        load_images(list(mixed), image_size=SIZE)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8, 4), (3, 8, 8), (4, 8, 8)])
+def test_one_picture_is_no_set_of_grey_ones(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    one = np.zeros(shape, np.uint8)
+    np.savez(tmp_path / "a.npz", images=one)
+    for data in (one, torch.from_numpy(one), {"images": one}, tmp_path / "a.npz"):
+        with pytest.raises(DataError, match=r"one colour picture or \d grey ones; .*\[None\]"):
+            load_images(data, image_size=SIZE)
+    assert len(load_images(one[None], image_size=SIZE)) == 1
+    if shape[0] < 5:  # grey ones, as their labels say
+        labels = np.arange(shape[0])
+        assert len(load_images((one, labels), image_size=SIZE)) == shape[0]
+        assert len(load_images(one[..., None], image_size=SIZE)) == shape[0]
+
+
+class Relabelled(Pictures):
+    """A wrapper that keeps the attribute of what it wraps and returns labels of its own."""
+
+    def __init__(self, images: np.ndarray, own: list[Any], attribute: list[Any]) -> None:
+        super().__init__(images)
+        self.own, self.targets = own, attribute
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image = Image.fromarray(self.images[index])
+        return (image, self.own[index]) if self.own else image
+
+
+def test_labels_of_the_rows_win_over_an_attribute() -> None:
+    own, stale = [1, 1, 1, 0, 0, 2], [0, 1, 2, 0, 1, 2]
+    for attribute in (stale, ["a", "b", "c", "a", "b", "c"], [[0, 1]] * 6, np.array(stale)):
+        data = Relabelled(pixels(), own, attribute)
+        for one, order in ((data, range(6)), (Subset(data, [5, 0, 1]), (5, 0, 1))):
+            found = load_images(one, image_size=SIZE)
+            assert found.labels is not None
+            assert found.labels.tolist() == [own[k] for k in order]
+        few = load_images(data, image_size=SIZE, max_images=4, seed=2)
+        assert few.labels is not None
+        for image, label in zip(few.images, few.labels.tolist(), strict=True):
+            place = next(k for k in range(6) if torch.equal(image, expected(pixels())[k]))
+            assert label == own[place]
+    found = load_images(Relabelled(pixels(), own, stale), image_size=SIZE)
+    assert found.report is not None
+    assert "not those of an attribute beside them (row 0: 1, not 0)" in str(found.report.line())
+    # Names of the rows make the classes, and none of the attribute's.
+    named = load_images(Relabelled(pixels(), ["x", "y"] * 3, ["x", "z"] * 3), image_size=SIZE)
+    assert named.class_names == ("x", "y")
+
+
+def test_an_attribute_serves_where_rows_have_no_label() -> None:
+    found = load_images(Relabelled(pixels(), [], [0, 1, 2, 0, 1, 2]), image_size=SIZE)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert found.report is not None
+    assert found.report.line() is None
+    with pytest.raises(DataError, match="expected the index or the name"):
+        load_images(Relabelled(pixels(), [], [[0, 1]] * 6), image_size=SIZE)
+
+
+def test_a_list_with_labels_beside_it() -> None:
+    pictures = [Image.fromarray(one) for one in pixels()]
+    for labels in ([0, 1, 2, 0, 1, 2], np.arange(6) % 3, ["a", "b", "c"] * 2):
+        for data in ((pictures, labels), {"image": pictures, "label": labels}):
+            found = load_images(data, image_size=SIZE)
+            assert found.labels is not None
+            assert found.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    rows = load_images(([pictures[0], 1], [pictures[1], 0]), image_size=SIZE)  # two rows
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [1, 0]
+    with pytest.raises(DataError, match="6 images, but labels: 2; expected one for each"):
+        load_images((pictures, [0, 1]), image_size=SIZE)
+
+
+@pytest.mark.parametrize("names", ["names.txt", Path("names.txt")])
+def test_one_text_is_no_list_of_class_names(names: Any) -> None:
+    message = "class_names is 'names.txt'; expected a list of names: read a file with load_class"
+    with pytest.raises(DataError, match=message):
+        load_images(pixels(), image_size=SIZE, class_names=names)
+    with pytest.raises(DataError, match="class_names holds 3; expected texts"):
+        load_images(pixels(), image_size=SIZE, class_names=["a", 3])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="expected a tuple of names"):
+        ImageSet(expected(pixels()), None, "names.txt")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -195,7 +330,11 @@ def test_a_broken_picture_is_left_out_and_counted() -> None:
         ({"train": [1], "test": [2]}, r"mapping of 'train', 'test'; .*data\['test'\]"),
         (iter([pixels()]), "islice"),
         (42, "images are a int"),
-        ([(pixels(1)[0], 0), (pixels(1)[0], None)], "1 of 2 images have no label"),
+        ([(pixels(1)[0], 0), (pixels(1)[0], None)], r"1 of 2 images have no label \(row 1\)"),
+        ([(pixels(1)[0], 0), (pixels(1)[0], float("nan"))], "1 of 2 images have no label"),
+        ([(pixels(1)[0], "a"), (pixels(1)[0], "")], "1 of 2 images have no label"),
+        ([(pixels(1)[0], 0), (pixels(1)[0], -1)], "list of images: label -1; expected class"),
+        ((pixels(3), 2), "labels are 2; expected one for each image"),
         ([(pixels(1)[0], [1, 2])], "expected the index or the name"),
         ([{"photo": 1}], "has photo; expected an image under one of"),
     ],

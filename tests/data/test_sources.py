@@ -86,6 +86,48 @@ def test_tables_with_faults(tmp_path: Path, files: list[Path]) -> None:
             load_images(write(tmp_path / "b.csv", lines), image_size=SIZE)
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "found"),
+    [
+        (["0.0", "1.0", "2.0"], None, ([0, 1, 2], None)),
+        (["0", "", "2"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
+        (["cat", "nan", "dog"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
+        (["cat", "nan", "dog"], ("nan", "cat", "dog"), ([1, 0, 2], ("nan", "cat", "dog"))),
+        (["", "", ""], None, (None, None)),
+        (["-1", "-1", "-1"], None, (None, None)),
+        (["0", "-1", "1"], None, r"a\.csv: label -1; expected class indices from 0"),
+        (["0.5", "1", "2"], None, r"a\.csv: label '0\.5'; expected whole numbers"),
+        (["0.5", "1", "2"], ("1", "0.5", "2"), ([1, 0, 2], ("1", "0.5", "2"))),
+        ([' "a b"', ' "a, c"', " d"], None, ([0, 1, 2], ("a b", "a, c", "d"))),
+        (["0", "1", "3"], NAMES, r"a\.csv: label 3, but there are only 3 class names"),
+        (["1", "0", "1"], ("1", "0"), ([0, 1, 0], ("1", "0"))),
+    ],
+)
+def test_labels_in_a_table(
+    tmp_path: Path, files: list[Path], labels: list[str], names: Any, found: Any
+) -> None:
+    rows = [f"pics/{k}.png,{label}" for k, label in enumerate(labels)]
+    table = write(tmp_path / "a.csv", ["path,label", *rows])
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            load_images(table, image_size=SIZE, class_names=names)
+        return
+    read = load_images(table, image_size=SIZE, class_names=names)
+    assert (None if read.labels is None else read.labels.tolist()) == found[0]
+    assert read.class_names == found[1]
+
+
+def test_parts_and_lines_in_a_table(tmp_path: Path, files: list[Path]) -> None:
+    rows = [f"{p},{k % 3},{'Train' if k < 3 else 'test'}" for k, p in enumerate(files)]
+    with pytest.raises(DataError, match=r"a\.csv, column 'split': .* \(test, train\), not one set"):
+        load_images(write(tmp_path / "a.csv", ["path,label,split", *rows]), image_size=SIZE)
+    found = load_images(write(tmp_path / "a.csv", ["path,label,split", *rows[:3]]), image_size=SIZE)
+    assert len(found) == 3
+    rows = [f'{p},"of two\nlines"' for p in files]
+    found = load_images(write(tmp_path / "a.csv", ["path,label", *rows]), image_size=SIZE)
+    assert found.class_names == ("of two\nlines",)
+
+
 def add(archive: tarfile.TarFile, name: str, data: bytes, **changes: Any) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
@@ -120,6 +162,132 @@ def test_shards_of_web_dataset(tmp_path: Path) -> None:
     before = source.digest()
     shard(tmp_path / "1.tar", 5)
     assert ImageSource(pattern).digest() != before
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["0", "2.0", "1"], [0, 2, 1]),
+        (["-1", "-1", "-1"], None),
+        (["", "", ""], None),
+        (["0", "", "1"], r"1 of 3 images have no label \(1\)"),
+        (["a", "nan", "b"], r"1 of 3 images have no label \(1\)"),
+        (["b", "a", "b"], [1, 0, 1]),
+        ([0, 2.0, 1], [0, 2, 1]),
+        ([0, None, 1], r"1 of 3 images have no label \(1\)"),
+        ([0, [0, 1], 1], r"a label is \[0, 1\]; expected the index or the name"),
+    ],
+)
+def test_labels_in_shards(tmp_path: Path, labels: list[Any], found: Any) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for k, label in enumerate(labels):
+            add(archive, f"{k}.png", png(pixels(3)[k]))
+            if isinstance(label, str):
+                add(archive, f"{k}.cls", label.encode())
+            else:
+                add(archive, f"{k}.json", json.dumps({"label": label}).encode())
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            load_images(tmp_path / "a.tar", image_size=SIZE)
+        return
+    read = load_images(tmp_path / "a.tar", image_size=SIZE)
+    assert (None if read.labels is None else read.labels.tolist()) == found
+
+
+def members(path: Path, names: list[tuple[str, int]]) -> Path:
+    """Write an archive: a name, and the picture and label that it holds."""
+    with tarfile.open(path, "w") as archive:
+        for name, k in names:
+            add(archive, name, png(pixels(12)[k]) if name.endswith("png") else str(k % 3).encode())
+    return path
+
+
+def test_names_that_come_again_in_a_shard(tmp_path: Path) -> None:
+    again = [(f"{k % 4}.{kind}", k) for k in range(12) for kind in ("png", "cls")]
+    apart = [(f"{k}.{kind}", k) for kind in ("png", "cls") for k in range(12)]
+    for names in (again, apart):
+        found = load_images(members(tmp_path / "a.tar", names), image_size=SIZE)
+        assert torch.equal(found.images, expected(pixels(12)))
+        assert found.labels is not None
+        assert found.labels.tolist() == [k % 3 for k in range(12)]
+    twice = members(tmp_path / "a.tar", [("0.png", 0), ("0.png", 1)])
+    with pytest.raises(DataError, match=r"0\.png stands twice in one sample"):
+        load_images(twice, image_size=SIZE)
+
+
+def parquet_of(path: Path, count: int = 2, names: tuple[str, ...] = NAMES) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {"image": {"_type": "Image"}, "y": {"_type": "ClassLabel", "names": list(names)}}
+    pictures = [{"bytes": png(x), "path": None} for x in pixels(count)]
+    table = pa.table({"image": pictures, "y": [k % 3 for k in range(count)]})
+    noted = json.dumps({"info": {"features": features}})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": noted}), path)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ("train-{}", "test-{}", "test*"),
+        ("cats_Train_{}", "cats_val_{}", "cats_val*"),
+        ("training{}", "eval{}", "eval*"),
+    ],
+)
+def test_files_of_several_parts_are_no_set(
+    tmp_path: Path, kind: str, first: str, second: str, named: str
+) -> None:
+    def write_one(name: str) -> None:
+        path = tmp_path / f"{name}.{kind}"
+        shard(path, 0, 3) if kind == "tar" else parquet_of(path)
+
+    for k in range(2):
+        write_one(first.format(k))
+        write_one(second.format(k))
+    for spec in (tmp_path, f"{tmp_path}/*.{kind}"):
+        with pytest.raises(
+            DataError,
+            match=r"the parts of a data set \(.*, train\), not one set|"
+            r"the parts of a data set \(train, val\), not one set",
+        ) as raised:
+            load_images(spec, image_size=SIZE)
+        one = str(raised.value).rpartition("such as ")[2]
+        assert one == str(tmp_path / f"{named}.{kind}")
+        with pytest.raises(DataError, match="not one set"):
+            ImageSource(str(spec)).digest()
+    found = load_images(one, image_size=SIZE)
+    assert len(found) == (6 if kind == "tar" else 4)
+    assert len(ImageSource(one).digest()) == 64
+    for path in tmp_path.glob(first.format("*")):
+        path.unlink()
+    assert torch.equal(load_images(tmp_path, image_size=SIZE).images, found.images)
+
+
+def test_files_beside_class_folders(tmp_path: Path) -> None:
+    shard(tmp_path / "backup.tar")
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(pixels()[0]))
+    with pytest.raises(DataError, match=r"both backup\.tar and folders of images \(cat\)"):
+        load_images(tmp_path, image_size=SIZE)
+    assert len(load_images(tmp_path / "backup.tar", image_size=SIZE)) == 6
+
+
+def test_a_folder_around_shards(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    shard(tmp_path / "data" / "0.tar")
+    with pytest.raises(DataError, match=r"zero images .*; data holds \.tar files: name /.*data$"):
+        load_images(tmp_path, image_size=SIZE)
+
+
+def test_parquet_files_of_different_sets(tmp_path: Path) -> None:
+    parquet_of(tmp_path / "0.parquet")
+    parquet_of(tmp_path / "1.parquet", names=("owl", "cat", "dog"))
+    with pytest.raises(DataError, match=r"1\.parquet: its class names are others than those of"):
+        load_images(tmp_path, image_size=SIZE)
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": [png(pixels(1)[0])]}), tmp_path / "1.parquet")
+    with pytest.raises(DataError, match=r"1\.parquet: has no column 'y'"):
+        load_images(tmp_path, image_size=SIZE)
 
 
 def test_hostile_members_lead_nowhere(tmp_path: Path) -> None:
@@ -190,7 +358,8 @@ def test_parquet_of_hugging_face(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=r'pip install "pydetox\[parquet\]"'):
         load_images(tmp_path / "a.parquet", image_size=SIZE)
 

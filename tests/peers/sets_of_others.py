@@ -99,6 +99,13 @@ def of_webdataset() -> dict[str, object]:
         for k, picture in enumerate(PICTURES):
             label = {"label": LABELS[k], "name": NAMES[LABELS[k]]}
             writer.write({"__key__": f"{k:08}", "jpg": picture, "json": label})
+    again = FOLDER / "again.tar"  # names that come again later are samples of their own
+    with webdataset.TarWriter(str(again)) as writer:
+        for k, picture in enumerate(PICTURES):
+            writer.write({"__key__": f"{k % 4}", "png": picture, "cls": LABELS[k]})
+    repeated = webdataset.WebDataset(str(again), shardshuffle=False).decode("pil")
+    rows = list(repeated.to_tuple("png", "cls"))
+    twice = [row[0] for row in rows], [row[1] for row in rows]
     # JPEG loses some of the picture: webdataset's own pixels are the truth.
     plain = webdataset.WebDataset(str(FOLDER / "json.tar"), shardshuffle=False)
     rows = list(plain.decode("pil").to_tuple("jpg", "json"))
@@ -109,6 +116,7 @@ def of_webdataset() -> dict[str, object]:
         "json": judged(
             load_images(FOLDER / "json.tar", image_size=SIZE, class_names=NAMES), *noted
         ),
+        "names again": judged(load_images(again, image_size=SIZE, class_names=NAMES), *twice),
         "digest": len(ImageSource(urls).digest()),
     }
 

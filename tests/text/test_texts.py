@@ -78,6 +78,12 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.csv", b"name,label\nx,1\n", "expected one of them to be 'text'"),
     ("a.csv", b"text,label\nx\n", "row 2: 1 columns; expected 2"),
     ("a.csv", b"text,label\n,1\n", "row 2: its text is empty"),
+    (
+        "a.csv",
+        b"text,label\nx,1\ny,\n",
+        "row 3: its label is '', and those before it are",
+    ),
+    ("a.csv", b"text,label\nx,nan\ny,a\n", "row 3: its label is 'a'"),
     ("a.txt", "caf\u00e9\n".encode("latin-1"), "line 1: is not UTF-8"),
     ("a.txt", b"a\0b", "null characters"),
 ]
