@@ -98,13 +98,15 @@ class Resizing:
         """Return an RGB image, scaled to width and height, and its middle."""
         from torchvision.transforms.v2 import InterpolationMode, functional
 
-        name = {"nearest": "nearest-exact", "random": "bicubic"}.get(self.interpolation)
-        mode = InterpolationMode(name or self.interpolation)
+        if self.interpolation == "lanczos":  # not in every torchvision for tensors
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        names = {"nearest": "nearest-exact", "lanczos": "nearest-exact", "random": "bicubic"}
+        mode = InterpolationMode(names.get(self.interpolation, self.interpolation))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None]
         pixels = functional.resize(pixels, [height, width], interpolation=mode, antialias=True)
-        left, top = (width - self.image_size) // 2, (height - self.image_size) // 2
-        middle = pixels[0, :, top : top + self.image_size, left : left + self.image_size]
-        return Image.fromarray(middle.permute(1, 2, 0).contiguous().numpy())
+        side = self.image_size
+        middle = functional.crop(pixels, (height - side) // 2, (width - side) // 2, side, side)
+        return Image.fromarray(middle[0].permute(1, 2, 0).contiguous().numpy())
 
     @cached_property
     def _transform(self) -> Any:

@@ -115,6 +115,9 @@ def test_what_transformers_has_no_name_for():
     ):
         ours = Resizing(32, library="transformers", **changes)(image, "picture")
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(same(image, "picture")))
+    lanczos = Resizing(32, "lanczos", library="transformers")(image, "picture")
+    theirs = by(CLIPImageProcessorPil, image, 32, "shortest", 1)
+    np.testing.assert_array_equal(np.asarray(lanczos), theirs)
     with pytest.raises(DataError, match="library 'timm' is not known; expected one of open_clip"):
         Resizing(32, library="timm")
 
