@@ -196,7 +196,8 @@ def _class_of(config: Mapping[str, Any], model_type: str) -> str:
         asked = config.get("auto_map")
         if isinstance(asked, Mapping) and asked.get(key):
             raise UnsafeCheckpointError(
-                f"its image processor asks for code of its own (auto_map has {key})"
+                f"its image processor asks for code of its own (auto_map has {key}); "
+                "expected a class of transformers alone: remove auto_map if that is meant"
             )
     name = config.get("image_processor_type")
     if name is None and config.get("feature_extractor_type") is not None:
