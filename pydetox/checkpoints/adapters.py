@@ -34,6 +34,15 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "layer_replication": ([],),
     "trainable_token_indices": ([],),
     "lora_bias": (False,),
+    # The others change the weights of the base at loading, or need what is known in training alone.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+    "target_parameters": ([],),
+    "alora_invocation_tokens": (),
+    "use_qalora": (False,),
+    "use_bdlora": (False,),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from pydetox.checkpoints.classifier_names import classifier_config, is_classifier_name
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
-from pydetox.data.resize import INTERPOLATIONS, RESIZE_MODES
+from pydetox.data.resize import INTERPOLATIONS, LIBRARIES, RESIZE_MODES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 __all__ = [
@@ -74,6 +74,8 @@ def read_config(path: str | os.PathLike[str]) -> tuple[Config, Config | None]:
         preprocess_config = content.get("preprocess_cfg") if "model_cfg" in content else None
         check_model_config(model_config)
         check_preprocess_config(preprocess_config)
+        if preprocess_config is not None:
+            preprocess_config.pop("library", None)  # open_clip's transform is meant
     except CheckpointError as error:
         raise type(error)(f"{os.fspath(path)}: {error}") from error
     return model_config, preprocess_config
@@ -180,14 +182,18 @@ def check_preprocess_config(config: object) -> None:
 
     Raises:
         ArchitectureError: It is neither ``None`` nor a dictionary, ``mean`` or ``std`` is not
-            three finite numbers (``std`` positive), or ``interpolation``, ``resize_mode`` or
-            ``fill_color`` is none that images can be prepared with.
+            three finite numbers (``std`` positive), or ``interpolation``, ``resize_mode``,
+            ``fill_color`` or ``library`` is none that images can be prepared with.
     """
     if config is None:
         return
     if not isinstance(config, dict):
         raise ArchitectureError("its preprocess_cfg is not a JSON object")
-    for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+    for key, known in (
+        ("interpolation", INTERPOLATIONS),
+        ("resize_mode", RESIZE_MODES),
+        ("library", LIBRARIES),
+    ):
         if config.get(key) is not None and config[key] not in known:
             raise ArchitectureError(
                 f"its preprocess_cfg has {key} = {quote(config[key])}, expected one of "

@@ -23,12 +23,11 @@ from pydetox.checkpoints.architecture import (
 from pydetox.checkpoints.classifier_names import is_certain
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.processors import read_processor
-from pydetox.checkpoints.transformers_files import read_object
 from pydetox.checkpoints.transformers_layouts import read_transformers_config
 from pydetox.errors import ArchitectureError, CheckpointError
 
-#: open_clip's names of the values (`PreprocessCfg` in its transform.py).
-KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+#: open_clip's names of the values (`PreprocessCfg` in its transform.py), and whose transform it is.
+KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color", "library")
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,9 @@ def _read_own(
         model_config, stated = read_config(config_file)
         return model_config, Preparation(stated, config_file.name) if stated else None
     model_config = read_transformers_config(config_file)
-    if processor_file is None:
+    size, kind = model_config["vision_cfg"]["image_size"], model_config.get("layout", "clip")
+    told = None if processor_file is None else read_processor(processor_file, size, kind)
+    if processor_file is None or told is None:
         if model is None and not {"mean", "std"} <= set(preprocess or ()):
             raise ArchitectureError(
                 f"{config_file}: nothing beside it tells how images are prepared; put the "
@@ -195,18 +196,15 @@ def _read_own(
                 "use what open_clip's pretrained tags of it say, or give image_mean= and image_std="
             )
         return model_config, None
-    size = model_config["vision_cfg"]["image_size"]
-    told = read_processor(processor_file, size)
     other = config_file.with_name(PROCESSOR_NAMES[1])
-    if other != processor_file and os.path.lexists(other):
-        # Its part counts in releases of transformers that know it, the first file in all others.
-        nested = "image_processor" in read_object(other)
-        if nested and read_processor(other, size) != told:
-            raise ArchitectureError(
-                f"{config_file.parent}: {processor_file.name} and {other.name} prepare images "
-                "differently, and releases of transformers take the one or the other; remove the "
-                "one that is not meant"
-            )
+    both = other != processor_file and os.path.lexists(other)
+    # Its part counts in releases of transformers that know it, the first file in all others.
+    if both and read_processor(other, size, kind) not in (None, told):
+        raise ArchitectureError(
+            f"{config_file.parent}: {processor_file.name} and {other.name} prepare images "
+            "differently, and releases of transformers take the one or the other; remove the one "
+            "that is not meant"
+        )
     return model_config, Preparation(told, processor_file.name)
 
 
@@ -221,6 +219,7 @@ def describe(config: Mapping[str, Any] | None) -> Config:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
         "fill_color": 0,
+        "library": "open_clip",
     }
     result = defaults | given
     for key in ("mean", "std"):

@@ -73,7 +73,7 @@ def save_checkpoint(
             memory; each is written as a separate tensor.
         model_config: open_clip's ``model_cfg``.
         preprocess_config: open_clip's ``preprocess_cfg`` (``mean``, ``std``, ``interpolation``,
-            ``resize_mode``).
+            ``resize_mode``). Its ``library`` is not written: open_clip prepares images itself.
         provenance: How the weights were made.
         companions: The attribute of that name of the source :class:`Checkpoint`. With a
             ``config.json`` among them, the folder is written in transformers' layout.
@@ -92,7 +92,7 @@ def save_checkpoint(
     check_finite(_dense_tensors(state_dict))
     config: Config = {"model_cfg": model_config}
     if preprocess_config is not None:
-        config["preprocess_cfg"] = preprocess_config
+        config["preprocess_cfg"] = {k: v for k, v in preprocess_config.items() if k != "library"}
     try:
         config_text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 
 from ..errors import DataError
@@ -22,20 +24,29 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "random")
 #: scales both sides, for any proportions.
 RESIZE_MODES = ("shortest", "longest", "squash")
 
+#: Whose transform makes the pixels.
+LIBRARIES = ("open_clip", "transformers")
+
 
 @dataclass(frozen=True)
 class Resizing:
     """The transform of a picture of any size and mode to RGB pixels of a model's size.
 
-    This is open_clip's own transform without its last two steps, which turn the pixels into
-    normalised floats. It therefore treats palettes, transparency (dropped), grey values above 255
-    (clipped) and the EXIF orientation (ignored) as open_clip does.
+    For `open_clip`, this is its own transform without its last two steps, which turn the pixels
+    into normalised floats. It therefore treats palettes, transparency (dropped), grey values above
+    255 (clipped) and the EXIF orientation (ignored) as open_clip does.
+
+    For `transformers`, this is what its image processors do on a CPU where torchvision is installed
+    (backend "torchvision"). They convert to RGB first and put transparent pictures on white,
+    torchvision scales uint8 tensors, and an odd margin is cropped by one pixel less on the left and
+    at the top than in open_clip. transformers has no `longest`: open_clip's is taken.
 
     Attributes:
         image_size: The height and width of the result in pixels.
         interpolation: One of `INTERPOLATIONS`; open_clip itself has no `nearest` and no `lanczos`.
         resize_mode: One of `RESIZE_MODES`.
         fill_color: The grey value of the padding of `longest`, 0..255.
+        library: One of `LIBRARIES`.
 
     Raises:
         DataError: A value is none of these.
@@ -45,6 +56,7 @@ class Resizing:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    library: str = "open_clip"
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -52,6 +64,7 @@ class Resizing:
         for what, value, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("resize_mode", self.resize_mode, RESIZE_MODES),
+            ("library", self.library, LIBRARIES),
         ):
             if value not in known:
                 raise DataError(
@@ -69,12 +82,31 @@ class Resizing:
         width, height = image.size
         if min(width, height) == 0:
             raise DataError(f"{what}: {width}x{height} pixels; expected a size above 0")
+        after = (self.image_size, self.image_size)
         if self.resize_mode == "shortest":
             scaled = int(self.image_size * max(width, height) / min(width, height))
             after = (self.image_size, scaled) if width <= height else (scaled, self.image_size)
             refuse_too_large(*after, f"{what}, scaled to a shorter side of {self.image_size}")
+        if self.library == "transformers":
+            image = _on_white(image)
+            if self.resize_mode != "longest":
+                return self._as_transformers(image, *after)
         result: Image.Image = self._transform(image)
         return result
+
+    def _as_transformers(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return an RGB image, scaled to width and height, and its middle."""
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        if self.interpolation == "lanczos":  # not in every torchvision for tensors
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        names = {"nearest": "nearest-exact", "lanczos": "nearest-exact", "random": "bicubic"}
+        mode = InterpolationMode(names.get(self.interpolation, self.interpolation))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()[None]
+        pixels = functional.resize(pixels, [height, width], interpolation=mode, antialias=True)
+        side = self.image_size
+        middle = functional.crop(pixels, (height - side) // 2, (width - side) // 2, side, side)
+        return Image.fromarray(middle[0].permute(1, 2, 0).contiguous().numpy())
 
     @cached_property
     def _transform(self) -> Any:
@@ -92,6 +124,15 @@ class Resizing:
         if ours:
             whole.transforms[0].interpolation = InterpolationMode(self.interpolation)
         return Compose(whole.transforms[:-2])
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, what is transparent in it on white (transformers' convert_to_rgb)."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def refuse_too_large(width: int, height: int, what: str) -> None:

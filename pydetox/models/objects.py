@@ -123,7 +123,8 @@ def _of_transformers(module: Any) -> OpenClipModel:
     digest = weights_digest(state)
     content["architectures"] = ["CLIPModel"]
     companions = {"config.json": f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode()}
-    checkpoint = _checkpoint(weights, config, None, name, digest, "OpenAI's CLIP", companions)
+    prepared = {"library": "transformers"}  # CLIPImageProcessor's defaults are OpenAI's values
+    checkpoint = _checkpoint(weights, config, prepared, name, digest, "OpenAI's CLIP", companions)
     model = OpenClipModel.from_checkpoint(checkpoint)
     model.warnings = (
         *model.warnings,

@@ -133,6 +133,7 @@ class OpenClipModel:
             prepared["interpolation"],
             prepared["resize_mode"],
             prepared["fill_color"],
+            prepared["library"],
         )
 
     @classmethod

@@ -99,6 +99,13 @@ def test_rank_stabilised_lora_has_another_factor(folders):
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"use_dora": True}, "use_dora = 'True'; expected plain LoRA"),
         ({"bias": "lora_only"}, "bias = 'lora_only'"),
+        *(
+            ({"init_lora_weights": way}, f"init_lora_weights = '{way}'; expected plain LoRA")
+            for way in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq")
+        ),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora = 'True'"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"r": 0}, "r = '0'"),
         ({"lora_alpha": None}, "lora_alpha = 'None'"),
@@ -110,6 +117,14 @@ def test_what_is_not_plain_lora_is_refused(folders, tmp_path, change, words):
     with pytest.raises(ArchitectureError, match=words):
         convert_checkpoint(adapter, tmp_path / "out.safetensors", base=base)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("way", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_ways_to_begin_that_leave_the_base_alone_are_plain(folders, way):
+    adapter, _ = folders
+    change = {"init_lora_weights": way, "loftq_config": {}, "kasa_config": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG | change))
+    assert adapter_scale(adapter) == 2.0
 
 
 def test_tensors_that_do_not_fit_are_refused(folders, tmp_path):

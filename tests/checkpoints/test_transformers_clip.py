@@ -9,7 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from pydetox.checkpoints import identify_checkpoint, load_checkpoint
+from pydetox.checkpoints import (
+    Provenance,
+    identify_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pydetox.checkpoints.preprocessing import describe
 from pydetox.checkpoints.processors import to_preprocess_config
 from pydetox.checkpoints.transformers_clip import (
     is_clip_config,
@@ -164,6 +170,7 @@ def test_image_processors_of_all_ages():
         "std": OPENAI["image_std"],
         "interpolation": "bicubic",
         "resize_mode": "shortest",
+        "library": "transformers",
     }
     newer = OPENAI | {
         "crop_size": {"height": 224, "width": 224},
@@ -180,6 +187,7 @@ def test_image_processors_of_all_ages():
 
 def test_siglips_image_processors():
     half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    half |= {"library": "transformers"}
     one = {"image_processor_type": "SiglipImageProcessor", "resample": 3}
     assert to_preprocess_config(one, 224) == {**half, "interpolation": "bicubic"}
     other = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256}
@@ -212,11 +220,34 @@ def test_without_an_image_processor_nothing_is_guessed(tmp_path):
         ({"crop_size": 192}, "crops to"),
         ({"do_center_crop": False}, "resizes to"),
         ({"size": {"height": 224, "width": 192}}, "expected the shorter side"),
+        ({"do_resize": 1}, "do_resize = 1; expected true or false"),
+        ({"do_center_crop": "yes"}, "do_center_crop = 'yes'; expected true or false"),
+        ({"resample": [3]}, r"PIL's filter '\[3\]'"),
+        ({"size": {"shortest_edge": -(10**400)}}, "expected a number of pixels"),
+        ({"image_mean": [10**400, 0, 0]}, "image_mean = .*; expected three numbers"),
+        ({"image_std": [0.1, 0.1, 0]}, "image_std = .*; expected three positive numbers"),
+        ({"rescale_factor": float("nan")}, "scales by nan"),
+        ({"image_processor_type": 3}, "is a '3'; expected one of CLIPImageProcessor"),
+        ({"image_processor": [1]}, r"image_processor is '\[1\]'; expected a JSON object"),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 1e-320},
+            "crop_pct = 1e-320; expected a number in 0.01..1",
+        ),
+        (
+            {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": "many"},
+            "at most 'many' patches",
+        ),
     ],
 )
 def test_an_image_processor_that_open_clip_has_not_is_refused(change, message):
     with pytest.raises(ArchitectureError, match=message):
         to_preprocess_config(OPENAI | change, 224)
+
+
+def test_an_image_processor_with_code_of_its_own_is_refused():
+    with pytest.raises(UnsafeCheckpointError, match="auto_map has AutoImageProcessor"):
+        to_preprocess_config({"auto_map": {"AutoImageProcessor": "a.B"}}, 224)
+    to_preprocess_config({"auto_map": {"AutoProcessor": "a.B"}}, 224)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -305,3 +336,44 @@ def test_two_processors_must_agree(folder: Path) -> None:
     other.write_text(json.dumps({"image_processor": first | {"image_mean": [0.4] * 3}}))
     with pytest.raises(ArchitectureError, match="prepare images differently"):
         load_checkpoint(folder)
+
+
+def test_a_processor_file_without_an_image_processor_tells_nothing_of_images(folder: Path) -> None:
+    (folder / "preprocessor_config.json").rename(folder / "processor_config.json")
+    content = json.loads((folder / "processor_config.json").read_text())
+    with pytest.raises(ArchitectureError, match="nothing beside it tells how images are prepared"):
+        load_checkpoint(folder)
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    assert load_checkpoint(folder).preprocess_config["library"] == "transformers"
+
+
+def test_what_to_do_about_an_image_processor_is_said(folder: Path) -> None:
+    processor = folder / "preprocessor_config.json"
+    content = json.loads(processor.read_text())
+    processor.write_text(json.dumps(content | {"size": 16}))
+    with pytest.raises(ArchitectureError) as error:
+        load_checkpoint(folder)
+    assert str(processor) in str(error.value)
+    assert "shorter side and the crop to be 8, or both sides; mend the file" in str(error.value)
+    processor.unlink()
+    told = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    found = load_checkpoint(folder, preprocess=told | {"resize_mode": "shortest"})
+    assert found.preprocess_source == "given"
+
+
+def test_open_clips_own_configuration_means_open_clips_transform(folder: Path, tmp_path) -> None:
+    checkpoint = load_checkpoint(folder)
+    target = tmp_path / "open_clip"
+    save_checkpoint(
+        target,
+        checkpoint.state_dict,
+        model_config=checkpoint.model_config,
+        preprocess_config=checkpoint.preprocess_config,
+        provenance=Provenance(method="test"),
+    )
+    config = json.loads((target / "open_clip_config.json").read_text())
+    assert "library" not in config["preprocess_cfg"]
+    config["preprocess_cfg"]["library"] = "transformers"  # open_clip would ignore it
+    (target / "open_clip_config.json").write_text(json.dumps(config))
+    found = load_checkpoint(target).preprocess_config
+    assert describe(found) == describe(checkpoint.preprocess_config) | {"library": "open_clip"}

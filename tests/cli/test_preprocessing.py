@@ -19,6 +19,7 @@ from .conftest import FAST, TINY, Run
 SQUASH = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"} | {
     "resize_mode": "squash"
 }
+OPEN_CLIP = {"fill_color": 0, "library": "open_clip"}
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_folder_is_read_with_its_own_way_and_says_so(
     folder = folder_of(tmp_path / "own", tiny_model, SQUASH)
     document, lines = measured(run, folder, "--images", photos)
     assert document["preprocessing"] == SQUASH | {
-        "fill_color": 0,
+        **OPEN_CLIP,
         "source": "open_clip_config.json",
     }
     assert (document["warnings"], lines) == ([], [])
@@ -92,7 +93,7 @@ def test_a_guess_is_said_and_options_end_it(
         *("--interpolation", "bilinear", "--resize-mode", "squash"),
     )
     assert lines == []
-    assert told["preprocessing"] == SQUASH | {"fill_color": 0, "source": "given"}
+    assert told["preprocessing"] == SQUASH | OPEN_CLIP | {"source": "given"}
 
 
 @pytest.mark.parametrize("words", ["0.5,0.5", "red", "0.1,nan,0.2", ""])
@@ -136,7 +137,7 @@ def test_a_base_keeps_its_own_way_and_has_a_model_of_its_own(
         "mean": [0.3] * 3,
         "std": [0.3] * 3,
         "interpolation": "bicubic",
-        "fill_color": 0,
+        **OPEN_CLIP,
         "source": "given",
     }
     assert found["warnings"] == []

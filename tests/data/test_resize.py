@@ -157,6 +157,7 @@ def test_pixels_are_those_of_create_model_and_transforms(tmp_path: Path) -> None
         "interpolation": "bicubic",
         "resize_mode": "squash",
         "fill_color": 0,
+        "library": "open_clip",
         "source": "open_clip_config.json",
     }
     image = Image.fromarray(noise((96, 32), 3))
