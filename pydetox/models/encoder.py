@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -258,23 +259,26 @@ def from_encoder(
         name: The name in messages and reports; default: the class of the module.
 
     Raises:
-        UsageError: The head is no layer of the module or no matrix.
+        UsageError: The head is no layer of the module or no matrix, mean or std are not three
+            finite numbers (std above 0), or image_size is no whole number above 0.
         ArchitectureError: The features are no [N, D], or do not fit the head.
     """
     name = name or type(encoder).__name__
+    _check_preparation(image_size, mean, std)
     layer, rows, bias = _rows_of(encoder, head)
     twin = copy.deepcopy(encoder).eval().float().requires_grad_(False)
     wrapped = layer is not None or bias is not None
     tower = _Features(twin, layer, constant=bias is not None) if wrapped else twin
     prefix = "visual.module." if wrapped else "visual."
-    if bias is not None and rows is not None:
-        rows = torch.cat([rows, bias[:, None]], dim=1)
     features = _features_of_synthetic(tower, image_size, mean, std, name)
-    if rows is not None and rows.shape[1] != features.shape[1]:
+    width = features.shape[1] - (bias is not None)
+    if rows is not None and rows.shape[1] != width:
         raise ArchitectureError(
-            f"{name}: gives {features.shape[1]} features an image, and the rows of its head have "
+            f"{name}: gives {width} features an image, and the rows of its head have "
             f"{rows.shape[1]}; expected as many"
         )
+    if bias is not None and rows is not None:
+        rows = torch.cat([rows, bias[:, None]], dim=1)
     if class_names is not None and rows is not None and len(class_names) != len(rows):
         raise UsageError(f"{len(class_names)} class names for a head of {len(rows)} classes")
     if logit_scale is None:
@@ -305,7 +309,8 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
     name = name or type(model).__name__
     given = model.image_tower()
     tower = copy.deepcopy(given).eval().float().requires_grad_(False)
-    size, plain = int(model.image_size), ((0.0,) * 3, (1.0,) * 3)
+    size, plain = model.image_size, ((0.0,) * 3, (1.0,) * 3)
+    _check_preparation(size, *plain)
     features = _features_of_synthetic(tower, size, *plain, name)
     return EncoderModel(
         tower,
@@ -354,13 +359,31 @@ def _rows_of(
     return layer, head.weight.detach().float().cpu(), bias
 
 
+def _check_preparation(image_size: object, mean: object, std: object) -> None:
+    """Raise UsageError unless a size is a whole number above 0, and the others three numbers."""
+    if isinstance(image_size, bool) or not isinstance(image_size, Integral) or image_size < 1:
+        raise UsageError(
+            f"image_size is {image_size!r}; expected one whole number of at least 1, the height "
+            "and width in pixels"
+        )
+    for what, given in (("mean", mean), ("std", std)):
+        try:
+            values = [float(x) for x in given]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            values = []
+        fit = all(math.isfinite(x) and (what == "mean" or x > 0) for x in values)
+        if len(values) != 3 or not fit:
+            raise UsageError(
+                f"{what} is {given!r}; expected three finite numbers"
+                f"{' above 0' if what == 'std' else ''}, one a channel"
+            )
+
+
 @torch.no_grad()
 def _features_of_synthetic(
     tower: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], name: str
 ) -> Tensor:
     """Return the features [n, D] of smooth random images; ArchitectureError for another shape."""
-    if size < 1:
-        raise UsageError(f"image_size is {size}; expected at least 1")
     colours = generator("models.synthetic", 0).random((_MEASURED, 3, 4, 4))
     weight = next(tower.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
