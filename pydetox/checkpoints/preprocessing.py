@@ -106,9 +106,11 @@ def configure(
     source = found.source
     if given:
         source = "given" if set(KEYS[:4]) <= set(given) else f"{source}; {', '.join(given)} given"
-    config = {**found.config, **given}
-    if "resize_mode" in given and "resize_size" not in given:
-        config.pop("resize_size", None)  # belongs to the mode that it came with
+    stated = dict(found.config)
+    if "resize_mode" in given or (model_config or {}).get("layout") != "classifier":
+        # It belongs to the mode that it came with, and open_clip has no such value.
+        stated.pop("resize_size", None)
+    config = {**stated, **given}
     open_ = [key for key in found.guessed if key not in given]
     if open_:
         shown = [_shown(key, config) for key in open_] if found.shows_values else open_

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -72,6 +72,7 @@ class EncoderModel(OpenClipModel):
         std: The deviation of each channel that the result is divided by.
         interpolation: As in `load_images`.
         resize_mode: As in `load_images`.
+        resize_size: As in `Resizing`.
         logit_scale: The factor of cosines.
         embed_dim: D, the length of an embedding.
         head: The class head [C, D]; None if `texts` tells it, or if there is none.
@@ -95,6 +96,7 @@ class EncoderModel(OpenClipModel):
         std: Sequence[float],
         interpolation: str,
         resize_mode: str,
+        resize_size: int | None = None,
         logit_scale: float,
         embed_dim: int,
         head: Tensor | None,
@@ -115,6 +117,7 @@ class EncoderModel(OpenClipModel):
                 "std": [float(x) for x in std],
                 "interpolation": interpolation,
                 "resize_mode": resize_mode,
+                **({} if resize_size is None else {"resize_size": resize_size}),
             },
             name=name,
             storage_dtypes=storage_dtypes,
@@ -228,6 +231,7 @@ def from_encoder(
     std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
+    resize_size: int | None = None,
     class_names: Sequence[str] | None = None,
     logit_scale: float | None = None,
     name: str | None = None,
@@ -251,6 +255,8 @@ def from_encoder(
         std: The deviation of each channel; default: OpenAI's CLIP.
         interpolation: As in `load_images`.
         resize_mode: As in `load_images`.
+        resize_size: The length that `resize_mode` scales to before image_size pixels are cut out,
+            such as 256 for most of torchvision's weights; None: image_size.
         class_names: The names of the head's rows. With them, images whose classes have the same
             names in another order fit, too.
         logit_scale: The factor of the cosines of embeddings and rows. Default: 100 for unit rows.
@@ -260,11 +266,17 @@ def from_encoder(
 
     Raises:
         UsageError: The head is no layer of the module or no matrix, mean or std are not three
-            finite numbers (std above 0), or image_size is no whole number above 0.
-        ArchitectureError: The features are no [N, D], or do not fit the head.
+            finite numbers (std above 0), image_size is no whole number above 0, or logit_scale is
+            no number above 0.
+        ArchitectureError: The module does not take such images, or its features are no [N, D] or
+            do not fit the head.
     """
     name = name or type(encoder).__name__
+    if not isinstance(encoder, nn.Module):
+        raise UsageError(f"the encoder is a {name}; expected a module of torch")
     _check_preparation(image_size, mean, std)
+    if logit_scale is not None:
+        _check_scale(logit_scale)
     layer, rows, bias = _rows_of(encoder, head)
     twin = copy.deepcopy(encoder).eval().float().requires_grad_(False)
     wrapped = layer is not None or bias is not None
@@ -293,6 +305,7 @@ def from_encoder(
         std=std,
         interpolation=interpolation,
         resize_mode=resize_mode,
+        resize_size=resize_size,
         logit_scale=logit_scale,
         embed_dim=features.shape[1],
         head=rows,
@@ -312,6 +325,8 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
     size, plain = model.image_size, ((0.0,) * 3, (1.0,) * 3)
     _check_preparation(size, *plain)
     features = _features_of_synthetic(tower, size, *plain, name)
+    scale = model.logit_scale()
+    _check_scale(scale)
     return EncoderModel(
         tower,
         name=name,
@@ -320,7 +335,7 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
         std=plain[1],
         interpolation="bicubic",
         resize_mode="shortest",
-        logit_scale=float(model.logit_scale()),
+        logit_scale=float(scale),
         embed_dim=features.shape[1],
         head=None,
         texts=model,
@@ -379,6 +394,13 @@ def _check_preparation(image_size: object, mean: object, std: object) -> None:
             )
 
 
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.item()
+    if not isinstance(scale, Real) or not 0 < float(scale) < math.inf:
+        raise UsageError(f"logit_scale is {scale!r}; expected a finite number above 0")
+
+
 @torch.no_grad()
 def _features_of_synthetic(
     tower: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], name: str
@@ -390,7 +412,12 @@ def _features_of_synthetic(
     small = torch.from_numpy(colours).float().to(device)
     pixels = interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     centre, spread = (pixels.new_tensor(list(x)).view(1, 3, 1, 1) for x in (mean, std))
-    features = tower((pixels - centre) / spread)
+    try:
+        features = tower((pixels - centre) / spread)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ArchitectureError(
+            f"{name}: does not take images [N, 3, {size}, {size}]: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != _MEASURED:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ArchitectureError(

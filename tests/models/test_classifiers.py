@@ -26,6 +26,7 @@ from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.models.classifiers import PreActResNet, build_classifier, last_layer
 from pydetox.repair.configuration import UnlearnConfig
+from tests.mini import MINI_CONFIG, mini_model
 
 NAMES = tuple("abcde")
 
@@ -379,6 +380,21 @@ def test_a_saved_classifier_keeps_the_cut(files, tmp_path):
     config.write_text(config.read_text().replace('"resize_size": 33', '"resize_size": 0'))
     with pytest.raises(ArchitectureError, match="resize_size = '0', expected a number of pixels"):
         load_checkpoint(tmp_path / "saved")
+
+
+def test_open_clips_models_have_no_cut(tmp_path):
+    """open_clip passes over what it does not know in a preprocess_cfg."""
+    model = mini_model()
+    save_checkpoint(
+        tmp_path / "clip",
+        model.storage_state_dict(),
+        model_config=MINI_CONFIG,
+        preprocess_config={"mean": [0.5] * 3, "std": [0.5] * 3, "resize_size": 20},
+        provenance=Provenance(method="test"),
+    )
+    read = OpenClipModel.from_checkpoint(load_checkpoint(tmp_path / "clip"))
+    assert read.mean == (0.5,) * 3
+    assert read.resizing == model.resizing
 
 
 def test_arrays_of_the_models_size_are_not_cut(files):
