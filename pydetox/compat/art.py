@@ -281,7 +281,7 @@ class CleansedClassifier:
         return self._head
 
     def _images(self, x: NDArray[Any]) -> Tensor:
-        """Return images float32 [N, C, H, W]; those of a new shape show what the last layer is."""
+        """Return images float32 [N, C, H, W]; a new shape of them shows the last layer."""
         array = np.asarray(x)
         if array.ndim != 4 or 0 in array.shape:
             raise DataError(f"images are {list(array.shape)}; expected [N, C, H, W]")
@@ -297,7 +297,7 @@ class CleansedClassifier:
             )
         images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         if self._seen != images.shape[1:]:
-            self._head = self._last_layer(images[:1])
+            self._head = self._last_layer(torch.full((1, *images.shape[1:]), 0.5))
             self._seen = tuple(images.shape[1:])
         return images
 
