@@ -20,7 +20,7 @@ import torch
 from pydetox.checkpoints.classifier_names import classifier_config, is_classifier_name
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
-from pydetox.data.resize import INTERPOLATIONS, LIBRARIES, RESIZE_MODES
+from pydetox.data.resize import INTERPOLATIONS, LIBRARIES, MAX_SIDE, RESIZE_MODES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
 __all__ = [
@@ -183,7 +183,7 @@ def check_preprocess_config(config: object) -> None:
     Raises:
         ArchitectureError: It is neither ``None`` nor a dictionary, ``mean`` or ``std`` is not
             three finite numbers (``std`` positive), or ``interpolation``, ``resize_mode``,
-            ``fill_color`` or ``library`` is none that images can be prepared with.
+            ``resize_size``, ``fill_color`` or ``library`` is none that images can be prepared with.
     """
     if config is None:
         return
@@ -203,6 +203,12 @@ def check_preprocess_config(config: object) -> None:
     if fill is not None and (type(fill) is not int or not 0 <= fill <= 255):
         raise ArchitectureError(
             f"its preprocess_cfg has fill_color = {quote(fill)}, expected a number in 0..255"
+        )
+    size = config.get("resize_size")
+    if size is not None and (type(size) is not int or not 1 <= size <= MAX_SIDE):
+        raise ArchitectureError(
+            f"its preprocess_cfg has resize_size = {quote(size)}, expected a number of pixels in "
+            f"1..{MAX_SIDE}"
         )
     for key in ("mean", "std"):
         values = config.get(key)

@@ -126,10 +126,11 @@ def load_checkpoint(
             weights that do not name it. The configuration of a folder or of one of open_clip's tags
             takes precedence. A configuration beside the weights that cannot be used is passed over,
             with one of `Checkpoint.warnings`. A name also decides how images are prepared: as for
-            open_clip's pretrained weights of that architecture.
+            the pretrained weights that open_clip, timm or torchvision have under that name.
         preprocess: How images are prepared; this overrides all other sources. Any of ``mean``,
             ``std``, ``interpolation``, ``resize_mode`` and ``fill_color``, as in open_clip's
-            ``preprocess_cfg``.
+            ``preprocess_cfg``, and ``resize_size`` (see `Resizing`). A ``resize_mode`` alone means
+            that nothing is cut off beyond a square.
         cache_dir: The folder for hub downloads; ``None`` for the hub's default.
         offline: Whether to use only files on this machine, without opening a socket.
         allow_nonfinite: Whether to accept weights that are NaN or infinite; they become a finding.

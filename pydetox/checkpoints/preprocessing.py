@@ -20,7 +20,7 @@ from pydetox.checkpoints.architecture import (
     read_config,
     resolve_model,
 )
-from pydetox.checkpoints.classifier_names import is_certain
+from pydetox.checkpoints.classifier_names import guessed_values, is_classifier_name
 from pydetox.checkpoints.layout import PROCESSOR_NAMES, TRANSFORMERS_CONFIG_NAME
 from pydetox.checkpoints.processors import read_processor
 from pydetox.checkpoints.transformers_layouts import read_transformers_config
@@ -93,11 +93,8 @@ def configure(
             )
         named = None if model_config is not None else model
         model_config = model_config or other
-        if found is None and stated is not None and is_certain(os.fspath(model)):
-            found = Preparation(stated, os.fspath(model))
-        elif found is None and other.get("layout") == "classifier" and stated is not None:
-            why = f"nothing tells how images are prepared for {model}, and what is usual stands in"
-            found = Preparation(stated, f"what is usual for {model}", ("mean", "std"), why)
+        if found is None and stated is not None and is_classifier_name(os.fspath(model)):
+            found = _of_classifier(os.fspath(model), other["vision_cfg"]["library"], stated)
         elif found is None and stated is not None:
             found = Preparation(stated, f"{os.fspath(model)}")
         elif found is None:
@@ -108,13 +105,18 @@ def configure(
     source = found.source
     if given:
         source = "given" if set(KEYS[:4]) <= set(given) else f"{source}; {', '.join(given)} given"
+    stated = dict(found.config)
+    if "resize_mode" in given or (model_config or {}).get("layout") != "classifier":
+        # It belongs to the mode that it came with, and open_clip has no such value.
+        stated.pop("resize_size", None)
+    config = {**stated, **given}
     open_ = [key for key in found.guessed if key not in given]
     if open_:
+        shown = [_shown(key, config) for key in open_] if found.shows_values else open_
         warnings.append(
-            f"{reference}: {found.why}: {', '.join(open_)} are a guess; image_mean=, image_std=, "
+            f"{reference}: {found.why}: {', '.join(shown)} are a guess; image_mean=, image_std=, "
             "interpolation= and resize_mode= tell them"
         )
-    config = {**found.config, **given}
     try:
         check_preprocess_config(config)
     except ArchitectureError as error:
@@ -131,12 +133,36 @@ class Preparation:
         source: The name of the source.
         guessed: The values that are a guess.
         why: The reason why they are a guess.
+        shows_values: Whether a warning shows the guessed values, which `why` does not.
     """
 
     config: Config
     source: str
     guessed: tuple[str, ...] = ()
     why: str = ""
+    shows_values: bool = False
+
+
+def _of_classifier(name: str, library: str, stated: Config) -> Preparation:
+    """Return what a classifier's name stands for; see `classifier_names`."""
+    guessed = guessed_values(name)
+    if not guessed:
+        return Preparation(stated, name)
+    if library == "backdoorbench":
+        why = f"nothing tells how images are normalised for {name}, and CIFAR-10's way stands in"
+        return Preparation(stated, f"what is usual for {name}", guessed, why, True)
+    why = f"nothing tells how images are prepared for {name}, and {library}'s way for its own "
+    why += "weights of that name stands in"
+    return Preparation(stated, f"{library}'s own weights of {name}", guessed, why, True)
+
+
+def _shown(key: str, config: Mapping[str, Any]) -> str:
+    """Return a guessed value of a classifier with its name."""
+    value = config[key]
+    if isinstance(value, list):
+        return f"{key} {','.join(f'{number:.4g}' for number in value)}"
+    size = config.get("resize_size") if key == "resize_mode" else None
+    return f"{key} {value}" + ("" if size is None else f" (scaled to {size} before the crop)")
 
 
 def preparation_of(model: str) -> Preparation:
@@ -209,7 +235,10 @@ def _read_own(
 
 
 def describe(config: Mapping[str, Any] | None) -> Config:
-    """Return all values that count for a configuration, defaults of open_clip included."""
+    """Return all values that count for a configuration, defaults of open_clip included.
+
+    `resize_size`, which open_clip does not have, is there only if it is set: see `Resizing`.
+    """
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     given = {k: v for k, v in (config or {}).items() if k in KEYS and v is not None}
@@ -222,6 +251,8 @@ def describe(config: Mapping[str, Any] | None) -> Config:
         "library": "open_clip",
     }
     result = defaults | given
+    if config and config.get("resize_size") is not None:
+        result["resize_size"] = config["resize_size"]
     for key in ("mean", "std"):
         value = result[key]
         values = list(value) if isinstance(value, list | tuple) else [value]

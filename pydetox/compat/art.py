@@ -23,10 +23,20 @@ from ..errors import ArchitectureError, DataError, UsageError
 from ..models.classifiers import last_layer
 from ..progress import track
 from ..rng import generator
-from .cleanse import CleanseRules, FoundMask, Outliers, cleanse, outliers
+from .cleanse import (
+    CleanseRules,
+    FoundMask,
+    Outliers,
+    cleanse,
+    outliers,
+    require_number,
+    require_whole,
+)
 
 _LOG = logging.getLogger(__name__)
 _KINDS = ("unlearning", "pruning", "filtering")
+#: How far pixels may lie beyond [0, 1] by rounding.
+_ROUNDING = 1e-4
 #: The largest share of the neurons that is pruned.
 _MOST_PRUNED = 0.3
 
@@ -74,7 +84,25 @@ class NeuralCleanse:
             cost_multiplier: The factor of the weight of the norm.
             batch_size: The number of images in a batch of a search.
             seed: The seed of first triggers and batches, which ART leaves to numpy.
+
+        Raises:
+            UsageError: A value makes no sense.
+            ArchitectureError: The classifier is none.
         """
+        for what, whole in (
+            ("steps", steps),
+            ("patience", patience),
+            ("early_stop_patience", early_stop_patience),
+            ("batch_size", batch_size),
+        ):
+            require_whole(what, whole, 1)
+        require_whole("seed", seed, 0)
+        for what, number in (
+            ("init_cost", init_cost),
+            ("learning_rate", learning_rate),
+            ("attack_success_threshold", attack_success_threshold),
+        ):
+            require_number(what, number)
         rules = CleanseRules(
             epochs=steps,
             learning_rate=learning_rate,
@@ -97,6 +125,10 @@ class NeuralCleanse:
 class CleansedClassifier:
     """A copy of a classifier, with Neural Cleanse's detection and mitigation.
 
+    All images are floats [N, C, H, W] in [0, 1]. Every method raises DataError for others, and
+    ArchitectureError for a classifier whose answers are not those of one linear layer, which the
+    first images show.
+
     Attributes:
         model: The copy, which `mitigate` changes.
         top_indices: The neurons that `predict` watches after a mitigation by filtering.
@@ -105,20 +137,17 @@ class CleansedClassifier:
 
     def __init__(self, classifier: Any, rules: CleanseRules, *, batch_size: int, seed: int) -> None:
         module = classifier if isinstance(classifier, nn.Module) else _module_of(classifier)
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; expected at least 1")
         self.model = copy.deepcopy(module).eval().float().requires_grad_(False)
-        self._last = last_layer(self.model)
-        self._head = self.model.get_submodule(self._last)
-        assert isinstance(self._head, nn.Linear)
-        self.nb_classes = self._head.out_features
+        self._seen: tuple[int, ...] | None = None
+        self._head: nn.Linear | nn.Conv2d | None = None
         self.rules, self.batch_size, self.seed = rules, batch_size, seed
         self.top_indices: list[int] = []
         self.activation_threshold: NDArray[np.float32] = np.zeros(0, np.float32)
 
     def predict(self, x: NDArray[Any], batch_size: int = 128) -> NDArray[np.float32]:
         """Return the logits float32 [N, K]; zeros for images that filtering abstains from."""
-        answers = self._over(x, self.model, batch_size)
+        require_whole("batch_size", batch_size, 1)
+        answers = self._over(self._images(x), self.model, batch_size)
         if not self.top_indices:
             return answers
         activations = self.get_activations(x)[:, self.top_indices]
@@ -127,17 +156,18 @@ class CleansedClassifier:
 
     def get_activations(self, x: NDArray[Any]) -> NDArray[np.float32]:
         """Return what goes into the last layer, float32 [N, F]."""
+        images, head = self._images(x), self._layer
         seen: list[Tensor] = []
 
         def features(batch: Tensor) -> Tensor:
-            handle = self._head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+            handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
             try:
                 self.model(batch)
             finally:
                 handle.remove()
-            return seen.pop()
+            return seen.pop().flatten(1)
 
-        return self._over(x, features, 128)
+        return self._over(images, features, 128)
 
     def generate_backdoor(
         self, x_val: NDArray[Any], y_val: NDArray[Any], y_target: NDArray[Any]
@@ -146,7 +176,12 @@ class CleansedClassifier:
 
         y_target: The class, one-hot [K].
         """
-        (found,) = self._search(x_val, [int(np.argmax(y_target))])
+        images, wanted = self._images(x_val), np.asarray(y_target).reshape(-1)
+        if len(wanted) != self.nb_classes:
+            raise DataError(
+                f"y_target has {len(wanted)} values; expected one-hot [{self.nb_classes}]"
+            )
+        (found,) = self._search(images, [int(wanted.argmax())])
         return _arrays(found)
 
     def outlier_detection(
@@ -161,7 +196,8 @@ class CleansedClassifier:
 
         The norms are sums over all channels, as ART compares them.
         """
-        found = self._search(x_val, list(range(self.nb_classes)))
+        images = self._images(x_val)
+        found = self._search(images, list(range(self.nb_classes)))
         judged = outliers([float(one.mask.abs().sum()) for one in found])
         for label in judged.flagged:
             _LOG.warning("Detected potential backdoor in class: %d", label)
@@ -171,7 +207,7 @@ class CleansedClassifier:
         self, x_val: NDArray[Any], y_val: NDArray[Any]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]:
         """Return clean images of the flagged classes, the same with their trigger, and labels."""
-        labels = self._classes(y_val, len(x_val))
+        labels = self._classes(y_val, len(self._images(x_val)))
         clean, stamped, wanted = [], [], []
         for label, mask, pattern in self.outlier_detection(x_val, y_val):
             own = np.asarray(x_val[labels == label], np.float32)
@@ -188,8 +224,9 @@ class CleansedClassifier:
         self, backdoor_data: NDArray[Any], backdoor_labels: NDArray[Any]
     ) -> bool:
         """Return whether any of the images gets another class than its label."""
-        labels = self._classes(backdoor_labels, len(backdoor_data))
-        found = self._over(backdoor_data, self.model, 128).argmax(axis=1)
+        images = self._images(backdoor_data)
+        labels = self._classes(backdoor_labels, len(images))
+        found = self._over(images, self.model, 128).argmax(axis=1)
         return bool((found != labels).any())
 
     def mitigate(
@@ -206,7 +243,7 @@ class CleansedClassifier:
 
         Raises:
             UsageError: There is no such mitigation.
-            DataError: Images and labels do not fit.
+            DataError: Images are not such ones, or labels do not fit them or the classes.
         """
         unknown = [kind for kind in mitigation_types if kind not in _KINDS]
         if unknown:
@@ -231,9 +268,59 @@ class CleansedClassifier:
                 watched = self.get_activations(clean)[:, self.top_indices]
                 self.activation_threshold = watched.mean(axis=0) + watched.std(axis=0)
 
-    def _search(self, x_val: NDArray[Any], targets: list[int]) -> list[FoundMask]:
-        images = torch.from_numpy(np.ascontiguousarray(x_val, dtype=np.float32))
-        if images.ndim != 4 or len(images) < self.batch_size:
+    @property
+    def nb_classes(self) -> int:
+        """The number of classes K, which is known once the classifier has seen images."""
+        layer = self._layer
+        return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+    @property
+    def _layer(self) -> nn.Linear | nn.Conv2d:
+        if self._head is None:
+            raise UsageError("the classifier has seen no images yet; expected predict() first")
+        return self._head
+
+    def _images(self, x: NDArray[Any]) -> Tensor:
+        """Return images float32 [N, C, H, W]; a new shape of them shows the last layer."""
+        array = np.asarray(x)
+        if array.ndim != 4 or 0 in array.shape:
+            raise DataError(f"images are {list(array.shape)}; expected [N, C, H, W]")
+        if array.dtype.kind != "f":
+            raise DataError(
+                f"images are {array.dtype}; expected floats in [0, 1] (bytes divided by 255)"
+            )
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is neither
+            raise DataError(
+                f"images have values from {low:.4g} to {high:.4g}; expected [0, 1], before any "
+                "normalisation"
+            )
+        images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        if self._seen != images.shape[1:]:
+            self._head = self._last_layer(torch.full((1, *images.shape[1:]), 0.5))
+            self._seen = tuple(images.shape[1:])
+        return images
+
+    def _last_layer(self, images: Tensor) -> nn.Linear | nn.Conv2d:
+        name = type(self.model).__name__
+        try:
+            layer = self.model.get_submodule(last_layer(self.model, images.to(self._device)))
+        except ArchitectureError as error:
+            raise ArchitectureError(
+                f"a {name} is not searched: {error}; expected a classifier that ends in one"
+            ) from None
+        except (IndexError, RuntimeError, ValueError) as error:
+            shape = list(images.shape[1:])
+            hint = " (channels come first)" if shape[2] in (1, 3) else ""
+            raise DataError(
+                f"a {name} does not take images [N, {', '.join(map(str, shape))}]: "
+                f"{' '.join(str(error).split())}; expected [N, C, H, W] as in its training{hint}"
+            ) from error
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return layer
+
+    def _search(self, images: Tensor, targets: list[int]) -> list[FoundMask]:
+        if len(images) < self.batch_size:
             raise DataError(
                 f"images are {list(images.shape)}; expected [N, C, H, W] with at least batch_size "
                 f"= {self.batch_size} images"
@@ -270,18 +357,24 @@ class CleansedClassifier:
 
     def _silence(self, index: int) -> None:
         """Let a feature have no part in the answers."""
-        assert isinstance(self._head, nn.Linear)
         with torch.no_grad():
-            self._head.weight[:, index] = 0
+            self._layer.weight[:, index] = 0
 
     def _classes(self, labels: NDArray[Any], count: int) -> NDArray[np.int64]:
         values = np.asarray(labels)
-        if values.ndim == 2 and values.shape[1] == self.nb_classes:
-            values = values.argmax(axis=1)
-        if values.shape != (count,):
+        if values.ndim == 2 and values.shape[1] == self.nb_classes and values.dtype.kind in "biuf":
+            values = np.where(np.isnan(values).any(axis=1), -1, values.argmax(axis=1))
+        if values.shape != (count,) or values.dtype.kind not in "iuf":
             raise DataError(
-                f"labels are {list(np.shape(labels))}; expected [{count}, {self.nb_classes}] or "
-                f"[{count}]"
+                f"labels are {values.dtype} {list(np.shape(labels))}; expected numbers "
+                f"[{count}, {self.nb_classes}] or [{count}]"
+            )
+        whole = np.isfinite(values) & (values == np.floor(values))
+        wrong = values[~(whole & (values >= 0) & (values < self.nb_classes))]
+        if len(wrong):
+            raise DataError(
+                f"labels: {len(wrong)} of {count} are no class, such as {wrong[0]}; expected "
+                f"0..{self.nb_classes - 1}"
             )
         return values.astype(np.int64)
 
@@ -291,9 +384,8 @@ class CleansedClassifier:
 
     @torch.no_grad()
     def _over(
-        self, x: NDArray[Any], function: Callable[[Tensor], Tensor], batch_size: int
+        self, images: Tensor, function: Callable[[Tensor], Tensor], batch_size: int
     ) -> NDArray[np.float32]:
-        images = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         parts = [function(part.to(self._device)).cpu() for part in torch.split(images, batch_size)]
         return torch.cat(parts).float().numpy()
 

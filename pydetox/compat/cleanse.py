@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -25,6 +26,18 @@ _AT_ONCE = 512
 _CONSISTENCY = 1.4826
 #: Anomaly indices above this are outliers (Wang et al., section IV).
 _OUTLIER = 2.0
+
+
+def require_whole(what: str, value: object, least: int) -> None:
+    """Raise UsageError unless a value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UsageError(f"{what} is {value!r}; expected a whole number of at least {least}")
+
+
+def require_number(what: str, value: object) -> None:
+    """Raise UsageError unless a value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UsageError(f"{what} is {value!r}; expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -65,11 +78,13 @@ class CleanseRules:
     without: Literal["first", "last"] = "first"
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.patience, self.early_stop_patience) < 1:
-            raise UsageError(
-                f"epochs {self.epochs}, patience {self.patience}, early_stop_patience "
-                f"{self.early_stop_patience}; expected at least 1 each"
-            )
+        for what in ("epochs", "patience", "early_stop_patience"):
+            require_whole(what, getattr(self, what), 1)
+        for what in (
+            *("learning_rate", "initial_cost", "success"),
+            *("cost_multiplier", "early_stop_threshold"),
+        ):
+            require_number(what, getattr(self, what))
         if self.norm not in (1, 2):
             raise UsageError(f"norm is {self.norm}; expected 1 or 2")
         if not 0 < self.success <= 1:

@@ -15,6 +15,7 @@ base + lambda * sum of weight * difference, divided by the sum of the weights wi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import reduce
@@ -89,7 +90,10 @@ def merge(
     if not vectors:
         raise UsageError(f"{name}: all models are the base; expected another one")
     factor = _number(options.get("lambda", 1.0), f"{name}: lambda")
-    if options.get("normalize", False) is True and abs(sum(weights)) >= _NO_SUM:
+    normalize = options.get("normalize", False)
+    if normalize not in (False, True):  # 0 and 1 are meant so in mergekit, too
+        raise UsageError(f"{name}: normalize is {normalize!r}; expected true or false")
+    if normalize and abs(sum(weights)) >= _NO_SUM:
         factor /= sum(weights)
     total = reduce(add, (vector * weight for vector, weight in zip(vectors, weights, strict=True)))
     written = total.apply_to(base, factor, output=output)
@@ -110,6 +114,8 @@ def _parameters(part: Mapping[str, Any], where: str, known: set[str]) -> Mapping
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"{where} is {value!r}; expected one number (no gradients or filters)")
+    if not math.isfinite(value):
+        raise UsageError(f"{where} is {value!r}; expected a finite number")
     return float(value)
 
 

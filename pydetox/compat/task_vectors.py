@@ -8,9 +8,11 @@ operation holds one tensor at a time.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
@@ -85,15 +87,19 @@ class TaskVector:
         return self._difference.tensors
 
     def __add__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
         names = self._common(other)
         return self._of(self._only(names) + other._only(names))
 
     def __radd__(self, other: object) -> TaskVector:
-        if other is None or isinstance(other, int):  # what `sum` begins with
+        if other is None or (isinstance(other, int) and other == 0):  # what `sum` begins with
             return self
         return NotImplemented
 
     def __sub__(self, other: TaskVector) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
         names = self._common(other)
         return self._of(self._only(names) - other._only(names))
 
@@ -101,7 +107,7 @@ class TaskVector:
         return self._of(-self._difference)
 
     def __mul__(self, factor: float) -> TaskVector:
-        return self._of(self._difference * float(factor))
+        return self._of(self._difference * _number("the factor of a task vector", factor))
 
     __rmul__ = __mul__
 
@@ -125,10 +131,12 @@ class TaskVector:
             was given, and tensors by name in all other cases.
 
         Raises:
+            UsageError: scaling_coef is no finite number.
             ArchitectureError: The vector has a tensor that the weights lack or that has another
                 shape.
             OutputError: The file exists or cannot be written.
         """
+        scaling_coef = _number("scaling_coef", scaling_coef)
         start = _tensors(pretrained_checkpoint)
         self._require_fit(start)
         if output is not None:
@@ -201,6 +209,14 @@ class TaskVector:
                 values = self._sum(start, name, factor).detach().cpu().contiguous()
                 file.write(values.reshape(-1).view(torch.uint8).numpy().data)
         return path
+
+
+def _number(what: str, value: object) -> float:
+    """Return a finite number, such as one of numpy or a tensor of one element."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise UsageError(f"{what} is {value!r}; expected a finite number")
+    return float(number)
 
 
 def _tensors(weights: Weights) -> Mapping[str, Tensor]:

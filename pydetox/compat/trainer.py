@@ -13,13 +13,14 @@ import torch
 
 from ..api import scan
 from ..data import ImageData, Template
+from ..data.load import require_images
 from ..detect.configuration import ScanConfig
 from ..detect.result import ScanResult
 from ..detect.statistics import FINDINGS, Calibration
-from ..errors import UsageError
 from ..reporting.documents import scan_document
 from ..reporting.serialize import to_json
 from ..session import ModelLike
+from .cleanse import require_whole
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class ScanCallback(_Base):  # type: ignore[misc]
         results: The epoch and the result of each scan.
 
     Raises:
-        UsageError: `every` is below 1.
+        UsageError: `every` is no whole number of epochs above 0.
+        DataError: The images are a name of no folder or file.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class ScanCallback(_Base):  # type: ignore[misc]
         class_names: Sequence[str] | None = None,
         config: ScanConfig | None = None,
     ) -> None:
-        if every < 1:
-            raise UsageError(f"every is {every}; expected at least 1 epoch")
+        require_whole("every", every, 1)
+        require_images(images)
         self.results: list[tuple[int, ScanResult]] = []
         self._images, self._every, self._stop = images, every, stop
         self._options: dict[str, Any] = {

@@ -51,6 +51,18 @@ def locate_images(spec: str | Path) -> tuple[str, Path | None]:
     return "", Path(spec)
 
 
+def require_images(spec: ImageData) -> None:
+    """Raise DataError for images whose files are missing, before they are wanted.
+
+    Nothing is decoded. Objects that hold images themselves are not looked at.
+    """
+    if isinstance(spec, ImageSet) or not isinstance(spec, str | Path):
+        return
+    root = locate_images(spec)[1]
+    if root is not None and not root.exists() and not shards_of(str(spec)):
+        raise DataError(f"{spec}: no such file or folder; expected images{_hint(str(spec))}")
+
+
 def rows_of_files(spec: str | Path, class_names: tuple[str, ...] | None) -> Rows | None:
     """Return the rows of a table, of shards or of a data set of torchvision; None for others."""
     source, _, root = str(spec).partition("=")

@@ -171,7 +171,10 @@ def _of_data_set(data: Any) -> Rows:
 
     labels: Sequence[Any] | None = None
     if label_key is not None:
-        labels = list(data[label_key])
+        try:
+            labels = list(data[label_key])
+        except KeyError:
+            labels = None  # its transform wants whole rows, which tell their labels
     elif not is_plain:
         labels = _targets(data)
     return Rows(name, len(data), fetch, labels, _names(data, label_key))
@@ -205,6 +208,12 @@ def _picture_and_label(
                 f"{', '.join(IMAGE_KEYS)}"
             )
         label_key = label_key or next((k for k in LABEL_KEYS if k in row), None)
+        missing = [k for k in (key, label_key) if k is not None and k not in row]
+        if missing:
+            raise DataError(
+                f"{what}: has {', '.join(map(str, row))}, and not {missing[0]!r}, which is one of "
+                "its columns; give the data set without its transform: data.with_format(None)"
+            )
         picture = row[key]
         if isinstance(picture, Mapping):  # of `datasets`, where images are not decoded
             picture = picture.get("bytes") or picture.get("path")

@@ -17,6 +17,9 @@ from ..errors import DataError
 #: of a gigabyte of RGB).
 MAX_PIXELS = 89_478_485
 
+#: The longest side that images are scaled to.
+MAX_SIDE = 9_459  # its square has MAX_PIXELS pixels at most
+
 #: open_clip's `random` means bicubic outside training, where nothing is random.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "random")
 
@@ -47,6 +50,8 @@ class Resizing:
         resize_mode: One of `RESIZE_MODES`.
         fill_color: The grey value of the padding of `longest`, 0..255.
         library: One of `LIBRARIES`.
+        resize_size: The length that `resize_mode` scales to, in pixels, before the middle of
+            image_size pixels is cut out, as timm and torchvision do; None: image_size itself.
 
     Raises:
         DataError: A value is none of these.
@@ -57,6 +62,7 @@ class Resizing:
     resize_mode: str = "shortest"
     fill_color: int = 0
     library: str = "open_clip"
+    resize_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -72,6 +78,8 @@ class Resizing:
                 )
         if not 0 <= self.fill_color <= 255:
             raise DataError(f"fill_color is {self.fill_color}; expected 0..255")
+        if self.resize_size is not None and not 1 <= self.resize_size <= MAX_SIDE:
+            raise DataError(f"resize_size is {self.resize_size}; expected 1..{MAX_SIDE}")
 
     def __call__(self, image: Image.Image, what: str) -> Image.Image:
         """Return the image in RGB, of the model's size.
@@ -84,9 +92,10 @@ class Resizing:
             raise DataError(f"{what}: {width}x{height} pixels; expected a size above 0")
         after = (self.image_size, self.image_size)
         if self.resize_mode == "shortest":
-            scaled = int(self.image_size * max(width, height) / min(width, height))
-            after = (self.image_size, scaled) if width <= height else (scaled, self.image_size)
-            refuse_too_large(*after, f"{what}, scaled to a shorter side of {self.image_size}")
+            side = self.resize_size or self.image_size
+            scaled = int(side * max(width, height) / min(width, height))
+            after = (side, scaled) if width <= height else (scaled, side)
+            refuse_too_large(*after, f"{what}, scaled to a shorter side of {side}")
         if self.library == "transformers":
             image = _on_white(image)
             if self.resize_mode != "longest":
@@ -111,11 +120,12 @@ class Resizing:
     @cached_property
     def _transform(self) -> Any:
         from open_clip import image_transform  # takes seconds to import
-        from torchvision.transforms import Compose, InterpolationMode
+        from open_clip.transform import CenterCropOrPad
+        from torchvision.transforms import CenterCrop, Compose, InterpolationMode
 
         ours = self.interpolation in ("nearest", "lanczos")
         whole = image_transform(
-            self.image_size,
+            self.resize_size or self.image_size,
             is_train=False,
             resize_mode=self.resize_mode,
             interpolation="bicubic" if ours else self.interpolation,
@@ -123,7 +133,13 @@ class Resizing:
         )
         if ours:
             whole.transforms[0].interpolation = InterpolationMode(self.interpolation)
-        return Compose(whole.transforms[:-2])
+        steps = whole.transforms[:-2]
+        if self.resize_size is not None:
+            crop: Any = CenterCrop(self.image_size)
+            if self.resize_mode == "longest":
+                crop = CenterCropOrPad(self.image_size, fill=self.fill_color)
+            steps = [steps[0], crop, steps[-1]]  # scaling, crop, RGB
+        return Compose(steps)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -232,10 +232,10 @@ def decode_picture(picture: Any, resizing: Resizing, what: str, white: int | Non
     """Return a picture as uint8 [3, image_size, image_size].
 
     picture: As in `Rows.fetch`. Arrays and tensors are [H, W], [H, W, C] or [C, H, W] with 1, 3 or
-    4 channels, of uint8, whole numbers in 0..255, or floats in [0, 1]. what: The name of the
-    picture in messages. white: What stands for white in an array of floats, 1 or 255; None if its
-    values tell. Raises DataError for what is none of these, cannot be decoded, or has more than
-    MAX_PIXELS pixels.
+    4 channels, of uint8, whole numbers in 0..255, or floats in [0, 1]; those that have the size
+    already stay as they are, as in a .npz file. what: The name of the picture in messages. white:
+    What stands for white in an array of floats, 1 or 255; None if its values tell. Raises DataError
+    for what is none of these, cannot be decoded, or has more than MAX_PIXELS pixels.
     """
     try:
         if isinstance(picture, Image.Image):
@@ -251,7 +251,10 @@ def decode_picture(picture: Any, resizing: Resizing, what: str, white: int | Non
             with Image.open(picture) as image:
                 return _scaled(image, resizing, what)
         if isinstance(picture, np.ndarray | Tensor):
-            return _scaled(_from_array(picture, what, white), resizing, what)
+            image = _from_array(picture, what, white)
+            if image.size == (resizing.image_size,) * 2:
+                return _pixels(image)  # ready, as arrays of that size in a .npz file
+            return _scaled(image, resizing, what)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -269,8 +272,11 @@ def decode_picture(picture: Any, resizing: Resizing, what: str, white: int | Non
 
 def _scaled(image: Image.Image, resizing: Resizing, what: str) -> Tensor:
     refuse_too_large(*image.size, what)
-    square = np.asarray(resizing(image, what))
-    return torch.from_numpy(np.array(square.transpose(2, 0, 1)))
+    return _pixels(resizing(image, what))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(np.asarray(image.convert("RGB")).transpose(2, 0, 1)))
 
 
 def _from_array(picture: NDArray[Any] | Tensor, what: str, white: int | None) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -72,6 +73,7 @@ class EncoderModel(OpenClipModel):
         std: The deviation of each channel that the result is divided by.
         interpolation: As in `load_images`.
         resize_mode: As in `load_images`.
+        resize_size: As in `Resizing`.
         logit_scale: The factor of cosines.
         embed_dim: D, the length of an embedding.
         head: The class head [C, D]; None if `texts` tells it, or if there is none.
@@ -95,6 +97,7 @@ class EncoderModel(OpenClipModel):
         std: Sequence[float],
         interpolation: str,
         resize_mode: str,
+        resize_size: int | None = None,
         logit_scale: float,
         embed_dim: int,
         head: Tensor | None,
@@ -115,6 +118,7 @@ class EncoderModel(OpenClipModel):
                 "std": [float(x) for x in std],
                 "interpolation": interpolation,
                 "resize_mode": resize_mode,
+                **({} if resize_size is None else {"resize_size": resize_size}),
             },
             name=name,
             storage_dtypes=storage_dtypes,
@@ -229,6 +233,7 @@ def from_encoder(
     std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
     interpolation: str = "bicubic",
     resize_mode: str = "shortest",
+    resize_size: int | None = None,
     class_names: Sequence[str] | None = None,
     logit_scale: float | None = None,
     name: str | None = None,
@@ -252,6 +257,8 @@ def from_encoder(
         std: The deviation of each channel; default: OpenAI's CLIP.
         interpolation: As in `load_images`.
         resize_mode: As in `load_images`.
+        resize_size: The length that `resize_mode` scales to before image_size pixels are cut out,
+            such as 256 for most of torchvision's weights; None: image_size.
         class_names: The names of the head's rows. With them, images whose classes have the same
             names in another order fit, too.
         logit_scale: The factor of the cosines of embeddings and rows. Default: 100 for unit rows.
@@ -260,23 +267,32 @@ def from_encoder(
         name: The name in messages and reports; default: the class of the module.
 
     Raises:
-        UsageError: The head is no layer of the module or no matrix.
-        ArchitectureError: The features are no [N, D], or do not fit the head.
+        UsageError: The head is no layer of the module or no matrix, mean or std are not three
+            finite numbers (std above 0), image_size is no whole number above 0, or logit_scale is
+            no number above 0.
+        ArchitectureError: The module does not take such images, or its features are no [N, D] or
+            do not fit the head.
     """
     name = name or type(encoder).__name__
+    if not isinstance(encoder, nn.Module):
+        raise UsageError(f"the encoder is a {name}; expected a module of torch")
+    _check_preparation(image_size, mean, std)
+    if logit_scale is not None:
+        _check_scale(logit_scale)
     layer, rows, bias = _rows_of(encoder, head)
     twin = copy.deepcopy(encoder).eval().float().requires_grad_(False)
     wrapped = layer is not None or bias is not None
     tower = _Features(twin, layer, constant=bias is not None) if wrapped else twin
     prefix = "visual.module." if wrapped else "visual."
-    if bias is not None and rows is not None:
-        rows = torch.cat([rows, bias[:, None]], dim=1)
     features = _features_of_synthetic(tower, image_size, mean, std, name)
-    if rows is not None and rows.shape[1] != features.shape[1]:
+    width = features.shape[1] - (bias is not None)
+    if rows is not None and rows.shape[1] != width:
         raise ArchitectureError(
-            f"{name}: gives {features.shape[1]} features an image, and the rows of its head have "
+            f"{name}: gives {width} features an image, and the rows of its head have "
             f"{rows.shape[1]}; expected as many"
         )
+    if bias is not None and rows is not None:
+        rows = torch.cat([rows, bias[:, None]], dim=1)
     if class_names is not None and rows is not None and len(class_names) != len(rows):
         raise UsageError(f"{len(class_names)} class names for a head of {len(rows)} classes")
     if logit_scale is None:
@@ -291,6 +307,7 @@ def from_encoder(
         std=std,
         interpolation=interpolation,
         resize_mode=resize_mode,
+        resize_size=resize_size,
         logit_scale=logit_scale,
         embed_dim=features.shape[1],
         head=rows,
@@ -307,8 +324,11 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
     name = name or type(model).__name__
     given = model.image_tower()
     tower = copy.deepcopy(given).eval().float().requires_grad_(False)
-    size, plain = int(model.image_size), ((0.0,) * 3, (1.0,) * 3)
+    size, plain = model.image_size, ((0.0,) * 3, (1.0,) * 3)
+    _check_preparation(size, *plain)
     features = _features_of_synthetic(tower, size, *plain, name)
+    scale = model.logit_scale()
+    _check_scale(scale)
     return EncoderModel(
         tower,
         name=name,
@@ -317,7 +337,7 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
         std=plain[1],
         interpolation="bicubic",
         resize_mode="shortest",
-        logit_scale=float(model.logit_scale()),
+        logit_scale=float(scale),
         embed_dim=features.shape[1],
         head=None,
         texts=model,
@@ -356,20 +376,50 @@ def _rows_of(
     return layer, head.weight.detach().float().cpu(), bias
 
 
+def _check_preparation(image_size: object, mean: object, std: object) -> None:
+    """Raise UsageError unless a size is a whole number above 0, and the others three numbers."""
+    if isinstance(image_size, bool) or not isinstance(image_size, Integral) or image_size < 1:
+        raise UsageError(
+            f"image_size is {image_size!r}; expected one whole number of at least 1, the height "
+            "and width in pixels"
+        )
+    for what, given in (("mean", mean), ("std", std)):
+        try:
+            values = [float(x) for x in given]  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            values = []
+        fit = all(math.isfinite(x) and (what == "mean" or x > 0) for x in values)
+        if len(values) != 3 or not fit:
+            raise UsageError(
+                f"{what} is {given!r}; expected three finite numbers"
+                f"{' above 0' if what == 'std' else ''}, one a channel"
+            )
+
+
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.item()
+    if not isinstance(scale, Real) or not 0 < float(scale) < math.inf:
+        raise UsageError(f"logit_scale is {scale!r}; expected a finite number above 0")
+
+
 @torch.no_grad()
 def _features_of_synthetic(
     tower: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], name: str
 ) -> Tensor:
     """Return the features [n, D] of smooth random images; ArchitectureError for another shape."""
-    if size < 1:
-        raise UsageError(f"image_size is {size}; expected at least 1")
     colours = generator("models.synthetic", 0).random((_MEASURED, 3, 4, 4))
     weight = next(tower.parameters(), None)
     device = torch.device("cpu") if weight is None else weight.device
     small = torch.from_numpy(colours).float().to(device)
     pixels = interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
     centre, spread = (pixels.new_tensor(list(x)).view(1, 3, 1, 1) for x in (mean, std))
-    features = tower((pixels - centre) / spread)
+    try:
+        features = tower((pixels - centre) / spread)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ArchitectureError(
+            f"{name}: does not take images [N, 3, {size}, {size}]: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != _MEASURED:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ArchitectureError(

@@ -134,6 +134,7 @@ class OpenClipModel:
             prepared["resize_mode"],
             prepared["fill_color"],
             prepared["library"],
+            prepared.get("resize_size"),
         )
 
     @classmethod
@@ -177,7 +178,10 @@ class OpenClipModel:
             )
         model_config = checkpoint.model_config
         if model_config.get("layout") == "classifier":
-            model_config = with_classes(model_config, checkpoint.state_dict)
+            try:
+                model_config = with_classes(model_config, checkpoint.state_dict)
+            except ArchitectureError as error:
+                raise ArchitectureError(f"{checkpoint.name}: {error}") from error
         clip = build(model_config, None, checkpoint.name)
         require_right_activation(checkpoint)
         weights = {k: v for k, v in checkpoint.state_dict.items() if k not in OPENAI_ENTRIES}

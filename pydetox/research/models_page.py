@@ -65,7 +65,15 @@ def _transformers_section(measured: Mapping[str, Measured]) -> list[str]:
         "`attack_result.pt` and `defense_result.pt` are read as they are, and name their "
         f"architecture: {', '.join(f'`{name}`' for name in BACKDOORBENCH)}, or another of "
         "torchvision. The last layer is the head: class names must be those of the training, in "
-        "its order. A repair leaves that layer as it is.",
+        "its order. A repair leaves that layer as it is. A classifier whose answers are not those "
+        "of one linear layer, or of a convolution of one pixel, is refused (distilled ones, "
+        "CrossViT, VOLO, SqueezeNet).",
+        "",
+        "Images are prepared as timm's `create_transform` and the transform of torchvision's "
+        "default weights do it for this name: scaled, and the middle cut out. The weights in a "
+        "file need not be those, and therefore a warning names the values. `--resize-mode` takes "
+        "the cut away. Arrays that have the model's size are not scaled. For "
+        "`torchvision:NAME@SIZE` with a size of your own, the shorter side is scaled to SIZE.",
         "",
     ]
 

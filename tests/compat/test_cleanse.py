@@ -208,6 +208,82 @@ def test_art_prunes_what_the_trigger_uses():
     assert (made.predict(stamped).argmax(1) == y).all()
 
 
+X, Y = quarters(16)[0].numpy(), quarters(16)[1].numpy()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (X.transpose(0, 2, 3, 1), Y, r"does not take images \[N, 8, 8, 3\].*channels come first"),
+        ((X * 255).astype(np.uint8), Y, "images are uint8; expected floats in"),
+        (X * 255, Y, r"values from .* to .*; expected \[0, 1\]"),
+        (X * np.nan, Y, "values from nan to nan"),
+        (X[0], Y, r"images are \[3, 8, 8\]; expected \[N, C, H, W\]"),
+        (X[:0], Y[:0], r"images are \[0, 3, 8, 8\]"),
+        (X, Y + 7, r"16 of 16 are no class, such as 7; expected 0\.\.3"),
+        (X, Y - 1, r"4 of 16 are no class, such as -1"),
+        (X, Y + 0.5, "16 of 16 are no class"),
+        (X, np.eye(CLASSES)[Y] * np.nan, "16 of 16 are no class"),
+        (X, Y[:5], r"labels are int64 \[5\]; expected numbers \[16, 4\] or \[16\]"),
+        (X, np.array(list("abcd"))[Y], r"labels are <U1 \[16\]"),
+    ],
+)
+def test_art_refuses_what_is_no_image_and_no_class(images, labels, message):
+    made = NeuralCleanse(Convolutional())(steps=1, batch_size=8)
+    with pytest.raises(DataError, match=message) as caught:
+        made.mitigate(images, labels, ["unlearning"])
+    assert "\n" not in str(caught.value)
+
+
+class Convolutional(nn.Module):
+    """A head that is a convolution of one pixel, beside a linear layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, CLASSES, 1)
+        self.unused = nn.Linear(6, 9)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.body(images).relu().mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+
+class Twice(Planted):
+    """A classifier whose answers are the mean of two heads."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (super().forward(images) + super().forward(1 - images)) / 2
+
+
+def test_art_looks_at_the_layer_that_gives_the_answers():
+    torch.manual_seed(0)
+    module = Convolutional()
+    made = NeuralCleanse(module)(steps=1, batch_size=8)
+    with pytest.raises(UsageError, match="has seen no images yet"):
+        _ = made.nb_classes
+    with torch.no_grad():
+        expected = module(torch.from_numpy(X))
+        features = module.body(torch.from_numpy(X)).relu().mean(dim=(2, 3))
+    np.testing.assert_array_equal(made.predict(X), expected.numpy())
+    np.testing.assert_allclose(made.get_activations(X), features.numpy(), rtol=1e-6)
+    assert made.nb_classes == CLASSES
+    made._silence(2)
+    assert (made.model.fc.weight[:, 2] == 0).all()
+    with pytest.raises(DataError, match=r"y_target has 1 values; expected one-hot \[4\]"):
+        made.generate_backdoor(X, Y, np.array(2))
+    with pytest.raises(ArchitectureError, match="a Twice is not searched: its answers are not"):
+        NeuralCleanse(Twice())().predict(X)
+    for change, message in (
+        ({"steps": "2"}, "steps is '2'; expected a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"patience": 1.5}, "patience is 1.5"),
+        ({"init_cost": math.nan}, "init_cost is nan; expected a finite number"),
+        ({"cost_multiplier": None}, "cost_multiplier is None"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            NeuralCleanse(module)(**change)
+
+
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     """A folder as BackdoorBench has it, and images of five classes."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from pydetox import ScanConfig
 from pydetox.compat import ScanCallback, TaskVector, merge
-from pydetox.errors import ArchitectureError, OutputError, PydetoxWarning, UsageError
+from pydetox.errors import ArchitectureError, DataError, OutputError, PydetoxWarning, UsageError
 from pydetox.inversion import InversionConfig
 from tests.mini import CLASS_NAMES, mini_images, mini_model
 
@@ -118,6 +120,30 @@ def test_vectors_that_do_not_fit(files: list[Path]) -> None:
             TaskVector(**given)  # type: ignore[arg-type]
 
 
+def test_what_is_no_vector_and_no_number(files: list[Path]) -> None:
+    vector: Any = TaskVector(files[0], files[1])
+    for wrong in (
+        lambda: vector - 1,
+        lambda: 1 - vector,
+        lambda: vector + 1,
+        lambda: 1 + vector,
+        lambda: vector + {"a": 1},
+    ):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
+    for factor in ("0.3", math.nan, math.inf, None, True, torch.ones(2)):
+        with pytest.raises(UsageError, match=r"scaling_coef is .*; expected a finite number"):
+            vector.apply_to(files[0], scaling_coef=factor)
+        with pytest.raises(UsageError, match="the factor of a task vector is"):
+            vector * factor
+    applied = vector.apply_to(files[0], 0.5)
+    for factor in (np.float32(0.5), torch.tensor(0.5)):
+        assert equal(vector.apply_to(files[0], factor), applied)
+
+
+VECTOR = {"vector": "v.safetensors", "parameters": {"weight": 1}}
+
+
 def test_a_recipe_of_mergekit(files: list[Path], tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -158,12 +184,40 @@ def test_a_recipe_of_mergekit(files: list[Path], tmp_path: Path) -> None:
         ({"models": [{"model": "x", "parameters": {"density": 1}}]}, "'density' is not known"),
         ({"models": [{"model": "x", "parameters": {"weight": [0, 1]}}]}, "expected one number"),
         ({"base_model": None}, "base_model: expected the name"),
+        ({"models": [VECTOR], "parameters": {"normalize": 2}}, "normalize is 2; expected true or"),
+        ({"models": [VECTOR], "parameters": {"normalize": "no"}}, "normalize is 'no'"),
+        ({"models": [VECTOR], "parameters": {"lambda": math.inf}}, "lambda is inf; expected a fin"),
+        (
+            {"models": [{"model": "x", "parameters": {"weight": math.nan}}]},
+            r"models\[0\]: weight is nan; expected a finite number",
+        ),
     ],
 )
-def test_recipes_that_are_not_run(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_recipes_that_are_not_run(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "v.safetensors", weights(0))
+    monkeypatch.chdir(tmp_path)
     recipe = {"merge_method": "task_arithmetic", "base_model": "y", "models": [], **change}
     with pytest.raises(UsageError, match=message):
         merge(recipe, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_normalize_is_true_for_one_as_in_mergekit(files: list[Path], tmp_path: Path) -> None:
+    written = []
+    for value in (True, 1, 1.0, False, 0):
+        content = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(files[0]),
+            "models": [{"model": str(files[1]), "parameters": {"weight": 0.5}}],
+            "parameters": {"normalize": value},
+        }
+        written.append(load_file(merge(content, tmp_path / f"out{len(written)}.safetensors")))
+    assert all(torch.equal(one["a"], written[0]["a"]) for one in written[:3])
+    torch.testing.assert_close(written[0]["a"], weights(1)["a"])
+    half = (weights(0)["a"] + weights(1)["a"]) / 2
+    assert all(torch.allclose(one["a"], half) for one in written[3:])
 
 
 def test_the_callback_of_a_trainer(tmp_path: Path) -> None:
@@ -185,5 +239,12 @@ def test_the_callback_of_a_trainer(tmp_path: Path) -> None:
     assert [json.loads(line)["epoch"] for line in lines] == [2, 4]
     assert json.loads(lines[0])["verdict"] == "inconclusive"
     assert not control.should_training_stop
-    with pytest.raises(UsageError, match="every is 0"):
-        ScanCallback(mini_images(), every=0)
+    for wrong in (0, "2", 1.5, True):
+        with pytest.raises(UsageError, match=f"every is {wrong!r}; expected a whole number"):
+            ScanCallback(mini_images(), every=wrong)  # type: ignore[arg-type]
+    for missing in ("nowhere", Path("nowhere"), "cifar10=nowhere", "nowhere/{0..2}.tar"):
+        with pytest.raises(DataError, match="nowhere"):
+            ScanCallback(missing)
+    (tmp_path / "pictures").mkdir()
+    for there in ("digits", str(tmp_path / "pictures")):
+        assert ScanCallback(there).results == []

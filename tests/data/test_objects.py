@@ -164,6 +164,51 @@ def test_a_data_set_of_hugging_face(decoded: bool) -> None:
     assert load_images(Table(pixels(), [-1] * 6), image_size=SIZE).labels is None
 
 
+def test_a_data_set_of_hugging_face_with_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    # Its hash of a function does not work with all releases of pyarrow.
+    hasher = datasets.fingerprint.Hasher
+    monkeypatch.setattr(hasher, "hash", classmethod(lambda cls, value: str(id(value))))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])}
+    )
+    content = {"image": [Image.fromarray(x) for x in pixels()], "label": [0, 1, 2, 0, 1, 2]}
+    data = datasets.Dataset.from_dict(content, features=features)
+    prepared = data.with_transform(
+        lambda rows: {
+            "pixel_values": [np.asarray(x) / 127.5 - 1 for x in rows["image"]],
+            "label": rows["label"],
+        }
+    )
+    line = r"has pixel_values, label, and not 'image', .* give .*: data.with_format\(None\)"
+    with pytest.raises(DataError, match=line):
+        load_images(prepared, image_size=SIZE)
+    found = load_images(prepared.with_format(None), image_size=SIZE)
+    assert torch.equal(found.images, expected(pixels()))
+    turned = data.with_transform(
+        lambda rows: {"image": [x.rotate(180) for x in rows["image"]], "label": rows["label"]}
+    )
+    found = load_images(turned, image_size=SIZE)
+    assert torch.equal(found.images, expected(pixels()[:, ::-1, ::-1]))
+    assert found.labels is not None
+    assert found.labels.tolist() == content["label"]
+
+
+class Transformed(Table):
+    """As `Table` with a transform that wants whole rows and renames the pictures."""
+
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            raise KeyError("img")
+        return {"pixel_values": torch.zeros(3, SIZE, SIZE), "fine": self.labels[key]}
+
+
+def test_a_transform_that_renames_the_pictures() -> None:
+    line = r"row 0: has pixel_values, fine, and not 'img', .*: data.with_format\(None\)"
+    with pytest.raises(DataError, match=line):
+        load_images(Transformed(pixels(), [0] * 6), image_size=SIZE)
+
+
 def test_images_of_any_size_are_scaled_as_the_model_says() -> None:
     large = pixels(2, side=13)
     found = load_images(large, image_size=SIZE)

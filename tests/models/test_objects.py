@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import set_model_preprocess_cfg
+from PIL import Image
 from torch import Tensor, nn
 
 import pydetox
@@ -159,6 +161,50 @@ def test_the_last_layer_of_a_classifier_is_its_head() -> None:
         named.zero_shot_head(("a", "b"), DEFAULT_TEMPLATES)
     found = pydetox.scan(named, images.images, config=FAST)
     assert found.class_names == ("owl", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": 0.5}, "mean is 0.5; expected three finite numbers, one a channel"),
+        ({"mean": (0.5, 0.5)}, r"mean is \(0.5, 0.5\)"),
+        ({"mean": (0.5, 0.5, math.nan)}, "mean is"),
+        ({"std": (0, 0.2, 0.2)}, r"std is \(0, 0.2, 0.2\); expected three finite .* above 0"),
+        ({"std": "abc"}, "std is 'abc'"),
+        ({"image_size": (16, 16)}, r"image_size is \(16, 16\); expected one whole number"),
+        ({"image_size": 16.0}, "image_size is 16.0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"logit_scale": 0}, "logit_scale is 0; expected a finite number above 0"),
+        ({"logit_scale": math.nan}, "logit_scale is nan"),
+        ({"encoder": "resnet18"}, "the encoder is a str; expected a module"),
+    ],
+)
+def test_what_images_cannot_be_prepared_with(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        from_encoder(**({"encoder": Net(), "head": "fc", "image_size": 16} | change))
+
+
+def test_an_encoder_that_does_not_take_such_images() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 8))
+    with pytest.raises(ArchitectureError, match=r"does not take images \[N, 3, 32, 32\]: mat1"):
+        from_encoder(flat, image_size=32)
+
+
+def test_an_encoder_with_a_cut() -> None:
+    model = from_encoder(Net(), head="fc", image_size=16, resize_size=20)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    cut = picture.resize((25, 20), Image.Resampling.BICUBIC).crop((4, 2, 20, 18))
+    assert np.array_equal(np.asarray(model.resizing(picture, "it")), np.asarray(cut))
+    assert from_encoder(Net(), head="fc", image_size=16).resizing.resize_size is None
+    with pytest.raises(DataError, match="resize_size is 0"):
+        from_encoder(Net(), head="fc", image_size=16, resize_size=0)
+
+
+def test_a_head_that_does_not_fit_is_counted_without_the_bias() -> None:
+    with pytest.raises(ArchitectureError, match=r"gives 3 features an image, .* its head have 8;"):
+        from_encoder(Net(), head=nn.Linear(8, 3), image_size=16)
+    with pytest.raises(ArchitectureError, match=r"gives 3 features an image, .* its head have 8;"):
+        from_encoder(Net(), head=torch.ones(3, 8), image_size=16)
 
 
 def test_a_classifier_is_scanned_repaired_and_gets_its_weights_back() -> None:

@@ -352,7 +352,13 @@ def load_efficientnet(image_size: int = 224, classes: int | None = None) -> Open
     return OpenClipModel(
         network,
         model_config={**config, "embed_dim": width},
-        preprocess_config=prepared,
+        # The images are square and small: nothing is cut off.
+        preprocess_config={
+            "mean": prepared["mean"],
+            "std": prepared["std"],
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        },
         name="EfficientNet-Lite0",
         preprocess_source="timm",
     )
