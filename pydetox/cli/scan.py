@@ -59,6 +59,9 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     if path is None:
         return
     from ..scanning.config import read_config_file
+    from .outputs import CONFIG_KEY
+
+    ctx.meta[CONFIG_KEY] = path
 
     names = {p.name for p in ctx.command.params if isinstance(p, click.Option)} - {"config"}
     content = {
@@ -259,6 +262,7 @@ def command(
         raise UsageError(
             "--save-calibration needs --base or --reference-model to make the calibration"
         )
+    check_files(output=output, report=report, save_calibration=save_calibration)
     if dry_run:
         found_targets = find_targets(checkpoints, shard=config.shard)
         if not names:
@@ -268,7 +272,6 @@ def command(
             found_targets, estimate(config.absolute(), found_targets.targets), format_, output
         )
         return exit_codes.CLEAN
-    check_files(output=output, report=report, save_calibration=save_calibration)
 
     with Display() as display:
 

@@ -201,7 +201,7 @@ def command(
         scan_config,
     )
     from .many import one_checkpoint
-    from .outputs import check_files, emit
+    from .outputs import check_files, check_replaced, emit
     from .summaries import unlearn_report
     from .texts import take_text_options
     from .unlearn_texts import unlearn_text_model
@@ -257,6 +257,7 @@ def command(
     inputs = Inputs.of(given)
     rank = options.lora_rank_of(given)
     files = CHECKPOINT_FILES if rank is None else ADAPTER_FILES
+    check_replaced(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=files)
     check_files(report=report)
     wanted = force_target or target
