@@ -203,7 +203,7 @@ def command(
     from .many import one_checkpoint
     from .outputs import check_files, check_replaced, emit
     from .summaries import unlearn_report
-    from .texts import take_text_options
+    from .texts import say_unused, take_text_options
     from .unlearn_texts import unlearn_text_model
 
     if trigger is not None and force_target is not None:
@@ -212,7 +212,9 @@ def command(
         raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
     parse_reference(checkpoint)
     taken = take_text_options(given)
-    if taken["texts"] is not None and is_text_model(checkpoint, offline=given["offline"]):
+    is_text = taken["texts"] is not None and is_text_model(checkpoint, offline=given["offline"])
+    say_unused(taken["texts"], given["images"], [is_text])
+    if is_text:
         return unlearn_text_model(
             checkpoint,
             output,
