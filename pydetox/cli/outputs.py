@@ -98,7 +98,7 @@ def _inputs() -> Iterator[tuple[str, Path]]:
             text = "" if one is None else os.fspath(one)
             for path in {text, text.partition("=")[2], text.removeprefix("local-dir:")} - {""}:
                 if os.path.lexists(path):
-                    yield name, Path(path).resolve()
+                    yield name.rstrip("."), Path(path).resolve()
 
 
 def _refuse_another_file(path: Path, kind: str) -> None:

@@ -72,8 +72,8 @@ def test_the_parameters_that_name_files_are_known() -> None:
 @pytest.mark.parametrize(
     ("reads", "name"),
     [
-        ("TARGET...", "suspect/open_clip_model.safetensors"),
-        ("TARGET...", "targets.txt"),
+        ("TARGET", "suspect/open_clip_model.safetensors"),
+        ("TARGET", "targets.txt"),
         ("--images", "images.npz"),
         ("--class-names", "names.txt"),
         ("--templates", "prompts.txt"),
@@ -89,9 +89,9 @@ def test_a_scan_replaces_nothing_that_it_reads(
     run: Run, given: Path, option: str, reads: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pydetox.scanning.Scanner", too_late)
-    target = given / name if reads == "TARGET..." else given / "suspect"
+    target = given / name if reads == "TARGET" else given / "suspect"
     args = ["scan", target, "--images", given / "images.npz"]
-    if reads not in ("TARGET...", "--images"):
+    if reads not in ("TARGET", "--images"):
         args += [reads, given / name]
     if reads != "--base":
         args += ["--base", given / "base"]
