@@ -18,10 +18,11 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -128,6 +129,36 @@ def atomic_directory(
         _translate(error, path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_foreign_folder(
+    folder: str | os.PathLike[str], own: Collection[str], marks: Mapping[str, str]
+) -> None:
+    """Refuse a folder whose files would be replaced one by one, though somebody else wrote them.
+
+    Args:
+        folder: The folder to write to. It need not exist.
+        own: The names that are written there.
+        marks: Names of files, and regular expressions for how they begin. One of them shows that
+            the folder was written in the same way before.
+
+    Raises:
+        OutputError: It has some of those names, and no mark.
+    """
+    there = sorted(name for name in own if os.path.lexists(Path(folder) / name))
+    if there and not any(_begins(Path(folder) / name, how) for name, how in marks.items()):
+        raise OutputError(
+            f"{os.fspath(folder)}: holds {there[0]!r} of somebody else, which would be replaced; "
+            "name another folder"
+        )
+
+
+def _begins(path: Path, pattern: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return re.match(pattern.encode(), file.read(4096)) is not None
+    except OSError:
+        return False
 
 
 class _RehearsalOverError(Exception):

@@ -8,7 +8,6 @@ anything is built from it.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +16,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from pydetox.checkpoints.classifier_names import classifier_config, is_classifier_name
+from pydetox.checkpoints.classifier_names import (
+    classifier_config,
+    is_classifier_name,
+    named_classifiers,
+)
 from pydetox.checkpoints.index import Finding, Findings, WeightsFile, quote
 from pydetox.checkpoints.layout import CONFIG_NAME
+from pydetox.checkpoints.naming import plain_name
+from pydetox.checkpoints.spelling import close_matches
 from pydetox.data.resize import INTERPOLATIONS, LIBRARIES, MAX_SIDE, RESIZE_MODES
 from pydetox.errors import ArchitectureError, CheckpointError, UnsafeCheckpointError, UsageError
 
@@ -91,6 +96,7 @@ def named_config(name: str) -> Config:
 
     if name in open_clip.list_models():
         return copy.deepcopy(dict(open_clip.get_model_config(name)))
+    _refuse_without_library(name)
     raise UsageError(
         f"architecture {quote(name)}: not known to "
         f"open_clip{close_matches(name, open_clip.list_models())}"
@@ -109,6 +115,12 @@ def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]
         ArchitectureError: The JSON file is no model configuration.
     """
     text = os.fspath(model)
+    if text.startswith(("hf-hub:", "local-dir:", "http://", "https://")):
+        raise UsageError(
+            f"architecture {quote(text)}: expected open_clip's name of one, that of a classifier, "
+            "or a JSON file; a repository of the hub and a folder are checkpoints, and tell their "
+            "own"
+        )
     if is_classifier_name(text):
         return classifier_config(text)
     if not text.endswith(".json") and os.sep in text and not os.path.lexists(text):
@@ -118,12 +130,22 @@ def resolve_model(model: str | os.PathLike[str]) -> tuple[Config, Config | None]
     return named_config(text), None
 
 
+def _refuse_without_library(name: str) -> None:
+    """Raise UsageError, with what is meant, for the name of a classifier without its library."""
+    found = named_classifiers(name)
+    if found:
+        raise UsageError(
+            f"architecture {quote(name)}: not known to open_clip; as a classifier, it is written "
+            f"{' or '.join(found)}"
+        )
+
+
 def _refuse_name_with_slash(text: str) -> None:
     """Raise UsageError, with what is meant, for a name of OpenAI's or of the hub."""
     import open_clip
 
-    # OpenAI writes ViT-B/32 and ViT-L/14@336px.
-    plain = text.replace("/", "-").replace("@", "-").removesuffix("px")
+    plain = plain_name(text)
+    _refuse_without_library(text)
     if plain in open_clip.list_models():
         quick = f"{plain}-quickgelu"
         more = f" ({quick} for OpenAI's weights)" if quick in open_clip.list_models() else ""
@@ -133,13 +155,6 @@ def _refuse_name_with_slash(text: str) -> None:
             f"architecture {quote(text)}: is none of open_clip's and no file; a repository of the "
             f"hub is a checkpoint, hf-hub:{text}, and tells its own"
         )
-
-
-def close_matches(name: str, known: Sequence[str]) -> str:
-    """``"; did you mean …?"`` for a mistyped name, or an empty string."""
-    lower = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(lower[match] for match in found)}?" if found else ""
 
 
 def check_model_config(config: object) -> None:

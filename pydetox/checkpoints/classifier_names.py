@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydetox.checkpoints.spelling import close_matches
 from pydetox.errors import UsageError
 
 LIBRARIES = ("timm", "torchvision", "backdoorbench")
@@ -79,7 +80,10 @@ def classifier_config(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         known = name in _torchvision_names()
     if not known:
-        raise UsageError(f"architecture {text!r}: {library} has no model {name!r}")
+        raise UsageError(
+            f"architecture {text!r}: {library} has no model {name!r}"
+            f"{close_matches(name, _names_of(library))}"
+        )
     wanted = None if given is None else int(given)
     if library == "backdoorbench":
         size = wanted or _SIZES.get(data or "", BACKDOORBENCH.get(name, 32))
@@ -97,6 +101,17 @@ def classifier_config(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "text_cfg": {},
     }
     return config, prepared
+
+
+def named_classifiers(name: str) -> list[str]:
+    """Return the names of classifiers that a name without its library may stand for."""
+    plain = name.replace("/", ":")  # as in timm/resnet18
+    asked = [plain] if is_classifier_name(plain) else [f"{one}:{name}" for one in LIBRARIES]
+    return [
+        one
+        for one in asked
+        if (match := _NAME.fullmatch(one)) and match["name"] in _names_of(match["library"])
+    ]
 
 
 def is_certain(text: str) -> bool:
@@ -129,6 +144,17 @@ def noted_name(notes: Mapping[str, str]) -> str | None:
     except UsageError:
         return None
     return f"{name}:{data}" if data in NORMALISATIONS else name
+
+
+def _names_of(library: str) -> Sequence[str]:
+    """Return the names of a library's models."""
+    if library == "timm":
+        import timm
+
+        found: Sequence[str] = timm.list_models()
+        return found
+    own = list(BACKDOORBENCH) if library == "backdoorbench" else []
+    return [*own, *_torchvision_names()]
 
 
 def _torchvision_names() -> Sequence[str]:

@@ -21,10 +21,10 @@ from pydetox.checkpoints.index import Finding, quote, refuse_ambiguous
 from pydetox.checkpoints.naming import parse_reference
 from pydetox.checkpoints.provenance import METADATA_KEY, Provenance
 from pydetox.checkpoints.safetensors_index import DTYPE_CODES
-from pydetox.checkpoints.sources import find_weights, open_weights
+from pydetox.checkpoints.sources import OpenWeights, find_weights, open_weights
 from pydetox.checkpoints.weights import read_open
 from pydetox.checkpoints.writing import save_weights
-from pydetox.errors import ArchitectureError, CheckpointError, UsageError
+from pydetox.errors import ArchitectureError, CheckpointError, OutputError, UsageError
 
 
 def convert_checkpoint(
@@ -59,7 +59,7 @@ def convert_checkpoint(
             does not know.
         UnsafeCheckpointError: It is built to do harm.
         UsageError: ``reference`` is not on this machine, or ``output`` is no ``.safetensors`` name.
-        OutputError: The file exists or cannot be written.
+        OutputError: The file exists, is one of those that are read, or cannot be written.
     """
     parsed = parse_reference(reference)
     if parsed.path is None:
@@ -71,9 +71,10 @@ def convert_checkpoint(
     extra: dict[str, object] = {}
     try:
         with open_weights(path, weights_key) as weights:
+            _refuse_input(output, weights)
             state_dict, digest = read_open(weights)
             if base is not None:
-                state_dict, extra = _merged(state_dict, path.parent, base)
+                state_dict, extra = _merged(state_dict, path.parent, base, output)
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
     unfit = [n for n, entry in weights.tensors.items() if entry.dtype not in DTYPE_CODES]
@@ -157,8 +158,19 @@ def convert_to_adapter(
     return tuple(findings), adapter
 
 
+def _refuse_input(output: str | os.PathLike[str], weights: OpenWeights) -> None:
+    """Raise OutputError if a file to write is one of the open ones, perhaps one of several."""
+    if os.path.realpath(output) in (os.path.realpath(file.path) for file, _ in weights.files):
+        raise OutputError(
+            f"{os.fspath(output)}: is read here, so it is not replaced; name another file"
+        )
+
+
 def _merged(
-    adapter: dict[str, torch.Tensor], folder: Path, base: str | os.PathLike[str]
+    adapter: dict[str, torch.Tensor],
+    folder: Path,
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Return an adapter merged into its base, and what the provenance says about the base."""
     scale = adapter_scale(folder)
@@ -167,6 +179,7 @@ def _merged(
         raise UsageError(f"{named.text}: expected a file or folder on this machine as base=")
     path = find_weights(named.path, folder_expected=named.kind == "local-dir")
     with open_weights(path) as weights:
+        _refuse_input(output, weights)
         refuse_ambiguous(weights.findings)
         state_dict, digest = read_open(weights)
     merged = merge_adapter(adapter, state_dict, scale)

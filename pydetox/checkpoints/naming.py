@@ -24,6 +24,9 @@ _LOCAL_DIR = "local-dir:"
 _HUB = "hf-hub:"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+-]*)*", re.ASCII)
+_HUB_PAGE = re.compile(
+    rf"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/({_REPOSITORY.pattern})/?", re.ASCII
+)
 _OPEN_CLIP = re.compile(r"([A-Za-z0-9][\w.-]*),([A-Za-z0-9][\w.-]*)", re.ASCII)
 
 
@@ -96,15 +99,28 @@ def _parse_hub(text: str) -> CheckpointReference:
     return CheckpointReference("hf-hub", text, repository=repository, revision=revision or None)
 
 
+def plain_name(text: str) -> str:
+    """Return open_clip's spelling of a name that OpenAI writes ViT-B/32 or ViT-L/14@336px."""
+    return text.replace("/", "-").replace("@", "-").removesuffix("px")
+
+
 def hint_for_missing(text: str) -> str:
     """Return what a name that is no file may have meant, or an empty text."""
     path = Path(text)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         text = path.relative_to(Path.cwd()).as_posix()  # as it was typed
+    if re.match(r"https?:/", text):
+        page = _HUB_PAGE.fullmatch(text)
+        if page is not None:
+            return f"; a repository of the hub is written {_HUB}{page[1]}"
+        return "; an address on the web is not read: download the file and give its path"
     if is_weights_name(text):
         return ""
-    name = text.replace("/", "-")
-    if text.count("/") <= 1 and name in _architectures():
+    model, comma, tag = text.partition(",")
+    name = plain_name(model)
+    if model.count("/") <= 1 and name in _architectures():
+        if comma:
+            return f"; open_clip writes {name},{tag}"
         from open_clip import list_pretrained_tags_by_model
 
         tags = list_pretrained_tags_by_model(name)

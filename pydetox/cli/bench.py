@@ -96,11 +96,11 @@ def command(
 
     Exit code: 0 if the benchmark was completed, whatever the figures are.
     """
-    from ..atomic import write_file
     from ..models.device import find_device
     from ..reporting import to_json
     from ..research.bench import Plan, markdown, quick_plan, run, write_outputs
-    from .outputs import to_stdout
+    from ..research.bench.outputs import OUTPUT_NAMES, begin_outputs
+    from .outputs import check_replaced, to_stdout
 
     find_device(device)
     plan = replace(quick_plan(data) if quick else Plan(data=data), device=device)
@@ -109,7 +109,9 @@ def command(
     count = len(plan.seeds) if seeds is None else seeds
     first = plan.seeds[0] if first_seed is None else first_seed
     plan = replace(plan, seeds=tuple(range(first, first + count)))
-    write_file(output / "plan.json", to_json(plan) + "\n")
+    for name in OUTPUT_NAMES:
+        check_replaced(output / name)
+    begin_outputs(output, plan)
     result = run(
         plan,
         output / "cache" if cache is None else cache,

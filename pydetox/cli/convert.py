@@ -49,8 +49,9 @@ def command(
     from ..checkpoints.conversion import convert_to_adapter
     from ..errors import UsageError
     from ..reporting.values import percent
-    from .outputs import to_stdout
+    from .outputs import check_replaced, to_stdout
 
+    check_replaced(output, "OUT")
     rank = options.lora_rank_of(given)
     if rank is None:
         findings = convert_checkpoint(

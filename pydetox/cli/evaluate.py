@@ -64,7 +64,7 @@ def command(
     from .outputs import check_files
     from .summaries import card
     from .text_commands import TextInputs, evaluation_of_text
-    from .texts import is_text_target, take_text_options
+    from .texts import is_text_target, say_unused, take_text_options
 
     taken = take_text_options(given)
     if target is not None and trigger is None:
@@ -73,6 +73,9 @@ def command(
     inputs = None if given["images"] is None else Inputs.of(given)
     text_inputs = None if taken["texts"] is None else TextInputs(given, taken["texts"])
     check_files(output=output)
+    if inputs is not None and text_inputs is not None:
+        kinds = [is_text_target(one, given["offline"]) for one in targets]
+        say_unused(taken["texts"], given["images"], kinds)
     if target is not None and inputs is not None and text_inputs is None:
         inputs.require_class(target)
     heads, table, cards = HeadMemo(), list[dict[str, Any]](), list[dict[str, str]]()

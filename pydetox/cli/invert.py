@@ -91,9 +91,10 @@ def command(
     from ..reporting.result import P_L1_NOTE
     from .inputs import Inputs
     from .many import emit_all, expand, run_each
+    from .outputs import check_replaced
     from .summaries import card
     from .text_commands import TextInputs, words_of_text
-    from .texts import is_text_target, take_text_options, text_scan_config
+    from .texts import is_text_target, say_unused, take_text_options, text_scan_config
 
     taken = take_text_options(given)
     if given["images"] is not None and not targets:
@@ -106,7 +107,11 @@ def command(
     text_inputs = None if taken["texts"] is None else TextInputs(given, taken["texts"])
     folders = _folders(output, found_targets)
     for folder in folders.values():
+        check_replaced(folder)
         rehearse_directory(folder, overwrite=overwrite, replaceable=_own_names(folder))
+    if inputs is not None and text_inputs is not None:
+        kinds = [is_text_target(one, given["offline"]) for one in found_targets]
+        say_unused(taken["texts"], given["images"], kinds)
     if inputs is not None and text_inputs is None:
         for target in targets:
             inputs.require_class(target)

@@ -16,22 +16,105 @@ import click
 
 from ..atomic import rehearse_file, write_file
 from ..errors import OutputError, UsageError
+from .earlier import is_earlier, kind_of_result
+
+#: The parameters of commands that name what is read. A test holds them beside all commands.
+READ = (
+    "checkpoints",
+    "checkpoint",
+    "source",
+    "run",
+    "before",
+    "after",
+    "images",
+    "texts",
+    "data",
+    "class_names",
+    "templates",
+    "model",
+    "base",
+    "base_model",
+    "reference_models",
+    "calibration_file",
+    "known_vectors",
+    "trigger",
+    "cache",
+)
+#: Where the context of a command keeps its --config, which is no parameter.
+CONFIG_KEY = "pydetox.config"
 
 
 def check_files(**paths: Path | None) -> None:
     """Rehearse writing each file. paths: by the name of the option.
 
-    Raises OutputError for one that cannot be written, UsageError when two are the same.
+    Raises OutputError for one that cannot be written or that is there and is no earlier result, and
+    UsageError when two are the same, or one is what the command reads.
     """
     seen: dict[Path, str] = {}
     for option, path in paths.items():
         if path is None:
             continue
-        name = option.replace("_", "-")
+        name = f"--{option.replace('_', '-')}"
         if path.resolve() in seen:
-            raise UsageError(f"--{seen[path.resolve()]} and --{name} are the same file: {path}")
+            raise UsageError(f"{seen[path.resolve()]} and {name} are the same file: {path}")
         seen[path.resolve()] = name
-        rehearse_file(path)
+        for given, read in _inputs():
+            if path.resolve() == read:
+                raise UsageError(
+                    f"{name} and {given} are the same file: {path}; name another one for the result"
+                )
+        _refuse_another_file(path, kind_of_result(option))
+    for path in paths.values():
+        if path is not None:
+            rehearse_file(path)
+
+
+def check_replaced(folder: Path, name: str = "--output") -> None:
+    """Raise UsageError if a folder that the command replaces has in it what the command reads.
+
+    name: How the folder was given.
+    """
+    for given, read in _inputs():
+        if folder.resolve() in (read, *read.parents):
+            raise UsageError(
+                f"{name} {folder} would replace {given}, which the command reads; name another one "
+                "for the result"
+            )
+
+
+def _inputs() -> Iterator[tuple[str, Path]]:
+    """Yield how each file or folder was given that the command reads, and its real path."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None:
+        return
+    given = [(p, ctx.params.get(str(p.name))) for p in ctx.command.params if p.name in READ]
+    named = [
+        (p.opts[0] if isinstance(p, click.Option) else (p.metavar or str(p.name).upper()), value)
+        for p, value in given
+    ]
+    for name, value in [*named, ("--config", ctx.meta.get(CONFIG_KEY))]:
+        for one in value if isinstance(value, list | tuple) else [value]:
+            # As in cifar10=FOLDER and local-dir:FOLDER.
+            text = "" if one is None else os.fspath(one)
+            for path in {text, text.partition("=")[2], text.removeprefix("local-dir:")} - {""}:
+                if os.path.lexists(path):
+                    yield name.rstrip("."), Path(path).resolve()
+
+
+def _refuse_another_file(path: Path, kind: str) -> None:
+    """Raise OutputError for a file that is there and is no earlier result of that kind."""
+    try:
+        earlier = not path.is_file() or is_earlier(path, kind)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: is there and cannot be read ({error.strerror or error}), so it is not "
+            "replaced"
+        ) from error
+    if not earlier:
+        raise OutputError(
+            f"{path}: is there and is not {kind} of pydetox, so it is not replaced; name another "
+            "file, or remove this one"
+        )
 
 
 @contextlib.contextmanager

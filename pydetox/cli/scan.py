@@ -59,12 +59,17 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     if path is None:
         return
     from ..scanning.config import read_config_file
+    from .outputs import CONFIG_KEY
+
+    ctx.meta[CONFIG_KEY] = path
 
     names = {p.name for p in ctx.command.params if isinstance(p, click.Option)} - {"config"}
-    content = {
-        _NAMES.get(key.replace("-", "_"), key.replace("-", "_")): value
-        for key, value in read_config_file(path).items()
-    }
+    content, spelt = dict[str, Any](), dict[str, str]()
+    for key, value in read_config_file(path).items():
+        name = _NAMES.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name in content:
+            raise click.UsageError(f"{path}: {spelt[name]!r} and {key!r} are the same option", ctx)
+        content[name], spelt[name] = value, key
     unknown = sorted(set(content) - {str(name) for name in names})
     if unknown:
         raise click.UsageError(f"{path}: {unknown[0]!r} is no option of scan", ctx)
@@ -238,7 +243,13 @@ def command(
     from ..scanning.texts import TextScanner
     from .outputs import check_files
     from .runs import emit_dry_run, emit_run, exit_code
-    from .texts import refuse_image_options, sort_targets, take_text_options, text_scanner_config
+    from .texts import (
+        refuse_image_options,
+        say_unused,
+        sort_targets,
+        take_text_options,
+        text_scanner_config,
+    )
 
     taken = take_text_options(given)
     options.apply_preset(given, SCAN_PRESETS)
@@ -259,6 +270,8 @@ def command(
         raise UsageError(
             "--save-calibration needs --base or --reference-model to make the calibration"
         )
+    check_files(output=output, report=report, save_calibration=save_calibration)
+    say_unused(taken["texts"], given["images"], [False] * len(names) + [True] * len(text_targets))
     if dry_run:
         found_targets = find_targets(checkpoints, shard=config.shard)
         if not names:
@@ -268,7 +281,6 @@ def command(
             found_targets, estimate(config.absolute(), found_targets.targets), format_, output
         )
         return exit_codes.CLEAN
-    check_files(output=output, report=report, save_calibration=save_calibration)
 
     with Display() as display:
 

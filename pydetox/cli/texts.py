@@ -16,6 +16,7 @@ from ..scanning.targets import Target, find_targets
 from ..scanning.texts import TextScannerConfig
 from ..text.configuration import TextScanConfig
 from ..text.files import is_text_model
+from .group import print_warning
 
 #: Options that mean nothing for text models.
 _OF_IMAGES = {
@@ -53,6 +54,12 @@ def take_text_options(given: dict[str, Any]) -> dict[str, Any]:
     """
     names = ("texts", "place", "trigger_length", "max_texts")
     taken = {name: given.pop(name) for name in names if name in given}
+    if taken["texts"] is None:
+        ctx = click.get_current_context()
+        for name in names[1:]:
+            if name in taken and was_given(name):
+                option = f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{option} is for text models and needs --texts", ctx)
     taken["preset"] = next((one for one in ("quick", "thorough") if given.get(one)), None)
     if given["images"] is None and taken["texts"] is None:
         raise click.UsageError(
@@ -91,11 +98,27 @@ def sort_targets(
     return [one.reference for one in others], text, found.ignored
 
 
+def was_given(option: str) -> bool:
+    """Return whether an option has a value that somebody gave."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source not in (None, ParameterSource.DEFAULT)
+
+
+def say_unused(texts: str | None, images: str | None, is_text: Sequence[bool]) -> None:
+    """Say on stderr that no target needs the texts, or the images, where both were given.
+
+    is_text: For each target, whether it is a text model.
+    """
+    if texts is None or images is None or len(set(is_text)) != 1:
+        return
+    unused, kind = ("--images", "image models") if is_text[0] else ("--texts", "text models")
+    print_warning(f"{unused} is not used: it is for {kind}, and no target is one")
+
+
 def refuse_image_options() -> None:
     """Raise UsageError for an option that a scan of nothing but text models would not heed."""
-    ctx = click.get_current_context()
     for option, name in _OF_IMAGES.items():
-        if ctx.get_parameter_source(option) not in (None, ParameterSource.DEFAULT):
+        if was_given(option):
             raise UsageError(f"{name} is for image models, and all targets are text models")
 
 
@@ -132,7 +155,6 @@ def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextSca
 
 def text_scan_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScanConfig:
     """Return the search; options whose default is for images count where they were given."""
-    ctx = click.get_current_context()
     config = TextScanConfig(
         **_PRESETS.get(taken["preset"], {}),
         length=taken["trigger_length"],
@@ -141,7 +163,7 @@ def text_scan_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScanCo
         seed=given["seed"],
     )
     for option in ("steps", "batch_size", "restarts"):
-        if ctx.get_parameter_source(option) not in (None, ParameterSource.DEFAULT):
+        if was_given(option):
             config = replace(config, **{option: given[option]})
     if taken["max_texts"] is not None:
         config = replace(config, texts=taken["max_texts"])

@@ -201,9 +201,9 @@ def command(
         scan_config,
     )
     from .many import one_checkpoint
-    from .outputs import check_files, emit
+    from .outputs import check_files, check_replaced, emit
     from .summaries import unlearn_report
-    from .texts import take_text_options
+    from .texts import say_unused, take_text_options
     from .unlearn_texts import unlearn_text_model
 
     if trigger is not None and force_target is not None:
@@ -212,7 +212,9 @@ def command(
         raise UsageError("--target needs --trigger; without a known trigger, use --force-target")
     parse_reference(checkpoint)
     taken = take_text_options(given)
-    if taken["texts"] is not None and is_text_model(checkpoint, offline=given["offline"]):
+    is_text = taken["texts"] is not None and is_text_model(checkpoint, offline=given["offline"])
+    say_unused(taken["texts"], given["images"], [is_text])
+    if is_text:
         return unlearn_text_model(
             checkpoint,
             output,
@@ -257,6 +259,7 @@ def command(
     inputs = Inputs.of(given)
     rank = options.lora_rank_of(given)
     files = CHECKPOINT_FILES if rank is None else ADAPTER_FILES
+    check_replaced(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=files)
     check_files(report=report)
     wanted = force_target or target

@@ -32,7 +32,7 @@ from ..text.trigger_file import read_words
 from ..text.triggers import TokenTrigger
 from . import exit_codes, options
 from .causal_commands import in_words, known_words
-from .outputs import check_files, emit
+from .outputs import check_files, check_replaced, emit
 from .summaries import card, left_of_triggers
 from .texts import text_scan_config
 
@@ -77,6 +77,7 @@ def unlearn_text_model(
             "--trigger or --force-target to unlearn without a verdict"
         )
     config = text_scan_config(dict(given), dict(taken))
+    check_replaced(output)
     rehearse_directory(output, overwrite=overwrite, replaceable=TEXT_MODEL_FILES)
     check_files(report=report)
     if given["threads"] is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..errors import DataError
+from ..reporting.serialize import unique_keys
 from .named_lists import ClassPrompt, class_prompts, known_lists, named_class_names, named_templates
 
 #: A prompt with a place for the class name, written "{c}" (CLIP_benchmark) or "{}" (open_clip), or
@@ -121,8 +122,8 @@ def load_templates(path: str | Path) -> tuple[Template, ...]:
     such file, the text may name a list, as in `load_class_names`: `imagenet`, `imagenet-simple`,
     and those of CLIP_benchmark.
 
-    Raises DataError for an unreadable or empty file, a blank line between templates, or a template
-    without a place for the class name.
+    Raises DataError for an unreadable or empty file, a blank line between templates, a template
+    without a place for the class name, a whole prompt with one, or a class that is there twice.
     """
     found = _by_name(path, named_templates, "templates")
     if found is not None:
@@ -130,6 +131,7 @@ def load_templates(path: str | Path) -> tuple[Template, ...]:
     if Path(path).suffix.lower() == ".json":
         content = _read_json(Path(path), "templates")
         if isinstance(content, dict):
+            _refuse_places(content, path)
             return class_prompts(content, str(path))
         if not (isinstance(content, list) and content and all(isinstance(x, str) for x in content)):
             raise DataError(
@@ -147,6 +149,17 @@ def load_templates(path: str | Path) -> tuple[Template, ...]:
                 'expected "{c}" or "{}"'
             )
     return templates
+
+
+def _refuse_places(content: Mapping[str, Any], path: str | Path) -> None:
+    """Raise DataError for a prompt of a class that looks like a template, and would stay so."""
+    for name, prompts in content.items():
+        for prompt in prompts if isinstance(prompts, list) else ():
+            if isinstance(prompt, str) and ("{c}" in prompt or "{}" in prompt):
+                raise DataError(
+                    f"{path}: class {name!r}: prompt {prompt!r} has a place for a class name; "
+                    "expected whole prompts, with the name in them"
+                )
 
 
 _Found = TypeVar("_Found")
@@ -169,7 +182,7 @@ def _by_name(
 
 def _read_json(path: Path, what: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot read {what}: {error}") from error
 

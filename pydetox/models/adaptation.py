@@ -28,8 +28,30 @@ _HINTS = (
         "and save it again",
     ),
     ("logit_bias", 'its configuration lacks "init_logit_bias": -10, as models of SigLIP have'),
+    (
+        "_fsdp_wrapped_module.",
+        "its names are those inside FSDP: save the full state dictionary (FullStateDictConfig), or "
+        "remove '_fsdp_wrapped_module.' from all names",
+    ),
+    (
+        "_checkpoint_wrapped_module.",
+        "its names are those inside a wrapper that saves memory: remove "
+        "'_checkpoint_wrapped_module.' from all names",
+    ),
+    (
+        "parametrizations.",
+        "it holds parts of weights, such as those of weight_norm: call "
+        "torch.nn.utils.parametrize.remove_parametrizations for each and save it again",
+    ),
+    (
+        "weight_g",
+        "it holds parts of weights: call torch.nn.utils.remove_weight_norm for each module and "
+        "save it again",
+    ),
     ("text.", 'its configuration lacks "custom_text": true'),
 )
+#: Those that may stand in the middle of a name.
+_INSIDE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "parametrizations.")
 
 
 def adapt(
@@ -94,9 +116,27 @@ def hint(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
     """Return advice about names that a module does not have, or an empty text."""
     extra = [name for name in names if name not in expected]
     for part, words in _HINTS:
-        if any(name.endswith(part) or name.startswith(part) for name in extra):
+        inside = part in _INSIDE and any(f".{part}" in name for name in extra)
+        if inside or any(name.endswith(part) or name.startswith(part) for name in extra):
             return f"; {words}"
-    return ""
+    return _hint_about_beginnings(names, expected)
+
+
+def _hint_about_beginnings(names: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Return advice about names of the model behind something else, or an empty text."""
+    longest = max(expected, key=len)
+    ends = [name for name in names if name == longest or name.endswith(f".{longest}")]
+    begin = [name.removesuffix(longest) for name in ends]
+    if not any(begin):
+        return ""
+    shown = ", ".join(quote(one) for one in begin if one)
+    if len(begin) == 1:
+        return f"; its names begin with {shown}: write the weights again under names without it"
+    more = "another model as well" if "" in begin else f"{len(begin)} models"
+    return (
+        f"; it holds {more} (names that begin with {shown}): write the weights that are meant to a "
+        "file of their own, under names without that beginning"
+    )
 
 
 def _refuse_twins(weights: Mapping[str, Tensor]) -> None:

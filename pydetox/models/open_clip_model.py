@@ -133,8 +133,8 @@ class OpenClipModel:
             prepared["interpolation"],
             prepared["resize_mode"],
             prepared["fill_color"],
-            prepared["library"],
-            prepared.get("resize_size"),
+            library=prepared["library"],
+            resize_size=prepared.get("resize_size"),
         )
 
     @classmethod

@@ -53,6 +53,19 @@ def to_plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON as a dict; ValueError for a key that is there twice.
+
+    It is an `object_pairs_hook` for `json.loads`, which would take the last one.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
 def rows_to_json(rows: Sequence[Sequence[float]]) -> list[list[float | None]]:
     """Return rows of numbers as lists, with null for those that are not finite."""
     return [[v if math.isfinite(v) else None for v in row] for row in rows]

@@ -103,8 +103,12 @@ def read_rows(path: Path) -> dict[str, Measured]:
     """
     if not path.exists():
         return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is no file of rows of an earlier run ({error})") from error
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             name = str(row.pop("name"))

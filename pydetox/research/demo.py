@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..api import calibrate, detox, scan
-from ..atomic import write_file
+from ..atomic import refuse_foreign_folder, write_file
 from ..checkpoints import Provenance, save_checkpoint
 from ..data import DIGIT_NAMES, DIGIT_TEMPLATES, ImageSet, load_digits
 from ..detect.configuration import ScanConfig
@@ -92,14 +92,12 @@ def run_demo(
     leaves the target class out; p_l1 is that of the class that looks weakest relative to the clean
     references.
 
-    Raises OutputError, before the work, if `output` cannot be written, and DataError if
-    scikit-learn is not installed.
+    Raises OutputError, before the work, if `output` cannot be written or holds files of these
+    names that are not of a demo, and DataError if scikit-learn is not installed.
     """
     folder = Path(output)
     digits = load_digits(_IMAGE_SIZE)
-    # A run that is cut short must not leave the last run's summary beside this run's models.
-    (folder / "summary.json").unlink(missing_ok=True)
-    write_file(folder / "seed.txt", f"{seed}\n")
+    begin_folder(folder, seed)
     clock = Laps()
     attacker, defender, test = digits.split((0.5, 0.2, 0.3), seed=seed)
     attack = draw_attack(seed)
@@ -141,6 +139,22 @@ def run_demo(
     write_detox_report(folder / "report.html", report)
     write_file(folder / "summary.json", to_json(summary) + "\n")
     return DemoResult(summary, report)
+
+
+def begin_folder(folder: Path, seed: int) -> None:
+    """Write the first file of a demo, and remove the last one of an earlier demo.
+
+    Raises OutputError if the folder cannot be written, or holds files of these names that are not
+    of a demo.
+    """
+    refuse_foreign_folder(
+        folder,
+        ("seed.txt", "summary.json", "report.html", "checkpoints"),
+        {"seed.txt": r"\d+\n$"},
+    )
+    # A run that is cut short must not leave the last run's summary beside this run's models.
+    (folder / "summary.json").unlink(missing_ok=True)
+    write_file(folder / "seed.txt", f"{seed}\n")
 
 
 def demo_scan_config(seed: int) -> ScanConfig:

@@ -340,21 +340,47 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if is_yaml:
-            import yaml
-
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+            content = _read_yaml(text)
         else:
-            content = json.loads(text)
+            from ..reporting.serialize import unique_keys  # with torch
+
+            content = json.loads(text, object_pairs_hook=unique_keys)
     except OSError as error:
         raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: is not {kind} ({error})") from error
+        raise UsageError(f"{name}: cannot be read as {kind} ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UsageError(f"{name}: expected one {kind} object, such as max_images: 500")
     return content
+
+
+def _read_yaml(text: str) -> Any:
+    """Return what a YAML text holds; ValueError, with one short reason, for a wrong one.
+
+    A key that is there twice is wrong; PyYAML would take the last one.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"the key {key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ValueError(str(error).splitlines()[0]) from error
 
 
 def _is(value: object, kind: Any) -> bool:

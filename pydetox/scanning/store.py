@@ -27,7 +27,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..atomic import output_error, write_file
+from ..atomic import output_error, refuse_foreign_folder, write_file
 from ..errors import DataError, UsageError
 from ..reporting.serialize import to_json, to_plain
 from .record import ScanRecord
@@ -57,9 +57,14 @@ class RunStore:
         as the index.
 
         Raises UsageError if another driver uses the folder, and OutputError if it cannot be
-        written.
+        written, or holds files of these names that are not of a run.
         """
         self.folder = Path(folder)
+        refuse_foreign_folder(
+            self.folder,
+            (_EVENTS, _CONFIG, _CALIBRATION, _INDEX, "parts", "triggers"),
+            {_LOCK: "$", _CONFIG: r'\{\s*"schema": "pydetox\.run/'},
+        )
         self._warn = warn or (lambda message: None)
         try:
             for name in ("parts", "triggers"):

@@ -27,7 +27,7 @@ from tests.pretended import OnDevice, PretendedGpu
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 #: Arithmetic of plain numbers and of files, and what reads results: no device computes anything.
-WITHOUT = {"false_alarms.py", "compat.py", "cuda_report.py", "sass.py"}
+WITHOUT = {"false_alarms.py", "compat.py", "cuda_report.py", "sass.py", "tutorial.py"}
 
 
 def options_of(path: Path) -> set[str]:

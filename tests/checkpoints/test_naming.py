@@ -112,6 +112,10 @@ def test_every_open_clip_name() -> None:
         ("ViT-B-32", "; open_clip writes ViT-B-32,TAG, such as ViT-B-32,openai"),
         ("ViT-B/32", "; open_clip writes ViT-B-32,TAG, such as ViT-B-32,openai"),
         ("ViT-S-16", "; open_clip writes ViT-S-16,TAG"),
+        ("ViT-B/32,openai", "; open_clip writes ViT-B-32,openai"),
+        ("ViT-L/14@336px", "; open_clip writes ViT-L-14-336,TAG, such as ViT-L-14-336,openai"),
+        ("https://huggingface.co/org/repo/", "; a repository of the hub is written hf-hub:org/re"),
+        ("https://x.org/model.pt", "; an address on the web is not read: download the file"),
         ("runs/model.pt", ""),
         ("a/b/c", ""),
         ("nothing", ""),
@@ -135,9 +139,17 @@ def test_a_name_that_is_no_file_gets_a_hint(
         ("ViT-B/32", "open_clip calls it ViT-B-32 (ViT-B-32-quickgelu for OpenAI's weights)"),
         ("ViT-L/14@336px", "open_clip calls it ViT-L-14-336"),
         ("openai/clip-vit-base-patch32", "is a checkpoint, hf-hub:openai/clip-vit-base-patch32"),
+        ("timm/resnet18", "as a classifier, it is written timm:resnet18"),
+        ("resnet18", "is written timm:resnet18 or torchvision:resnet18"),
+        ("preactresnet18", "is written backdoorbench:preactresnet18"),
+        ("timm:resnet-18", "timm has no model 'resnet-18'; did you mean resnet18"),
+        ("torchvision:resnet-18", "did you mean resnet18"),
+        ("backdoorbench:preactresnet-18", "did you mean preactresnet18"),
+        ("hf-hub:laion/x", "'hf-hub:laion/x': expected open_clip's name of one"),
+        ("https://x.org/config.json", "expected open_clip's name of one"),
     ],
 )
-def test_an_architecture_with_a_slash_gets_a_hint(name: str, hint: str) -> None:
+def test_an_architecture_of_another_spelling_gets_a_hint(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve_model(name)
     assert hint in str(caught.value)

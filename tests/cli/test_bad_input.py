@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pydetox.checkpoints import load_checkpoint
+from pydetox.reporting.html import page
 
 from .conftest import FAST, TINY, Run, error_line, write_images
 
@@ -301,7 +302,7 @@ class TestOutputs:
                 assert run(*args).exit_code in (0, 2)
                 args = (*args, "--overwrite")
             else:
-                (tmp_path / "output").write_text("mine")
+                (tmp_path / "output").write_text("pydetox scan\nan earlier one\n")
             before = snapshot(tmp_path)
             assert before, number
 
@@ -336,7 +337,8 @@ def test_a_signal_during_the_work(
     folder: Path, images: tuple, tmp_path: Path, command: str, signal_: signal.Signals
 ) -> None:
     old = tmp_path / "old.html"
-    old.write_text("mine")
+    old.write_text(page("pydetox scan", "an earlier one", []))
+    before = snapshot(tmp_path)
     output = tmp_path / "new" / "output"
     more = ("--force-target", "cat") if command == "unlearn" else ()
     process = subprocess.Popen(
@@ -369,4 +371,4 @@ def test_a_signal_during_the_work(
         assert not said or said.startswith("at most about")  # the estimate of `unlearn`
     else:
         assert process.returncode == 143
-    assert snapshot(tmp_path) == {"old.html": b"mine", "new": None}
+    assert snapshot(tmp_path) == {**before, "new": None}

@@ -15,7 +15,7 @@ from pydetox.cli import unlearn
 from pydetox.errors import UsageError
 from pydetox.scanning.config import read_config_file
 
-from .conftest import FAST, Run
+from .conftest import FAST, Run, error_line
 
 
 @pytest.fixture
@@ -106,14 +106,67 @@ def test_a_configuration_in_yaml(
     result = run("scan", folder / "suspect", "--config", path)
     assert json.loads(result.stdout)["results"][0]["class_steps"] == [3, 3, 3]
     path.write_text("steps: [1, 2")
-    with pytest.raises(UsageError, match="is not YAML"):
+    with pytest.raises(UsageError, match="cannot be read as YAML"):
         read_config_file(path)
+    path.write_text("steps: 3\nbatch-size: 1\nsteps: 4\n")
+    with pytest.raises(UsageError, match=r"YAML \(line 3, column 1: the key 'steps'"):
+        read_config_file(path)
+    path.write_text("base: &b {steps: 1}\nnext:\n  <<: *b\n  steps: 2\n")
+    assert read_config_file(path) == {"base": {"steps": 1}, "next": {"steps": 2}}
+    (tmp_path / "scan.json").write_text('{"steps": 3, "steps": 4}')
+    with pytest.raises(UsageError, match=r"as JSON \(the key 'steps' is there twice\)"):
+        read_config_file(tmp_path / "scan.json")
+    path.write_text("batch-size: 1\nbatch_size: 2\n")
+    result = run("scan", folder / "suspect", *images, "--config", path)
+    assert result.exit_code == 4
+    assert "'batch-size' and 'batch_size' are the same option" in error_line(result)
+    for text, reason in (
+        ("a: b: c", "line 1, column 5: mapping values are not allowed here"),
+        ("a: [1\nb: 2", "line 2, column 2: expected ',' or ']', but got ':'"),
+        ("a: \x01", "unacceptable character #x0001: special characters are not allowed"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError) as caught:
+            read_config_file(path)
+        assert str(caught.value) == f"{path}: cannot be read as YAML ({reason})"
     path.write_text("- 1\n- 2\n")
     with pytest.raises(UsageError, match="expected one YAML object"):
         read_config_file(path)
     path.write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(UsageError, match="is not YAML"):
+    with pytest.raises(UsageError, match="cannot be read as YAML"):
         read_config_file(path)
+
+
+def test_texts_or_images_that_nothing_needs_are_mentioned(
+    run: Run, folder: Path, images: tuple[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    from tests.text import tiny
+
+    tiny.bert(tmp_path / "text")
+    texts = tmp_path / "texts.csv"
+    rows = [f"{text},{name}" for text, name in tiny.topical_texts(24, seed=9)]
+    texts.write_text("\n".join(["text,label", *rows]))
+    both = (*images, "--texts", texts)
+    unused = "warning: --texts is not used: it is for text models, and no target is one"
+    fast = ("--steps", "1", "--batch-size", "1")
+    for command in (
+        ("eval", folder / "suspect", *both),
+        ("eval", folder / "suspect", folder / "base", *both),
+        ("scan", folder / "suspect", *both, *fast),
+        ("invert", folder / "suspect", *both, *fast, "--output", tmp_path / "o"),
+        ("unlearn", folder / "suspect", *both, *fast, "--output", tmp_path / "u"),
+    ):
+        assert unused in run(*command).stderr.splitlines()
+    unused = "warning: --images is not used: it is for image models, and no target is one"
+    result = run("eval", tmp_path / "text", *both)
+    assert (result.exit_code, unused in result.stderr.splitlines()) == (0, True)
+    result = run("eval", tmp_path / "text", folder / "suspect", *both)
+    assert (result.exit_code, "is not used" in result.stderr) == (0, False)
+    for option in (("--max-texts", 5), ("--place", "end"), ("--trigger-length", 2)):
+        result = run("scan", folder / "suspect", *images, *option)
+        assert result.exit_code == 4
+        assert f"{option[0]} is for text models and needs --texts" in error_line(result)
 
 
 def test_sizes_are_explained_where_they_are_printed(

@@ -171,7 +171,10 @@ def test_somebody_who_reads_the_index(
 
 
 def test_an_index_that_cannot_be_made(run: Run, folder: Path, args: tuple, tmp_path: Path) -> None:
-    (tmp_path / "run" / "index.sqlite").mkdir(parents=True)
+    with RunStore(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "index.sqlite").unlink()
+    (tmp_path / "run" / "index.sqlite").mkdir()
     result = run("scan", folder / "base", *args)
     assert result.exit_code == 0
     assert result.stderr.startswith(f"warning: {tmp_path / 'run' / 'index.sqlite'}: there is no ")

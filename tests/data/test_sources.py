@@ -453,10 +453,15 @@ def test_prompts_of_each_class(tmp_path: Path) -> None:
         ({"cat": []}, "class 'cat' has no list of prompts"),
         (["a cat"], "no place for the class name"),
         (3, "expected a JSON list of templates"),
+        ({"cat": ["soft"], "dog": ["{}"]}, r"class 'dog': prompt '\{\}' has a place for a class"),
+        ({"cat": ["soft", "a {c}"]}, r"class 'cat': prompt 'a \{c\}' .*; expected whole prompts"),
     ):
         path.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
             load_templates(path)
+    path.write_text('{"cat": ["soft"], "dog": ["it barks"], "cat": ["hard"]}')
+    with pytest.raises(DataError, match=r"cannot read templates: the key 'cat' is there twice"):
+        load_templates(path)
     path.write_text(json.dumps(["cat", "dog"]))
     assert load_class_names(path) == ("cat", "dog")
 

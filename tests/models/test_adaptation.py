@@ -167,6 +167,50 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, clip: torch.nn.Mo
         read(tmp_path, lora, MINI_CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "advice"),
+    [
+        ("", "_fsdp_wrapped_module.", "remove '_fsdp_wrapped_module.' from all names"),
+        ("resblocks.0.", "resblocks.0._fsdp_wrapped_module.", "FullStateDictConfig"),
+        ("resblocks.0.", "resblocks.0._checkpoint_wrapped_module.", "wrapper that saves memory"),
+        ("", "student.", "its names begin with 'student.': write the weights again"),
+    ],
+)
+def test_names_of_wrappers_say_what_to_do(
+    tmp_path: Path, clip: torch.nn.Module, old: str, new: str, advice: str
+) -> None:
+    state = {
+        name.replace(old, new) if old else f"{new}{name}": value
+        for name, value in clip.state_dict().items()
+    }
+    with pytest.raises(ArchitectureError) as caught:
+        read(tmp_path, state, MINI_CONFIG)
+    assert advice in str(caught.value)
+
+
+def test_two_models_say_which_names_to_keep(tmp_path: Path, clip: torch.nn.Module) -> None:
+    state = clip.state_dict()
+    ema = {f"ema.{name}": value + 1 for name, value in state.items()}
+    with pytest.raises(ArchitectureError, match=r"another model as well \(.* with 'ema\.'\)"):
+        read(tmp_path, state | ema, MINI_CONFIG)
+    student = {f"student.{name}": value for name, value in state.items()}
+    with pytest.raises(ArchitectureError, match=r"2 models \(.* with 'student\.', 'ema\.'\)"):
+        read(tmp_path, student | ema, MINI_CONFIG)
+
+
+def test_parts_of_weights_say_what_to_do(tmp_path: Path, clip: torch.nn.Module) -> None:
+    layer = clip.visual.transformer.resblocks[0].mlp.c_fc
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ArchitectureError, match="remove_parametrizations"):
+        read(tmp_path, clip.state_dict(), MINI_CONFIG)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    read(tmp_path, clip.state_dict(), MINI_CONFIG)
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(layer)
+    with pytest.raises(ArchitectureError, match="remove_weight_norm"):
+        read(tmp_path, clip.state_dict(), MINI_CONFIG)
+
+
 def test_openais_weights_are_refused_under_a_name_with_gelu(
     tmp_path: Path, clip: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -337,7 +337,7 @@ def resizing_of(config: dict, prepared: dict) -> Resizing:
         told["interpolation"],
         told["resize_mode"],
         told["fill_color"],
-        told.get("resize_size"),
+        resize_size=told.get("resize_size"),
     )
 
 

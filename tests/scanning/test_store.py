@@ -35,6 +35,7 @@ def test_half_a_line_is_forgotten_and_the_log_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", [b"garbage", b"[]", b'{"no": "event"}', b"\xff\xfe"])
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path, line: bytes) -> None:
+    RunStore(tmp_path).close()
     (tmp_path / "events.jsonl").write_bytes(line + b'\n{"event": "two"}\n')
     with pytest.raises(DataError, match="line 1"):
         RunStore(tmp_path)
@@ -71,6 +72,7 @@ def test_parts_and_triggers(tmp_path: Path) -> None:
 
 
 def test_the_index_is_made_anew_even_from_rubbish(tmp_path: Path) -> None:
+    RunStore(tmp_path).close()
     for content in (b"", b"rubbish" * 1000):
         (tmp_path / "index.sqlite").write_bytes(content)
         with RunStore(tmp_path) as store:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...atomic import write_file
+from ...atomic import refuse_foreign_folder, write_file
 from ...reporting import to_json
 from ...reporting.charts import Series, percent_chart
 from ...reporting.heat_map import heat_map
@@ -28,12 +28,36 @@ from ...reporting.html import (
 from ...reporting.result import ASR_NOTE
 from ...reporting.values import MISSING, duration, interval, number, percent
 from ..defenses import DEFENSES, TUNING_EFFORT
+from .plan import Plan
 from .summary import KNOWN, UNKNOWN, asr_by_attack, mean, of, roc, won_shares, worse
 
 _COLUMNS = (
     "attack", "seed", "targets", "rate", "defense", "ca", "ca_low", "ca_high", "asr", "asr_low",
     "asr_high", "relapse", "images", "labels", "seconds",
 )  # fmt: skip
+
+
+#: What `begin_outputs` and `write_outputs` write.
+OUTPUT_NAMES = (
+    "plan.json",
+    "results",
+    "results.csv",
+    "results.md",
+    "report.html",
+    "run.json",
+    "summary.json",
+)
+
+
+def begin_outputs(folder: Path, plan: Plan) -> None:
+    """Write the plan.
+
+    Raises OutputError if the folder cannot be written, or holds files of these names that are not
+    of a benchmark.
+    """
+    mark = {"plan.json": r'\{\s*"data": [^\n]+\s*"attacker": \d'}
+    refuse_foreign_folder(folder, OUTPUT_NAMES, mark)
+    write_file(folder / "plan.json", to_json(plan) + "\n")
 
 
 def write_outputs(folder: Path, result: Mapping[str, Any]) -> None:

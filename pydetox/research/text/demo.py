@@ -26,7 +26,7 @@ from ...text.models import TextModel, load_text_model, save_text_model
 from ...text.repair import TEXT_UNLEARNING, subtract_from_text_model
 from ...text.texts import TextSet
 from ...text.verdict import TextScanResult
-from ..demo import DemoResult
+from ..demo import DemoResult, begin_folder
 from .attacks import Insertion, TextBackdoor, draw_text_attack, plant_in_texts
 from .corpora import CorpusSizes, load_corpus
 from .models import start_model
@@ -73,13 +73,12 @@ def run_text_demo(output: str | Path, seed: int = 0, *, start: str = "minilm") -
     start: The model that is fine-tuned, see `models.start_model`. The summary's shares (ca, asr)
     are in [0, 1], measured on test texts that neither side used; ASR leaves the target class out.
 
-    Raises OutputError, before the work, if `output` cannot be written, and DataError if the
-    pretrained model was not fetched.
+    Raises OutputError, before the work, if `output` cannot be written or holds files of these
+    names that are not of a demo, and DataError if the pretrained model was not fetched.
     """
     folder = Path(output)
     training, config, unlearning = SETTINGS[start]
-    (folder / "summary.json").unlink(missing_ok=True)
-    write_file(folder / "seed.txt", f"{seed}\n")
+    begin_folder(folder, seed)
     clock = Laps()
     corpus = load_corpus("python", seed=seed, sizes=_SIZES)
     attack = _ATTACKS[int(generator("texts.demo", seed).integers(len(_ATTACKS)))]
