@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "tutorial.md"
 #: The charts: the file of the documentation, the report, and the words of its label.
 CHARTS = (
     ("scan.svg", "scan.html", "Mask norm P-L1 of each class"),
-    ("rescan.svg", "repair.html", "re-scan"),
+    ("rescan.svg", "repair.html", ", after"),
     ("alpha.svg", "repair.html", "over the scaling coefficient"),
 )
 
@@ -83,9 +83,11 @@ def main(output: Path, assets: Path | None) -> None:
     for name, report, words in CHARTS:
         style = re.findall(r"<style>.*?</style>", (assets / name).read_text(), re.DOTALL)[0]
         (assets / name).write_text(chart((output / report).read_text(), words, style))
+    sizes = re.findall(r"^(\S+) +P-L1 ([0-9.]+),", transcript, re.MULTILINE)
+    smallest = min(sizes, key=lambda one: float(one[1]))[0]
     for kind in ("mask", "pattern", "stamped"):
-        first = min((output / "runs" / "triggers").rglob(f"*_{kind}.png"))
-        shutil.copy(first, assets / f"trigger-{kind}.png")
+        (picture,) = (output / "runs" / "triggers").rglob(f"*_{smallest}_{kind}.png")
+        shutil.copy(picture, assets / f"trigger-{kind}.png")
 
 
 if __name__ == "__main__":

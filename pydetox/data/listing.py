@@ -87,7 +87,7 @@ def list_images(
         report.leave_out("beside the class folders", path.name)
 
     found = tuple(unicodedata.normalize("NFC", folder.name) for folder in folders)
-    _refuse_other_numbers(directory, found, class_names)
+    _refuse_other_numbers(directory, found, class_names, labels_required=labels_required)
     if labels_mean_nothing(found, class_names, labels_required=labels_required) and not _numbered(
         found, class_names
     ):
@@ -257,19 +257,27 @@ def _refuse_wrapper(
 
 
 def _refuse_other_numbers(
-    directory: Path, found: Sequence[str], class_names: Sequence[str] | None
+    directory: Path,
+    found: Sequence[str],
+    class_names: Sequence[str] | None,
+    *,
+    labels_required: bool,
 ) -> None:
-    """Raise DataError for folders that number classes otherwise than from 0."""
+    """Raise DataError for folders that number classes otherwise than from 0.
+
+    Where nobody needs labels, numbers may as well be years or months. Then only those are refused
+    that look like all of the classes, from 1 on, or begin with 0.
+    """
     if class_names is None or set(found) & set(class_names) or _numbered(found, class_names):
         return
     if not all(map(_is_padded, found)) or len(set(map(int, found))) < len(found):
         return
     low, high, count = min(map(int, found)), max(map(int, found)), len(class_names)
-    if low <= 1 or high <= count:
+    if (low <= 1 or high <= count) if labels_required else low == 0 or (low, high) == (1, count):
         raise DataError(
             f"{directory}: its folders are the numbers {low}..{high}, which count classes from 0; "
-            f"expected a folder 0 and none above {count - 1} for the {count} class names: name the "
-            "folders as the classes"
+            f"expected a folder 0, and none above {count - 1} for the {count} class names: name "
+            "the folders as the classes"
         )
 
 

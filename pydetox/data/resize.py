@@ -52,6 +52,7 @@ class Resizing:
         library: One of `LIBRARIES`.
         resize_size: The length that `resize_mode` scales to, in pixels, before the middle of
             image_size pixels is cut out, as timm and torchvision do; None: image_size itself.
+            Pictures that have the model's size are neither scaled nor cut, like arrays of it.
 
     Raises:
         DataError: A value is none of these.
@@ -100,6 +101,8 @@ class Resizing:
             image = _on_white(image)
             if self.resize_mode != "longest":
                 return self._as_transformers(image, *after)
+        if self.resize_size is not None and image.size == (self.image_size, self.image_size):
+            return image.convert("RGB")
         result: Image.Image = self._transform(image)
         return result
 

@@ -72,8 +72,8 @@ def _transformers_section(measured: Mapping[str, Measured]) -> list[str]:
         "Images are prepared as timm's `create_transform` and the transform of torchvision's "
         "default weights do it for this name: scaled, and the middle cut out. The weights in a "
         "file need not be those, and therefore a warning names the values. `--resize-mode` takes "
-        "the cut away. Arrays that have the model's size are not scaled. For "
-        "`torchvision:NAME@SIZE` with a size of your own, the shorter side is scaled to SIZE.",
+        "the cut away. Arrays and pictures that have the model's size are neither scaled nor cut. "
+        "For `torchvision:NAME@SIZE` with a size of your own, the shorter side is scaled to SIZE.",
         "",
     ]
 

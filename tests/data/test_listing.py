@@ -189,6 +189,9 @@ def test_numbers_with_zeros_before_them_and_without_a_zero(tmp_path: Path, requi
     assert load_images(tmp_path / "padded", image_size=8).class_names == ("00000", "00002")
     for folders in (("1", "2", "3"), ("1", "2"), ("01", "02")):
         root = make_folder(tmp_path / "-".join(folders), dict.fromkeys(folders, 1))
+        if not required and len(folders) < 3:  # perhaps months
+            assert load_images(root, **given).labels is None
+            continue
         with pytest.raises(DataError, match=r"which count classes from 0; expected a folder 0"):
             load_images(root, **given)
     make_folder(tmp_path / "years", {"2019": 1, "2020": 1})
