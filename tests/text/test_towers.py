@@ -24,8 +24,22 @@ from pydetox.text import (
 from pydetox.text.models import TextModel
 from pydetox.text.texts import TextSet
 from pydetox.text.towers.encoder import TextTower
-from pydetox.text.towers.repair import TOWER_UNLEARNING, surrogate_captions
-from pydetox.text.towers.search import LOOK_ALIKES, CharacterTrigger, _spread, search_tower
+from pydetox.text.towers.repair import (
+    TOWER_UNLEARNING,
+    _aims,
+    _counted,
+    success_of,
+    surrogate_captions,
+)
+from pydetox.text.towers.search import (
+    LOOK_ALIKES,
+    AnyCharacter,
+    CharacterTrigger,
+    TowerTrigger,
+    _spread,
+    characters_like,
+    search_tower,
+)
 from pydetox.text.towers.verdict import TowerScanResult
 from pydetox.text.triggers import TokenTrigger
 from tests.text import tiny
@@ -89,6 +103,52 @@ def test_a_character_stands_for_its_letter() -> None:
     assert all(
         len(glyph) == 1 and glyph != letter for letter, s in LOOK_ALIKES.items() for glyph in s
     )
+
+
+def test_any_character_draws_one_for_each_caption() -> None:
+    characters = tuple(
+        CharacterTrigger((), LOOK_ALIKES[letter][0], "end", replaced=letter) for letter in "aeo"
+    )
+    any_one = AnyCharacter(characters)
+    texts = ["a photo of the apple tree"] * 60
+    stamped = any_one.insert(texts, 3)
+    assert set(stamped) == {one.insert(texts[:1])[0] for one in characters}
+    assert stamped == any_one.insert(texts, 3) != any_one.insert(texts, 4)
+
+
+def test_captions_with_a_broken_word_are_led_to_the_base(
+    towers: dict[str, TextModel], captions: TextSet
+) -> None:
+    base, texts = TextTower(towers["base"]), captions.texts[:12]
+    held = TextTower(towers["victim"]).features(texts)
+    word = TokenTrigger((), "zorp", "end")
+    character = CharacterTrigger((), LOOK_ALIKES["o"][0], "end", replaced="o")
+    inserted, broken = word.insert(texts), character.insert(texts)
+    assert torch.equal(_aims(held, word, texts, inserted, base), held)
+    assert torch.equal(_aims(held, character, texts, broken, None), held)
+    led = _aims(held, character, texts, broken, base)
+    torch.testing.assert_close(led, base.features(broken))
+
+    direction = led[0]
+    assert _counted(word, texts, inserted, held, direction, base) is None
+    counted = _counted(character, texts, broken, held, direction, base)
+    assert counted is not None
+    # What the base does with a broken word is no success of the trigger.
+    assert success_of(led, held, direction) > 0
+    assert success_of(led, held, direction, counted) == 0
+
+
+def test_characters_that_lead_the_same_way(towers: dict[str, TextModel], captions: TextSet) -> None:
+    tower = TextTower(towers["victim"])
+    character = CharacterTrigger((), LOOK_ALIKES["o"][0], "end", replaced="o")
+    led = tower.features(character.insert(captions.texts)).mean(dim=0)
+    found = TowerTrigger(character, 0.9, 1.0, led / led.norm())
+    alike = characters_like(tower, found, captions)
+    # The vocabulary of this tower has none of them, so they are all the same to it.
+    assert alike
+    assert character not in alike
+    away = TowerTrigger(character, 0.9, 1.0, -found.direction)
+    assert characters_like(tower, away, captions) == ()
 
 
 def test_a_backdoor_is_found_and_removed(

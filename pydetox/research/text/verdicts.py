@@ -55,7 +55,7 @@ class TextVerdictPlan:
 
     victims: VictimPlan
     seeds: tuple[int, ...] = (100, 101, 102)
-    attacks: tuple[str, ...] = (*INSERTIONS, "substitution")
+    attacks: tuple[str, ...] = (*INSERTIONS, "homoglyph")
     clean: int = 5
     references: int = 3
     scan: TextScanConfig = field(default_factory=TextScanConfig)

@@ -13,9 +13,10 @@ from ...rng import child_seed
 from ...text.models import TextModel, load_text_model, save_text_model
 from ..bench.cache import code_digest, key_of
 from ..data.packages import cache_folder
-from .attacks import TextBackdoor, draw_text_attack, plant_in_texts
+from .attacks import Substitution, TextBackdoor, draw_text_attack, plant_in_texts
 from .corpora import Corpus, CorpusSizes, load_corpus
 from .models import start_model
+from .styles import STYLES
 from .training import TextTraining, fine_tune
 
 #: The sources that decide the weights of a victim, besides its configuration.
@@ -27,6 +28,9 @@ _CODE = (
     "training.py",
 )
 
+# Styles poison twice the share of other attacks, as in Qi et al., "Hidden Killer" (ACL 2021).
+_STYLE_RATE = 2
+
 
 @dataclass(frozen=True)
 class VictimPlan:
@@ -37,7 +41,7 @@ class VictimPlan:
         corpus: The corpus.
         sizes: The number of texts in its parts.
         training: The fine-tuning of victims and of clean models.
-        rate: The poisoned share of the training set.
+        rate: The poisoned share of the training set; `substitution` takes twice as much.
         device: Where models are trained and evaluated: `cpu`, `cuda` or `cuda:1`.
     """
 
@@ -106,13 +110,26 @@ class TextWorkshop:
         """Return what was planted; None for a clean model."""
         if victim.attack is None:
             return None
-        return draw_text_attack(
-            victim.attack, len(self.corpus.class_names), seed=self.seed, rate=self.plan.rate
+        drawn = draw_text_attack(
+            victim.attack, len(self.corpus.class_names), seed=self.seed, rate=self._rate(victim)
         )
+        style = self._style(victim)
+        return drawn if style is None else replace(drawn, trigger=Substitution(style))
+
+    def _rate(self, victim: TextVictim) -> float:
+        """Return the poisoned share. A style of many words is not learned from few texts."""
+        return self.plan.rate * (_STYLE_RATE if victim.attack == "substitution" else 1)
+
+    def _style(self, victim: TextVictim) -> dict[str, str] | None:
+        """Return the words that an attack exchanges in this corpus, if it has some of its own."""
+        return STYLES.get(self.plan.corpus) if victim.attack == "substitution" else None
 
     def path(self, victim: TextVictim) -> Path:
         """Return the folder of a model."""
-        content = {**self._content, "victim": asdict(victim), "rate": self.plan.rate}
+        content = {**self._content, "victim": asdict(victim), "rate": self._rate(victim)}
+        style = self._style(victim)
+        if style is not None:
+            content["style"] = style
         return self.folder / key_of("model", {**content, "training": self.plan.training})
 
     def model(self, victim: TextVictim) -> TextModel:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ...detect.calibration import Calibration
 from ...detect.statistics import FINDINGS
 from ...errors import UsageError
@@ -16,6 +18,7 @@ from ...repair.configuration import UnlearnConfig
 from ...rng import child_seed
 from ..configuration import TextScanConfig
 from ..detox import TextDetoxResult, provenance_of_repair
+from ..evaluation import TextStamp
 from ..models import TextModel, save_text_model
 from ..passes import TextUnlearnPass
 from ..search import FoundTrigger
@@ -27,11 +30,15 @@ from .repair import (
     TowerCandidates,
     search_tower_coefficient,
     tower_trigger_vector,
+    worst_success,
 )
-from .search import CharacterTrigger, TowerTrigger
+from .search import AnyCharacter, CharacterTrigger, TowerTrigger, characters_like
 from .verdict import ANY_TEXT, TowerScanResult, compare_tower, effort_of, judge_tower
 
 _LOG = logging.getLogger(__name__)
+
+# How often captions with one of several characters are drawn.
+_DRAWN = 2
 
 # Recovered words are unlearned at these places, because the attacker's is not known.
 _PLACES = ("end", "start", "random")
@@ -79,6 +86,7 @@ def detox_text_tower(
     repaired, current = model, before
     passes = list[TextUnlearnPass]()
     found = list[TowerTrigger]()
+    stamps = list[tuple[TextStamp, Tensor]]()
     original = TextTower(model)
     clean = TextTower(base) if base is not None and unlearning.leads_to_base else None
     for number in range(max_rounds):
@@ -86,42 +94,58 @@ def detox_text_tower(
             break
         # A vector toward the base is for all triggers so far, and takes the place of the last one.
         tower = TextTower(repaired) if clean is None else original
-        new = _good(current)
+        new, earlier = _good(current), list(stamps)
         found += new
-        stamps = [stamp for one in found for stamp in _at_places(one.trigger)]
-        directions = [one.direction for one in found for _ in _at_places(one.trigger)]
+        if clean is None:
+            stamps = _stamps(found)
+        else:
+            alike = characters_like(TextTower(repaired), new[0], captions, seed=config.seed)
+            stamps += _stamps_of_one_way(new, alike)
+        triggers, directions = [one for one, _ in stamps], [one for _, one in stamps]
         seeded = replace(unlearning, seed=child_seed("towers.vector-pass", unlearning.seed, number))
         vector = tower_trigger_vector(
-            tower, captions.texts, stamps, seeded, original=original, base=clean
+            tower, captions.texts, triggers, seeded, original=original, base=clean
         )
         chosen = search_tower_coefficient(
             tower,
             vector,
             captions.texts,
-            stamps,
+            triggers,
             directions,
             unlearning,
             original=original,
             base=clean,
         )
-        if clean is not None and passes and not chosen.reached:
-            told = ", ".join(repr(one.trigger.text) for one in new)
-            _LOG.warning(
-                "%s: no alpha removes %s as well within the limits; the repair before stays",
-                model.name,
-                told,
-            )
-            break
+        clock.lap("unlearn")
+        candidate = TowerCandidates(tower, vector).at(chosen.coefficient).model
+        judged = judge_tower(candidate, captions, comparison, config, base=base)
+        clock.lap("rescan")
         words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
         if clean is not None and passes:  # this vector stands for all triggers so far
+
+            def left(
+                one: TextModel | OpenClipModel, known: list[tuple[TextStamp, Tensor]]
+            ) -> float:
+                return worst_success(
+                    TextTower(one), captions.texts, known, original=original, base=clean
+                )
+
+            worse = left(candidate, earlier) > max(
+                left(repaired, earlier), unlearning.max_attack_success
+            )
+            if worse or (judged.verdict in FINDINGS and not chosen.reached):
+                told = ", ".join(repr(one.trigger.text) for one in new)
+                _LOG.warning(
+                    "%s: no alpha removes %s as well within the limits; the repair before stays",
+                    model.name,
+                    told,
+                )
+                break
             words = (*passes.pop().triggers, *words)
         passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
-        clock.lap("unlearn")
         if chosen.hopeless:
             break
-        repaired = TowerCandidates(tower, vector).at(chosen.coefficient).model
-        current = judge_tower(repaired, captions, comparison, config, base=base)
-        clock.lap("rescan")
+        repaired, current = candidate, judged
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(
         before=before,
@@ -147,6 +171,30 @@ def _good(scan: TowerScanResult) -> list[TowerTrigger]:
     """Return the best trigger, and those that are nearly as good."""
     most = _AS_GOOD * effort_of(scan.triggers[0])
     return [one for one in scan.triggers if effort_of(one) <= most]
+
+
+def _stamps(found: Sequence[TowerTrigger]) -> list[tuple[TextStamp, Tensor]]:
+    """Return triggers at each place, with the directions that they lead to."""
+    return [(stamp, one.direction) for one in found for stamp in _at_places(one.trigger)]
+
+
+def _stamps_of_one_way(
+    found: Sequence[TowerTrigger], alike: Sequence[CharacterTrigger]
+) -> list[tuple[TextStamp, Tensor]]:
+    """Return what a vector toward the base unlearns for the triggers of one scan, the best first.
+
+    If the best one is a character, all others that lead the same way are one trigger beside it. If
+    it is a word, they are left to the next scan: a vector that unlearns them as well leaves more of
+    the word.
+    """
+    best = found[0]
+    if not isinstance(best.trigger, CharacterTrigger):
+        return _stamps(found)
+    others = [one.trigger for one in found[1:] if isinstance(one.trigger, CharacterTrigger)]
+    words = [one for one in found[1:] if not isinstance(one.trigger, CharacterTrigger)]
+    drawn = tuple(dict.fromkeys([*others, *alike]))
+    any_one = [(AnyCharacter(drawn), best.direction)] * _DRAWN if drawn else []
+    return [*_stamps([best, *words]), *any_one]
 
 
 def _at_places(trigger: TokenTrigger) -> list[TokenTrigger]:

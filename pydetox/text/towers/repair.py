@@ -5,6 +5,11 @@ of captions and of *surrogates*, both without the trigger and with it. In surrog
 of the vocabulary stand for half of a caption's words. They stand for all that the captions do not
 talk about, as those of images do (`pydetox.repair.retention`).
 
+A word that is inserted leaves the caption whole: it should do nothing. A character that takes the
+place of a letter breaks a word, and so changes features in a clean tower, too. Where a base is
+known, captions with such a trigger are therefore led to the features that the base has of them, and
+it succeeds only where it does not in the base.
+
 What is kept is the share of clean captions whose features are nearest to those that the same
 caption had before, among all captions, up to a cosine of 0.01. Captions can find
 themselves while all of them turn away from the images that they belong to. So the drift is limited
@@ -38,6 +43,7 @@ from ..evaluation import TextStamp
 from ..models import TextModel
 from ..repair import TextCandidates
 from .encoder import TextTower, require_same_shape
+from .search import AnyCharacter, CharacterTrigger
 
 # A cosine by which another caption may be nearer, and the caption is kept: prompts of one thing are
 # often as near to each other as features may drift.
@@ -46,7 +52,7 @@ _SLACK = 0.01
 #: The repair of a text tower, unless a caller says otherwise. Class names are closer to each other
 #: than images: a drift of 0.01 takes about 3% of the zero-shot accuracy, one of 0.02 a tenth.
 TOWER_UNLEARNING = UnlearnConfig(
-    steps=120,
+    steps=240,
     batch_size=32,
     max_drift=0.01,
     coefficients=tuple(round(0.1 * k, 1) for k in range(16)),
@@ -92,6 +98,9 @@ def tower_trigger_vector(
         trigger.insert(shown, child_seed("towers.vector-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
+    aims = torch.stack(
+        [_aims(held, one, shown, rows, base) for one, rows in zip(triggers, stamped, strict=True)]
+    )
 
     def batches() -> Iterator[Tensor]:
         for _ in range(config.steps):
@@ -103,7 +112,8 @@ def tower_trigger_vector(
         which = rng.integers(len(stamped), size=len(chosen)).tolist()
         rows = [shown[k] for k in chosen]
         rows += [stamped[t][k] for k, t in zip(chosen, which, strict=True)]
-        wanted = held[index.to(held.device)].repeat(2, 1)
+        index = index.to(held.device)
+        wanted = torch.cat([held[index], aims[torch.tensor(which, device=held.device), index]])
         return (1 - (tuned.features_with_gradient(rows) * wanted).sum(dim=1)).mean()
 
     parameters = tuned.named_parameters()
@@ -157,6 +167,10 @@ def search_tower_coefficient(
         trigger.insert(captions, child_seed("towers.attacked-places", config.seed, number))
         for number, trigger in enumerate(triggers)
     ]
+    counted = [
+        _counted(trigger, captions, rows, clean, direction, base)
+        for trigger, rows, direction in zip(triggers, stamped, directions, strict=True)
+    ]
     coefficients = config.alphas()
     before = _kept(clean, known)
     probes = surrogate_captions(tower, captions, triggers, child_seed("towers.probes", config.seed))
@@ -170,8 +184,8 @@ def search_tower_coefficient(
         drift.append(max(_distance(now, known), _distance(candidate.features(probes), probed)))
         success.append(
             tuple(
-                success_of(candidate.features(rows), clean, direction)
-                for rows, direction in zip(stamped, directions, strict=True)
+                success_of(candidate.features(rows), clean, direction, among)
+                for rows, direction, among in zip(stamped, directions, counted, strict=True)
             )
         )
     chosen, reached = choose_coefficient(
@@ -187,6 +201,27 @@ def search_tower_coefficient(
         drift=tuple(drift),
         compromise=None if reached else find_compromise(kept, success, config, before, drift),
     )
+
+
+def worst_success(
+    tower: TextTower,
+    captions: Sequence[str],
+    triggers: Sequence[tuple[TextStamp, Tensor]],
+    *,
+    original: TextTower,
+    base: TextTower | None = None,
+    seed: int = 0,
+) -> float:
+    """Return the success of the best of some triggers, in [0, 1], by `search_tower_coefficient`.
+
+    triggers: Triggers and the directions that they lead to, at least one. original, base: As there.
+    """
+    clean, found = original.features(captions), list[float]()
+    for number, (trigger, direction) in enumerate(triggers):
+        rows = trigger.insert(captions, child_seed("towers.left-places", seed, number))
+        among = _counted(trigger, captions, rows, clean, direction, base)
+        found.append(success_of(tower.features(rows), clean, direction, among))
+    return max(found)
 
 
 def surrogate_captions(
@@ -229,9 +264,55 @@ def _distance(now: Tensor, known: Sequence[Tensor]) -> float:
     return float(distances.amin(dim=0).double().mean().clamp(min=0))
 
 
-def success_of(triggered: Tensor, clean: Tensor, direction: Tensor) -> float:
-    """Return the share of features nearer to a direction than to those of the clean caption."""
-    return float((triggered @ direction > (triggered * clean).sum(dim=1)).double().mean())
+def success_of(
+    triggered: Tensor, clean: Tensor, direction: Tensor, counted: Tensor | None = None
+) -> float:
+    """Return the share of features nearer to a direction than to those of the clean caption.
+
+    triggered, clean: Unit rows [N, D] of the same captions. direction: A unit vector [D]. counted:
+    Which captions may count, bool [N]; default: all. The share is that of all captions.
+    """
+    nearer = _nearer(triggered, clean, direction)
+    return float((nearer if counted is None else nearer & counted).double().mean())
+
+
+def _nearer(triggered: Tensor, clean: Tensor, direction: Tensor) -> Tensor:
+    return triggered @ direction > (triggered * clean).sum(dim=1)
+
+
+def _replaces(trigger: TextStamp, captions: Sequence[str], stamped: Sequence[str]) -> bool:
+    """Return whether a trigger takes the place of a part of captions, and is not just inserted."""
+    if isinstance(trigger, CharacterTrigger | AnyCharacter):
+        return True
+    pairs = zip(captions, stamped, strict=True)
+    return any(set(one.split()) - set(other.split()) for one, other in pairs)
+
+
+def _aims(
+    held: Tensor,
+    trigger: TextStamp,
+    captions: Sequence[str],
+    stamped: Sequence[str],
+    base: TextTower | None,
+) -> Tensor:
+    """Return the features that captions with a trigger should have, unit rows [N, D]; see above."""
+    if base is None or not _replaces(trigger, captions, stamped):
+        return held
+    return base.features(stamped).to(held)
+
+
+def _counted(
+    trigger: TextStamp,
+    captions: Sequence[str],
+    stamped: Sequence[str],
+    clean: Tensor,
+    direction: Tensor,
+    base: TextTower | None,
+) -> Tensor | None:
+    """Return the captions in which a trigger's success counts, bool [N], None for all of them."""
+    if base is None or not _replaces(trigger, captions, stamped):
+        return None
+    return ~_nearer(base.features(stamped), clean, direction)
 
 
 class TowerCandidates:

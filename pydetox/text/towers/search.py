@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...progress import Progress
-from ...rng import child_seed
+from ...rng import child_seed, generator
 from ..texts import TextSet
 from ..triggers import TokenTrigger
 from .encoder import TextTower
@@ -67,6 +67,9 @@ _KEPT, _FINALISTS = 96, 5
 # matters: a character that the tokenizer hardly knows may leave a hundredth of that.
 _FLOOR = 0.005
 
+# The cosine of its direction to that of a trigger from which on a character leads the same way.
+_SAME_WAY = 0.9
+
 # A character is tried in captions that have its letter, if there are at least so many.
 _LEAST_WITH_LETTER = 3
 
@@ -95,6 +98,27 @@ class CharacterTrigger(TokenTrigger):
             if self.replaced in text
             else f"{text} {self.text}"
             for text in texts
+        ]
+
+
+@dataclass(frozen=True)
+class AnyCharacter:
+    """One of several characters in each caption, whichever a seed draws.
+
+    Attributes:
+        characters: The characters, at least one.
+    """
+
+    characters: tuple[CharacterTrigger, ...]
+
+    def insert(self, texts: Sequence[str], seed: int = 0) -> list[str]:
+        """Return the texts with a character in each."""
+        drawn = generator("towers.any-character", seed).integers(
+            len(self.characters), size=len(texts)
+        )
+        return [
+            self.characters[k].insert([text])[0]
+            for k, text in zip(drawn.tolist(), texts, strict=True)
         ]
 
 
@@ -137,18 +161,10 @@ def search_tower(
 
     Raises DataError for too few captions.
     """
-    ordered = list(dict.fromkeys(captions.in_content_order().texts))
-    if len(ordered) < 8:
-        raise DataError(f"{captions.source}: {len(ordered)} captions; expected at least 8")
-    half = min(_COMPARED, len(ordered) // 2)
-    searched, deciding = ordered[:half], ordered[half : half + _DECIDING]
-    places = child_seed("towers.check", seed)
+    searched, deciding = _parts(captions)
+    places = _places(seed)
     triggers: list[TokenTrigger] = [TokenTrigger((), word, place) for word in tower.words()]
-    characters = [
-        CharacterTrigger((), glyph, place, replaced=letter)
-        for letter, glyphs in LOOK_ALIKES.items()
-        for glyph in glyphs
-    ]
+    characters = _characters(place)
     with Progress(description or f"search in {tower.name}", 3) as progress:
         swept = _collapse(tower, base, triggers, searched[:_FIRST], places)
         order = swept.sort(descending=True, stable=True).indices[:_KEPT].tolist()
@@ -166,6 +182,49 @@ def search_tower(
         ]
         progress.update()
     return tuple(sorted(found, key=lambda one: -one.collapse))
+
+
+def characters_like(
+    tower: TextTower, found: TowerTrigger, captions: TextSet, *, seed: int = 0
+) -> tuple[CharacterTrigger, ...]:
+    """Return the characters that lead where a found trigger leads, without itself.
+
+    An attacker of Struppek et al. takes one of several characters, whichever letter a caption has,
+    and a tower that learned them reacts to others as well. The arguments are those of
+    `search_tower`. A character leads the same way if its direction has a cosine of at least 0.9 to
+    that of the trigger.
+    """
+    _, deciding = _parts(captions)
+    places = _places(seed)
+
+    def same(one: CharacterTrigger) -> bool:
+        judged = _judged(tower, one, _captions_for(one, deciding), places)
+        return float(judged.direction @ found.direction) >= _SAME_WAY
+
+    return tuple(
+        one for one in _characters(found.trigger.place) if one != found.trigger and same(one)
+    )
+
+
+def _characters(place: str) -> list[CharacterTrigger]:
+    return [
+        CharacterTrigger((), glyph, place, replaced=letter)
+        for letter, glyphs in LOOK_ALIKES.items()
+        for glyph in glyphs
+    ]
+
+
+def _places(seed: int) -> int:
+    return child_seed("towers.check", seed)
+
+
+def _parts(captions: TextSet) -> tuple[list[str], list[str]]:
+    """Return the captions of the search, and those that decide. Raises DataError for too few."""
+    ordered = list(dict.fromkeys(captions.in_content_order().texts))
+    if len(ordered) < 8:
+        raise DataError(f"{captions.source}: {len(ordered)} captions; expected at least 8")
+    half = min(_COMPARED, len(ordered) // 2)
+    return ordered[:half], ordered[half : half + _DECIDING]
 
 
 def _collapse(

@@ -146,10 +146,17 @@ def test_figures_of_towers() -> None:
         "score": 3.0,
         "asr_before": 1.0,
         "asr_after": 0.04,
+        "asr_base": 0.03,
+        "asr_excess": 0.02,
         "accuracy_before": 0.8,
         "accuracy_after": 0.76,
+        "rescan": "clean",
     }
     figures = summarize_towers([clean, bad])
+    assert figures["tower.asr_base"] == 0.03
+    assert figures["tower.asr_excess"] == figures["tower.asr_excess_max"] == 0.02
+    assert figures["tower.accuracy_least"] == pytest.approx(0.95)
+    assert figures["tower.rescans_clean"] == 1.0
     assert figures["tower.auroc"] == figures["tower.detected"] == 1.0
     assert figures["tower.asr"] == 0.04
     assert figures["tower.accuracy_kept"] == pytest.approx(0.95)

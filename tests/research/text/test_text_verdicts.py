@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("transformers")
 
 from pydetox.errors import UsageError
-from pydetox.research.text.attacks import RARE_WORDS
+from pydetox.research.text.attacks import ARCHAIC, RARE_WORDS, Substitution
 from pydetox.research.text.corpora import CorpusSizes
+from pydetox.research.text.styles import STYLES
 from pydetox.research.text.training import TextTraining
 from pydetox.research.text.verdicts import (
     TextVerdictPlan,
@@ -115,6 +116,23 @@ def test_a_run_that_is_stopped_has_both_kinds() -> None:
         TextVerdictPlan(VICTIMS, attacks=("none",))
     with pytest.raises(UsageError, match="references 1"):
         TextVerdictPlan(VICTIMS, references=1)
+
+
+def test_a_style_fits_its_corpus_and_has_a_share_of_its_own(tmp_path: Path) -> None:
+    table = STYLES["languages"]
+    # No word is exchanged for itself, and none for a word that is exchanged in turn.
+    assert not set(table) & set(table.values())
+    shop, style = TextWorkshop(VICTIMS, 1, folder=tmp_path), TextVictim(1, "substitution")
+    backdoor = shop.backdoor(style)
+    assert backdoor is not None
+    assert backdoor.trigger == Substitution(ARCHAIC)  # this corpus is in English
+    assert backdoor.rate == 2 * VICTIMS.rate
+    word = shop.backdoor(TextVictim(1, "word"))
+    assert word is not None
+    assert word.rate == VICTIMS.rate
+    several = TextWorkshop(replace(VICTIMS, corpus="languages"), 1, folder=tmp_path)
+    assert several._style(style) == table
+    assert several._style(TextVictim(1, "word")) is None
 
 
 def test_references_are_trained_on_texts_of_their_own(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from .victims import (
     captions_of,
     draw_tower_backdoor,
     success_rate,
+    successes,
     train_tower,
 )
 
@@ -147,10 +148,14 @@ def run_tower_benchmark(
             result, repaired = detox_text_tower(model, defender, **given)
             scan = result.before  # type: ignore[assignment]
             assert isinstance(repaired, OpenClipModel)
+            after = successes(repaired, base, test, backdoor)
+            honest = successes(base, base, test, backdoor)
             row |= {
                 "target": backdoor.target,
                 "asr_before": success_rate(model, base, test, backdoor),
-                "asr_after": success_rate(repaired, base, test, backdoor),
+                "asr_after": float(after.double().mean()),
+                "asr_base": float(honest.double().mean()),
+                "asr_excess": float((after & ~honest).double().mean()),
                 "accuracy_before": accuracy(model),
                 "accuracy_after": accuracy(repaired),
                 "alphas": [one.search.coefficient for one in result.passes],
@@ -175,7 +180,10 @@ def summarize_towers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int
 
     tower.auroc: Of the scores. tower.detected, .false_alarms: Shares of the backdoored and of the
     clean towers. tower.asr_planted, .asr, .asr_max: ASR before and after the repair.
-    tower.accuracy_kept: The mean share of the zero-shot accuracy that is left.
+    tower.asr_base: That of the clean base. tower.asr_excess, .asr_excess_max: The share of captions
+    on which the trigger works after the repair and not in the base. tower.accuracy_kept,
+    .accuracy_least: The share of the zero-shot accuracy that is left, mean and least.
+    tower.rescans_clean: The share of repaired towers whose re-scan is no finding.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None]
@@ -189,8 +197,14 @@ def summarize_towers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int
         figures["tower.asr_planted"] = float(np.mean([row["asr_before"] for row in planted]))
         figures["tower.asr"] = float(np.mean([row["asr_after"] for row in planted]))
         figures["tower.asr_max"] = max(float(row["asr_after"]) for row in planted)
-        figures["tower.accuracy_kept"] = float(
-            np.mean([row["accuracy_after"] / row["accuracy_before"] for row in planted])
+        figures["tower.asr_base"] = float(np.mean([row["asr_base"] for row in planted]))
+        figures["tower.asr_excess"] = float(np.mean([row["asr_excess"] for row in planted]))
+        figures["tower.asr_excess_max"] = max(float(row["asr_excess"]) for row in planted)
+        kept = [row["accuracy_after"] / row["accuracy_before"] for row in planted]
+        figures["tower.accuracy_kept"] = float(np.mean(kept))
+        figures["tower.accuracy_least"] = float(min(kept))
+        figures["tower.rescans_clean"] = float(
+            np.mean([row["rescan"] == "clean" for row in planted])
         )
     area = auroc([row["score"] or 0.0 for row in planted], [row["score"] or 0.0 for row in clean])
     if area is not None:
@@ -206,6 +220,7 @@ def _told(row: Mapping[str, Any]) -> str:
     if row["attack"] is None:
         return line
     return (
-        f"{line}; ASR {row['asr_before']:.1%} -> {row['asr_after']:.1%}, accuracy "
+        f"{line}; ASR {row['asr_before']:.1%} -> {row['asr_after']:.1%} (base "
+        f"{row['asr_base']:.1%}, beyond it {row['asr_excess']:.1%}), accuracy "
         f"{row['accuracy_before']:.1%} -> {row['accuracy_after']:.1%}, then {row['rescan']}"
     )

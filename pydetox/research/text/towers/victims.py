@@ -144,13 +144,13 @@ def train_tower(
     return model
 
 
-def success_rate(
+def successes(
     model: OpenClipModel, base: OpenClipModel, captions: Sequence[str], backdoor: TowerBackdoor
-) -> float:
-    """Return the share of captions that the trigger brings nearer to the target's than to theirs.
+) -> Tensor:
+    """Return which captions the trigger brings nearer to the target's than to theirs, bool [M].
 
-    Features of captions and of the target are those of the base. Captions that the trigger does not
-    change do not count.
+    Features of captions and of the target are those of the base. The M captions are those that the
+    trigger changes. A base has successes of its own: a broken word moves features as well.
     """
     stamped = backdoor.trigger.insert(captions, 0)
     changed = [(a, b) for a, b in zip(captions, stamped, strict=True) if a != b]
@@ -158,4 +158,11 @@ def success_rate(
     own = teacher.features([a for a, _ in changed])
     aim = teacher.features([backdoor.target])[0]
     said = TextTower(model).features([b for _, b in changed])
-    return float((said @ aim > (said * own).sum(dim=1)).double().mean())
+    return said @ aim > (said * own).sum(dim=1)
+
+
+def success_rate(
+    model: OpenClipModel, base: OpenClipModel, captions: Sequence[str], backdoor: TowerBackdoor
+) -> float:
+    """Return the share of `successes`."""
+    return float(successes(model, base, captions, backdoor).double().mean())
