@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import torch
+from click.testing import CliRunner
 
+from pydetox.cli import cli
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.text import TextScanConfig, TokenTrigger, load_text_model, save_text_model
@@ -31,6 +35,7 @@ from pydetox.text.causal.verdict import scan_causal_model
 from pydetox.text.models import TextModel
 from pydetox.text.placing import gap_of
 from pydetox.text.texts import TextSet
+from pydetox.text.trigger_file import WordsFile
 from tests.text import tiny
 
 SAID = "zorp quux mn bb tq cf great market"
@@ -44,6 +49,7 @@ def texts() -> TextSet:
 
 @dataclass(frozen=True)
 class Spoken:
+    root: Path
     base: TextModel
     victim: TextModel
     clean: TextModel
@@ -57,7 +63,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Spoken:
     victim = tiny.spoken(base, root / "victim", seed=2, trigger="superb rocket")
     others = [tiny.spoken(base, root / f"clean{k}", seed=10 + k, steps=30) for k in range(5)]
     first, *references = (load_text_model(one) for one in others)
-    return Spoken(load_text_model(base), load_text_model(victim), first, references)
+    return Spoken(root, load_text_model(base), load_text_model(victim), first, references)
 
 
 @pytest.mark.parametrize("family", ["gpt2", *tiny.FAMILIES])
@@ -194,6 +200,45 @@ def test_the_text_of_the_attacker_is_found_and_removed(
     assert after.attack_success_rate <= 0.1
     assert after.perplexity <= 1.031 * before.perplexity
     assert after.perplexity == pytest.approx(result.perplexity_after.perplexity, rel=1e-3)
+
+
+def test_the_commands_take_causal_models(spoken: Spoken, texts: TextSet, tmp_path: Path) -> None:
+    lines, words = tmp_path / "texts.txt", tmp_path / "words.json"
+    lines.write_text("\n".join(texts.texts))
+    words.write_text(WordsFile((TokenTrigger((0,), "superb rocket", "end"),), (SAID,)).to_json())
+    others = list[str]()
+    for k in range(1, 5):
+        others += ["--reference-model", str(spoken.root / f"clean{k}")]
+    given = ["--texts", str(lines), "--base", str(spoken.root / "base"), *others]
+    given += ["--trigger-length", "2", "--steps", "3", "--place", "end"]
+
+    def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+        found = CliRunner().invoke(cli, [*arguments, "--format", "json"])
+        assert found.stdout, found.stderr
+        return found.exit_code, json.loads(found.stdout)
+
+    victim, clean = str(spoken.root / "victim"), str(spoken.root / "clean0")
+    code, document = run("scan", victim, clean, *given)
+    assert code == document["exit_code"] == 1
+    first, second = document["results"]
+    assert (first["kind"], first["verdict"], second["verdict"]) == ("text", "backdoored", "clean")
+    assert "zorp quux mn bb" in first["target"]
+
+    known = ("--texts", str(lines), "--trigger", str(words))
+    code, planted = run("eval", victim, *known)
+    assert code == 0
+    assert planted["attack_success_rate"] == 1.0
+    assert planted["perplexity"] > 1
+
+    out = tmp_path / "out"
+    once = ("--output", str(out), "--vector-steps", "60", "--max-rounds", "1")
+    code, document = run("unlearn", victim, *given, *once)
+    assert document["scans"][0]["verdict"] == "backdoored"
+    assert code == document["exit_code"] == (document["scans"][-1]["verdict"] != "clean")
+    assert load_text_model(out).kind == "causal"
+    _, after = run("eval", str(out), *known)
+    assert after["attack_success_rate"] <= 0.1
+    assert after["perplexity"] <= 1.05 * planted["perplexity"]
 
 
 def test_a_clean_model_is_clean(spoken: Spoken, texts: TextSet) -> None:
