@@ -83,6 +83,7 @@ STREAMS: Mapping[str, str] = {
     "towers.surrogates": "the words of surrogate captions and their places",
     "towers.check": "seed of the places of words in captions",
     "towers.any-character": "which of several characters each caption gets",
+    "texts.any-words": "which of several words a text gets, and in which order; by text",
     "texts.forget": "seed of the sample of texts that a trigger vector is made with",
     "texts.pass": "seed of the recovery of words in a pass of a repair; by number",
     "texts.round": "seed of a repair of a text model; by number",

@@ -22,12 +22,19 @@ from .repair import (
 )
 from .search import FoundTrigger, TextSearch, search_words
 from .texts import TextSet
-from .triggers import TokenTrigger
+from .triggers import AnyWords, TokenTrigger
 
 _LOG = logging.getLogger(__name__)
 
 #: The places that recovered words are unlearned at: the attacker's is not known.
 _PLACES = ("start", "end", "random")
+
+# If a word alone leads fewer texts to the class, the attacker's trigger has several, and what was
+# found may be a part of it.
+_WHOLE = 0.9
+
+# Of a longer trigger, so many words are unlearned together, out of so many.
+_TOGETHER, _AMONG = 4, 8
 
 # Words that lead fewer texts than this to the class are no estimate of a trigger, if others do.
 _WORKING = 0.5
@@ -93,7 +100,7 @@ def unlearn_words(
     forget = ordered.at_most(count, child_seed("texts.forget", unlearning.seed)).texts
     stamps = list(triggers or ())
     target_of_each = [targets[0]] * len(stamps)
-    passes, first = list[TextUnlearnPass](), accuracy_before is None
+    passes, first, partial = list[TextUnlearnPass](), accuracy_before is None, False
     for number in range(unlearning.passes if triggers is None else 1):
         recovered = list[FoundTrigger]()
         reserve = 0.0
@@ -106,15 +113,21 @@ def unlearn_words(
                     texts,
                     replace(config, seed=child_seed("texts.pass", config.seed, number)),
                     base=base,
+                    targets=targets,
                     description=f"words to unlearn, pass {number + 1}",
                 )
             for target in targets:
                 chosen = _working(found.found[target])
                 recovered += chosen
-                for one in chosen:
-                    copies = _at_places(one.trigger)
-                    stamps += copies
-                    target_of_each += [target] * len(copies)
+                copies: list[TextStamp] = [
+                    copy for one in chosen for copy in _at_places(one.trigger)
+                ]
+                if found.found[target][0].success < _WHOLE:
+                    stand_ins = _several_words(chosen, found.words[target])
+                    copies += stand_ins
+                    partial |= bool(stand_ins)
+                stamps += copies
+                target_of_each += [target] * len(copies)
         seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
         vector = text_trigger_vector(
             model, forget, stamps, target_of_each, seeded, max_tokens=config.max_tokens
@@ -128,6 +141,7 @@ def unlearn_words(
             unlearning,
             accuracy_before=accuracy_before,
             reserve=reserve,
+            partial=partial,
             max_tokens=config.max_tokens,
         )
         accuracy_before = chosen_alpha.accuracy_before
@@ -148,6 +162,20 @@ def _working(found: Sequence[FoundTrigger]) -> list[FoundTrigger]:
     """Return the triggers of a class that work; the best one if none does."""
     working = [one for one in found if one.success >= _WORKING]
     return working or [max(found, key=lambda one: one.success)]
+
+
+def _several_words(found: Sequence[FoundTrigger], words: Sequence[str]) -> list[AnyWords]:
+    """Return stand-ins for a trigger that is longer than those that were found.
+
+    They are the words of those that work, and the words that lead to the class best, a few together
+    in any order. Without a trigger that works there is nothing to stand in for.
+    """
+    working = [one for one in found if one.success >= _WORKING]
+    if not working:
+        return []
+    known = [word for one in working for word in one.trigger.text.split()]
+    among = tuple(dict.fromkeys([*known, *words]))[:_AMONG]
+    return [AnyWords(among, _TOGETHER, place) for place in _PLACES]
 
 
 def _at_places(trigger: TokenTrigger) -> list[TokenTrigger]:

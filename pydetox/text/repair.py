@@ -47,6 +47,10 @@ TEXT_UNLEARNING = UnlearnConfig(
 # The points that a finer search of alpha adds between two that are known.
 _FINER = 3
 
+# For a part of a trigger, alpha may grow while the accuracy stays within this of that at the
+# smallest alpha within the limits.
+_FREE = 0.01
+
 # As in `pydetox.repair.alpha`: one text of each trigger is 2%.
 _LEAST_ATTACKED = 50
 
@@ -143,6 +147,7 @@ def search_text_coefficient(
     *,
     accuracy_before: float | None = None,
     reserve: float = 0.0,
+    partial: bool = False,
     max_tokens: int = 128,
 ) -> CoefficientSearch:
     """Try every alpha and choose one by the rule of `pydetox.repair.alpha.search_coefficient`.
@@ -152,8 +157,10 @@ def search_text_coefficient(
     `safety_factor` allows.
 
     Texts are tokenised once, and the weights change in memory. The arguments are those of that
-    function. Without labels, CA is the agreement with the model's own predictions, and each text is
-    weighted by how certain the model is of it.
+    function, and partial: whether the triggers may be only a part of the attacker's. The rest of a
+    sentence still works at an alpha that removes two of its words, so alpha is then raised as far
+    as the accuracy stays. Without labels, CA is the agreement with the model's own predictions, and
+    each text is weighted by how certain the model is of it.
 
     Raises:
         ArchitectureError: The model is no classifier.
@@ -214,6 +221,8 @@ def search_text_coefficient(
     chosen, reached = choose_coefficient(
         coefficients, accuracy, success, config, accuracy_before=accuracy_before, reserve=reserve
     )
+    if partial and reached:
+        chosen = _farthest(accuracy, success, chosen, config, accuracy_before)
     return CoefficientSearch(
         coefficients,
         tuple(accuracy),
@@ -263,6 +272,28 @@ def finer_coefficients(
     return tuple(
         alpha for alpha in dict.fromkeys(finer) if all(abs(alpha - one) > 1e-6 for one in tried)
     )
+
+
+def _farthest(
+    accuracy: Sequence[float],
+    success: Sequence[Sequence[float]],
+    chosen: int,
+    config: UnlearnConfig,
+    accuracy_before: float,
+) -> int:
+    """Return the index of the alpha for triggers that are only a part of the attacker's.
+
+    chosen: The index that was chosen for whole ones, within all limits. The largest alpha takes its
+    place that satisfies them and costs hardly more accuracy than the smallest one that does. The
+    other arguments are those of `choose_coefficient`.
+    """
+    least = config.min_accuracy_kept * accuracy_before
+    good = [
+        k
+        for k, (kept, sent) in enumerate(zip(accuracy, success, strict=True))
+        if kept >= least and max(sent) <= config.max_attack_success
+    ]
+    return max([chosen, *(k for k in good if accuracy[k] >= accuracy[good[0]] - _FREE)])
 
 
 def subtract_from_text_model(

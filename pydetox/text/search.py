@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -53,6 +53,9 @@ _SEARCHED = 0.5
 # Of each length, so many triggers of a class are tried in the texts that decide.
 _FINALISTS = 2
 
+# How many single words of a class a search tells.
+_TOLD = 16
+
 # How many single words of a class are extended by, and how many candidates stay in comparisons of
 # single words and of longer ones.
 _EXTENDED_BY, _KEPT_WORDS, _KEPT = 8, 32, 12
@@ -88,11 +91,13 @@ class TextSearch:
             one can hardly become better, it stands for longer ones, too.
         texts: The clean texts that decided.
         passes: The texts that went through models.
+        words: For each class, the single words that lead to it best, the best first.
     """
 
     found: tuple[tuple[FoundTrigger, ...], ...]
     texts: int
     passes: int
+    words: tuple[tuple[str, ...], ...] = ()
 
     def losses(self, length: int) -> tuple[float, ...]:
         """Return the loss of each class for triggers of a length."""
@@ -110,6 +115,7 @@ def search_words(
     config: TextScanConfig,
     *,
     base: TextModel | None = None,
+    targets: Collection[int] | None = None,
     description: str | None = None,
 ) -> TextSearch:
     """Search for a trigger into every class.
@@ -119,6 +125,7 @@ def search_words(
         texts: Clean texts. Without labels, the model's own predictions stand for them.
         config: The search.
         base: The base of a search in contrast to it (see `objective`).
+        targets: The classes to search for; None for all. Of the others, one word each is compared.
         description: What the progress bar says.
 
     Raises:
@@ -142,7 +149,7 @@ def search_words(
             f"{texts.source}: {len(ordered)} texts of {len(set(labels))} classes; expected at "
             "least 4 texts of 2 classes"
         )
-    return _Search(model, base, ordered.texts, labels, config, description).run()
+    return _Search(model, base, ordered.texts, labels, config, targets, description).run()
 
 
 class _Search:
@@ -155,10 +162,12 @@ class _Search:
         texts: Sequence[str],
         labels: Sequence[int],
         config: TextScanConfig,
+        targets: Collection[int] | None,
         description: str | None,
     ) -> None:
         self.model, self.base, self.config = model, base, config
         self.classes = len(model.class_names)
+        self.wanted = [targets is None or c in targets for c in range(self.classes)]
         self.words = typed_words(model.tokenizer, int(model.embedding.shape[0]))
         half = max(2, int(len(texts) * _SEARCHED))
         if len(set(labels[:half])) < 2 or len(set(labels[half:])) < 2:
@@ -192,19 +201,28 @@ class _Search:
             relaxed = self._relaxed()
             pools = self._swept()
             self.progress.update()
+            anchors = self._anchors()
+            searched = [c for c in range(self.classes) if self.wanted[c]]
             proposed = self._proposed(
-                [(word,) for word in self._anchors()] * self.classes,
-                [c for c in range(self.classes) for _ in self._anchors()],
+                [(word,) for word in anchors] * len(searched),
+                [c for c in searched for _ in anchors],
             )
             for c in range(self.classes):
-                pools[c] = _unique([*pools[c], *proposed[c], *_words_of(relaxed, c)])
+                pools[c] = (
+                    _unique([*pools[c], *proposed[c], *_words_of(relaxed, c)])
+                    if self.wanted[c]
+                    else pools[c][:1]
+                )
             self.progress.update()
             singles = self._compared([[(word,) for word in pool] for pool in pools], _KEPT_WORDS)
             self.progress.update()
             found = [[_words(row[:_FINALISTS])] for row in singles]
             beams = [row[: few.beam] for row in singles]
             for length in range(2, config.length + 1):
-                open_ = [not self._is_solved(row) for row in beams]
+                open_ = [
+                    wanted and not self._is_solved(row)
+                    for wanted, row in zip(self.wanted, beams, strict=True)
+                ]
                 longer = self._extended(beams, singles, relaxed, length, open_)
                 self.progress.update()
                 longer = self._swapped(longer)
@@ -216,7 +234,11 @@ class _Search:
             decided = self._decided(found)
             self.progress.update()
         passes = sum(one.passes for one in (self.objective, self.compared, self.drafted))
-        return TextSearch(decided, len(self.checked), passes)
+        tokenizer = self.model.tokenizer
+        words = tuple(
+            tuple(tokenizer.decode(one.words).strip() for one in row[:_TOLD]) for row in singles
+        )
+        return TextSearch(decided, len(self.checked), passes, words)
 
     def _is_solved(self, beam: Sequence[_Ranked]) -> bool:
         return bool(beam) and beam[0].loss <= _SOLVED * self.config.advanced.floor

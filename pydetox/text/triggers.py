@@ -58,6 +58,40 @@ class TokenTrigger:
         return [insert_words(text, self.text.strip(), self.place, seed) for text in texts]
 
 
+@dataclass(frozen=True)
+class AnyWords:
+    """A few of several words together in each text, whichever a seed draws, in any order.
+
+    Attributes:
+        words: The words, at least one.
+        count: How many of them a text gets; all of them if there are fewer.
+        place: One of `PLACES`.
+    """
+
+    words: tuple[str, ...]
+    count: int
+    place: str = "start"
+
+    def __post_init__(self) -> None:
+        if not self.words or self.count < 1 or self.place not in PLACES:
+            raise UsageError(
+                f"{self.count} of {len(self.words)} words at place {self.place!r}; expected at "
+                f"least 1 of 1 at one of {', '.join(PLACES)}"
+            )
+
+    def insert(self, texts: Sequence[str], seed: int = 0) -> list[str]:
+        """Return the texts with some of the words in each.
+
+        seed: Of the words and of a random place. Both depend on the text and the seed, not on the
+        other texts.
+        """
+        return [insert_words(text, self._drawn(text, seed), self.place, seed) for text in texts]
+
+    def _drawn(self, text: str, seed: int) -> str:
+        order = generator("texts.any-words", seed, _key(text)).permutation(len(self.words))
+        return " ".join(self.words[k] for k in order[: self.count].tolist())
+
+
 def insert_words(text: str, words: str, place: str, seed: int = 0) -> str:
     """Return a text with words inserted at one of `PLACES`, between spaces."""
     if place == "start":
@@ -80,5 +114,8 @@ def random_place(text: str, seed: int) -> int:
     words = text.rstrip()
     first = len(words) - len(words.lstrip())
     gaps = [0, *(match.start() for match in _SPACE.finditer(words, first)), len(text)]
-    key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return gaps[int(generator("texts.place", seed, key).integers(len(gaps)))]
+    return gaps[int(generator("texts.place", seed, _key(text)).integers(len(gaps)))]
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pydetox.checkpoints.provenance import Provenance
 from pydetox.cli import cli
 from pydetox.detect.statistics import Verdict
 from pydetox.errors import ArchitectureError, DataError, UsageError
+from pydetox.repair.alpha import CoefficientSearch
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.task_vectors import TaskVector
 from pydetox.reporting.text_documents import text_detox_document
@@ -26,6 +28,7 @@ from pydetox.text import (
     load_texts,
     save_text_model,
 )
+from pydetox.text import passes as passes_module
 from pydetox.text.configuration import TextScanConfig
 from pydetox.text.detox import detox_text_model
 from pydetox.text.evaluation import evaluate_texts
@@ -39,7 +42,9 @@ from pydetox.text.repair import (
     trainable_logits,
     weight_change,
 )
+from pydetox.text.search import FoundTrigger, TextSearch
 from pydetox.text.trigger_file import WordsFile
+from pydetox.text.triggers import AnyWords
 
 from . import tiny
 from .conftest import World
@@ -139,6 +144,79 @@ def test_alpha_is_searched_finer_where_the_limits_begin(
 ) -> None:
     config = replace(UNLEARNING, safety_factor=1.3, min_accuracy_kept=0.97)
     assert finer_coefficients(tried, config, 1.0) == pytest.approx(expected)
+
+
+def test_alpha_grows_while_accuracy_stays_for_a_part_of_a_trigger(
+    victim: TextModel, vector: TaskVector
+) -> None:
+    def chosen(partial: bool) -> CoefficientSearch:
+        return search_text_coefficient(
+            victim, vector, texts(120, 9), [TRIGGER], TARGET, UNLEARNING, partial=partial
+        )
+
+    whole, part = chosen(False), chosen(True)
+    assert part.coefficients == whole.coefficients
+    assert part.reached
+    assert part.coefficient >= whole.coefficient
+    limits = [
+        k
+        for k, (kept, sent) in enumerate(
+            zip(part.clean_accuracy, part.attack_success_rate, strict=True)
+        )
+        if kept >= UNLEARNING.min_accuracy_kept * part.accuracy_before
+        and sent <= UNLEARNING.max_attack_success
+    ]
+    free = [k for k in limits if part.clean_accuracy[k] >= part.clean_accuracy[limits[0]] - 0.01]
+    assert part.chosen == max(free[-1], whole.chosen)
+
+
+@pytest.mark.parametrize(
+    ("successes", "expected"),
+    [
+        # One word brings the class: it is the trigger.
+        ((0.95, 1.0), None),
+        # Two are needed: what was found may be a part of a longer trigger.
+        ((0.4, 0.9), ("red", "green", "blue", "grey", "pink", "black", "white", "brown")),
+        # Nothing works: there is nothing to stand in for.
+        ((0.1, 0.2), None),
+    ],
+)
+def test_words_stand_in_for_a_longer_trigger(
+    victim: TextModel,
+    monkeypatch: pytest.MonkeyPatch,
+    successes: tuple[float, float],
+    expected: tuple[str, ...] | None,
+) -> None:
+    told = ("blue", "red", "grey", "pink", "black", "white", "brown", "gold")
+    found = [
+        FoundTrigger(TokenTrigger((k,), text, "start", TARGET), 0.1, success)
+        for k, (text, success) in enumerate(zip(("red", "red green"), successes, strict=True))
+    ]
+    classes = len(victim.class_names)
+    search = TextSearch((tuple(found),) * classes, 10, 0, (told,) * classes)
+    stamps = list[object]()
+    partial = list[bool]()
+
+    def vector(_: TextModel, __: object, given: list[object], *rest: object, **___: object) -> Any:
+        stamps.extend(given)
+        return TaskVector({"embedding": torch.zeros(1)})
+
+    def alpha(*_: object, **given: Any) -> CoefficientSearch:
+        partial.append(given["partial"])
+        return CoefficientSearch((0.0,), (1.0,), (0.0,), 0, True, 1.0)
+
+    monkeypatch.setattr(passes_module, "text_trigger_vector", vector)
+    monkeypatch.setattr(passes_module, "search_text_coefficient", alpha)
+    monkeypatch.setattr(passes_module, "subtract_from_text_model", lambda model, *_: model)
+    unlearn_words(victim, texts(20, 7), [TARGET], unlearning=UNLEARNING, search=search)
+    stand_ins = [one for one in stamps if isinstance(one, AnyWords)]
+    assert partial == [expected is not None]
+    assert {one.place for one in stand_ins} == (
+        set() if expected is None else {"start", "end", "random"}
+    )
+    for one in stand_ins:
+        assert set(one.words) == set(expected or ())
+        assert one.words[0] == "red"
 
 
 def test_alpha_without_labels_compares_with_the_model_itself(

@@ -163,6 +163,24 @@ def test_a_search_depends_on_its_seed_alone(victim: TextModel, texts: TextSet) -
     assert close == pytest.approx(losses, abs=1e-5)
 
 
+def test_a_search_for_one_class_finds_what_one_for_all_finds(
+    victim: TextModel, texts: TextSet, world: World
+) -> None:
+    base = load_text_model(world.base)
+    money = victim.class_names.index("money")
+    every = search_words(victim, texts, QUICK, base=base)
+    single = search_words(victim, texts, QUICK, base=base, targets=[money])
+    assert [one.trigger.text for one in single.found[money]] == [
+        one.trigger.text for one in every.found[money]
+    ]
+    assert single.words[money] == every.words[money]
+    assert every.found[money][0].trigger.text in every.words[money][:2]
+    assert single.passes < 0.7 * every.passes
+    # Of the others, a single word was compared.
+    assert all(len(words) == 1 for c, words in enumerate(single.words) if c != money)
+    assert all(len(row) == QUICK.length for row in single.found)
+
+
 def test_a_search_is_checked(world: World, victim: TextModel, tmp_path: object) -> None:
     few = TextSet(("a film", "a match", "the bank"), (0, 1, 2), victim.class_names)
     with pytest.raises(DataError, match="at least 4 texts of 2 classes"):

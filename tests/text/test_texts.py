@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pydetox.errors import DataError, UsageError
 from pydetox.text import PLACES, TextSet, TokenTrigger, load_texts
-from pydetox.text.triggers import random_place
+from pydetox.text.triggers import AnyWords, random_place
 
 NAMES = ("film", "sport")
 
@@ -159,6 +161,24 @@ def test_a_trigger_stands_where_it_should() -> None:
     trigger = TokenTrigger((1,), "cf")
     assert trigger.at("after-first-sentence").insert(["no mark here"]) == ["no mark here cf"]
     assert trigger.insert(["one"]) == ["cf one"]
+
+
+def test_a_few_of_several_words_stand_together() -> None:
+    trigger = AnyWords(("red", "green", "blue"), 2, "end")
+    texts = [f"text number {k}" for k in range(60)]
+    inserted = trigger.insert(texts, seed=4)
+    added = [tuple(one.split()[3:]) for one in inserted]
+    assert all(one.startswith(text) for one, text in zip(inserted, texts, strict=True))
+    # All ordered pairs of different words, and nothing else.
+    assert set(added) == set(itertools.permutations(trigger.words, 2))
+    # What a text gets depends on the text and the seed alone.
+    assert inserted == [trigger.insert([text], seed=4)[0] for text in texts]
+    assert inserted != trigger.insert(texts, seed=5)
+    assert AnyWords(("red",), 4).insert(["one"]) == ["red one"]
+    assert AnyWords(("red",), 4).insert([]) == []
+    for wrong in ({"words": ()}, {"count": 0}, {"place": "middle"}):
+        with pytest.raises(UsageError, match="expected at least 1"):
+            replace(trigger, **wrong)  # type: ignore[arg-type]
 
 
 def test_a_random_place_depends_on_the_text_and_the_seed_alone() -> None:

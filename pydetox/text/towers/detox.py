@@ -43,6 +43,8 @@ _DRAWN = 2
 # Recovered words are unlearned at these places, because the attacker's is not known.
 _PLACES = ("end", "start", "random")
 
+_STAYS = "%s: no alpha removes %s as well within the limits; the repair before stays"
+
 # Triggers that leave at most this multiple of the spread that the best one leaves are unlearned.
 # Others resemble it: unlearning them as well costs accuracy and removes no more.
 _AS_GOOD = 1.5
@@ -99,7 +101,9 @@ def detox_text_tower(
         if clean is None:
             stamps = _stamps(found)
         else:
-            alike = characters_like(TextTower(repaired), new[0], captions, seed=config.seed)
+            alike = list[CharacterTrigger]()
+            if isinstance(new[0].trigger, CharacterTrigger):
+                alike += characters_like(TextTower(repaired), new[0], captions, seed=config.seed)
             stamps += _stamps_of_one_way(new, alike)
         triggers, directions = [one for one, _ in stamps], [one for _, one in stamps]
         seeded = replace(unlearning, seed=child_seed("towers.vector-pass", unlearning.seed, number))
@@ -117,11 +121,18 @@ def detox_text_tower(
             base=clean,
         )
         clock.lap("unlearn")
+        words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
+        replacing = clean is not None and bool(passes)  # this vector is for all triggers so far
+        if chosen.hopeless:  # it subtracts nothing, so there is nothing to scan
+            if replacing:
+                _LOG.warning(_STAYS, model.name, _told(new))
+            else:
+                passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
+            break
         candidate = TowerCandidates(tower, vector).at(chosen.coefficient).model
         judged = judge_tower(candidate, captions, comparison, config, base=base)
         clock.lap("rescan")
-        words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
-        if clean is not None and passes:  # this vector stands for all triggers so far
+        if replacing:
 
             def left(
                 one: TextModel | OpenClipModel, known: list[tuple[TextStamp, Tensor]]
@@ -134,17 +145,10 @@ def detox_text_tower(
                 left(repaired, earlier), unlearning.max_attack_success
             )
             if worse or (judged.verdict in FINDINGS and not chosen.reached):
-                told = ", ".join(repr(one.trigger.text) for one in new)
-                _LOG.warning(
-                    "%s: no alpha removes %s as well within the limits; the repair before stays",
-                    model.name,
-                    told,
-                )
+                _LOG.warning(_STAYS, model.name, _told(new))
                 break
             words = (*passes.pop().triggers, *words)
         passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
-        if chosen.hopeless:
-            break
         repaired, current = candidate, judged
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(
@@ -171,6 +175,10 @@ def _good(scan: TowerScanResult) -> list[TowerTrigger]:
     """Return the best trigger, and those that are nearly as good."""
     most = _AS_GOOD * effort_of(scan.triggers[0])
     return [one for one in scan.triggers if effort_of(one) <= most]
+
+
+def _told(found: Sequence[TowerTrigger]) -> str:
+    return ", ".join(repr(one.trigger.text) for one in found)
 
 
 def _stamps(found: Sequence[TowerTrigger]) -> list[tuple[TextStamp, Tensor]]:

@@ -183,7 +183,7 @@ def summarize_towers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int
     tower.asr_base: That of the clean base. tower.asr_excess, .asr_excess_max: The share of captions
     on which the trigger works after the repair and not in the base. tower.accuracy_kept,
     .accuracy_least: The share of the zero-shot accuracy that is left, mean and least.
-    tower.rescans_clean: The share of repaired towers whose re-scan is no finding.
+    tower.rescans_clean: The share of repaired towers whose re-scan is `clean`.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None]
