@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import ArchitectureError, DataError, UsageError
 from ..models.classifiers import last_layer
+from ..numbers import require_number, require_whole
 from ..progress import track
 from ..rng import generator
 from .cleanse import (
@@ -29,8 +30,6 @@ from .cleanse import (
     Outliers,
     cleanse,
     outliers,
-    require_number,
-    require_whole,
 )
 
 _LOG = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import UsageError
+from ..numbers import require_number, require_whole
 from ..progress import Progress
 
 #: Images that go through the network at once.
@@ -26,18 +26,6 @@ _AT_ONCE = 512
 _CONSISTENCY = 1.4826
 #: Anomaly indices above this are outliers (Wang et al., section IV).
 _OUTLIER = 2.0
-
-
-def require_whole(what: str, value: object, least: int) -> None:
-    """Raise UsageError unless a value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise UsageError(f"{what} is {value!r}; expected a whole number of at least {least}")
-
-
-def require_number(what: str, value: object) -> None:
-    """Raise UsageError unless a value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise UsageError(f"{what} is {value!r}; expected a finite number")
 
 
 @dataclass(frozen=True)

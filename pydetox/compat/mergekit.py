@@ -15,7 +15,6 @@ base + lambda * sum of weight * difference, divided by the sum of the weights wi
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from functools import reduce
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..numbers import require_number
 from ..scanning.config import read_config_file
 from .task_vectors import TaskVector
 
@@ -112,11 +112,7 @@ def _parameters(part: Mapping[str, Any], where: str, known: set[str]) -> Mapping
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"{where} is {value!r}; expected one number (no gradients or filters)")
-    if not math.isfinite(value):
-        raise UsageError(f"{where} is {value!r}; expected a finite number")
-    return float(value)
+    return require_number(where, value, meaning=" (no gradients or filters)")
 
 
 def _file(name: Any, folder: Path, where: str) -> str:

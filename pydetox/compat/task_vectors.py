@@ -8,11 +8,9 @@ operation holds one tensor at a time.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,6 +22,7 @@ from ..checkpoints.mapped import MappedWeights
 from ..checkpoints.provenance import METADATA_KEY, Provenance
 from ..checkpoints.writing import safetensors_header
 from ..errors import ArchitectureError, PydetoxWarning, UsageError
+from ..numbers import require_number
 from ..repair.task_vectors import ComputedTensors
 from ..repair.task_vectors import TaskVector as Difference
 
@@ -107,7 +106,7 @@ class TaskVector:
         return self._of(-self._difference)
 
     def __mul__(self, factor: float) -> TaskVector:
-        return self._of(self._difference * _number("the factor of a task vector", factor))
+        return self._of(self._difference * require_number("the factor of a task vector", factor))
 
     __rmul__ = __mul__
 
@@ -136,7 +135,7 @@ class TaskVector:
                 shape.
             OutputError: The file exists or cannot be written.
         """
-        scaling_coef = _number("scaling_coef", scaling_coef)
+        scaling_coef = require_number("scaling_coef", scaling_coef)
         start = _tensors(pretrained_checkpoint)
         self._require_fit(start)
         if output is not None:
@@ -209,14 +208,6 @@ class TaskVector:
                 values = self._sum(start, name, factor).detach().cpu().contiguous()
                 file.write(values.reshape(-1).view(torch.uint8).numpy().data)
         return path
-
-
-def _number(what: str, value: object) -> float:
-    """Return a finite number, such as one of numpy or a tensor of one element."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-        raise UsageError(f"{what} is {value!r}; expected a finite number")
-    return float(number)
 
 
 def _tensors(weights: Weights) -> Mapping[str, Tensor]:

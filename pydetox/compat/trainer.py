@@ -17,10 +17,10 @@ from ..data.load import require_images
 from ..detect.configuration import ScanConfig
 from ..detect.result import ScanResult
 from ..detect.statistics import FINDINGS, Calibration
+from ..numbers import require_whole
 from ..reporting.documents import scan_document
 from ..reporting.serialize import to_json
 from ..session import ModelLike
-from .cleanse import require_whole
 
 _LOG = logging.getLogger(__name__)
 

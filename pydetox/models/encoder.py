@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.functional import interpolate
 from ..data import Template, fill_templates
 from ..data.names import given_names
 from ..errors import ArchitectureError, DataError, UsageError
+from ..numbers import require_number, require_whole
 from ..rng import generator
 from .identity import weights_digest
 from .open_clip_model import OpenClipModel
@@ -278,7 +278,7 @@ def from_encoder(
         raise UsageError(f"the encoder is a {name}; expected a module of torch")
     _check_preparation(image_size, mean, std)
     if logit_scale is not None:
-        _check_scale(logit_scale)
+        require_number("logit_scale", logit_scale, above=0)
     layer, rows, bias = _rows_of(encoder, head)
     twin = copy.deepcopy(encoder).eval().float().requires_grad_(False)
     wrapped = layer is not None or bias is not None
@@ -328,7 +328,7 @@ def from_towers(model: VisionLanguageModel, *, name: str | None = None) -> Encod
     _check_preparation(size, *plain)
     features = _features_of_synthetic(tower, size, *plain, name)
     scale = model.logit_scale()
-    _check_scale(scale)
+    require_number("logit_scale", scale, above=0)
     return EncoderModel(
         tower,
         name=name,
@@ -378,11 +378,7 @@ def _rows_of(
 
 def _check_preparation(image_size: object, mean: object, std: object) -> None:
     """Raise UsageError unless a size is a whole number above 0, and the others three numbers."""
-    if isinstance(image_size, bool) or not isinstance(image_size, Integral) or image_size < 1:
-        raise UsageError(
-            f"image_size is {image_size!r}; expected one whole number of at least 1, the height "
-            "and width in pixels"
-        )
+    require_whole("image_size", image_size, 1, ", the height and width in pixels")
     for what, given in (("mean", mean), ("std", std)):
         try:
             values = [float(x) for x in given]  # type: ignore[attr-defined]
@@ -394,13 +390,6 @@ def _check_preparation(image_size: object, mean: object, std: object) -> None:
                 f"{what} is {given!r}; expected three finite numbers"
                 f"{' above 0' if what == 'std' else ''}, one a channel"
             )
-
-
-def _check_scale(scale: object) -> None:
-    if isinstance(scale, Tensor) and scale.numel() == 1:
-        scale = scale.item()
-    if not isinstance(scale, Real) or not 0 < float(scale) < math.inf:
-        raise UsageError(f"logit_scale is {scale!r}; expected a finite number above 0")
 
 
 @torch.no_grad()

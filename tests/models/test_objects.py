@@ -171,7 +171,7 @@ def test_the_last_layer_of_a_classifier_is_its_head() -> None:
         ({"mean": (0.5, 0.5, math.nan)}, "mean is"),
         ({"std": (0, 0.2, 0.2)}, r"std is \(0, 0.2, 0.2\); expected three finite .* above 0"),
         ({"std": "abc"}, "std is 'abc'"),
-        ({"image_size": (16, 16)}, r"image_size is \(16, 16\); expected one whole number"),
+        ({"image_size": (16, 16)}, r"image_size is \(16, 16\); expected a whole number"),
         ({"image_size": 16.0}, "image_size is 16.0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"logit_scale": 0}, "logit_scale is 0; expected a finite number above 0"),
