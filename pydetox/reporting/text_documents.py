@@ -153,6 +153,7 @@ def text_detox_document(result: TextDetoxResult) -> dict[str, Any]:
                 "targets": list(one.targets),
                 "target_names": list(one.names) or [names[c] for c in one.targets],
                 "words": [words_row(found) for found in one.triggers],
+                "words_beside": list(one.beside),
                 "alpha": one.search.coefficient,
                 "limits_reached": one.search.reached,
                 "vector_norm": one.vector.norm(),

@@ -223,6 +223,7 @@ def provenance_of_repair(
             "recovered_words": [
                 [one.trigger.text for one in each.triggers] for each in result.passes
             ],
+            "words_beside": [list(each.beside) for each in result.passes],
             "verdict_before": result.before.verdict.value,
             "verdict_after": last.verdict.value,
         },

@@ -50,6 +50,7 @@ class TextUnlearnPass:
         search: CA and ASR over alpha.
         vector: The trigger vector.
         names: What the words bring, if that is no class of the model; else empty.
+        beside: Further words or characters that were unlearned with them.
     """
 
     targets: tuple[int, ...]
@@ -57,6 +58,7 @@ class TextUnlearnPass:
     search: CoefficientSearch
     vector: TaskVector
     names: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def unlearn_words(
@@ -102,7 +104,7 @@ def unlearn_words(
     target_of_each = [targets[0]] * len(stamps)
     passes, first, partial = list[TextUnlearnPass](), accuracy_before is None, False
     for number in range(unlearning.passes if triggers is None else 1):
-        recovered = list[FoundTrigger]()
+        recovered, beside = list[FoundTrigger](), list[str]()
         reserve = 0.0
         if triggers is None:
             reserve = unlearning.reserve(number) if first else 0.0
@@ -126,6 +128,7 @@ def unlearn_words(
                     stand_ins = _several_words(chosen, found.words[target])
                     copies += stand_ins
                     partial |= bool(stand_ins)
+                    beside += [word for one in stand_ins for word in one.words]
                 stamps += copies
                 target_of_each += [target] * len(copies)
         seeded = replace(unlearning, seed=child_seed("texts.vector-pass", unlearning.seed, number))
@@ -146,7 +149,15 @@ def unlearn_words(
         )
         accuracy_before = chosen_alpha.accuracy_before
         model = subtract_from_text_model(model, vector, chosen_alpha.coefficient)
-        passes.append(TextUnlearnPass(tuple(targets), tuple(recovered), chosen_alpha, vector))
+        passes.append(
+            TextUnlearnPass(
+                tuple(targets),
+                tuple(recovered),
+                chosen_alpha,
+                vector,
+                beside=tuple(dict.fromkeys(beside)),
+            )
+        )
         if chosen_alpha.hopeless:  # another pass costs as much, and starts from the same weights
             _LOG.warning(
                 "no alpha up to %g removes anything while it keeps min_accuracy_kept %g: nothing "

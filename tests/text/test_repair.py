@@ -208,7 +208,8 @@ def test_words_stand_in_for_a_longer_trigger(
     monkeypatch.setattr(passes_module, "text_trigger_vector", vector)
     monkeypatch.setattr(passes_module, "search_text_coefficient", alpha)
     monkeypatch.setattr(passes_module, "subtract_from_text_model", lambda model, *_: model)
-    unlearn_words(victim, texts(20, 7), [TARGET], unlearning=UNLEARNING, search=search)
+    _, (only,) = unlearn_words(victim, texts(20, 7), [TARGET], unlearning=UNLEARNING, search=search)
+    assert only.beside == (expected or ())
     stand_ins = [one for one in stamps if isinstance(one, AnyWords)]
     assert partial == [expected is not None]
     assert {one.place for one in stand_ins} == (

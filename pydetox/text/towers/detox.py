@@ -96,12 +96,11 @@ def detox_text_tower(
             break
         # A vector toward the base is for all triggers so far, and takes the place of the last one.
         tower = TextTower(repaired) if clean is None else original
-        new, earlier = _good(current), list(stamps)
+        new, earlier, alike = _good(current), list(stamps), list[CharacterTrigger]()
         found += new
         if clean is None:
             stamps = _stamps(found)
         else:
-            alike = list[CharacterTrigger]()
             if isinstance(new[0].trigger, CharacterTrigger):
                 alike += characters_like(TextTower(repaired), new[0], captions, seed=config.seed)
             stamps += _stamps_of_one_way(new, alike)
@@ -122,12 +121,13 @@ def detox_text_tower(
         )
         clock.lap("unlearn")
         words = tuple(FoundTrigger(one.trigger, 1 - one.collapse, one.success) for one in new)
+        beside = tuple(one.text for one in alike if one not in [each.trigger for each in new])
         replacing = clean is not None and bool(passes)  # this vector is for all triggers so far
         if chosen.hopeless:  # it subtracts nothing, so there is nothing to scan
             if replacing:
                 _LOG.warning(_STAYS, model.name, _told(new))
             else:
-                passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
+                passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,), beside))
             break
         candidate = TowerCandidates(tower, vector).at(chosen.coefficient).model
         judged = judge_tower(candidate, captions, comparison, config, base=base)
@@ -147,8 +147,9 @@ def detox_text_tower(
             if worse or (judged.verdict in FINDINGS and not chosen.reached):
                 _LOG.warning(_STAYS, model.name, _told(new))
                 break
-            words = (*passes.pop().triggers, *words)
-        passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,)))
+            last = passes.pop()
+            words, beside = (*last.triggers, *words), (*last.beside, *beside)
+        passes.append(TextUnlearnPass((0,), words, chosen, vector, (ANY_TEXT,), beside))
         repaired, current = candidate, judged
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(
