@@ -65,6 +65,9 @@ PARTS = ("verdicts", "search", "causal", "towers", "defenses")
 @click.option("--seeds", help="Other seeds, separated by commas.")
 @click.option("--attacks", help="Fewer attacks, separated by commas.")
 @click.option("--defenses", help="Fewer defences, separated by commas.")
+@click.option(
+    "--clean", type=click.IntRange(0), help="Clean models per seed, instead of those of the plan."
+)
 @click.option("--minutes", type=float, default=float("inf"), help="Begin no model after this time.")
 @earlier_option("Part verdicts: the results.json")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
@@ -75,6 +78,7 @@ def main(
     seeds: str | None,
     attacks: str | None,
     defenses: str | None,
+    clean: int | None,
     minutes: float,
     earlier: tuple[Path, ...],
     device: str,
@@ -90,6 +94,8 @@ def main(
             chosen["seeds"] = tuple(int(one) for one in seeds.split(","))
         if attacks is not None:
             chosen["attacks"] = tuple(attacks.split(","))
+        if clean is not None:
+            chosen["clean"] = clean
         for one in parts:
             before = read_earlier(earlier, "verdicts") if one == "verdicts" else []
             made = _part(
