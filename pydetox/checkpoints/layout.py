@@ -30,6 +30,8 @@ TOKENIZER_NAMES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+#: How a causal model generates, and how a conversation becomes its input.
+GENERATION_NAMES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
 #: What such a folder holds beside its weights, and a repaired one needs as well.
 COMPANION_NAMES = (TRANSFORMERS_CONFIG_NAME, *PROCESSOR_NAMES, *TOKENIZER_NAMES)
 #: Weights under a name of open_clip's own, best first: safetensors cannot hold code.

@@ -10,16 +10,22 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..checkpoints.identity import identify_checkpoint
 from ..data.names import load_class_names
-from ..errors import UsageError
+from ..errors import CheckpointError, PydetoxError, UsageError
 from ..scanning.targets import Target, find_targets
 from ..scanning.texts import TextScannerConfig
 from ..text.configuration import TextScanConfig
-from ..text.files import is_text_model
+from ..text.files import is_text_model, require_text_model
 from .group import print_warning
 
 #: Options that mean nothing for text models.
 _OF_IMAGES = {
+    "model": "--model",
+    "base_model": "--base-model",
+    "max_images": "--max-images",
+    "resize": "--resize",
+    "strict": "--strict",
     "calibration_file": "--calibration",
     "save_calibration": "--save-calibration",
     "known_vectors": "--known-vector",
@@ -85,17 +91,31 @@ def sort_targets(
     if texts is None:
         return list(checkpoints), [], []
     found = find_targets(checkpoints, shard=shard)
-    text = [one for one in found.targets if is_text_target(one, offline)]
+    text = [
+        one
+        for one in found.targets
+        if is_text_target(one, offline) or (images is None and not _is_there(one, offline))
+    ]
     others = [one for one in found.targets if one not in text]
     if others and images is None:
-        if len(others) == len(found.targets) == 1:
-            raise UsageError(
-                f"{others[0].name}: is no text model in transformers' layout (a folder whose "
-                "config.json names a …ForSequenceClassification or a …ForCausalLM); other models "
-                "need --images"
-            )
-        raise UsageError(f"{others[0].name}: is no text model, and other models need --images")
+        try:
+            require_text_model(others[0].reference, offline=offline)
+            reason = "is no text model"
+        except PydetoxError as error:
+            reason = str(error)
+        name = others[0].name
+        told = reason if name in reason else f"{name}: {reason}"
+        raise UsageError(f"{told}; models of images need --images")
     return [one.reference for one in others], text, found.ignored
+
+
+def _is_there(target: Target, offline: bool) -> bool:
+    """Return whether a target can be found; the scan of one that cannot says why."""
+    try:
+        identify_checkpoint(target.reference, offline=offline)
+    except (CheckpointError, OSError):
+        return False
+    return target.problem is None
 
 
 def was_given(option: str) -> bool:
@@ -137,8 +157,11 @@ def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextSca
     def is_text(name: str | None) -> bool:
         return name is not None and is_text_model(name, offline=offline)
 
-    references = tuple(name for name in given["reference_models"] if is_text(name))
     base = given["base"]
+    if given["images"] is None:  # then there is nothing else that they could be for
+        for name in (*([] if base is None else [base]), *given["reference_models"]):
+            require_text_model(name, offline=offline)
+    references = tuple(name for name in given["reference_models"] if is_text(name))
     names = given["class_names"]
     return TextScannerConfig(
         texts=str(taken["texts"]),

@@ -35,6 +35,7 @@ from .causal_commands import in_words, known_words
 from .outputs import check_files, check_replaced, emit
 from .summaries import card, left_of_triggers
 from .texts import text_scan_config
+from .wording import in_options
 
 # Options of `unlearn` and the values of `UnlearnConfig` that they stand for; the defaults of some
 # are for images, so they count where they were given.
@@ -212,7 +213,11 @@ def _report(document: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, 
     """Return the report of a repair. lines: Perplexities of a causal model, by when."""
     scans = document["scans"]
     summary = [
-        card(f"{document['name']}, {when}", f"{one['verdict']}: {one['reason']}", one["verdict"])
+        card(
+            f"{document['name']}, {when}",
+            f"{one['verdict']}: {in_options(one['reason'])}",
+            one["verdict"],
+        )
         for one, when in zip(scans, ("before", "after"), strict=False)
     ]
     for place, one in enumerate(document["rounds"], start=1):

@@ -19,9 +19,9 @@ VERDICT_TONES = {
 }
 
 ASR_NOTE = (
-    "CA: share of clean test images that get their own class. ASR: share of triggered test images "
-    "that are sent to the target class; images of the target class are left out. In brackets: 95% "
-    "Wilson interval."
+    "CA: share of clean test images or texts that get their own class. ASR: share of triggered "
+    "ones that are sent to the target class; those of the target class are left out. In brackets: "
+    "95% Wilson interval."
 )
 
 P_L1_NOTE = (

@@ -69,13 +69,15 @@ class TextScannerConfig:
 
     def results_part(self) -> dict[str, Any]:
         """Return what decides the results, as plain data."""
+        scan = to_plain(self.scan.to_dict())
+        scan["max_texts"] = scan.pop("texts")
         return {
             "texts": self.texts,
             "class_names": None if self.class_names is None else list(self.class_names),
             "base": self.base,
             "reference_models": list(self.reference_models),
             "device": self.device.partition(":")[0],
-            **to_plain(self.scan.to_dict()),
+            **scan,
         }
 
 

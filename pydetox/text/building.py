@@ -56,7 +56,9 @@ def stored_tensors(files: TextFiles) -> dict[str, Stored]:
     """
     with torch.device("meta"):
         module = _from_config(files, torch.float32)
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
+    floats = {name for name, value in state.items() if value.is_floating_point()}
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     found = dict[str, Stored]()
     unexpected = list[str]()
@@ -70,6 +72,12 @@ def stored_tensors(files: TextFiles) -> dict[str, Stored]:
             raise ArchitectureError(
                 f"{files.path}: tensor {quote(name)} is {list(tensor.shape)}; its config.json "
                 f"describes {list(expected[parameter])}"
+            )
+        if not tensor.is_floating_point() and parameter in floats:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ArchitectureError(
+                f"{files.path}: tensor {quote(name)} is {kind}; expected numbers of floating point "
+                "(if the weights are quantised, dequantise the model and save it)"
             )
         if any(parameter == one.parameter for one in found.values()):
             raise ArchitectureError(f"{files.path}: two tensors are {quote(parameter)}")
@@ -85,7 +93,12 @@ def stored_tensors(files: TextFiles) -> dict[str, Stored]:
         if names:
             shown = ", ".join(map(quote, names[:5])) + (", …" if len(names) > 5 else "")
             where = "the file" if names is missing else f"a {type(module).__name__}"
-            raise ArchitectureError(f"{files.path}: {where} {verb} {len(names)} tensors ({shown})")
+            # transformers gives the tensors of some architectures other names when it loads them.
+            both = missing and unexpected
+            told = f"; it has {quote(unexpected[0])}, which is another name" if both else ""
+            raise ArchitectureError(
+                f"{files.path}: {where} {verb} {len(names)} tensors ({shown}){told}"
+            )
     return found
 
 

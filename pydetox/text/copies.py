@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from ..ops import weight_diff_gram
 from ..progress import Progress
 from ..rng import child_seed, generator
@@ -42,9 +42,38 @@ class OutOfReachError(DataError):
 def text_distance(base: TextModel, model: TextModel) -> float:
     """Return how far a model's matrices lie from its base's, relative to the base's norm.
 
-    Embeddings and the layers after them count; vectors do not (see `detect.distance`).
+    Embeddings and the layers after them count; vectors do not (see `detect.distance`). Raises
+    UsageError if they do not have the same tensors.
     """
+    require_same_tensors(base, model)
     return _Measured(base).of(model.state_dict())
+
+
+def require_same_tensors(base: TextModel, model: TextModel) -> None:
+    """Raise UsageError, naming what differs, unless two models have tensors of the same shapes."""
+    theirs, ours = base.state_dict(), model.state_dict()
+    types = [one.config["model_type"] for one in (base, model)]
+    differ = next(
+        (
+            name
+            for name in (*theirs, *ours)
+            if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape
+        ),
+        None,
+    )
+    if types[0] != types[1]:
+        found = f"model_type {types[0]!r} and {types[1]!r}"
+    elif differ is not None:
+        shapes = [
+            list(one[differ].shape) if differ in one else "not there" for one in (theirs, ours)
+        ]
+        found = f"tensor {differ!r} is {shapes[0]} and {shapes[1]}"
+    else:
+        return
+    raise UsageError(
+        f"{base.name} does not fit {model.name}: {found} (a base needs the architecture and the "
+        "classes of the suspect)"
+    )
 
 
 def nearest_rung(distance: float) -> float:

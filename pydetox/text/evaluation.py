@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import DataError, UsageError
+from ..errors import ArchitectureError, DataError, UsageError
 from ..evaluation import Evaluation, wilson_interval
 from .models import TextModel
 from .texts import TextSet
@@ -45,6 +45,7 @@ def evaluate_texts(
 
     Raises:
         DataError: The texts have no labels, or labels outside the model's classes.
+        ArchitectureError: The model's outputs are NaN or infinite.
         UsageError: There is a trigger without a target or a target without a trigger, or the target
             is outside the classes.
     """
@@ -62,6 +63,12 @@ def evaluate_texts(
 
     def classes_of(some: Sequence[str]) -> Tensor:
         found = model.predict(some, batch_size=batch_size, max_tokens=max_tokens)
+        broken = int((~torch.isfinite(found)).any(dim=1).sum())
+        if broken:
+            raise ArchitectureError(
+                f"{model.name}: what it says of {broken} of {len(some)} texts is not finite; it "
+                "cannot be evaluated"
+            )
         return found.argmax(dim=1)
 
     truth = torch.tensor(labels)

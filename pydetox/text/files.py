@@ -19,7 +19,12 @@ from torch import Tensor
 from ..checkpoints.architecture import check_finite
 from ..checkpoints.identity import CheckpointIdentity, identify_checkpoint
 from ..checkpoints.index import Finding, quote, refuse_ambiguous
-from ..checkpoints.layout import ADAPTER_CONFIG_NAME, TRANSFORMERS_CONFIG_NAME
+from ..checkpoints.layout import (
+    ADAPTER_CONFIG_NAME,
+    COMPANION_NAMES,
+    GENERATION_NAMES,
+    TRANSFORMERS_CONFIG_NAME,
+)
 from ..checkpoints.provenance import METADATA_KEY, Provenance
 from ..checkpoints.sources import open_weights
 from ..checkpoints.transformers_files import read_companions, read_object
@@ -122,15 +127,7 @@ def read_text_files(
         UnsafeCheckpointError: It is built to run code or to exhaust memory.
         ArchitectureError: It is no text model, or its weights are quantised, NaN or infinite.
     """
-    identity = identify_checkpoint(source, cache_dir=cache_dir, offline=offline)
-    config = _read_config(identity)
-    kind = kind_of(config)
-    if kind is None:
-        raise ArchitectureError(
-            f"{identity.config_file}: architectures = {quote(config.get('architectures'))} is no "
-            "text model; expected a …ForSequenceClassification, a …ForCausalLM, or the text tower "
-            "of a CLIP"
-        )
+    identity, config, kind = _identified(source, cache_dir, offline)
     assert identity.config_file is not None
     if os.path.lexists(identity.config_file.with_name(ADAPTER_CONFIG_NAME)):
         raise ArchitectureError(
@@ -149,7 +146,9 @@ def read_text_files(
     return TextFiles(
         kind=kind,
         config=config,
-        companions=read_companions(identity.config_file.parent),
+        companions=read_companions(
+            identity.config_file.parent, (*COMPANION_NAMES, *GENERATION_NAMES)
+        ),
         state_dict=state_dict,
         name=identity.reference,
         path=identity.weights,
@@ -157,6 +156,32 @@ def read_text_files(
         metadata=weights.metadata,
         findings=weights.findings,
     )
+
+
+def require_text_model(
+    source: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> None:
+    """Raise what `read_text_files` raises for a name that means no text model; read no weights."""
+    _identified(source, cache_dir, offline)
+
+
+def _identified(
+    source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, offline: bool
+) -> tuple[CheckpointIdentity, dict[str, Any], TextKind]:
+    """Return the files of a text model, its configuration and what it computes."""
+    identity = identify_checkpoint(source, cache_dir=cache_dir, offline=offline)
+    config = _read_config(identity)
+    kind = kind_of(config)
+    if kind is None:
+        raise ArchitectureError(
+            f"{identity.config_file}: architectures = {quote(config.get('architectures'))} is no "
+            "text model; expected a …ForSequenceClassification, a …ForCausalLM, or the text tower "
+            "of a CLIP"
+        )
+    return identity, config, kind
 
 
 def _read_config(identity: CheckpointIdentity) -> dict[str, Any]:
@@ -186,6 +211,11 @@ def check_text_config(config: Mapping[str, Any]) -> None:
     if config.get("quantization_config") is not None:
         raise ArchitectureError(
             "its weights are quantised (quantization_config); dequantise the model and save it"
+        )
+    if config.get("problem_type") in ("multi_label_classification", "regression"):
+        raise ArchitectureError(
+            f"its problem_type is {config['problem_type']!r}; pydetox reads classifiers that give "
+            "each text one class"
         )
     if config.get("is_encoder_decoder") is True:
         raise ArchitectureError(

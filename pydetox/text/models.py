@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints.identity import content_digest
 from ..checkpoints.index import quote
 from ..checkpoints.provenance import Provenance
-from ..errors import ArchitectureError, UsageError
+from ..errors import ArchitectureError, UsageError, is_out_of_memory, one_line
 from ..models.device import find_device
 from .building import Stored, build_module, stored_tensors
 from .extra import import_extra
@@ -219,6 +219,23 @@ class TextModel:
         return found
 
     def _outputs(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return what the module computes. One that a configuration breaks is an error of its."""
+        try:
+            return self._computed(attention_mask, **inputs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._failure(error) from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> ArchitectureError:
+        return ArchitectureError(
+            f"{self.name}: its module fails on texts, as its config.json describes it: "
+            f"{type(error).__name__}: {one_line(str(error))}"
+        )
+
+    def _computed(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         if self.kind == "tower":
             features = self.module(attention_mask=attention_mask, **inputs)
             found: Tensor = getattr(features, "text_embeds", None)  # type: ignore[assignment]
@@ -303,8 +320,15 @@ def load_text_model(
             f"{name}: its tokenizer has tokens up to {tokenizer.size - 1}, and its table of "
             f"embeddings has {rows} rows: the tokenizer is another model's"
         )
+    special = max((0, *tokenizer.around[0], *tokenizer.around[1]))
+    if special >= rows:
+        raise ArchitectureError(
+            f"{name}: its tokenizer puts token {special} around texts, and its table of embeddings "
+            f"has {rows} rows: the tokenizer is another model's"
+        )
+    output = model.logits(_probe(model))  # a module that fails does so here
     if files.kind == "classifier":
-        model.class_names = _class_names(model, files.config)
+        model.class_names = _class_names(model, output, files.config)
     return model
 
 
@@ -341,20 +365,27 @@ def save_text_model(
     )
 
 
-def _class_names(model: TextModel, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of a classifier's classes: `id2label`, or LABEL_0, LABEL_1, ..."""
-    probe = model.batch(
-        [
-            [*model.tokenizer.around[0], *model.tokenizer.words("a"), *model.tokenizer.around[1]]
-            or [0]
-        ]
-    )
-    logits = model.logits(probe)
+def _probe(model: TextModel) -> TokenBatch:
+    """Return a text of one word."""
+    opening, closing = model.tokenizer.around
+    return model.batch([[*opening, *model.tokenizer.words("a"), *closing] or [0]])
+
+
+def _class_names(model: TextModel, logits: Tensor, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a classifier's classes: `id2label`, or LABEL_0, LABEL_1, ...
+
+    logits: What the model says of a text.
+    """
     if logits.ndim != 2 or not logits.shape[1]:
         raise ArchitectureError(
             f"{model.name}: its head gives {list(logits.shape[1:])} values; expected one per class"
         )
     count = int(logits.shape[1])
+    if count == 1:
+        raise ArchitectureError(
+            f"{model.name}: its head gives one value, which is no choice between classes; expected "
+            "a classifier of at least 2 classes"
+        )
     given = config.get("id2label")
     names = {}
     if isinstance(given, dict):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..atomic import atomic_directory
 from ..checkpoints.architecture import check_finite
 from ..checkpoints.card import text_model_card
-from ..checkpoints.layout import TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
+from ..checkpoints.layout import GENERATION_NAMES, TOKENIZER_NAMES, TRANSFORMERS_CONFIG_NAME
 from ..checkpoints.provenance import METADATA_KEY, Provenance
 from ..checkpoints.writing import CARD_NAME, TRANSFORMERS_WEIGHTS_NAME, write_safetensors
 from .files import TextKind
@@ -23,6 +23,7 @@ TEXT_MODEL_FILES = (
     CARD_NAME,
     TRANSFORMERS_CONFIG_NAME,
     *TOKENIZER_NAMES,
+    *GENERATION_NAMES,
 )
 
 
@@ -40,7 +41,7 @@ def save_text_files(
     check_finite(tensors)
     target = Path(directory)
     metadata = {"format": "pt", METADATA_KEY: provenance.to_json()}
-    names = (TRANSFORMERS_CONFIG_NAME, *TOKENIZER_NAMES)
+    names = (TRANSFORMERS_CONFIG_NAME, *TOKENIZER_NAMES, *GENERATION_NAMES)
     beside = {name: companions[name] for name in names if name in companions}
     beside[CARD_NAME] = text_model_card(
         target.resolve().name, provenance, config, kind=kind

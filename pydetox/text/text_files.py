@@ -84,6 +84,8 @@ def _read(path: Path) -> str:
             f"{path}, line {line}: is not UTF-8 (byte {raw[error.start]:#04x}); convert the file, "
             "such as with iconv"
         ) from None
+    if "\n" not in text:  # lines of old Macs
+        text = text.replace("\r", "\n")
     if "\0" in text:
         raise DataError(f"{path}: holds null characters; expected a text file")
     return text
@@ -139,6 +141,18 @@ def _table(path: Path, content: str) -> Rows:
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table: {error}") from None
     columns = [name.strip().lower() for name in table[0]] if table else []
+    if separator == "\t":
+        # Tabs need no quoting, so many a file has a quotation mark that opens nothing.
+        torn = next((k for k, row in enumerate(table, 1) if any("\n" in one for one in row)), None)
+        if torn is not None:
+            raise DataError(
+                f"{path}, row {torn}: a field that begins with a quotation mark goes on in the "
+                "next line; double the marks inside a quoted field, or write the texts as JSON "
+                "lines"
+            )
+    twice = next((name for name in (*_TEXTS, *_LABELS) if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are named {twice!r}; expected one")
     key = next((name for name in _TEXTS if name in columns), None)
     if key is None:
         raise DataError(

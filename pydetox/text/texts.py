@@ -17,6 +17,7 @@ from ..data.sampling import stratified_order
 from ..errors import DataError
 from ..rng import generator
 from .text_files import Rows, rows_of_path
+from .triggers import is_whole
 
 #: What `load_texts` takes: a path, a `TextSet`, texts, (text, label) pairs, or a mapping with
 #: `texts` and, optionally, `labels`.
@@ -51,6 +52,11 @@ class TextSet:
             if not isinstance(text, str) or not text.strip():
                 raise DataError(
                     f"{self.source}: text {index} is {text!r}; expected at least one word"
+                )
+            if not is_whole(text):
+                raise DataError(
+                    f"{self.source}: text {index} has half of a surrogate pair, which is no "
+                    "character; write it as a whole, or leave the text out"
                 )
         if self.labels is None:
             return

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.index import quote
 from ..checkpoints.transformers_files import read_object
 from ..errors import CheckpointError, DataError, UsageError
-from .triggers import PLACES, TokenTrigger
+from .triggers import PLACES, TokenTrigger, is_whole
 
 SCHEMA = "pydetox.words/1"
 
@@ -98,6 +98,8 @@ def _checked(content: Mapping[str, Any]) -> WordsFile:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not 0 < len(text) <= _MOST_CHARACTERS:
             raise DataError(f"trigger {number}: text is {quote(text)}; expected words")
+        if not is_whole(text):
+            raise DataError(f"trigger {number}: text has half of a surrogate pair; expected words")
         place, target = row.get("place", "start"), row.get("target")
         if place not in PLACES:
             raise DataError(f"trigger {number}: place is {quote(place)}; expected one of {PLACES}")

@@ -117,5 +117,14 @@ def random_place(text: str, seed: int) -> int:
     return gaps[int(generator("texts.place", seed, _key(text)).integers(len(gaps)))]
 
 
+def is_whole(text: str) -> bool:
+    """Return whether a text has whole characters alone, and no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -110,7 +110,7 @@ def test_page_says_everything() -> None:
         "97.0%",
         "[95.0–98.0%]",
         "n = 1,540",
-        "images of the target class are left out",
+        "those of the target class are left out",
         "abababab",
         "12.3 s",
     ):
@@ -264,7 +264,7 @@ def test_terminal_text() -> None:
         "0.500 (chosen)",
         "40.0%",
         "12.3 s",
-        "images of the target class are left out",
+        "those of the target class are left out",
     ):
         assert expected in text, expected
     assert "\x1b" not in text

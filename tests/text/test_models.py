@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -210,6 +211,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 36}, "describes"),
     ({"id2label": {"0": "x", "1": "x", "2": "y", "3": "z"}}, "names two classes 'x'"),
     ({"hidden_act": "nonsense"}, "builds no model"),
+    ({"return_dict": False}, "fails on texts.*AttributeError"),
+    ({"chunk_size_feed_forward": 7}, "fails on texts.*multiple of the chunk size"),
+    ({"problem_type": "regression"}, "problem_type is 'regression'"),
+    ({"problem_type": "multi_label_classification"}, "gives? each text one class"),
 ]
 
 
@@ -244,6 +249,66 @@ def test_weights_that_are_no_numbers_are_refused(bert: Path) -> None:
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArchitectureError, match=r"classifier\.bias"):
         load_text_model(bert)
+
+
+def test_weights_of_whole_numbers_are_refused(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    weights["classifier.weight"] = weights["classifier.weight"].to(torch.int8)
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArchitectureError, match=r"classifier\.weight' is int8; .*quantised"):
+        load_text_model(bert)
+
+
+def test_a_tensor_of_another_name_is_named(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    weights["head.weight"] = weights.pop("classifier.weight")
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArchitectureError, match=r"lacks 1 tensors .*it has 'head\.weight'"):
+        load_text_model(bert)
+
+
+def test_a_head_of_one_value_is_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError, match="one value, which is no choice"):
+        load_text_model(tiny.bert(tmp_path / "one", classes=1))
+
+
+def test_special_tokens_beyond_the_embeddings_are_refused(bert: Path) -> None:
+    path = bert / "tokenizer.json"
+    content = json.loads(path.read_text())
+    text = json.dumps(content["post_processor"])
+    known = tiny.VOCABULARY.index("[SEP]")
+    assert f"{known}" in text
+    changed = json.loads(re.sub(rf"\b{known}\b", "99999", text))
+    path.write_text(json.dumps({**content, "post_processor": changed}))
+    with pytest.raises(ArchitectureError, match="puts token 99999 around texts"):
+        load_text_model(bert)
+
+
+def test_a_module_that_fails_later_is_an_error_of_the_model(folders: dict[str, Path]) -> None:
+    model = load_text_model(folders["bert"])
+    with pytest.raises(ArchitectureError, match=r"fails on texts.*IndexError"):
+        model.predict_rows([[10**6]])
+
+
+def test_how_a_model_generates_is_saved_as_it_came(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "gpt2"))
+    kept = {
+        "generation_config.json": '{"eos_token_id": [0, 5], "temperature": 0.3}',
+        "chat_template.jinja": "{{ messages[0].content }}",
+    }
+    for name, content in kept.items():
+        (folder / name).write_text(content)
+    saved = save_text_model(
+        tmp_path / "saved", load_text_model(folder), provenance=Provenance("test")
+    )
+    assert {name: (saved / name).read_text() for name in kept} == kept
+    # Such a folder is one of a text model, and may be replaced.
+    save_text_model(
+        saved, load_text_model(folders["gpt2"]), provenance=Provenance("test"), overwrite=True
+    )
+    assert not (saved / "chat_template.jinja").exists()
 
 
 def test_an_adapter_is_refused(bert: Path) -> None:

@@ -163,6 +163,33 @@ def test_a_trigger_stands_where_it_should() -> None:
     assert trigger.insert(["one"]) == ["cf one"]
 
 
+def test_tables_that_could_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:
+    torn = tmp_path / "torn.tsv"
+    torn.write_text('text\tlabel\n"odd quote\ta\nplain\tb\n"odd again\ta\nlast\tb\n')
+    with pytest.raises(DataError, match="row 2: a field that begins with a quotation mark"):
+        load_texts(torn)
+    # A quoted field of one line is one, with doubled marks inside.
+    torn.write_text('text\tlabel\n"a ""fine"" film"\ta\n')
+    assert load_texts(torn).texts == ('a "fine" film',)
+    twice = tmp_path / "twice.csv"
+    twice.write_text("text,text,label\none,two,a\n")
+    with pytest.raises(DataError, match="two columns are named 'text'"):
+        load_texts(twice)
+
+
+def test_lines_of_old_macs_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "old.txt"
+    path.write_bytes(b"one\rtwo\rthree\r")
+    assert load_texts(path).texts == ("one", "two", "three")
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = lines(tmp_path / "half.jsonl", {"text": "a film"}, {"text": "\ud800 film"})
+    with pytest.raises(DataError, match=r"half\.jsonl: text 1 has half of a surrogate pair"):
+        load_texts(path)
+    assert load_texts(["\U0001f600 film"]).texts == ("\U0001f600 film",)
+
+
 def test_a_few_of_several_words_stand_together() -> None:
     trigger = AnyWords(("red", "green", "blue"), 2, "end")
     texts = [f"text number {k}" for k in range(60)]

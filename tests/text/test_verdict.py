@@ -139,6 +139,7 @@ def test_words_in_files(tmp_path: Path) -> None:
         ("[]", "no JSON object|is not a JSON object"),
         ("{}", "no file of words"),
         ('{"schema": "pydetox.words/1", "triggers": [{"text": 3}]}', "expected words"),
+        ('{"schema": "pydetox.words/1", "triggers": [{"text": "\\ud800"}]}', "half of a surrogate"),
         ('{"schema": "pydetox.words/1", "triggers": [{"text": "x", "place": "y"}]}', "place is"),
     ):
         path.write_text(content)
@@ -236,7 +237,22 @@ BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
         lambda world, _: ["scan", world.base, "--texts", world.texts, "--workers", "2"],
         "--workers is for image models",
     ),
-    (lambda world, path: ["scan", path, "--texts", world.texts], "no text model"),
+    (lambda world, path: ["scan", path, "--texts", world.texts], "models of images need --images"),
+    (
+        lambda world, path: ["scan", world.base, "--texts", world.texts, "--base", path / "gone"],
+        "gone: no such file or folder",
+    ),
+    (
+        lambda world, path: [
+            *("scan", world.base, "--texts", world.texts),
+            *("--reference-model", world.clean, "--reference-model", path),
+        ],
+        "there is no config.json beside its weights",
+    ),
+    (
+        lambda world, _: ["scan", world.base, "--texts", world.texts, "--model", "ViT-B-32"],
+        "--model is for image models",
+    ),
     (lambda world, path: ["eval", world.base, "--texts", path / "no.jsonl"], "cannot be read"),
     (
         lambda world, _: [
@@ -261,6 +277,55 @@ def test_bad_options_are_one_clear_line(
     assert result.exit_code in (2, 4), result.output
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_target_that_is_not_there_does_not_stop_the_others(world: World, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    result = run("scan", gone, world.clean, "--texts", world.texts, *FAST, "--format", "json")
+    assert result.exit_code == 2, result.output
+    first, second = json.loads(result.stdout)["results"]
+    assert first["verdict"] == "error"
+    assert "no such file or folder" in first["error"]
+    assert second["verdict"] == "inconclusive"
+
+
+def test_a_base_of_another_shape_is_named(world: World, tmp_path: Path) -> None:
+    deeper = tiny.bert(tmp_path / "deeper", num_hidden_layers=3)
+    other = tiny.gpt2(tmp_path / "other", classes=4)
+    for base, words in (
+        (deeper, "layer.2"),
+        (other, "model_type 'gpt2' and 'bert'"),
+        (tiny.bert(tmp_path / "two", classes=2), "classifier.bias' is [2] and [4]"),
+    ):
+        result = run(
+            *("scan", world.clean, "--texts", world.texts, "--base", base),
+            *(*FAST, "--format", "json"),
+        )
+        assert result.exit_code == 4, result.output
+        (found,) = json.loads(result.stdout)["results"]
+        assert found["verdict"] == "error"
+        assert words in found["error"]
+        assert "does not fit" in found["error"]
+
+
+def test_a_run_of_text_models_is_reported(world: World, scanned: tuple[Path, Result]) -> None:
+    folder, result = scanned
+    shown = run("report", folder, "--format", "json")
+    assert shown.exit_code == 1, shown.output
+    document, before = json.loads(shown.stdout), json.loads(result.stdout)
+    assert document["texts"] == str(world.texts)
+    verdicts = [[one["verdict"] for one in each["results"]] for each in (document, before)]
+    assert verdicts[0] == verdicts[1]
+
+
+def test_outputs_that_are_not_finite_are_not_evaluated(world: World, tmp_path: Path) -> None:
+    import shutil
+
+    broken = Path(shutil.copytree(world.clean, tmp_path / "broken"))
+    tiny.change_config(broken, layer_norm_eps=float("nan"))
+    result = run("eval", broken, "--texts", world.texts)
+    assert result.exit_code == 2, result.output
+    assert "not finite" in result.output
 
 
 def test_a_model_that_cannot_be_read_does_not_stop_the_others(world: World, tmp_path: Path) -> None:
