@@ -64,7 +64,7 @@ def command(
     from .outputs import check_files
     from .summaries import card
     from .text_commands import TextInputs, evaluation_of_text
-    from .texts import is_text_target, say_unused, take_text_options
+    from .texts import is_text_target, needs_images, say_unused, take_text_options
 
     taken = take_text_options(given)
     if target is not None and trigger is None:
@@ -96,7 +96,7 @@ def command(
                 table.append(evaluation_row(found, document["name"]))
             return document
         if inputs is None:
-            raise UsageError(f"{one.name}: is no text model, and other models need --images")
+            raise needs_images(one.reference, given["offline"])
         model = inputs.read_suspect(one.reference)
         model.heads = heads
         images = inputs.read_images(model)

@@ -94,7 +94,13 @@ def command(
     from .outputs import check_replaced
     from .summaries import card
     from .text_commands import TextInputs, words_of_text
-    from .texts import is_text_target, say_unused, take_text_options, text_scan_config
+    from .texts import (
+        is_text_target,
+        needs_images,
+        say_unused,
+        take_text_options,
+        text_scan_config,
+    )
 
     taken = take_text_options(given)
     if given["images"] is not None and not targets:
@@ -133,7 +139,7 @@ def command(
                 overwrite=overwrite,
             )
         if inputs is None:
-            raise UsageError(f"{one.name}: is no text model, and other models need --images")
+            raise needs_images(one.reference, given["offline"])
         model = inputs.read_suspect(one.reference)
         images = inputs.read_images(model)
         found, names = _invert(model, images, inputs, objective, targets, restarts, search)

@@ -98,15 +98,23 @@ def sort_targets(
     ]
     others = [one for one in found.targets if one not in text]
     if others and images is None:
-        try:
-            require_text_model(others[0].reference, offline=offline)
-            reason = "is no text model"
-        except PydetoxError as error:
-            reason = str(error)
-        name = others[0].name
-        told = reason if name in reason else f"{name}: {reason}"
-        raise UsageError(f"{told}; models of images need --images")
+        raise needs_images(others[0].reference, offline)
     return [one.reference for one in others], text, found.ignored
+
+
+def needs_images(reference: str, offline: bool) -> PydetoxError:
+    """Return the error of a target that is no text model, where there are texts alone."""
+    try:
+        identify_checkpoint(reference, offline=offline)
+    except CheckpointError as error:
+        return error
+    try:
+        require_text_model(reference, offline=offline)
+        reason = "is no text model"
+    except PydetoxError as error:
+        reason = str(error)
+    told = reason if reference in reason else f"{reference}: {reason}"
+    return UsageError(f"{told}; models of images need --images")
 
 
 def _is_there(target: Target, offline: bool) -> bool:

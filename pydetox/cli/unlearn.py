@@ -203,7 +203,7 @@ def command(
     from .many import one_checkpoint
     from .outputs import check_files, check_replaced, emit
     from .summaries import unlearn_report
-    from .texts import say_unused, take_text_options
+    from .texts import needs_images, say_unused, take_text_options
     from .unlearn_texts import unlearn_text_model
 
     if trigger is not None and force_target is not None:
@@ -229,7 +229,7 @@ def command(
             report=report,
         )
     if given["images"] is None:
-        raise UsageError(f"{checkpoint}: is no text model, and other models need --images")
+        raise needs_images(checkpoint, given["offline"])
     options.apply_preset(given, SCAN_PRESETS, UNLEARN_PRESETS)
     if trigger is None and force_target is None:
         options.choose_objective(given)

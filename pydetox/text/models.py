@@ -225,7 +225,7 @@ class TextModel:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise self._failure(error) from error
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
                 raise
             raise self._failure(error) from error
 

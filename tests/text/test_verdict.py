@@ -239,6 +239,26 @@ BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
     ),
     (lambda world, path: ["scan", path, "--texts", world.texts], "models of images need --images"),
     (
+        lambda world, path: ["eval", path / "gone", "--texts", world.texts],
+        "gone: no such file or folder",
+    ),
+    (
+        lambda world, path: ["eval", path, "--texts", world.texts],
+        "models of images need --images",
+    ),
+    (
+        lambda world, path: [
+            *("invert", path / "gone", "--texts", world.texts, "--output", path / "out")
+        ],
+        "gone: no such file or folder",
+    ),
+    (
+        lambda world, path: [
+            *("unlearn", path / "gone", "--texts", world.texts, "--output", path / "out")
+        ],
+        "gone: no such file or folder",
+    ),
+    (
         lambda world, path: ["scan", world.base, "--texts", world.texts, "--base", path / "gone"],
         "gone: no such file or folder",
     ),
