@@ -260,7 +260,7 @@ def command(
     names, text_targets, passed_over = sort_targets(
         checkpoints, taken["texts"], given["images"], shard=shard, offline=given["offline"]
     )
-    text_config = text_scanner_config(given, taken) if text_targets else None
+    text_config = text_scanner_config(given, taken, alone=not names) if text_targets else None
     if text_config is not None:
         if not names:
             refuse_image_options()

@@ -155,10 +155,13 @@ def is_text_target(target: Target, offline: bool) -> bool:
     return target.problem is None and is_text_model(target.reference, offline=offline)
 
 
-def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextScannerConfig:
+def text_scanner_config(
+    given: dict[str, Any], taken: dict[str, Any], *, alone: bool
+) -> TextScannerConfig:
     """Return the configuration of a scan of text models.
 
     given: The other options. The base and the reference models that are text models count.
+    alone: Whether all targets are text models, so that a base can be for no other.
     """
     offline = given["offline"]
 
@@ -166,7 +169,7 @@ def text_scanner_config(given: dict[str, Any], taken: dict[str, Any]) -> TextSca
         return name is not None and is_text_model(name, offline=offline)
 
     base = given["base"]
-    if given["images"] is None:  # then there is nothing else that they could be for
+    if alone:
         for name in (*([] if base is None else [base]), *given["reference_models"]):
             require_text_model(name, offline=offline)
     references = tuple(name for name in given["reference_models"] if is_text(name))

@@ -125,7 +125,8 @@ def unlearn_words(
                     copy for one in chosen for copy in _at_places(one.trigger)
                 ]
                 if found.found[target][0].success < _WHOLE:
-                    stand_ins = _several_words(chosen, found.words[target])
+                    leading = found.words[target] if found.words else ()
+                    stand_ins = _several_words(chosen, leading)
                     copies += stand_ins
                     partial |= bool(stand_ins)
                     beside += [word for one in stand_ins for word in one.words]

@@ -91,7 +91,8 @@ class TextSearch:
             one can hardly become better, it stands for longer ones, too.
         texts: The clean texts that decided.
         passes: The texts that went through models.
-        words: For each class, the single words that lead to it best, the best first.
+        words: For each class, the single words that lead to it best, the best first; () where none
+            are known.
     """
 
     found: tuple[tuple[FoundTrigger, ...], ...]

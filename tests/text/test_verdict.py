@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from pydetox.cli import cli
 from pydetox.detect.statistics import Verdict
@@ -230,6 +231,13 @@ def test_invert_and_eval_take_text_models(world: World, tmp_path: Path) -> None:
     assert document["clean_accuracy"] > 0.9
 
 
+def _write_image(folder: Path) -> Path:
+    images = folder / "images"
+    (images / "grey").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "grey").save(images / "grey" / "one.png")
+    return images
+
+
 BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
     (lambda world, _: ["eval", world.base], "--images"),
     (lambda world, _: ["scan", world.base], "--images"),
@@ -260,6 +268,14 @@ BAD: list[tuple[Callable[[World, Path], list[object]], str]] = [
     ),
     (
         lambda world, path: ["scan", world.base, "--texts", world.texts, "--base", path / "gone"],
+        "gone: no such file or folder",
+    ),
+    (
+        # No target is for the images, so the base can be for text models alone.
+        lambda world, path: [
+            *("scan", world.base, "--texts", world.texts, "--images", _write_image(path)),
+            *("--base", path / "gone"),
+        ],
         "gone: no such file or folder",
     ),
     (
