@@ -62,7 +62,7 @@ class CaptionPlan:
         test: The test images of each task for ASR, at most.
         scan: The label-free search.
         repair: How to unlearn.
-        search: The search into the found caption, for a repair with captions.
+        search: The search into the found captions, for a repair with captions.
         restarts: The triggers of each family that a repair recovers.
         repaired: The number of poisoned models of each seed that are repaired; None for all.
         least_planted: A poisoned model counts if its ASR on validation images is at least this.
@@ -155,10 +155,11 @@ def summarize_captions(rows: Sequence[Mapping[str, Any]], least_planted: float) 
 
     auroc: of the mean of the log P-L1 of the smallest trigger of each family, the poisoned models
     that count against the clean ones. No reference is needed, because all models of a seed moved
-    about as far from one base. target_right: share of the poisoned models whose smallest patch
-    leads to the poisoned caption. ca, text_r1 and so on: the means of all models before any repair.
-    asr_before. Of the repairs with captions: asr_mean; recall_kept, the share of R@1, image to
-    text; ca_kept, the least over tasks and models. The same without text, with that suffix.
+    about as far from one base. target_right: share of the poisoned models in which the smallest
+    trigger of some family leads to the poisoned caption. ca, text_r1 and so on: the means of all
+    models before any repair. asr_before. Of the repairs with captions: asr_mean; recall_kept, the
+    share of R@1, image to text; ca_kept, the least over tasks and models. The same without text,
+    with that suffix.
     """
     clean = [row for row in rows if row["attack"] is None]
     planted = [row for row in rows if row["attack"] is not None and row["planted"] >= least_planted]
@@ -222,12 +223,13 @@ def _scanned(plan: CaptionPlan, shop: CaptionWorkshop, one: CaptionModel) -> dic
     # A trigger that no search found counts as one of the whole image.
     row["p_l1"] = {name: sorted(each.p_l1.clamp(max=1.0).tolist()) for name, each in found.items()}
     row["score"] = -_mean([math.log(sizes[0]) for sizes in row["p_l1"].values()])
-    patches = found[config.families[0]]
-    answers = predict(
-        model, session.images.images, shop.head(model), stamp=patches.trigger(patches.best())
-    )
-    row["target"] = int(answers.mode().values)
-    row["target_right"] = one.attack is not None and row["target"] == shop.backdoor(one).target
+    # A backdoor may stand out in one family alone, and the sizes of two families do not compare.
+    head, leads = shop.head(model), list[int]()
+    for each in found.values():
+        answers = predict(model, session.images.images, head, stamp=each.trigger(each.best()))
+        leads.append(int(answers.mode().values))
+    row["targets"] = list(dict.fromkeys(leads))
+    row["target_right"] = one.attack is not None and shop.backdoor(one).target in leads
     return dict(shop.cache.keep_document(key, row))
 
 
@@ -275,11 +277,11 @@ def _repaired(
 ) -> dict[str, Any]:
     """Return what is left after a repair.
 
-    With captions, the caption that the scan has found is the target, and the first captions of all
-    classes are the names. Without text, there are images alone.
+    With captions, the targets are the captions that the smallest trigger of each family leads to,
+    and the first captions of all classes are the names. Without text, there are images alone.
     """
     content = {"repair": plan.repair, "scan": plan.scan, "search": plan.search, "kind": kind}
-    content |= {"images": plan.images, "test": plan.test, "target": scanned["target"]}
+    content |= {"images": plan.images, "test": plan.test, "targets": scanned["targets"]}
     content |= {"model": shop.key(one), "code": code_digest(_CODE)}
     key = key_of("captions-repair", content)
     known = shop.cache.document(key)
@@ -294,7 +296,7 @@ def _repaired(
         captions = tuple(texts[0] for texts in shop.table)
         named = replace(images, class_names=captions)
         session = Session.open(model, named, templates=("{c}",), base=shop.base)
-        config, targets = plan.search, [int(scanned["target"])]
+        config, targets = plan.search, [int(k) for k in scanned["targets"]]
     repaired, _ = subtract_passes(session, targets, config, plan.repair, restarts=plan.restarts)
     seconds = time.perf_counter() - start
     after = _measured(plan, shop, one, repaired, "test")
