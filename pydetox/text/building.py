@@ -62,8 +62,9 @@ def stored_tensors(files: TextFiles) -> dict[str, Stored]:
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     found = dict[str, Stored]()
     unexpected = list[str]()
+    loaded_as = _module_names(module, files)
     for name, tensor in files.state_dict.items():
-        parameter = _parameter(name, expected, prefix)
+        parameter = _parameter(loaded_as[name], expected, prefix)
         if parameter is None:
             if not _COMPUTED.search(name):
                 unexpected.append(name)
@@ -93,7 +94,6 @@ def stored_tensors(files: TextFiles) -> dict[str, Stored]:
         if names:
             shown = ", ".join(map(quote, names[:5])) + (", …" if len(names) > 5 else "")
             where = "the file" if names is missing else f"a {type(module).__name__}"
-            # transformers gives the tensors of some architectures other names when it loads them.
             both = missing and unexpected
             told = f"; it has {quote(unexpected[0])}, which is another name" if both else ""
             raise ArchitectureError(
@@ -124,8 +124,37 @@ def build_module(files: TextFiles, stored: Mapping[str, Stored], dtype: torch.dt
     return module.eval()
 
 
+def _module_names(module: nn.Module, files: TextFiles) -> dict[str, str]:
+    """Return the name that transformers loads each tensor of a file under, without base prefix.
+
+    Modules of transformers 5 name some tensors otherwise than its files, as GPT-NeoX's output.
+    Raises ArchitectureError for a tensor that transformers computes anew from those of the file.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4 names tensors as its files do
+        return {name: name for name in files.state_dict}
+    names = dict[str, str]()
+    changes = get_model_conversion_mapping(module)
+    for name in sorted(files.state_dict):  # the order that groups of renamings expect
+        new = name
+        for change in changes:
+            if isinstance(change, WeightRenaming):
+                new, _ = change.rename_source_key(new)
+        for change in changes:
+            if not isinstance(change, WeightRenaming) and change.rename_source_key(new)[1]:
+                raise ArchitectureError(
+                    f"{files.path}: transformers computes a tensor of a {type(module).__name__} "
+                    f"from {quote(name)} (as stacked experts), and pydetox does not; expected an "
+                    "architecture whose tensors are loaded as they are"
+                )
+        names[name] = new
+    return names
+
+
 def _parameter(name: str, expected: Mapping[str, Any], prefix: str) -> str | None:
-    """Return the module's name for a tensor of a file; None if it has none."""
+    """Return the module's name for a tensor; None if it has none."""
     for pattern, new in _OLD_NAMES:
         name = pattern.sub(new, name)
     candidates = (name, f"{prefix}{name}", name.removeprefix(prefix))

@@ -267,6 +267,13 @@ def test_a_tensor_of_another_name_is_named(bert: Path) -> None:
         load_text_model(bert)
 
 
+def test_stacked_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 2})
+    monkeypatch.setitem(tiny.FAMILIES, "mixtral", family)
+    with pytest.raises(ArchitectureError, match=r"experts\.0\.w1\.weight.* as they are"):
+        load_text_model(tiny.causal(tmp_path / "mixtral", "mixtral"))
+
+
 def test_a_head_of_one_value_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(ArchitectureError, match="one value, which is no choice"):
         load_text_model(tiny.bert(tmp_path / "one", classes=1))
