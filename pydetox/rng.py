@@ -61,6 +61,7 @@ STREAMS: Mapping[str, str] = {
     "repair.triggers": "seed of the recovery of patches and blends; by target class",
     "repair.warps": "seed of the recovery of warps; by target class",
     "repair.waves": "seed of the recovery of waves; by target class",
+    "repair.label-free-waves": "seed of the recovery of waves without a target",
     "repair.vector": "batches, triggers and shifts of the fine-tuning that makes a trigger vector",
     "repair.forget": "seed of the split that gives the forget set",
     "repair.attacked": "images that are stamped to choose alpha on; by target class",

@@ -146,13 +146,13 @@ class WaveResult:
             with the largest amplitude.
         success: float32 [K] on the CPU, in [0, 1]: the success with this amplitude, or with the
             largest, on the images of the check (see Objective).
-        targets: The target class of each wave.
+        targets: The target class of each wave; None in a search without a target.
     """
 
     parameters: Tensor
     sizes: Tensor
     success: Tensor
-    targets: tuple[int, ...]
+    targets: tuple[int | None, ...]
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -185,7 +185,7 @@ def search_waves(
     Args:
         model: The model. Its weights are not changed.
         images: uint8 [N, 3, H, W] of the model's size, at least two.
-        objective: An objective with one target.
+        objective: An objective with one target, or with none.
         config: How to search; default: WaveConfig().
         contrast: As in `invert`.
         labels: As in `invert`.
@@ -193,15 +193,16 @@ def search_waves(
 
     Raises:
         DataError: The images have another dtype or size, or there are fewer than two.
-        UsageError: The objective has no target, or several.
+        UsageError: The objective has several targets.
         ArchitectureError: The model's embeddings are not finite, or `contrast` takes other inputs.
     """
     config = config or WaveConfig()
-    targets, device, size = objective.targets, model.device, model.image_size
-    if targets is None or len(targets) != 1:
+    device, size = model.device, model.image_size
+    targets: tuple[int | None, ...] = (None,) if objective.targets is None else objective.targets
+    if len(targets) != 1:
         raise UsageError(
-            f"a search for waves needs an objective with one target class, and this one has "
-            f"{len(targets or ())}"
+            f"an objective with {len(targets)} target classes; a search for waves expects one, or "
+            "none"
         )
     check_images(model, images)
     rng = generator("waves.images", config.seed)
@@ -209,6 +210,7 @@ def search_waves(
     most = max(config.first_images, config.images, config.check_images)
     order = check_sample(labels, len(images), most, rng)
     order = order[torch.from_numpy(rng.permutation(len(order)))]
+    which = order.to(device)
     pictures = images[order].to(device).to(torch.float32) / 255  # bytes are sent, not floats
     tower = tower_of(model, contrast, config.precision)
     batching = batching_of(model, tower, config.max_batch, device)
@@ -219,9 +221,9 @@ def search_waves(
         pixels = (clean + waves[:, None, None]).clamp_(0, 1).flatten(0, 1)
         return embed_pixels(pixels).view(len(waves), len(clean), -1)
 
-    def scored(waves: Tensor, clean: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-        """Return the objective's loss and success [K] of waves [K, H, W]."""
-        parts = []
+    def scored(waves: Tensor, count: int, at_once: int) -> tuple[Tensor, Tensor]:
+        """Return the objective's loss and success [K] of waves [K, H, W] on `count` images."""
+        clean, parts = pictures[:count], []
         for some in torch.split(waves, max(1, at_once // len(clean))):
             embeddings = torch.cat([embed(p, some) for p in torch.split(clean, at_once)], dim=1)
             if not bool(torch.isfinite(embeddings).all()):
@@ -229,14 +231,14 @@ def search_waves(
                     f"{model.name}: its embeddings are not finite; expected weights without NaN"
                 )
             index = torch.zeros(len(some), dtype=torch.int64, device=device)
-            parts.append(objective(embeddings, index))
+            parts.append(objective(embeddings, index, which[:count]))
         losses, successes = zip(*parts, strict=True)
         return torch.cat(losses).cpu(), torch.cat(successes).cpu()
 
     def score(parameters: Tensor, amplitudes: Tensor | float, count: int) -> tuple[Tensor, Tensor]:
         """Return loss and success [K] of parameters [K, 3] on the first `count` images."""
         waves = amplitudes * _cosines(parameters, size, size)
-        shown = functools.partial(scored, waves.to(device, torch.float32), pictures[:count])
+        shown = functools.partial(scored, waves.to(device, torch.float32), count)
         with torch.no_grad():
             return batching.run(shown)
 

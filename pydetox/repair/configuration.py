@@ -113,7 +113,8 @@ class UnlearnConfig:
             none. Searches that find no warp contribute nothing to the vector. Known triggers need
             no such search.
         waves: The largest number of waves to search for into each target class, in every pass; 0
-            for none. As with warps, those that do not work contribute nothing.
+            for none. As with warps, those that do not work contribute nothing. Without classes,
+            waves into one direction are searched for, in contrast to a base.
         coefficients: The candidate values of alpha, ascending and at least 0. The value 0, which
             leaves the model unchanged, is always tried.
         max_attack_success: The largest acceptable ASR on validation images, in [0, 1].

@@ -77,7 +77,7 @@ def estimate_repair(
     candidates = len(unlearning.coefficients)
     alpha = candidates * (len(images) + unlearning.attacked_images + 256) * forward
     waves = 0.0
-    if recovers and unlearning.waves and config.objective == "targeted":
+    if recovers and unlearning.waves and (config.objective == "targeted" or config.contrast):
         waves = WaveConfig(count=unlearning.waves).shown * towers * forward
     one_pass = recovered * config.inversion.steps * step + waves + vector + alpha
     memory = _memory(session, plan, leads_to_base=unlearning.leads_to_base)

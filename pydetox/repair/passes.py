@@ -92,6 +92,10 @@ def subtract_passes(
                     one = recover_label_free(session, family, seeded, restarts=restarts)
                     recovered.append(one)
                     stamps += unlearning.amplified(one, most=MOST)
+                # Without a base, the attacker's wave cannot be told from what a wave does anyway.
+                if unlearning.waves and session.base is not None:
+                    waves.append(recover_waves(session, None, seeded, count=unlearning.waves))
+                    stamps += unlearning.amplified(waves[-1])
         if targets:
             head = session.head
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..detect.configuration import ScanConfig
 from ..detect.result import ScanResult
-from ..detect.search import objective_for
+from ..detect.search import label_free_objective, objective_for
 from ..inversion import (
     InversionResult,
     TriggerFamily,
@@ -66,14 +66,24 @@ def recover_smooth_warps(
     )
 
 
-def recover_waves(session: Session, target: int, config: ScanConfig, *, count: int) -> WaveResult:
-    """Search for waves into class `target`, of different frequencies: see `search_waves`."""
+def recover_waves(
+    session: Session, target: int | None, config: ScanConfig, *, count: int
+) -> WaveResult:
+    """Search for waves into class `target`, of different frequencies: see `search_waves`.
+
+    Without a target, waves have to send all images into one direction.
+    """
     search = config.inversion
-    seed = child_seed("repair.waves", config.seed, target)
+    if target is None:
+        seed = child_seed("repair.label-free-waves", config.seed)
+        objective = label_free_objective(session)
+    else:
+        seed = child_seed("repair.waves", config.seed, target)
+        objective = objective_for(session, [target], seed)
     return search_waves(
         session.model,
         session.images.images,
-        objective_for(session, [target], seed),
+        objective,
         WaveConfig(
             count=count,
             precision=search.precision,

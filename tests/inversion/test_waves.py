@@ -9,8 +9,8 @@ import torch
 
 from pydetox.errors import ArchitectureError, DataError, UsageError
 from pydetox.inversion import (
-    CollapseObjective,
     ContrastObjective,
+    DirectionObjective,
     RecoveredWave,
     TargetObjective,
     WaveConfig,
@@ -120,6 +120,38 @@ def test_a_wave_that_works_in_the_base_does_not_count():
     assert 0 in contrast(deaf).working()
 
 
+class Content(Listener):
+    """Embeds an image as (its mean color, and `heed` times what it has of the planted wave)."""
+
+    def __init__(self, heed):
+        super().__init__()
+        self.heed = heed
+
+    def forward(self, images):
+        heard = (images.mean(dim=1) * 0.25 * self.wave).mean(dim=(1, 2))
+        return torch.cat([images.mean(dim=(2, 3)), self.heed * heard[:, None]], dim=1)
+
+
+def test_a_search_without_a_target_finds_the_wave_that_leads_to_one_direction():
+    def search(heed):
+        model, base = ListeningModel(), ListeningModel()
+        model.visual, base.visual = Content(heed), Content(0.0)
+        pixels = (greys().float() / 255 - 0.5) / 0.25
+        goal = DirectionObjective(model.visual(pixels), 20.0, base_features=base.visual(pixels))
+        return search_waves(model, greys(), goal, CONFIG, contrast=base)
+
+    found = search(heed=200.0)
+    assert found.targets == (None, None)
+    assert 0 in found.working()
+    wave = found.trigger(0)
+    assert wave.target is None
+    truth = cosine(*PLANTED, SIZE, SIZE)
+    got = cosine(wave.right, wave.down, wave.phase, SIZE, SIZE)
+    # The wave and its negative lead to one direction each.
+    assert abs(np.corrcoef(truth.ravel(), got.ravel())[0, 1]) > 0.97
+    assert search(heed=0.0).working() == []
+
+
 def test_the_same_seed_gives_the_same_waves_for_every_chunking():
     images = mini_images(20).images
     goal = TargetObjective(torch.eye(16)[:3], [1], logit_scale=10.0)
@@ -197,9 +229,7 @@ def test_wrong_input_is_named():
     model, goal = ListeningModel(), objective()
     with pytest.raises(DataError, match="expects torch"):
         search_waves(model, greys().float(), goal)
-    with pytest.raises(UsageError, match="one target class"):
-        search_waves(model, greys(), CollapseObjective())
-    with pytest.raises(UsageError, match="this one has 2"):
+    with pytest.raises(UsageError, match=r"2 target classes.*expects one"):
         search_waves(model, greys(), TargetObjective(torch.eye(3), [0, 1], logit_scale=1.0))
     for wrong in (
         {"count": 0},
