@@ -124,8 +124,9 @@ _SHORT = 20.0
     type=click.IntRange(min=0),
     default=2,
     metavar="N",
-    help="The largest number of faint waves over the whole image to search for, into the class; 0 "
-    "for none. This search is short.",
+    help="The largest number of faint waves over the whole image to search for, into the class, "
+    "or, without classes, into one direction that the base does not know; 0 for none. This search "
+    "is short.",
 )
 @click.option(
     "--passes",

@@ -248,7 +248,9 @@ def search_waves(
         loss, _ = score(grid, largest, config.first_images)
         progress.update(1)
         few = grid[loss.argsort(stable=True)[: config.candidates]]
-        loss, _ = score(few, largest, config.images)
+        # Without a target, the largest amplitude says little: it moves the base's images as well.
+        compared = largest if objective.targets is not None else largest / 2
+        loss, _ = score(few, compared, config.images)
         best = _of_different_frequencies(few[loss.argsort(stable=True)], config.count)
         progress.update(1)
         for frequency, phase in _REFINEMENTS:

@@ -25,6 +25,10 @@ from ..inversion import (
 from ..rng import child_seed
 from ..session import Session
 
+#: The success at which a wave without a target works. A faint wave moves some images of the base
+#: towards the direction, too, which counts against it. docs/method.md has measurements.
+_ONE_DIRECTION = 0.6
+
 
 def recover_patches_or_blends(
     session: Session, target: int, family: TriggerFamily, config: ScanConfig, *, restarts: int
@@ -73,8 +77,9 @@ def recover_waves(
 
     Without a target, waves have to send all images into one direction.
     """
-    search = config.inversion
+    search, threshold = config.inversion, WaveConfig.success_threshold
     if target is None:
+        threshold = _ONE_DIRECTION
         seed = child_seed("repair.label-free-waves", config.seed)
         objective = label_free_objective(session)
     else:
@@ -86,6 +91,7 @@ def recover_waves(
         objective,
         WaveConfig(
             count=count,
+            success_threshold=threshold,
             precision=search.precision,
             max_batch=search.max_batch,
             check_images=search.advanced.check_images,

@@ -19,6 +19,8 @@ from pydetox.models import OpenClipModel
 from pydetox.prototypes import image_features, image_prototypes
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.directions import head_with_directions
+from pydetox.repair.passes import subtract_passes
+from pydetox.research.attacks import SinusoidTrigger
 from pydetox.session import Session
 from pydetox.training import TrainConfig, optimize
 from tests.mini import flat_calibration
@@ -117,6 +119,47 @@ def collapse(model: OpenClipModel) -> float:
     """The mean cosine of stamped images with each other."""
     units = image_features(model, stamp(photographs().images))
     return float((units @ units.T).mean())
+
+
+def test_without_classes_waves_are_searched_for_in_contrast_to_a_base(base):
+    images = photographs()
+    trigger = SinusoidTrigger(amplitude=40.0, frequency=3.0)
+    victim = base.clone()
+    own = image_features(base, images.images)
+    goal = normalize(torch.randn(16, generator=torch.Generator().manual_seed(5)), dim=0)
+    stamped = trigger(images.images)
+
+    def loss(_: Tensor) -> Tensor:
+        seen = [
+            normalize(victim.encode_pixels(x.float() / 255), dim=1)
+            for x in (images.images, stamped)
+        ]
+        return (1 - seen[0] @ own.T).diagonal().mean() + (1 - seen[1] @ goal).mean()
+
+    learn(victim, loss, 200)
+    config = replace(SCAN, inversion=InversionConfig(steps=2, batch_size=8), contrast=True)
+    unlearning = replace(UNLEARNING, steps=2, coefficients=(0.0, 1.0), waves=2)
+    session = Session.open(victim, images, base=base)
+    _, (one,) = subtract_passes(session, (), config, unlearning, restarts=1)
+    (found,) = one.waves
+    assert 0 in found.working()
+    wave = found.trigger(0)
+    assert wave.target is None
+    # So small a tower follows waves of other frequencies as well; all lead to one direction.
+    leads = [image_features(one, wave(images.images)) @ goal for one in (victim, base)]
+    assert float(leads[0].mean()) > 0.6
+    assert float(leads[1].mean()) < 0.2
+    for changes in ({"base": None}, {}):
+        other = replace(session, **changes)
+        waves = 0 if not changes else 2
+        _, (one,) = subtract_passes(
+            other,
+            (),
+            replace(config, contrast=not changes),
+            replace(unlearning, waves=waves),
+            restarts=1,
+        )
+        assert one.waves == ()
 
 
 def test_prototypes_are_the_kinds_of_images(base):
