@@ -245,11 +245,11 @@ def search_waves(
     largest = config.largest_amplitude
     with Progress(description, 3 + len(_REFINEMENTS)) as progress:
         grid = _grid(config.highest_frequency)
-        loss, _ = score(grid, largest, config.first_images)
-        progress.update(1)
-        few = grid[loss.argsort(stable=True)[: config.candidates]]
         # Without a target, the largest amplitude says little: it moves the base's images as well.
         compared = largest if objective.targets is not None else largest / 2
+        loss, _ = score(grid, compared, config.first_images)
+        progress.update(1)
+        few = grid[loss.argsort(stable=True)[: config.candidates]]
         loss, _ = score(few, compared, config.images)
         best = _of_different_frequencies(few[loss.argsort(stable=True)], config.count)
         progress.update(1)
