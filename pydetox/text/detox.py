@@ -155,6 +155,7 @@ def detox_text_model(
             base=comparison.base or base,
             accuracy_before=accuracy,
             search=current.search,
+            earlier=passes[-1].unlearned if passes else (),
         )
         passes += found
         accuracy = found[0].search.accuracy_before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..errors import UsageError
 from ..repair.alpha import CoefficientSearch
@@ -51,6 +51,8 @@ class TextUnlearnPass:
         vector: The trigger vector.
         names: What the words bring, if that is no class of the model; else empty.
         beside: Further words or characters that were unlearned with them.
+        unlearned: All triggers that the vector is made of, each with its target class: those of
+            earlier passes and repairs, too.
     """
 
     targets: tuple[int, ...]
@@ -59,6 +61,7 @@ class TextUnlearnPass:
     vector: TaskVector
     names: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    unlearned: tuple[tuple[TextStamp, int], ...] = field(default=(), repr=False)
 
 
 def unlearn_words(
@@ -72,6 +75,7 @@ def unlearn_words(
     base: TextModel | None = None,
     accuracy_before: float | None = None,
     search: TextSearch | None = None,
+    earlier: Sequence[tuple[TextStamp, int]] = (),
 ) -> tuple[TextModel, tuple[TextUnlearnPass, ...]]:
     """Subtract the trigger vectors of some classes; return the repaired model and each pass.
 
@@ -86,6 +90,9 @@ def unlearn_words(
         base: The base of a search in contrast to it.
         accuracy_before: The accuracy to compare with; default: that of `model`.
         search: A search of the model that was made already, for the first pass.
+        earlier: What earlier repairs of the model have unlearned, each with its target class
+            (`TextUnlearnPass.unlearned`). It is unlearned again beside the new words, so that it
+            does not come back.
 
     Raises:
         UsageError: There is no target class, or several of them for known triggers.
@@ -100,8 +107,9 @@ def unlearn_words(
     ordered = texts.in_content_order()
     count = max(2, round(unlearning.advanced.forget_share * len(ordered)))
     forget = ordered.at_most(count, child_seed("texts.forget", unlearning.seed)).texts
-    stamps = list(triggers or ())
-    target_of_each = [targets[0]] * len(stamps)
+    given = [(one, targets[0]) for one in triggers or ()]
+    stamps = [one for one, _ in (*earlier, *given)]
+    target_of_each = [target for _, target in (*earlier, *given)]
     passes, first, partial = list[TextUnlearnPass](), accuracy_before is None, False
     for number in range(unlearning.passes if triggers is None else 1):
         recovered, beside = list[FoundTrigger](), list[str]()
@@ -157,6 +165,7 @@ def unlearn_words(
                 chosen_alpha,
                 vector,
                 beside=tuple(dict.fromkeys(beside)),
+                unlearned=tuple(zip(stamps, target_of_each, strict=True)),
             )
         )
         if chosen_alpha.hopeless:  # another pass costs as much, and starts from the same weights

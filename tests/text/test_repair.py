@@ -214,7 +214,20 @@ def test_words_stand_in_for_a_longer_trigger(
     monkeypatch.setattr(passes_module, "text_trigger_vector", vector)
     monkeypatch.setattr(passes_module, "search_text_coefficient", alpha)
     monkeypatch.setattr(passes_module, "subtract_from_text_model", lambda model, *_: model)
-    _, (only,) = unlearn_words(victim, texts(20, 7), [TARGET], unlearning=UNLEARNING, search=search)
+    # Another class's trigger, which an earlier repair has unlearned, must not come back.
+    before = TokenTrigger((7,), "gold", "end", 0)
+    _, (only,) = unlearn_words(
+        victim,
+        texts(20, 7),
+        [TARGET],
+        unlearning=UNLEARNING,
+        search=search,
+        earlier=[(before, 0)],
+    )
+    assert stamps[0] is before
+    assert only.unlearned[0] == (before, 0)
+    assert [one for one, _ in only.unlearned] == stamps
+    assert {target for _, target in only.unlearned[1:]} == {TARGET}
     assert only.beside == (expected or ())
     stand_ins = [one for one in stamps if isinstance(one, AnyWords)]
     assert partial == [expected is not None]
