@@ -80,6 +80,7 @@ def repair_session(
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
+        earlier = rounds[-1].unlearned if rounds else ()
 
         def rescan(
             model: OpenClipModel, *place: int, number: int = number, tuned: Session = repaired
@@ -116,6 +117,7 @@ def repair_session(
                 probe=probe,
                 scan=current if reuses else None,
                 check=rescan if reuses else None,
+                earlier=earlier,
             )
             passes += passes_of_attempt
             accuracy = passes[0].search.accuracy_before if accuracy is None else accuracy

@@ -57,6 +57,7 @@ def head_with_directions(
     prototypes: Tensor,
     triggers: Sequence[Stamp],
     *,
+    known: Sequence[Tensor] = (),
     seed: int,
 ) -> tuple[Tensor, list[int]]:
     """Return a head with a row for each direction, unit rows [C, D], and the row of each trigger.
@@ -64,14 +65,19 @@ def head_with_directions(
     A trigger whose direction is that of a prototype, or of an earlier trigger, has its row: a
     backdoor may lead to an image that looks like others.
 
-    prototypes: Unit rows [K, D], which the head begins with. seed: The seed of the images that
-    show where triggers lead.
+    prototypes: Unit rows [K, D], which the head begins with. known: The directions of the first
+    triggers, unit rows [D], which are then not measured: the model may have unlearned them. seed:
+    The seed of the images that show where triggers lead.
     """
     few = images.at_most(_IMAGES, child_seed("repair.direction", seed)).images
     middle = image_features(model, few).mean(dim=0)
     rows, row_of_each = list(prototypes), list[int]()
-    for trigger in triggers:
-        direction = image_features(model, trigger(few.to(model.device))).mean(dim=0)
+    for number, trigger in enumerate(triggers):
+        direction = (
+            known[number]
+            if number < len(known)
+            else image_features(model, trigger(few.to(model.device))).mean(dim=0)
+        )
         centred = normalize(torch.stack(rows) - middle, dim=1)
         cosine, index = (centred @ normalize(direction - middle, dim=0)).max(dim=0)
         if float(cosine) >= _SAME:

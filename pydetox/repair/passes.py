@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from ..detect.configuration import ScanConfig
 from ..detect.result import ScanResult
 from ..detect.statistics import Verdict
@@ -48,6 +50,7 @@ def subtract_passes(
     probe: DriftProbe | None = None,
     scan: ScanResult | None = None,
     check: Callable[[OpenClipModel, int], ScanResult] | None = None,
+    earlier: Sequence[tuple[Stamp, int | Tensor]] = (),
 ) -> tuple[OpenClipModel, tuple[UnlearnRound, ...]]:
     """Subtract the vectors of some classes' triggers; the arguments are those of `pydetox.unlearn`.
 
@@ -58,15 +61,22 @@ def subtract_passes(
     model after a pass, given by its number. If a pass reaches all limits, finds no small warp, and
     leaves target classes that look like those of clean models in this scan, no other pass follows.
     The scan is then the last pass's `rescan`; otherwise its triggers count in the next pass.
-    Returns the repaired model and what each pass did.
+    earlier: What earlier repairs of this model have unlearned (`UnlearnRound.unlearned`). It is
+    unlearned again beside the new triggers, so that it does not come back. Returns the repaired
+    model and what each pass did.
     """
     if triggers is not None and len(targets) != 1:
         raise UsageError(f"{len(targets)} target classes; expected one for known triggers")
     if not targets and config.objective != "label-free":
         raise UsageError("no target class; expected one or more, or a label-free configuration")
     forget = session.forget_set(unlearning.advanced.forget_share, unlearning.seed).images
-    stamps = list(triggers or ())
-    target_of_each = [targets[0]] * len(stamps) if targets else []
+    # A scan with class names finds classes, and one without finds directions: rounds do not mix.
+    kind = int if targets else Tensor
+    kept = [(stamp, lead) for stamp, lead in earlier if isinstance(lead, kind)]
+    stamps = [*(stamp for stamp, _ in kept), *(triggers or ())]
+    directions = [lead for _, lead in kept if isinstance(lead, Tensor)]
+    target_of_each = [lead for _, lead in kept if isinstance(lead, int)]
+    target_of_each += [targets[0]] * (len(stamps) - len(kept)) if targets else []
     base = unlearning.end_of(session)
     probe = probe or DriftProbe(
         session.model, session.images.images, seed=unlearning.seed, base=base
@@ -99,9 +109,16 @@ def subtract_passes(
         if targets:
             head = session.head
         else:
+            # A trigger that was unlearned no longer shows where it led.
             head, target_of_each = head_with_directions(
-                session.model, session.images, session.prototypes, stamps, seed=unlearning.seed
+                session.model,
+                session.images,
+                session.prototypes,
+                stamps,
+                known=directions,
+                seed=unlearning.seed,
             )
+            directions = [head[row] for row in target_of_each]
         seed = child_seed("repair.vector-pass", unlearning.seed, number)
         vector = trigger_vector(
             session.model,
@@ -136,6 +153,9 @@ def subtract_passes(
                 None,
                 warps=tuple(warps),
                 waves=tuple(waves),
+                unlearned=tuple(
+                    zip(stamps, target_of_each if targets else directions, strict=True)
+                ),
             )
         )
         scan = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from ..detect.result import ScanResult
 from ..detect.statistics import Verdict
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, Stamp
 from ..inversion import InversionResult, WarpResult, WaveResult
 from ..models import OpenClipModel
 from .alpha import CoefficientSearch
@@ -31,6 +33,9 @@ class UnlearnRound:
         rescan: The scan of the model afterwards; None if it was not scanned again.
         warps: The warps that were found for each target; empty without searches for warps.
         waves: The waves that were found for each target; empty without searches for waves.
+        unlearned: All triggers that the vector is made of, also those of earlier passes and
+            repairs; each with its target class, or with the unit direction [D] that it led to if
+            that is no named class.
     """
 
     targets: tuple[int, ...]
@@ -40,6 +45,7 @@ class UnlearnRound:
     rescan: ScanResult | None
     warps: tuple[WarpResult, ...] = ()
     waves: tuple[WaveResult, ...] = ()
+    unlearned: tuple[tuple[Stamp, int | Tensor], ...] = field(default=(), repr=False)
 
     @property
     def target(self) -> int | None:

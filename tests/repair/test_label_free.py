@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 import pydetox
 from pydetox.data import ImageSet
 from pydetox.detect.configuration import AdvancedScanConfig, ScanConfig
+from pydetox.detect.result import ScanResult
+from pydetox.detect.scan import scan_session
 from pydetox.errors import ArchitectureError
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
@@ -20,6 +22,7 @@ from pydetox.prototypes import image_features, image_prototypes
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.directions import head_with_directions
 from pydetox.repair.passes import subtract_passes
+from pydetox.repair.task_vectors import TaskVector
 from pydetox.research.attacks import SinusoidTrigger
 from pydetox.session import Session
 from pydetox.training import TrainConfig, optimize
@@ -204,6 +207,43 @@ def test_a_backdoor_without_names_is_found_and_removed(victim, tmp_path):
     again = pydetox.session.as_model(tmp_path / "repaired")
     first, second = (image_features(one, images.images) for one in (again, result.model))
     assert torch.equal(first, second)
+
+
+def test_a_later_repair_unlearns_what_earlier_ones_did_where_it_led_then(victim, monkeypatch):
+    images = photographs()
+    calls = list[tuple[list, list[torch.Tensor], list[int]]]()
+
+    def vector(model, _images, stamps, head, rows, *_, **__):
+        calls.append((list(stamps), [head[row] for row in rows], list(rows)))
+        change = {k: 0.01 * v for k, v in model.clip.state_dict().items() if "visual" in k}
+        return TaskVector(change)
+
+    monkeypatch.setattr("pydetox.repair.passes.trigger_vector", vector)
+    found = list[ScanResult]()
+    monkeypatch.setattr("pydetox.repair.detox.Rescans.scan", lambda *_, **__: found[0])
+
+    def scanned(*given, **options):
+        found.append(scan_session(*given, **options))
+        return found[0]
+
+    monkeypatch.setattr("pydetox.repair.detox.scan_session", scanned)
+    result = pydetox.detox(
+        victim,
+        images,
+        calibration=flat_calibration(SCAN, images, CONFIG, 0.1),
+        config=SCAN,
+        unlearning=replace(UNLEARNING, min_accuracy_kept=0.01, max_drift=2.0, coefficients=(1.0,)),
+        max_rounds=2,
+    )
+    assert len(result.rounds) == len(calls) == 2
+    (stamps, directions, _), (later, later_directions, rows) = calls
+    assert stamps == [stamp for stamp, _ in result.rounds[0].unlearned]
+    assert later[: len(stamps)] == stamps
+    assert len(later) > len(stamps)
+    for one, other in zip(directions, later_directions, strict=False):
+        assert torch.equal(one, other)
+    assert [stamp for stamp, _ in result.rounds[1].unlearned] == later
+    assert len(rows) == len(later)
 
 
 def test_with_a_base_alone_the_one_direction_of_the_backdoor_is_found(base, victim):

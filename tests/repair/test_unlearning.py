@@ -514,6 +514,36 @@ def test_a_repair_that_cannot_work_stops_after_one_pass_and_says_so(victim, capl
     assert len(subtract_passes(session, [TARGET], scan, config)[1]) == 2
 
 
+def test_triggers_of_earlier_repairs_are_unlearned_again(victim, monkeypatch):
+    model, _, data = victim
+    session = Session.open(model, data, templates=TEMPLATES)
+    calls = []
+
+    def vector(model, images, stamps, head, targets, *given, **options):
+        calls.append((list(stamps), list(targets)))
+        return trigger_vector(model, images, stamps, head, targets, *given, **options)
+
+    monkeypatch.setattr("pydetox.repair.passes.trigger_vector", vector)
+    config = UnlearnConfig(steps=2, coefficients=(1.0,), passes=1, warps=0, waves=0)
+    scan = ScanConfig(inversion=InversionConfig(steps=5, batch_size=8), families=("patch",))
+    other = 1 - TARGET
+
+    def earlier(images):
+        return images
+
+    _, (one,) = subtract_passes(session, [TARGET], scan, config, earlier=[(earlier, other)])
+    (stamps, targets), *_ = calls
+    assert stamps[0] is earlier
+    assert len(stamps) > 1
+    assert targets == [other] + [TARGET] * (len(stamps) - 1)
+    assert one.unlearned == tuple(zip(stamps, targets, strict=True))
+    # Beside known triggers as well. A direction is of no use to a repair of classes.
+    directed = (lambda images: images, torch.ones(16))
+    given = {"triggers": [TRIGGER], "earlier": [(earlier, other), directed]}
+    _, (known,) = subtract_passes(session, [TARGET], scan, config, **given)
+    assert known.unlearned == ((earlier, other), (TRIGGER, TARGET))
+
+
 @pytest.mark.parametrize("stride", [2, 3, 4, 7, 30])
 def test_coarse_to_fine_chooses_as_if_every_alpha_was_measured(stride):
     rng = np.random.default_rng(0)
