@@ -54,8 +54,14 @@ class Rescans:
             self._p_before.pop(known, None)
         self._known = known
 
-    def scan(self, repaired: Session, config: ScanConfig) -> ScanResult:
-        """Scan a repaired model; config: that of the scan before, with another seed."""
+    def scan(
+        self, repaired: Session, config: ScanConfig, *, unlearned: Sequence[int] = ()
+    ) -> ScanResult:
+        """Scan a repaired model.
+
+        config: That of the scan before, with another seed. unlearned: The classes that repairs have
+        unlearned so far, beside which no other is judged.
+        """
         start = time.perf_counter()
         found = scan_session(
             repaired,
@@ -63,11 +69,12 @@ class Rescans:
             cleared=self.cleared,
             p_before=self._p_before,
             after_repair=True,
+            unlearned=unlearned,
             description=f"re-scan of {self._session.model.name}",
         )
         while unknown := self._unknown(found):
             self._search_before(unknown)
-            found = rejudged(found, config, self.cleared, self._p_before)
+            found = rejudged(found, config, self.cleared, self._p_before, unlearned)
         return replace(found, seconds=time.perf_counter() - start)
 
     @property
@@ -139,7 +146,8 @@ def scan_after_repair(session: Session, comparison: Comparison, before: Session)
         )
         return replace(found, warnings=(*found.warnings, doubt))
     seeded = replace(config, seed=child_seed("repair.repaired", config.seed))
-    return Rescans(before, comparison, earlier).scan(session, seeded)
+    # Which classes were repaired is not known; those that a repair would go after are likely ones.
+    return Rescans(before, comparison, earlier).scan(session, seeded, unlearned=earlier.targets())
 
 
 def families(result: ScanResult) -> list[FamilyScan]:
@@ -149,7 +157,11 @@ def families(result: ScanResult) -> list[FamilyScan]:
 
 
 def rejudged(
-    result: ScanResult, config: ScanConfig, cleared: Sequence[int], p_before: dict[int, float]
+    result: ScanResult,
+    config: ScanConfig,
+    cleared: Sequence[int],
+    p_before: dict[int, float],
+    unlearned: Sequence[int] = (),
 ) -> ScanResult:
     """Return the re-scan of all classes with the same sizes, and other knowledge of the first scan.
 
@@ -170,6 +182,7 @@ def rejudged(
                 cleared=cleared,
                 p_before=p_before,
                 after_repair=True,
+                unlearned=unlearned,
             ),
         )
         for one in sorted(families(result), key=lambda one: config.families.index(one.family))

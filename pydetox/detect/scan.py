@@ -31,14 +31,15 @@ def scan_session(
     cleared: Sequence[int] = (),
     p_before: Mapping[int, float] | None = None,
     after_repair: bool = False,
+    unlearned: Sequence[int] = (),
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
     With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
 
-    p_before, after_repair: As in `statistics.detect`. A scan with `p_before`, or with cleared
-    classes, is one after a repair.
+    p_before, after_repair, unlearned: As in `statistics.detect`. A scan with `p_before`, or with
+    cleared classes, is one after a repair.
 
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
@@ -67,6 +68,7 @@ def scan_session(
                     cleared=cleared,
                     p_before=p_before,
                     after_repair=after_repair,
+                    unlearned=unlearned,
                     obstacle=obstacle,
                 )
             )
@@ -90,6 +92,7 @@ def scan_session(
             cleared=cleared,
             p_before=p_before,
             after_repair=after_repair,
+            unlearned=unlearned,
             obstacle=obstacle,
         )
         families.append(FamilyScan(family, detection, found, compared))
@@ -150,6 +153,7 @@ def _scan_screened(
     cleared: Sequence[int],
     p_before: Mapping[int, float] | None,
     after_repair: bool,
+    unlearned: Sequence[int],
     obstacle: str | None,
 ) -> FamilyScan:
     """Screen all classes for one family, judge them, and search those that stand out to the end."""
@@ -168,6 +172,7 @@ def _scan_screened(
             cleared=cleared,
             p_before=p_before,
             after_repair=after_repair,
+            unlearned=unlearned,
             obstacle=obstacle,
         )
 

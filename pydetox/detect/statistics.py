@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+# The least number of classes to judge beside, so that one of them is judged beside two.
+_LEAST_BESIDE = 3
+
+
 class Verdict(str, Enum):
     """The verdict of a scan."""
 
@@ -125,6 +129,7 @@ def detect(
     cleared: Sequence[int] = (),
     p_before: Mapping[int, float] | None = None,
     after_repair: bool = False,
+    unlearned: Sequence[int] = (),
     obstacle: str | None = None,
 ) -> Detection:
     """Judge one model.
@@ -152,6 +157,9 @@ def detect(
             working trigger, where every reference has one for each class that is judged: the
             search and the images are known to be good for triggers, and none was left. The same of
             any other model is `inconclusive`, because a model can be made to be hard to search.
+        unlearned: The classes whose triggers repairs have unlearned. They are judged, but no other
+            class is judged beside them if three classes are left: their triggers may be larger than
+            those of any clean model, which makes all others look small.
         obstacle: Why there can be no verdict whatever the sizes are; None if there can be one.
 
     Raises:
@@ -217,6 +225,9 @@ def detect(
     beside = calibration.comparable
     if len(searched) < len(values):
         beside = tuple(c for c in calibration.controls if steps[c] is None)
+    untouched = tuple(c for c in beside if c not in unlearned)
+    if len(untouched) >= _LEAST_BESIDE:
+        beside = untouched
     shifts = calibration.shifts(margins, values, beside)
     if any(math.isnan(shifts[c]) and math.isfinite(values[c]) for c in judged):
         found = sum(math.isfinite(values[c]) for c in beside)

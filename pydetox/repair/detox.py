@@ -76,20 +76,26 @@ def repair_session(
         max_rounds = 1
     repaired, current = session, before
     rounds, accuracy, probe = list[UnlearnRound](), None, None
+    aimed = tuple[int, ...]()
     for number in range(max_rounds):
         targets = current.targets() if known is None else (known.index,)
         seed = child_seed("repair.round", comparison.config.seed, number)
         passes = list[UnlearnRound]()
         earlier = rounds[-1].unlearned if rounds else ()
+        aimed = (*aimed, *targets)
 
         def rescan(
-            model: OpenClipModel, *place: int, number: int = number, tuned: Session = repaired
+            model: OpenClipModel,
+            *place: int,
+            number: int = number,
+            tuned: Session = repaired,
+            aimed: tuple[int, ...] = aimed,
         ) -> ScanResult:
             """Scan a model of this round; place: the number of its pass, if it may not be last."""
             clock.lap("unlearn")
             seed = child_seed("repair.rescan", comparison.config.seed, number, *place)
             seeded = replace(comparison.config, seed=seed)
-            found = rescans.scan(tuned.with_image_tower_of(model), seeded)
+            found = rescans.scan(tuned.with_image_tower_of(model), seeded, unlearned=aimed)
             clock.lap("rescan")
             return found
 

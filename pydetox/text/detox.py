@@ -163,7 +163,15 @@ def detox_text_model(
         if not any(one.search.coefficient for one in found):
             break
         repaired = changed
-        current = judge(repaired, texts, comparison, config, cleared=cleared, p_before=p_before)
+        current = judge(
+            repaired,
+            texts,
+            comparison,
+            config,
+            cleared=cleared,
+            p_before=p_before,
+            unlearned=[c for one in passes for c in one.targets],
+        )
         clock.lap("rescan")
     subtracted = any(one.search.coefficient for one in passes)
     result = TextDetoxResult(

@@ -126,10 +126,12 @@ def judge(
     *,
     cleared: Sequence[int] = (),
     p_before: Mapping[int, float] | None = None,
+    unlearned: Sequence[int] = (),
 ) -> TextScanResult:
     """Search a text model and judge it beside references that are ready.
 
-    cleared, p_before: What a scan before a repair said, as in `detect.statistics.detect`.
+    cleared, p_before, unlearned: What is known of a repaired model from before its repair, as in
+    `detect.statistics.detect`.
     """
     start = time.perf_counter()
     search = search_words(
@@ -145,7 +147,9 @@ def judge(
         accuracy = sum(p == t for p, t in zip(predicted, texts.labels, strict=True)) / len(texts)
     obstacle = comparison.unfit or _obstacle(model, texts, search, predicted, accuracy)
     found = {
-        length: _of_length(model, search, length, comparison, config, cleared, p_before, obstacle)
+        length: _of_length(
+            model, search, length, comparison, config, cleared, p_before, unlearned, obstacle
+        )
         for length in range(1, config.length + 1)
     }
     length = min(found, key=lambda one: _order(found[one]))
@@ -173,6 +177,7 @@ def _of_length(
     config: TextScanConfig,
     cleared: Sequence[int],
     p_before: Mapping[int, float] | None,
+    unlearned: Sequence[int],
     obstacle: str | None,
 ) -> Detection:
     """Return the verdict for triggers of one length."""
@@ -196,6 +201,7 @@ def _of_length(
             families=config.length,
             cleared=cleared,
             p_before=p_before,
+            unlearned=unlearned,
             obstacle=obstacle,
         )
 

@@ -37,7 +37,7 @@ def calibration(rng, scatter=0.1, count=4):
     return of(first, tuple(of(family) for family in others))
 
 
-def scanned(compared, sizes, *, dropped=None, cleared=(), p_before=None):
+def scanned(compared, sizes, *, dropped=None, cleared=(), p_before=None, unlearned=()):
     """The scan of a model with those P-L1, one list per family."""
     found = []
     for family in FAMILIES:
@@ -49,6 +49,7 @@ def scanned(compared, sizes, *, dropped=None, cleared=(), p_before=None):
             families=len(FAMILIES),
             cleared=cleared,
             p_before=p_before,
+            unlearned=unlearned,
         )
         found.append(FamilyScan(family, detection, SimpleNamespace(), compared.of(family)))
     chosen = decisive(found)
@@ -81,9 +82,9 @@ class Story:
                 shown[family][c] = 2.2 * math.exp(compared.of(family).mean[c])
         self.first = scanned(compared, shown, dropped=steps)
 
-        def scan_session(session, comparison, *, cleared, p_before, after_repair, description):
+        def scan_session(session, comparison, *, after_repair, description, **knowledge):
             assert after_repair
-            return scanned(compared, after, cleared=cleared, p_before=p_before)
+            return scanned(compared, after, **knowledge)
 
         def search_classes(session, config, family, *, classes, description):
             self.searched.append((family, tuple(classes)))
@@ -93,10 +94,10 @@ class Story:
         monkeypatch.setattr(rescan, "search_classes", search_classes)
         self._comparison = Comparison(CONFIG, compared, None)
 
-    def rescan(self, known=None):
+    def rescan(self, known=None, unlearned=()):
         session = SimpleNamespace(model=SimpleNamespace(name="model"))
         rescans = Rescans(session, self._comparison, self.first, known=known)
-        return rescans.scan(session, CONFIG)
+        return rescans.scan(session, CONFIG, unlearned=unlearned)
 
 
 def usual(compared):
@@ -133,6 +134,37 @@ def test_a_p_value_is_the_larger_one_of_both_scans(compared):
     two = smaller(usual(compared), {3: 5, 4: 3})["patch"]
     assert detect(two, compared, **options).target == 3
     assert detect(two, compared, p_before={3: 0.03, 4: 0.001}, **options).target == 4
+
+
+def test_no_class_is_judged_beside_those_that_were_unlearned(monkeypatch, compared):
+    """Fault: words of two classes were unlearned, and a third one looked backdoored beside them."""
+    every, gone = usual(compared), [1, 2, 4, 6]
+    factors = {c: 0.05 if c in gone else 1 + 0.02 * c for c in range(CLASSES)}
+    repaired = smaller(every, factors)
+    sizes, options = repaired["patch"], {"has_classes": True, "families": 2}
+    plain = detect(sizes, compared, **options)
+    beside_others = detect(sizes, compared, unlearned=gone, **options)
+    rest = [c for c in range(CLASSES) if c not in gone]
+    expected = compared.of("patch").score(sizes, among=rest)
+    assert beside_others.class_scores == pytest.approx(expected)
+    assert beside_others.score < plain.score
+    assert beside_others.verdict is Verdict.CLEAN
+    # They are judged themselves, too: a trigger that is back is found.
+    back = smaller(every, {1: 6})["patch"]
+    assert detect(back, compared, unlearned=gone, **options).backdoored == (1,)
+    # With less than three others there is too little to judge beside.
+    many = range(CLASSES - 2)
+    assert detect(sizes, compared, unlearned=many, **options) == plain
+    # The re-scan of a repair says which classes they are, after a further search as well.
+    before = smaller(every, {1: 6, 3: 6})
+    story = Story(monkeypatch, compared, before, smaller(repaired, {3: 6}), dropped=[3])
+    found = story.rescan(unlearned=[1])
+    assert found.target == 3
+    assert story.searched
+    sizes = smaller(repaired, {3: 6})[found.family]
+    rest = [c for c in range(CLASSES) if c != 1]
+    expected = compared.of(found.family).score(sizes, among=rest)
+    assert found.detection.class_scores == pytest.approx(expected)
 
 
 def test_a_clean_class_that_stands_out_after_the_repair_alone_is_no_finding(monkeypatch, compared):
