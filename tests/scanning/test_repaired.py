@@ -69,9 +69,9 @@ def test_the_scan_beside_the_model_before_is_the_rescan_of_a_repair(
     asked = []
 
     class Recorded(rescan.Rescans):
-        def scan(self, session, config):
+        def scan(self, session, config, **options):
             asked.append((self._before.name, session.model.name, config.seed))
-            return super().scan(session, config)
+            return super().scan(session, config, **options)
 
     monkeypatch.setattr(rescan, "Rescans", Recorded)
     before = registry / "models/a"
