@@ -40,7 +40,9 @@ from pydetox.errors import PydetoxError
 from pydetox.models.device import find_device
 from pydetox.reporting import to_json
 from pydetox.research.foundation.benchmark import (
+    ELSEWHERE,
     KNOWN,
+    OWN,
     UNKNOWN,
     FoundationPlan,
     quick_plan,
@@ -144,7 +146,8 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
 @click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
-@click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone, known and unknown.")
+@click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone.")
+@click.option("--methods", help=f"Part tasks: of pydetox alone, some of {','.join(OWN)}.")
 @earlier_option("Part tasks: the tasks.json")
 @click.option("--search", type=click.Choice(["quick", "default", "thorough"]), default="default")
 @click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:1.")
@@ -160,6 +163,7 @@ def main(
     repaired: int | None,
     attacks: str | None,
     no_baselines: bool,
+    methods: str | None,
     earlier: tuple[Path, ...],
     search: str,
     device: str,
@@ -179,7 +183,15 @@ def main(
     if quick:
         repairs = replace(repairs, seeds=repairs.seeds[-1:])
     if no_baselines:
-        plan = replace(plan, methods=(UNKNOWN, KNOWN))
+        plan = replace(plan, methods=(UNKNOWN, KNOWN, ELSEWHERE))
+    if methods is not None:
+        unknown = [one for one in methods.split(",") if one not in OWN]
+        if unknown:
+            raise click.BadParameter(
+                f"{', '.join(map(repr, unknown))}; expected some of {','.join(OWN)}",
+                param_hint="--methods",
+            )
+        plan = replace(plan, methods=tuple(OWN[one] for one in methods.split(",")))
     if seeds is not None:
         numbers = tuple(int(one) for one in seeds.split(","))
         plan, verdicts = replace(plan, seeds=numbers), replace(verdicts, seeds=numbers)

@@ -61,7 +61,14 @@ BASELINES: tuple[Defense[Any], ...] = (
 #: pydetox without the trigger, with it, and its unlearning before features were held.
 UNKNOWN, KNOWN, BEFORE = "pydetox, unknown trigger", "pydetox, known trigger", "names alone held"
 
-METHODS: tuple[str, ...] = (UNKNOWN, KNOWN, BEFORE, *(one.name for one in BASELINES))
+#: pydetox for a defender who has the base and images of a task that was not attacked, and who knows
+#: neither the trigger nor any class: the search is label-free.
+ELSEWHERE = "pydetox, other images"
+
+#: Those of pydetox, by what `bench_foundation.py --methods` calls them.
+OWN = {"unknown": UNKNOWN, "known": KNOWN, "other-task": ELSEWHERE, "names-alone": BEFORE}
+
+METHODS: tuple[str, ...] = (UNKNOWN, KNOWN, ELSEWHERE, BEFORE, *(one.name for one in BASELINES))
 
 # Among equals, the setting that leaves the least of the backdoor within this much CA counts.
 _LEAST_CA_KEPT = 0.97
@@ -166,6 +173,7 @@ def summarize(
     attacked tasks, the mean and the least of all others. asr_mean, asr_max: on the attacked task.
     asr_transfer_max: the largest on another task. retrieval_kept: share of R@1, image to text.
     beaten: share of baselines that have a larger mean ASR, or a smaller mean of the other tasks.
+    other_images: the same figures of the defender who has images of another task alone.
     """
     figures: dict[str, Any] = {}
     table = {}
@@ -189,6 +197,8 @@ def summarize(
             "seconds": _mean([row["seconds"] for row in of_method]),
         }
     ours = table.get(UNKNOWN)
+    if ELSEWHERE in table:
+        figures |= {f"tasks.other_images.{key}": value for key, value in table[ELSEWHERE].items()}
     if ours is not None:
         figures |= {f"tasks.{key}": value for key, value in ours.items()}
         baselines = [table[one.name] for one in BASELINES if one.name in table]
@@ -212,6 +222,11 @@ def order_of_names(classes: int, seed: int) -> list[int]:
     """Return the classes in the order in which a defender gets to know their names."""
     order: list[int] = generator("foundation.names", seed).permutation(classes).tolist()
     return order
+
+
+def other_task(attacked: str, names: Sequence[str]) -> str:
+    """Return the task whose images a defender has who has none of the attacked one: the next."""
+    return names[(list(names).index(attacked) + 1) % len(names)]
 
 
 def quarter_of(classes: int, target: int, seed: int) -> list[int]:
@@ -262,7 +277,8 @@ def _row(
     found = shop.cache.document(key)
     if found is not None:
         return dict(found)
-    model, images = shop.model(victim), shop.tasks[victim.task].splits.defender
+    given = victim.task if method != ELSEWHERE else other_task(victim.task, shop.names)
+    model, images = shop.model(victim), shop.tasks[given].splits.defender
     target = shop.backdoor(victim).target
     start = time.perf_counter()
     repaired, details = _repair(plan, shop, victim, method, setting, images, target)
@@ -272,6 +288,7 @@ def _row(
     row = {
         "victim": victim.name,
         "attacked": victim.task,
+        "images": given,
         "method": method,
         "setting": setting,
         "kept": after.kept(before),
@@ -332,6 +349,16 @@ def _repair(
 ) -> tuple[OpenClipModel, list[Any]]:
     model, templates = shop.model(victim), shop.tasks[victim.task].templates
     planted = shop.backdoor(victim)
+    if method == ELSEWHERE:
+        repaired, rounds = unlearn(
+            model,
+            replace(images, labels=None, class_names=None),
+            (),
+            base=shop.base,
+            config=replace(plan.scan, objective="label-free", seed=victim.seed),
+            unlearning=plan.repair,
+        )
+        return repaired, [asdict(one.search) for one in rounds]
     if method in (UNKNOWN, KNOWN, BEFORE):
         names_alone = replace(plan.repair, retention=0.0, max_drift=math.inf)
         repaired, rounds = unlearn(
@@ -385,7 +412,7 @@ def _key(
         "method": method,
         **more,
     }
-    if method in (UNKNOWN, KNOWN, BEFORE):
+    if method in OWN.values():
         content |= {"repair": plan.repair, "scan": plan.scan}
     return key_of("task-row", content)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,16 @@ from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
 from pydetox.repair.result import UnlearnRound
 from pydetox.repair.retention import DriftProbe
 from pydetox.research.attacks import badnets, poison
-from pydetox.research.data import Task
+from pydetox.research.data import Task, load_task
 from pydetox.research.foundation.base import FOUNDATION_CLIP, JointTraining, train_base
 from pydetox.research.foundation.benchmark import (
+    ELSEWHERE,
+    KNOWN,
     UNKNOWN,
+    other_task,
     quarter_of,
     quick_plan,
+    run,
     summarize,
 )
 from pydetox.research.foundation.defender import only_named
@@ -256,6 +262,55 @@ def test_victims_take_turns() -> None:
     assert len(drawn) == 3 * len(ATTACKS)
     assert {v.task for v in drawn if v.attack == "badnets"} == {"fashion", "emoji", "photographs"}
     assert {v.task for v in drawn if v.attack == "wanet"} == {"fashion"}
+
+
+def test_a_defender_without_images_of_the_attacked_task_has_the_next_ones() -> None:
+    names = ("digits", "fashion", "emoji")
+    assert [other_task(name, names) for name in names] == ["fashion", "emoji", "digits"]
+
+
+def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Digits stand for all tasks, which not every machine has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def digits(name: str, *, seed: int, image_size: int) -> Task:
+        one = load_task("digits", seed=seed, image_size=image_size)
+        few = [
+            replace(part, images=part.images[:60], labels=part.labels[:60])
+            for part in (one.splits.attacker, one.splits.defender)
+            if part.labels is not None
+        ]
+        return replace(one, name=name, splits=replace(one.splits, attacker=few[0], defender=few[1]))
+
+    monkeypatch.setattr("pydetox.research.foundation.victims.load_task", digits)
+    given = list[tuple[ImageSet, ScanConfig]]()
+
+    def recorded(model: OpenClipModel, images: ImageSet, target: object, **more: Any) -> Any:
+        given.append((images, more["config"]))
+        return unlearn(model, images, target, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pydetox.research.foundation.benchmark.unlearn", recorded)
+    plan = replace(
+        quick_plan(),
+        training=JointTraining(steps=4, per_task=8),
+        repair=replace(quick_plan().repair, steps=2, coefficients=(0.0, 1.0)),
+        scan=ScanConfig(inversion=InversionConfig(steps=3, batch_size=8)).in_contrast(),
+        methods=(KNOWN, ELSEWHERE),
+    )
+    found = run(plan)
+    known, elsewhere = found["rows"]
+    assert (known["attacked"], known["images"]) == ("emoji", "emoji")
+    assert (elsewhere["attacked"], elsewhere["images"]) == ("emoji", "photographs")
+    (named, targeted), (unnamed, free) = given
+    assert (targeted.objective, free.objective) == ("targeted", "label-free")
+    assert named.class_names is not None
+    assert (unnamed.labels, unnamed.class_names) == (None, None)
+    summary = found["summary"]
+    assert summary["tasks.other_images.models"] == 1
+    assert summary["tasks.other_images.asr_mean"] == elsewhere["asr"]
+    monkeypatch.setattr("pydetox.research.foundation.benchmark.unlearn", None)
+    again = run(plan)
+    assert (again["rows"], again["summary"]) == (found["rows"], summary)
 
 
 def test_figures_are_means_over_models() -> None:
