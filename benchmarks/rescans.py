@@ -48,7 +48,7 @@ from pydetox.detect.configuration import ScanConfig
 from pydetox.detect.distance import model_distance
 from pydetox.detect.rescan import families, rejudged
 from pydetox.detect.result import ScanResult
-from pydetox.detect.statistics import p_values_of_suspects
+from pydetox.detect.statistics import RepairHistory, p_values_of_suspects
 from pydetox.evaluation import evaluate
 from pydetox.models import OpenClipModel
 from pydetox.models.device import find_device
@@ -122,8 +122,8 @@ def _row(
         return {"before": result.before.verdict.value, "rescan": None}
     first = rescans[0]
     ways = {
-        "alone": rejudged(first, config, (), {}),
-        "single": rejudged(first, config, result.before.cleared(), {}),
+        "alone": rejudged(first, config, RepairHistory()),
+        "single": rejudged(first, config, RepairHistory(result.before.cleared())),
         "both": first,
     }
     return {

@@ -23,7 +23,7 @@ from .detect.configuration import ScanConfig
 from .detect.references import ReferencePlan, calibrate_plan
 from .detect.result import ScanResult
 from .detect.scan import scan_session
-from .detect.statistics import Calibration
+from .detect.statistics import Calibration, RepairHistory
 from .errors import DataError, OutputError, UsageError
 from .evaluation import Evaluation, Stamp
 from .evaluation import evaluate as evaluate_head
@@ -151,7 +151,8 @@ def scan(
         suspect=session.model,
     )
     session = session.with_base(comparison.base)
-    return scan_session(session, comparison, cleared=cleared, description=description)
+    history = RepairHistory.clearing(cleared)
+    return scan_session(session, comparison, history=history, description=description)
 
 
 def recover_triggers(
@@ -402,9 +403,8 @@ def evaluate(
     )
     session.warn(examine=False)
     if session.images.labels is None:
-        raise DataError(
-            f"{session.images.name}: no labels; accuracy cannot be measured without them"
-        )
+        name = session.images.name
+        raise DataError(f"{name}: no labels; accuracy cannot be measured without them")
     index = target
     if isinstance(target, str) or (head is None and target is not None):
         index = session.class_index(target)

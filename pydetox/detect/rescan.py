@@ -26,7 +26,7 @@ from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .scan import decisive, scan_session
 from .search import search_classes, sizes_per_class
-from .statistics import FINDINGS, detect, p_values_of_suspects
+from .statistics import FINDINGS, RepairHistory, detect, p_values_of_suspects
 
 
 class Rescans:
@@ -66,21 +66,21 @@ class Rescans:
         found = scan_session(
             repaired,
             replace(self._comparison, config=config),
-            cleared=self.cleared,
-            p_before=self._p_before,
-            after_repair=True,
-            unlearned=unlearned,
+            history=self._history(unlearned),
             description=f"re-scan of {self._session.model.name}",
         )
         while unknown := self._unknown(found):
             self._search_before(unknown)
-            found = rejudged(found, config, self.cleared, self._p_before, unlearned)
+            found = rejudged(found, config, self._history(unlearned))
         return replace(found, seconds=time.perf_counter() - start)
 
     @property
     def cleared(self) -> tuple[int, ...]:
         """The classes that were clean before the repair, as far as this was asked yet."""
         return tuple(sorted(self._cleared))
+
+    def _history(self, unlearned: Sequence[int]) -> RepairHistory:
+        return RepairHistory(self.cleared, dict(self._p_before), tuple(unlearned))
 
     def _unknown(self, found: ScanResult) -> list[int]:
         """Return the classes that stand out now, and of which the first scan says nothing."""
@@ -134,7 +134,7 @@ def scan_after_repair(session: Session, comparison: Comparison, before: Session)
     """
     config = comparison.config
     if comparison.calibration is None or config.objective != "targeted":
-        return scan_session(session, comparison, after_repair=True)
+        return scan_session(session, comparison, history=RepairHistory())
     name = before.model.name
     first = replace(comparison, config=replace(config, positive_control=False))
     earlier = scan_session(before, first, description=f"scan of {name}, before the repair")
@@ -156,17 +156,11 @@ def families(result: ScanResult) -> list[FamilyScan]:
     return [first, *result.others]
 
 
-def rejudged(
-    result: ScanResult,
-    config: ScanConfig,
-    cleared: Sequence[int],
-    p_before: dict[int, float],
-    unlearned: Sequence[int] = (),
-) -> ScanResult:
+def rejudged(result: ScanResult, config: ScanConfig, history: RepairHistory) -> ScanResult:
     """Return the re-scan of all classes with the same sizes, and other knowledge of the first scan.
 
-    result: Without a screening, which judges all classes, so that nothing becomes known later. The
-    other arguments are those of `scan_session`. Raises what `detect` raises.
+    result: Without a screening, which judges all classes, so that nothing becomes known later.
+    Raises what `detect` raises.
     """
     judged = [
         replace(
@@ -179,10 +173,7 @@ def rejudged(
                 p_suspicious=config.p_suspicious,
                 dropped=one.detection.dropped,
                 families=len(config.families),
-                cleared=cleared,
-                p_before=p_before,
-                after_repair=True,
-                unlearned=unlearned,
+                history=history,
             ),
         )
         for one in sorted(families(result), key=lambda one: config.families.index(one.family))

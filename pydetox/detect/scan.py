@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from .references import Comparison
 from .result import FamilyScan, ScanResult
 from .screening import chosen_classes, merged, screen_classes, screened_detection, screens
 from .search import dropped_per_class, search_classes, sizes_per_class
-from .statistics import FINDINGS, Calibration, Detection, Verdict, detect
+from .statistics import FINDINGS, Calibration, Detection, RepairHistory, Verdict, detect
 
 # Of a model in which very many classes stand out, as many are searched to the end: a repair of
 # some, and a scan after it, tell about the others.
@@ -28,25 +28,20 @@ def scan_session(
     session: Session,
     comparison: Comparison,
     *,
-    cleared: Sequence[int] = (),
-    p_before: Mapping[int, float] | None = None,
-    after_repair: bool = False,
-    unlearned: Sequence[int] = (),
+    history: RepairHistory | None = None,
     description: str | None = None,
 ) -> ScanResult:
     """Reconstruct triggers and give a verdict; the arguments are those of `pydetox.scan`.
 
     With `ScanConfig.positive_control`, a clean model gets one (see `detect.control`).
 
-    p_before, after_repair, unlearned: As in `statistics.detect`. A scan with `p_before`, or with
-    cleared classes, is one after a repair.
+    history: As in `statistics.detect`.
 
     session: its base is the comparison's. Raises UsageError, before any search, if the calibration
     is of other searches, images, prompts or models than this.
     """
     config, calibration = comparison.config, comparison.calibration
     comparison.require_fit(session)
-    after_repair = after_repair or bool(cleared) or bool(p_before)
     start = time.perf_counter()
     model, images = session.model, session.images
     description = description or f"scan of {model.name}"
@@ -65,10 +60,7 @@ def scan_session(
                     family,
                     compared,
                     f"{description} ({family})",
-                    cleared=cleared,
-                    p_before=p_before,
-                    after_repair=after_repair,
-                    unlearned=unlearned,
+                    history=history,
                     obstacle=obstacle,
                 )
             )
@@ -78,7 +70,9 @@ def scan_session(
             config,
             family,
             # Of the classes to judge none may be given up: the highest score may be of another.
-            elimination=None if cleared or p_before else _elimination(compared, config),
+            elimination=None
+            if history is not None and history.narrows
+            else _elimination(compared, config),
             description=description if len(config.families) == 1 else f"{description} ({family})",
         )
         detection = detect(
@@ -89,10 +83,7 @@ def scan_session(
             p_suspicious=config.p_suspicious,
             dropped=dropped_per_class(found, config),
             families=len(config.families),
-            cleared=cleared,
-            p_before=p_before,
-            after_repair=after_repair,
-            unlearned=unlearned,
+            history=history,
             obstacle=obstacle,
         )
         families.append(FamilyScan(family, detection, found, compared))
@@ -117,7 +108,7 @@ def scan_session(
         warnings=session.doubts,
     )
     wanted = config.positive_control and config.objective == "targeted"
-    wanted = wanted and not after_repair
+    wanted = wanted and history is None
     if not wanted or result.verdict is not Verdict.CLEAN:
         return result
     once = replace(comparison, config=replace(config, positive_control=False))
@@ -150,10 +141,7 @@ def _scan_screened(
     calibration: Calibration | None,
     description: str,
     *,
-    cleared: Sequence[int],
-    p_before: Mapping[int, float] | None,
-    after_repair: bool,
-    unlearned: Sequence[int],
+    history: RepairHistory | None,
     obstacle: str | None,
 ) -> FamilyScan:
     """Screen all classes for one family, judge them, and search those that stand out to the end."""
@@ -169,10 +157,7 @@ def _scan_screened(
             p_backdoored=config.p_backdoored,
             p_suspicious=config.p_suspicious,
             families=len(config.families),
-            cleared=cleared,
-            p_before=p_before,
-            after_repair=after_repair,
-            unlearned=unlearned,
+            history=history,
             obstacle=obstacle,
         )
 
@@ -182,7 +167,7 @@ def _scan_screened(
         first.class_scores,
         # All that would be a finding get a search, within a bound.
         min(max(config.advanced.searched_classes, len(first.suspects)), _MOST_SUSPECTS),
-        cleared=cleared,
+        cleared=() if history is None else history.cleared,
     )
     full = search_classes(session, config, family, classes=chosen, description=description)
     found = merged(screening.inversion, full, chosen, config.restarts)

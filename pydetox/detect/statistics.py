@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from statistics import median
 
@@ -117,6 +117,37 @@ class Detection:
     p_values: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class RepairHistory:
+    """What a scan before a repair and the repair tell about the classes of the repaired model.
+
+    A verdict that is given one is that of a re-scan (see `detect.rescan`). Classes are indices.
+
+    Attributes:
+        cleared: Those that the scan before the repair found clean. They are never the suspect,
+            because a repair plants no backdoor.
+        p_values: The p-values of single classes in that scan, corrected for all classes and
+            families. The p-value of such a class in the re-scan is not smaller.
+        unlearned: Those whose triggers repairs have unlearned. They are judged, but no other class
+            is judged beside them if three classes are left: their triggers may be larger than those
+            of any clean model, which makes all others look small.
+    """
+
+    cleared: tuple[int, ...] = ()
+    p_values: Mapping[int, float] = field(default_factory=dict)
+    unlearned: tuple[int, ...] = ()
+
+    @classmethod
+    def clearing(cls, classes: Sequence[int]) -> RepairHistory | None:
+        """Return the history of a model of which only the cleared classes are known, if any."""
+        return cls(tuple(classes)) if classes else None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some classes are not judged, or not by their sizes alone."""
+        return bool(self.cleared or self.p_values)
+
+
 def detect(
     p_l1: Sequence[float],
     calibration: Calibration | None,
@@ -126,10 +157,7 @@ def detect(
     p_suspicious: float = 0.05,
     dropped: Sequence[int | None] | None = None,
     families: int = 1,
-    cleared: Sequence[int] = (),
-    p_before: Mapping[int, float] | None = None,
-    after_repair: bool = False,
-    unlearned: Sequence[int] = (),
+    history: RepairHistory | None = None,
     obstacle: str | None = None,
 ) -> Detection:
     """Judge one model.
@@ -149,23 +177,19 @@ def detect(
             dropped class is compared with the calibration at that step and is never the suspect.
         families: The number of families of triggers that are searched for in the same model, each
             judged by its own call. p-values are corrected for this number (Sidak).
-        cleared: The classes that are never the suspect, because an earlier scan of the same model,
-            before its repair, found them clean (see `pydetox.detox`).
-        p_before: The p-values of single classes in that scan, corrected for all classes and
-            families. The p-value of such a class is not smaller here.
-        after_repair: Whether this is a model after its repair. Then it is `clean` if no class has a
-            working trigger, where every reference has one for each class that is judged: the
-            search and the images are known to be good for triggers, and none was left. The same of
-            any other model is `inconclusive`, because a model can be made to be hard to search.
-        unlearned: The classes whose triggers repairs have unlearned. They are judged, but no other
-            class is judged beside them if three classes are left: their triggers may be larger than
-            those of any clean model, which makes all others look small.
+        history: What is known from before the repair if this is a model after its repair, else
+            None. After a repair, a model is `clean` if no class has a working trigger, where every
+            reference has one for each class that is judged: the search and the images are known to
+            be good for triggers, and none was left. The same of any other model is `inconclusive`,
+            because a model can be made to be hard to search.
         obstacle: Why there can be no verdict whatever the sizes are; None if there can be one.
 
     Raises:
         UsageError: A value is out of range, the number of classes is not that of the calibration,
             no class is left to judge, or the calibration has no sizes at a step of `dropped`.
     """
+    after_repair, history = history is not None, history or RepairHistory()
+    cleared = history.cleared
     values = tuple(float(v) for v in p_l1)
     if not values or any(v < 0 for v in values):
         raise UsageError(f"P-L1 values {list(values)}; expected numbers of at least 0")
@@ -200,7 +224,7 @@ def detect(
             p_value=None,
             class_scores=(),
             dropped=steps,
-            cleared=tuple(cleared),
+            cleared=cleared,
         )
 
     nothing_left = (
@@ -225,7 +249,7 @@ def detect(
     beside = calibration.comparable
     if len(searched) < len(values):
         beside = tuple(c for c in calibration.controls if steps[c] is None)
-    untouched = tuple(c for c in beside if c not in unlearned)
+    untouched = tuple(c for c in beside if c not in history.unlearned)
     if len(untouched) >= _LEAST_BESIDE:
         beside = untouched
     shifts = calibration.shifts(margins, values, beside)
@@ -246,7 +270,7 @@ def detect(
         scored[step][c] if math.isfinite(values[c]) else min(0.0, scored[step][c])
         for c, step in enumerate(steps)
     )
-    tries, first_look = (len(values) - len(cleared)) * families, p_before or {}
+    tries, first_look = (len(values) - len(cleared)) * families, history.p_values
     p_values = {
         c: max(calibration.p_value(scores[c], tries), first_look.get(c, 0.0))
         if math.isfinite(values[c])
@@ -294,7 +318,7 @@ def detect(
         class_scores=scores,
         dropped=steps,
         suspects=tuple(c for c in judged if p_values[c] < p_suspicious),
-        cleared=tuple(cleared),
+        cleared=cleared,
         backdoored=tuple(c for c in judged if p_values[c] < p_backdoored),
         p_values=tuple(p_values.get(c, 1.0) for c in range(len(values))),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoints.provenance import Provenance
 from ..detect.calibration import Calibration
-from ..detect.statistics import Verdict, p_values_of_suspects
+from ..detect.statistics import RepairHistory, Verdict, p_values_of_suspects
 from ..errors import UsageError
 from ..evaluation import Evaluation
 from ..progress import Laps
@@ -168,9 +168,9 @@ def detox_text_model(
             texts,
             comparison,
             config,
-            cleared=cleared,
-            p_before=p_before,
-            unlearned=[c for one in passes for c in one.targets],
+            history=RepairHistory(
+                cleared, p_before, tuple(c for one in passes for c in one.targets)
+            ),
         )
         clock.lap("rescan")
     subtracted = any(one.search.coefficient for one in passes)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..detect.statistics import FINDINGS, Calibration, Detection, Verdict, detect
+from ..detect.statistics import FINDINGS, Calibration, Detection, RepairHistory, Verdict, detect
 from .configuration import TextScanConfig
 from .models import TextModel
 from .references import TextComparison, compare_with, efforts, family_of, loss_of
@@ -115,7 +115,7 @@ def scan_text_model(
     comparison = compare_with(
         model, texts, config, base=base, references=references, calibration=calibration
     )
-    return judge(model, texts, comparison, config, cleared=cleared)
+    return judge(model, texts, comparison, config, history=RepairHistory.clearing(cleared))
 
 
 def judge(
@@ -124,14 +124,11 @@ def judge(
     comparison: TextComparison,
     config: TextScanConfig,
     *,
-    cleared: Sequence[int] = (),
-    p_before: Mapping[int, float] | None = None,
-    unlearned: Sequence[int] = (),
+    history: RepairHistory | None = None,
 ) -> TextScanResult:
     """Search a text model and judge it beside references that are ready.
 
-    cleared, p_before, unlearned: What is known of a repaired model from before its repair, as in
-    `detect.statistics.detect`.
+    history: Of a repaired model, what is known from before its repair.
     """
     start = time.perf_counter()
     search = search_words(
@@ -147,9 +144,7 @@ def judge(
         accuracy = sum(p == t for p, t in zip(predicted, texts.labels, strict=True)) / len(texts)
     obstacle = comparison.unfit or _obstacle(model, texts, search, predicted, accuracy)
     found = {
-        length: _of_length(
-            model, search, length, comparison, config, cleared, p_before, unlearned, obstacle
-        )
+        length: _of_length(model, search, length, comparison, config, history, obstacle)
         for length in range(1, config.length + 1)
     }
     length = min(found, key=lambda one: _order(found[one]))
@@ -175,9 +170,7 @@ def _of_length(
     length: int,
     comparison: TextComparison,
     config: TextScanConfig,
-    cleared: Sequence[int],
-    p_before: Mapping[int, float] | None,
-    unlearned: Sequence[int],
+    history: RepairHistory | None,
     obstacle: str | None,
 ) -> Detection:
     """Return the verdict for triggers of one length."""
@@ -199,9 +192,7 @@ def _of_length(
             p_backdoored=config.p_backdoored,
             p_suspicious=config.p_suspicious,
             families=config.length,
-            cleared=cleared,
-            p_before=p_before,
-            unlearned=unlearned,
+            history=history,
             obstacle=obstacle,
         )
 

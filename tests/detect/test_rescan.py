@@ -14,7 +14,7 @@ from pydetox.detect.references import Comparison
 from pydetox.detect.rescan import Rescans
 from pydetox.detect.result import FamilyScan, ScanResult
 from pydetox.detect.scan import decisive
-from pydetox.detect.statistics import Calibration, Verdict, detect
+from pydetox.detect.statistics import Calibration, RepairHistory, Verdict, detect
 
 CLASSES = 10
 CONFIG = ScanConfig()
@@ -37,7 +37,7 @@ def calibration(rng, scatter=0.1, count=4):
     return of(first, tuple(of(family) for family in others))
 
 
-def scanned(compared, sizes, *, dropped=None, cleared=(), p_before=None, unlearned=()):
+def scanned(compared, sizes, *, dropped=None, history=None):
     """The scan of a model with those P-L1, one list per family."""
     found = []
     for family in FAMILIES:
@@ -47,9 +47,7 @@ def scanned(compared, sizes, *, dropped=None, cleared=(), p_before=None, unlearn
             has_classes=True,
             dropped=None if dropped is None else dropped[family],
             families=len(FAMILIES),
-            cleared=cleared,
-            p_before=p_before,
-            unlearned=unlearned,
+            history=history,
         )
         found.append(FamilyScan(family, detection, SimpleNamespace(), compared.of(family)))
     chosen = decisive(found)
@@ -82,9 +80,8 @@ class Story:
                 shown[family][c] = 2.2 * math.exp(compared.of(family).mean[c])
         self.first = scanned(compared, shown, dropped=steps)
 
-        def scan_session(session, comparison, *, after_repair, description, **knowledge):
-            assert after_repair
-            return scanned(compared, after, **knowledge)
+        def scan_session(session, comparison, *, history, description):
+            return scanned(compared, after, history=history)
 
         def search_classes(session, config, family, *, classes, description):
             self.searched.append((family, tuple(classes)))
@@ -117,14 +114,18 @@ def compared():
 
 def test_a_p_value_is_the_larger_one_of_both_scans(compared):
     sizes = smaller(usual(compared), {3: 5})["patch"]
-    options = {"has_classes": True, "families": 2, "cleared": (0, 1)}
-    alone = detect(sizes, compared, **options)
+    options = {"has_classes": True, "families": 2}
+
+    def before(p_values):
+        return RepairHistory((0, 1), p_values)
+
+    alone = detect(sizes, compared, history=before({}), **options)
     assert alone.verdict is Verdict.BACKDOORED
     assert alone.p_values[3] == alone.p_value
     assert alone.p_values[:2] == (1.0, 1.0)
-    same = detect(sizes, compared, p_before={3: 1e-9}, **options)
+    same = detect(sizes, compared, history=before({3: 1e-9}), **options)
     assert (same.p_value, same.threshold) == (alone.p_value, alone.threshold)
-    doubtful = detect(sizes, compared, p_before={3: 0.03}, **options)
+    doubtful = detect(sizes, compared, history=before({3: 0.03}), **options)
     assert (doubtful.verdict, doubtful.p_value) == (Verdict.SUSPICIOUS, 0.03)
     assert (doubtful.suspects, doubtful.backdoored) == ((3,), ())
     # No size of this class would be `backdoored`.
@@ -132,18 +133,19 @@ def test_a_p_value_is_the_larger_one_of_both_scans(compared):
     assert doubtful.class_scores == alone.class_scores
     # A smaller score with a smaller p-value decides.
     two = smaller(usual(compared), {3: 5, 4: 3})["patch"]
-    assert detect(two, compared, **options).target == 3
-    assert detect(two, compared, p_before={3: 0.03, 4: 0.001}, **options).target == 4
+    assert detect(two, compared, history=before({}), **options).target == 3
+    assert detect(two, compared, history=before({3: 0.03, 4: 0.001}), **options).target == 4
 
 
 def test_no_class_is_judged_beside_those_that_were_unlearned(monkeypatch, compared):
     """Fault: words of two classes were unlearned, and a third one looked backdoored beside them."""
-    every, gone = usual(compared), [1, 2, 4, 6]
+    every, gone = usual(compared), (1, 2, 4, 6)
+    history = RepairHistory(unlearned=gone)
     factors = {c: 0.05 if c in gone else 1 + 0.02 * c for c in range(CLASSES)}
     repaired = smaller(every, factors)
     sizes, options = repaired["patch"], {"has_classes": True, "families": 2}
     plain = detect(sizes, compared, **options)
-    beside_others = detect(sizes, compared, unlearned=gone, **options)
+    beside_others = detect(sizes, compared, history=history, **options)
     rest = [c for c in range(CLASSES) if c not in gone]
     expected = compared.of("patch").score(sizes, among=rest)
     assert beside_others.class_scores == pytest.approx(expected)
@@ -151,10 +153,10 @@ def test_no_class_is_judged_beside_those_that_were_unlearned(monkeypatch, compar
     assert beside_others.verdict is Verdict.CLEAN
     # They are judged themselves, too: a trigger that is back is found.
     back = smaller(every, {1: 6})["patch"]
-    assert detect(back, compared, unlearned=gone, **options).backdoored == (1,)
+    assert detect(back, compared, history=history, **options).backdoored == (1,)
     # With less than three others there is too little to judge beside.
-    many = range(CLASSES - 2)
-    assert detect(sizes, compared, unlearned=many, **options) == plain
+    many = RepairHistory(unlearned=tuple(range(CLASSES - 2)))
+    assert detect(sizes, compared, history=many, **options) == plain
     # The re-scan of a repair says which classes they are, after a further search as well.
     before = smaller(every, {1: 6, 3: 6})
     story = Story(monkeypatch, compared, before, smaller(repaired, {3: 6}), dropped=[3])
@@ -240,7 +242,7 @@ def test_false_alarms_are_no_more_than_nominal_although_a_repair_moves_sizes(mon
         story = Story(monkeypatch, compared, before, after, dropped=(2, 4, 6, 8))
         found = story.rescan()
         alarms.append([found.verdict is not Verdict.CLEAN, found.verdict is Verdict.BACKDOORED])
-        single = scanned(compared, after, cleared=story.first.cleared())
+        single = scanned(compared, after, history=RepairHistory(tuple(story.first.cleared())))
         alone.append([single.verdict is not Verdict.CLEAN, single.verdict is Verdict.BACKDOORED])
     suspicious, backdoored = np.mean(alarms, axis=0)
     # Two standard errors of 120 draws above 5% and 1%.

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pydetox.detect.statistics import Calibration, Detection, Verdict, anomaly_index, detect
+from pydetox.detect.statistics import (
+    Calibration,
+    Detection,
+    RepairHistory,
+    Verdict,
+    anomaly_index,
+    detect,
+)
 from pydetox.errors import UsageError
 from pydetox.inversion import Elimination
 
@@ -61,11 +68,21 @@ def test_a_rescan_is_corrected_for_the_classes_that_it_judges():
     calibration = references(count=4, classes=1000)
     values = [math.exp(v) for v in calibration.mean]
     values[3] *= math.exp(-0.4)  # 3.5 of the references' deviations
-    alone = detect(values, calibration, has_classes=True, cleared=[*range(3), *range(4, 1000)])
+    alone = detect(
+        values,
+        calibration,
+        has_classes=True,
+        history=RepairHistory(cleared=(*range(3), *range(4, 1000))),
+    )
     assert alone.target == 3
     assert alone.p_value < 0.003
     assert alone.verdict is Verdict.BACKDOORED
-    both = detect(values, calibration, has_classes=True, cleared=[*range(2), *range(4, 1000)])
+    both = detect(
+        values,
+        calibration,
+        has_classes=True,
+        history=RepairHistory(cleared=(*range(2), *range(4, 1000))),
+    )
     assert both.p_value == pytest.approx(1 - (1 - alone.p_value) ** 2, rel=1e-9)
     # Of all classes one so far away is no wonder.
     every = detect(values, calibration, has_classes=True)
@@ -363,7 +380,9 @@ def test_classes_that_were_clean_before_a_repair_are_not_judged():
     sizes[[1, 3]] /= [3, 2]
     found = detect(sizes.tolist(), calibration, has_classes=True)
     assert (found.target, found.suspects, found.cleared) == (1, (1, 3), ())
-    again = detect(sizes.tolist(), calibration, has_classes=True, cleared=[0, 1, 4])
+    again = detect(
+        sizes.tolist(), calibration, has_classes=True, history=RepairHistory(cleared=(0, 1, 4))
+    )
     assert (again.target, again.suspects, again.cleared) == (3, (3,), (0, 1, 4))
     assert again.verdict is Verdict.BACKDOORED
     # The others keep their numbers: nothing that was measured is hidden.
@@ -371,11 +390,18 @@ def test_classes_that_were_clean_before_a_repair_are_not_judged():
     assert again.anomaly_index is not None
     assert "3 of 5 classes had been clean before the repair" in again.reason
     sizes[3] *= 2
-    after = detect(sizes.tolist(), calibration, has_classes=True, cleared=[0, 1, 4])
+    after = detect(
+        sizes.tolist(), calibration, has_classes=True, history=RepairHistory(cleared=(0, 1, 4))
+    )
     assert after.verdict is Verdict.CLEAN
     assert after.suspects == ()
     with pytest.raises(UsageError, match="5 cleared"):
-        detect(sizes.tolist(), calibration, has_classes=True, cleared=range(5))
+        detect(
+            sizes.tolist(),
+            calibration,
+            has_classes=True,
+            history=RepairHistory(cleared=tuple(range(5))),
+        )
 
 
 def test_a_finding_has_its_target_among_the_suspects():
@@ -480,10 +506,15 @@ def test_a_class_that_no_reference_has_a_trigger_for_is_judged_by_the_others_sca
 
 def test_a_repaired_class_without_any_trigger_is_clean():
     values, calibration = beside(math.inf)
-    found = detect(values, calibration, has_classes=True, cleared=[1, 2, 3])
+    found = detect(values, calibration, has_classes=True, history=RepairHistory(cleared=(1, 2, 3)))
     assert (found.verdict, found.p_value) == (Verdict.CLEAN, 1.0)
     assert "no working trigger was found for any class" in found.reason
-    found = detect([math.inf] * 3 + [0.03], calibration, has_classes=True, cleared=[1, 2, 3])
+    found = detect(
+        [math.inf] * 3 + [0.03],
+        calibration,
+        has_classes=True,
+        history=RepairHistory(cleared=(1, 2, 3)),
+    )
     assert (found.verdict, found.p_value, found.threshold) == (Verdict.CLEAN, 1.0, None)
     assert found.score == 0
 
@@ -495,12 +526,12 @@ class TestNothingLeft:
 
     def test_label_free(self):
         calibration = Calibration(self.ROWS, "k", tuple("abc"))
-        found = detect([math.inf], calibration, has_classes=False, after_repair=True)
+        found = detect([math.inf], calibration, has_classes=False, history=RepairHistory())
         assert (found.verdict, found.p_value, found.target) == (Verdict.CLEAN, 1.0, None)
         assert "every clean reference has one" in found.reason
 
     def test_all_classes(self):
-        found = detect([math.inf] * 4, beside()[1], has_classes=True, after_repair=True)
+        found = detect([math.inf] * 4, beside()[1], has_classes=True, history=RepairHistory())
         assert (found.verdict, found.p_value, found.suspects) == (Verdict.CLEAN, 1.0, ())
         assert "no working trigger was found" in found.reason
 
@@ -511,23 +542,23 @@ class TestNothingLeft:
 
     def test_a_search_that_failed_finds_nothing_either(self):
         calibration = Calibration(self.ROWS, "k", tuple("abc"))
-        found = detect([math.nan], calibration, has_classes=False, after_repair=True)
+        found = detect([math.nan], calibration, has_classes=False, history=RepairHistory())
         assert found.verdict is Verdict.INCONCLUSIVE
         assert "not finite" in found.reason
 
     def test_references_without_triggers_say_nothing_about_the_search(self):
         calibration = Calibration(((0.1,), (math.inf,), (0.13,)), "k", tuple("abc"))
-        found = detect([math.inf], calibration, has_classes=False, after_repair=True)
+        found = detect([math.inf], calibration, has_classes=False, history=RepairHistory())
         assert found.verdict is Verdict.INCONCLUSIVE
         rows = ((0.1, math.inf, 0.2), (0.12, 0.3, 0.2), (0.11, 0.31, 0.23))
         calibration = Calibration(rows, "k", tuple("abc"))
-        found = detect([math.inf] * 3, calibration, has_classes=True, after_repair=True)
+        found = detect([math.inf] * 3, calibration, has_classes=True, history=RepairHistory())
         assert found.verdict is Verdict.INCONCLUSIVE
 
     def test_an_obstacle_of_the_scan_remains_one(self):
         calibration = Calibration(self.ROWS, "k", tuple("abc"))
         found = detect(
-            [math.inf], calibration, has_classes=False, after_repair=True, obstacle="unlike"
+            [math.inf], calibration, has_classes=False, history=RepairHistory(), obstacle="unlike"
         )
         assert (found.verdict, found.reason) == (Verdict.INCONCLUSIVE, "unlike")
 
