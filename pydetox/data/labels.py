@@ -14,6 +14,12 @@ from .named_lists import imagenet_ids, named_class_names
 #: reads these.
 MISSING = frozenset({"", "nan", "NaN", "<NA>", "NA", "N/A", "n/a", "null", "NULL", "None"})
 
+#: What to do where some images have labels and some have none.
+ALL_OR_NONE = (
+    "give all of them one, or none (texts such as None, NA and null count as none, unless "
+    "class_names= has them)"
+)
+
 _NUMBER = re.compile(r"[+-]?(\d{1,15}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 
 
@@ -33,7 +39,8 @@ def labels_of_texts(
     for value in given:
         if numbers and not float(value).is_integer():
             raise DataError(
-                f"{source}: label {value!r}; expected whole numbers, or class_names with this name"
+                f"{source}: label {value!r}; expected whole numbers, or this name "
+                "among those of class_names="
             )
         read[value] = int(float(value)) if numbers else value
     return [read.get(value) for value in values]

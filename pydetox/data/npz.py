@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .image_set import ImageSet
-from .labels import index_of_names, labels_mean_nothing, labels_of_texts
+from .labels import ALL_OR_NONE, index_of_names, labels_mean_nothing, labels_of_texts
 from .npz_arrays import (
     Chosen,
     choose_arrays,
@@ -106,8 +106,8 @@ def _labels(
         return None, stored
     if missing:
         raise DataError(
-            f"{path}: {missing} of {count} images have no label (image {read.index(None)}); give "
-            "all of them one, or none"
+            f"{path}: {missing} of {count} images have no label (image {read.index(None)}); "
+            f"{ALL_OR_NONE}"
         )
     names = [label for label in read if isinstance(label, str)]
     if not names:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..progress import track
 from .image_set import ImageSet
-from .labels import index_of_names, labels_mean_nothing
+from .labels import ALL_OR_NONE, index_of_names, labels_mean_nothing
 from .npz_arrays import largest_value, refuse_normalised, to_channels_first, to_uint8
 from .report import ImageReport
 from .resize import MAX_PIXELS, Resizing, refuse_too_large
@@ -282,7 +282,8 @@ def _pixels(image: Image.Image) -> Tensor:
 def _from_array(picture: NDArray[Any] | Tensor, what: str, white: int | None) -> Image.Image:
     array = _numbers(picture)
     if array.ndim not in (2, 3):
-        raise DataError(f"{what}: an array of shape {list(array.shape)}; expected [H, W, 3]")
+        many = "; for all images and their labels, give a tuple of both" if array.ndim == 4 else ""
+        raise DataError(f"{what}: an array of shape {list(array.shape)}; expected [H, W, 3]{many}")
     where = Path(what)
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] in (1, 3, 4):
         array = array.transpose(1, 2, 0) if isinstance(picture, Tensor) else array
@@ -345,7 +346,7 @@ def _classes(
             missing = sum(label is None for label in labels)
             raise DataError(
                 f"{source}: {missing} of {len(labels)} images have no label "
-                f"({call(list(labels).index(None))}); give all of them one, or none"
+                f"({call(list(labels).index(None))}); {ALL_OR_NONE}"
             )
         return None, wanted or own
     if all(isinstance(label, str) for label in labels):

@@ -379,6 +379,7 @@ def test_one_text_is_no_list_of_class_names(names: Any) -> None:
         ([(pixels(1)[0], 0), (pixels(1)[0], float("nan"))], "1 of 2 images have no label"),
         ([(pixels(1)[0], "a"), (pixels(1)[0], "")], "1 of 2 images have no label"),
         ([(pixels(1)[0], 0), (pixels(1)[0], -1)], "list of images: label -1; expected class"),
+        ([pixels(3), np.zeros(3)], "for all images and their labels, give a tuple of both"),
         ((pixels(3), 2), "labels are 2; expected one for each image"),
         ([(pixels(1)[0], [1, 2])], "expected the index or the name"),
         ([{"photo": 1}], "has photo; expected an image under one of"),

@@ -92,6 +92,7 @@ def test_tables_with_faults(tmp_path: Path, files: list[Path]) -> None:
         (["0.0", "1.0", "2.0"], None, ([0, 1, 2], None)),
         (["0", "", "2"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
         (["cat", "nan", "dog"], None, r"1 of 3 images have no label \(pics/1\.png\)"),
+        (["cat", "None", "dog"], None, "None, NA and null count as none, unless class_names="),
         (["cat", "nan", "dog"], ("nan", "cat", "dog"), ([1, 0, 2], ("nan", "cat", "dog"))),
         (["", "", ""], None, (None, None)),
         (["-1", "-1", "-1"], None, (None, None)),
