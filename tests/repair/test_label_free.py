@@ -19,6 +19,7 @@ from pydetox.errors import ArchitectureError
 from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.prototypes import image_features, image_prototypes
+from pydetox.repair.alpha import CoefficientSearch
 from pydetox.repair.configuration import UnlearnConfig
 from pydetox.repair.directions import head_with_directions
 from pydetox.repair.passes import subtract_passes
@@ -219,6 +220,9 @@ def test_a_later_repair_unlearns_what_earlier_ones_did_where_it_led_then(victim,
         return TaskVector(change)
 
     monkeypatch.setattr("pydetox.repair.passes.trigger_vector", vector)
+    # Whether such a vector removes anything is a matter of rounding.
+    halved = CoefficientSearch((0.0, 1.0), (1.0, 1.0), (1.0, 0.5), 1, False, 1.0)
+    monkeypatch.setattr("pydetox.repair.passes.search_coefficient", lambda *_, **__: halved)
     found = list[ScanResult]()
     monkeypatch.setattr("pydetox.repair.detox.Rescans.scan", lambda *_, **__: found[0])
 
@@ -232,7 +236,7 @@ def test_a_later_repair_unlearns_what_earlier_ones_did_where_it_led_then(victim,
         images,
         calibration=flat_calibration(SCAN, images, CONFIG, 0.1),
         config=SCAN,
-        unlearning=replace(UNLEARNING, min_accuracy_kept=0.01, max_drift=2.0, coefficients=(1.0,)),
+        unlearning=UNLEARNING,
         max_rounds=2,
     )
     assert len(result.rounds) == len(calls) == 2
@@ -241,7 +245,7 @@ def test_a_later_repair_unlearns_what_earlier_ones_did_where_it_led_then(victim,
     assert later[: len(stamps)] == stamps
     assert len(later) > len(stamps)
     for one, other in zip(directions, later_directions, strict=False):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other)
     assert [stamp for stamp, _ in result.rounds[1].unlearned] == later
     assert len(rows) == len(later)
 
