@@ -63,6 +63,7 @@ from pydetox.research.foundation.verdicts import (
     quick_verdict_plan,
     run_verdicts,
 )
+from pydetox.research.foundation.victims import ATTACKS
 
 _COLUMNS = (
     ("attacked_ca", "attacked CA"),
@@ -145,7 +146,7 @@ def figures(summary: dict[str, Any]) -> str:
 @click.option("--head", type=int, help="Part imagenet: so many of the 1,000 classes.")
 @click.option("--minutes", type=float, help="Part verdicts: begin no model after this time.")
 @click.option("--repaired", type=int, help="Part captions: models to repair, of each seed.")
-@click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01.")
+@click.option("--attacks", help="Part captions: such as badnets:0.03,sig:0.01; tasks: names alone.")
 @click.option("--no-baselines", is_flag=True, help="Part tasks: pydetox alone.")
 @click.option("--methods", help=f"Part tasks: of pydetox alone, some of {','.join(OWN)}.")
 @earlier_option("Part tasks: the tasks.json")
@@ -207,7 +208,23 @@ def main(
         captions = replace(captions, repaired=repaired)
     if attacks is not None:
         pairs = [one.partition(":") for one in attacks.split(",")]
-        captions = replace(captions, attacks=tuple((name, float(rate)) for name, _, rate in pairs))
+        unknown = [name for name, _, _ in pairs if name not in ATTACKS]
+        if part == "tasks" and unknown:
+            raise click.BadParameter(
+                f"{', '.join(map(repr, unknown))}; expected some of {','.join(ATTACKS)}",
+                param_hint="--attacks",
+            )
+        if part == "tasks":
+            plan = replace(plan, attacks=tuple(name for name, _, _ in pairs))
+        else:
+            try:
+                rates = tuple((name, float(rate)) for name, _, rate in pairs)
+            except ValueError as error:
+                raise click.BadParameter(
+                    f"{attacks!r}; expected names and rates such as badnets:0.03",
+                    param_hint="--attacks",
+                ) from error
+            captions = replace(captions, attacks=rates)
     if search != "default":
         scan = ScanConfig.quick() if search == "quick" else ScanConfig.thorough()
         verdicts = replace(verdicts, scan=scan)

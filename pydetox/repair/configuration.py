@@ -133,7 +133,8 @@ class UnlearnConfig:
             (`pydetox.repair.retention`).
         toward_base: Whether `forget` leads, weight by weight, from the suspect to the base where
             there is one of the same shape (`pydetox.repair.toward_base`). With alpha = 1, every
-            weight is then between the two, and `max_drift` counts from the nearer one.
+            weight is then between the two; features are held, and `max_drift` counts, from what
+            lies between those of both.
         seed: The seed of every random choice of a repair.
         advanced: Constants that you hardly ever need to change.
     """

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..errors import DataError
 from ..models import OpenClipModel
@@ -60,13 +61,30 @@ def feature_drift(
     return FeatureDrift(float(distance.mean()), float(changed.double().mean()), len(before))
 
 
+def nearest_between(features: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return the point nearest to each feature on the arc from `first` to `second`.
+
+    All are unit rows [N, D], like the result. The arc is the shorter way from one row to the other
+    on the sphere; where both are the same, it is this point. There is no gradient.
+    """
+    features, first, second = (one.detach() for one in (features, first, second))
+    cosine = (first * second).sum(dim=1, keepdim=True)
+    across = normalize(second - cosine * first, dim=1)
+    along, aside = ((features * one).sum(dim=1, keepdim=True) for one in (first, across))
+    angle = torch.atan2(aside, along)
+    inside = (angle >= 0) & (angle <= torch.acos(cosine.clamp(-1, 1)))
+    nearer_end = torch.where((features * second).sum(dim=1, keepdim=True) > along, second, first)
+    return torch.where(inside, normalize(along * first + aside * across, dim=1), nearer_end)
+
+
 class DriftProbe:
     """Measures how far models have moved from one of them, on surrogates that no repair holds.
 
     start: The model before any repair. images: The images that surrogates are made of, uint8
     [N, 3, H, W]. seed: The seed of the surrogates. base: The base that a repair leads to
-    (`UnlearnConfig.toward_base`). The distance of an image is then that to the nearer one of its
-    features in both models: what the base says is nothing that a repair may not bring back.
+    (`UnlearnConfig.toward_base`). The distance of an image is then that to the nearest point
+    between its features in both models (`nearest_between`): what the base says is nothing that a
+    repair may not bring back, in part or in full.
     """
 
     def __init__(
@@ -93,30 +111,42 @@ class DriftProbe:
         """Return the drift of a model that started as `start`; see above."""
         now, before = image_features(model, self._images), self._before
         if self._base is not None:
-            nearer = (now * self._base).sum(dim=1) > (now * before).sum(dim=1)
-            before = torch.where(nearer[:, None], self._base, before)
+            before = nearest_between(now, before, self._base)
         return feature_drift(before, now, self._anchors)
 
 
 class HeldSurrogates:
-    """Surrogates in random order, with the features that a model has of them.
+    """Surrogates in random order, with the features that a model has of them, and its base.
 
     model: The model whose features are held. images: As for DriftProbe. count: The number of
-    surrogates. seed: The seed of the surrogates and their order.
+    surrogates. seed: The seed of the surrogates and their order. base: As for DriftProbe.
     """
 
-    def __init__(self, model: OpenClipModel, images: Tensor, count: int, *, seed: int) -> None:
+    def __init__(
+        self,
+        model: OpenClipModel,
+        images: Tensor,
+        count: int,
+        *,
+        seed: int,
+        base: OpenClipModel | None = None,
+    ) -> None:
         surrogates = surrogate_images(images, count, seed=child_seed("repair.held", seed))
         self._images = surrogates.to(model.device)  # sent once, as bytes
         self._features = image_features(model, self._images)
+        self._base = None if base is None else image_features(base, self._images)
         self._rng = generator("repair.retaining", seed)
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D]."""
+    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return at most `count` different surrogates, uint8 [n, 3, H, W], and features [n, D].
+
+        The last item has the base's features, or is None without a base.
+        """
         number = min(count, len(self._images))
         chosen = torch.from_numpy(self._rng.choice(len(self._images), number, replace=False))
         chosen = chosen.to(self._features.device)
-        return self._images[chosen], self._features[chosen]
+        base = None if self._base is None else self._base[chosen]
+        return self._images[chosen], self._features[chosen], base
 
     def choose(self, choices: int, count: int) -> Tensor:
         """Return `count` of 0 .. choices - 1 at random, int64 [count]."""

@@ -33,7 +33,7 @@ from ..models import OpenClipModel
 from ..rng import generator
 from ..training import optimize
 from .configuration import UnlearnConfig
-from .retention import HeldSurrogates
+from .retention import HeldSurrogates, nearest_between
 from .step_sizes import relative_rates
 from .task_vectors import TaskVector
 from .toward_base import SHARE_PER_STEP, TowardBase
@@ -57,7 +57,8 @@ def trigger_vector(
     called with images on the device of the head. head: The zero-shot head [C, D]. targets: The
     class that the triggers lead to, or one class per trigger. base: The model that this one was
     fine-tuned from, of the same shape. With `forget`, theta_b - tau then lies between the two
-    (`toward_base`), and the configuration's learning rate does not count.
+    (`toward_base`), features are held between those of both, and the configuration's learning rate
+    does not count.
     Raises DataError without images, and UsageError without triggers, or for a base of another shape
     or with another kind of vector.
     """
@@ -76,7 +77,7 @@ def trigger_vector(
     there = images.to(head.device)
     holds = config.vector == "forget" and config.retention > 0
     surrogates = (
-        HeldSurrogates(model, images, config.advanced.surrogates, seed=config.seed)
+        HeldSurrogates(model, images, config.advanced.surrogates, seed=config.seed, base=base)
         if holds
         else None
     )
@@ -107,7 +108,7 @@ def trigger_vector(
         shown = [clean, stamped]
         if surrogates is not None:
             # As many of them as of the others would double the work.
-            others, others_own = surrogates.draw(max(1, len(index) // 2))
+            others, others_own, others_base = surrogates.draw(max(1, len(index) // 2))
             which = surrogates.choose(len(triggers), len(others))
             shown += [others, stamp_each(others, triggers, which)]
         seen = _features(tuned, torch.cat(shown))
@@ -116,8 +117,13 @@ def trigger_vector(
         forgetting = cross_entropy(logits, torch.cat([held, wanted]))
         if surrogates is None:
             return forgetting
-        moved = _distance(features[0], own) + _distance(features[2], others_own)
-        moved = moved + config.advanced.triggered_surrogates * _distance(features[3], others_own)
+        base_own = None
+        if base is not None:
+            with torch.no_grad():
+                base_own = _features(base, clean)
+        moved = _moved(features[0], own, base_own) + _moved(features[2], others_own, others_base)
+        unstamped = _moved(features[3], others_own, others_base)
+        moved = moved + config.advanced.triggered_surrogates * unstamped
         return forgetting + config.retention * scale * moved
 
     names, parameters = map(list, zip(*tuned.visual.named_parameters(), strict=True))
@@ -176,9 +182,10 @@ def _features(model: OpenClipModel, images: Tensor) -> Tensor:
     return normalize(model.encode_pixels(model.pixels(images)), dim=-1)
 
 
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean of 1 - cos of unit rows."""
-    return 1 - (first * second).sum(dim=-1).mean()
+def _moved(now: Tensor, own: Tensor, base: Tensor | None) -> Tensor:
+    """Return the mean distance from what is held: the model's own features, or between both's."""
+    held = own if base is None else nearest_between(now, own, base)
+    return 1 - (now * held).sum(dim=-1).mean()
 
 
 def randomly_shifted(images: Tensor, rng: np.random.Generator) -> Tensor:

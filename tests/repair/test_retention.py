@@ -19,7 +19,7 @@ from pydetox.inversion import InversionConfig
 from pydetox.models import OpenClipModel
 from pydetox.prototypes import image_features
 from pydetox.repair.configuration import AdvancedUnlearnConfig, UnlearnConfig
-from pydetox.repair.retention import DriftProbe, feature_drift
+from pydetox.repair.retention import DriftProbe, feature_drift, nearest_between
 from pydetox.repair.subtraction import subtract
 from pydetox.repair.surrogates import surrogate_images
 from pydetox.repair.task_vectors import TaskVector
@@ -134,7 +134,50 @@ def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
         AdvancedUnlearnConfig(surrogates=1)
 
 
-def test_a_vector_toward_the_base_stays_between_both_and_drift_counts_from_the_nearer() -> None:
+@pytest.mark.parametrize("dimension", [2, 3, 16])
+def test_the_nearest_point_is_that_of_a_fine_sweep_of_the_arc(dimension: int) -> None:
+    generator = torch.Generator().manual_seed(dimension)
+    rows = torch.randn(3, 40, dimension, generator=generator, dtype=torch.float64)
+    features, first, second = normalize(rows, dim=-1)
+    first[0] = second[0]  # an arc of one point
+    features[1] = normalize(0.3 * first[1] + 0.7 * second[1], dim=0)  # on the arc
+    features[2] = -features[1]  # far from it
+    features[3] = second[3]
+    found = nearest_between(features, first, second)
+    share = torch.linspace(0, 1, 5001, dtype=torch.float64)[:, None, None]
+    angle = torch.acos((first * second).sum(dim=1, keepdim=True).clamp(-1, 1))
+    sine = angle.sin().clamp(min=1e-9)
+    arc = ((1 - share) * angle).sin() / sine * first + (share * angle).sin() / sine * second
+    arc[:, 0] = first[0]
+    best = (arc * features).sum(dim=-1).max(dim=0).values
+    assert torch.allclose((found * features).sum(dim=1), best, atol=1e-6)
+    assert torch.allclose(found.norm(dim=1), torch.ones(40, dtype=torch.float64))
+    assert torch.allclose(found[1], features[1])
+    assert torch.allclose(found[3], second[3])
+    # Between both: the ends see the point under no larger angle than each other.
+    whole = (first * second).sum(dim=1)
+    assert bool(((found * first).sum(dim=1) >= whole - 1e-9).all())
+
+
+def test_a_model_between_suspect_and_base_has_not_drifted() -> None:
+    base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
+    images = pictures(24)
+    probe = DriftProbe(model, images, seed=0, base=base)
+    between = model.clone()
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        both = [normalize(one.encode_pixels(pixels), dim=1) for one in (model, base)]
+        return both[0] + 0.5 * both[1]
+
+    between.encode_pixels = encode  # type: ignore[method-assign]
+    found, alone = probe.of(between), probe.from_start(between)
+    assert found.mean_distance == pytest.approx(0, abs=1e-6)
+    assert alone.mean_distance > 0.01
+
+
+def test_a_vector_toward_the_base_stays_between_both_and_drift_counts_from_what_is_between() -> (
+    None
+):
     base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
     images = pictures(24)
     config = UnlearnConfig(steps=10, batch_size=12, advanced=AdvancedUnlearnConfig(surrogates=48))

@@ -85,6 +85,7 @@ class FoundationPlan:
         repair: pydetox's configuration.
         scan: How triggers are searched for, in contrast to the base.
         methods: Some of METHODS.
+        attacks: Those of the victims, of `victims.ATTACKS`; None for all.
         most_victims: Of each seed; None for all.
         least_planted: A victim counts when its ASR on validation images is at least this.
         quarter: Whether the case of a quarter of the names is measured, on emoji victims.
@@ -102,6 +103,7 @@ class FoundationPlan:
         ).in_contrast()
     )
     methods: tuple[str, ...] = METHODS
+    attacks: tuple[str, ...] | None = None
     most_victims: int | None = None
     least_planted: float = 0.5
     quarter: bool = True
@@ -139,7 +141,12 @@ def run(plan: FoundationPlan, log: Callable[[str], None] = lambda _: None) -> di
     victims, rows, quarter = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
     for seed in plan.seeds:
         shop = _workshop(plan, seed)
-        for victim in draw_victims([seed])[: plan.most_victims]:
+        drawn = [
+            victim
+            for victim in draw_victims([seed])
+            if plan.attacks is None or victim.attack in plan.attacks
+        ]
+        for victim in drawn[: plan.most_victims]:
             log(victim.name)
             before = _before(shop, victim)
             victims.append(before)

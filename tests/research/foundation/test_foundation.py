@@ -296,8 +296,11 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         repair=replace(quick_plan().repair, steps=2, coefficients=(0.0, 1.0)),
         scan=ScanConfig(inversion=InversionConfig(steps=3, batch_size=8)).in_contrast(),
         methods=(KNOWN, ELSEWHERE),
+        attacks=("badnets",),
+        most_victims=None,
     )
     found = run(plan)
+    assert [row["victim"] for row in found["victims"]] == ["badnets-emoji-seed10"]
     known, elsewhere = found["rows"]
     assert (known["attacked"], known["images"]) == ("emoji", "emoji")
     assert (elsewhere["attacked"], elsewhere["images"]) == ("emoji", "photographs")
