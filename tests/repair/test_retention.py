@@ -175,9 +175,7 @@ def test_a_model_between_suspect_and_base_has_not_drifted() -> None:
     assert alone.mean_distance > 0.01
 
 
-def test_a_vector_toward_the_base_stays_between_both_and_drift_counts_from_what_is_between() -> (
-    None
-):
+def test_a_vector_toward_the_base_stays_between_both_models() -> None:
     base, model = (OpenClipModel.from_config(TINY, seed=seed) for seed in (1, 0))
     images = pictures(24)
     config = UnlearnConfig(steps=10, batch_size=12, advanced=AdvancedUnlearnConfig(surrogates=48))

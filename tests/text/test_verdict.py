@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from pydetox.cli import cli
-from pydetox.detect.statistics import Verdict
+from pydetox.detect.statistics import RepairHistory, Verdict
 from pydetox.errors import DataError, UsageError
 from pydetox.text import (
     TextScanConfig,
@@ -34,7 +35,8 @@ from pydetox.text.copies import (
     nearest_rung,
     text_distance,
 )
-from pydetox.text.references import calibrate_words, require_alike
+from pydetox.text.references import calibrate_words, compare_with, require_alike
+from pydetox.text.verdict import judge
 from tests.text import tiny
 from tests.text.conftest import World
 
@@ -86,6 +88,21 @@ def test_a_backdoor_is_found_and_a_clean_model_is_clean(world: World, texts: Tex
             calibration=victim.calibration,
             config=replace(QUICK, seed=1),
         )
+
+
+def test_a_repaired_model_without_any_working_words_is_clean(
+    world: World, texts: TextSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references = [load_text_model(one) for one in world.references]
+    model = load_text_model(world.clean)
+    comparison = compare_with(model, texts, QUICK, references=references)
+    nothing = (math.inf,) * len(model.class_names)
+    monkeypatch.setattr("pydetox.text.verdict.efforts", lambda *_: nothing)
+    repaired = judge(model, texts, comparison, QUICK, history=RepairHistory())
+    assert repaired.verdict is Verdict.CLEAN
+    # Any other model may be hard to search.
+    other = judge(model, texts, comparison, QUICK)
+    assert other.verdict is Verdict.INCONCLUSIVE
 
 
 def test_without_a_verdict_the_reason_says_what_would_help(world: World, texts: TextSet) -> None:

@@ -275,12 +275,12 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def digits(name: str, *, seed: int, image_size: int) -> Task:
         one = load_task("digits", seed=seed, image_size=image_size)
-        few = [
-            replace(part, images=part.images[:60], labels=part.labels[:60])
-            for part in (one.splits.attacker, one.splits.defender)
-            if part.labels is not None
-        ]
-        return replace(one, name=name, splits=replace(one.splits, attacker=few[0], defender=few[1]))
+        attacker, defender = (
+            part.at_most(60, seed) for part in (one.splits.attacker, one.splits.defender)
+        )
+        return replace(
+            one, name=name, splits=replace(one.splits, attacker=attacker, defender=defender)
+        )
 
     monkeypatch.setattr("pydetox.research.foundation.victims.load_task", digits)
     given = list[tuple[ImageSet, ScanConfig]]()
